@@ -1,0 +1,16 @@
+"""The one error that a user's own input causes; every command turns it into one line and exit code 2."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Bad input. The message says what was expected, what came and how to fix it, in one line."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return ``" (did you mean X?)"`` for the known word closest to ``word``, else an empty string."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -1,0 +1,1 @@
+"""What an expert is, without opening a model: clustering, the graph, its edits."""

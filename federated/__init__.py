@@ -1,0 +1,1 @@
+"""What client and server agree on: updates, codec, selection, aggregation, usage, data partitioning."""

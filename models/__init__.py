@@ -1,0 +1,1 @@
+"""What opens a model: modelling code, bootstrap, assembler, perplexity, export."""

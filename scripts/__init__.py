@@ -1,0 +1,1 @@
+"""Thin entry points, one verb each: parse, call one function, print."""
