@@ -1,0 +1,304 @@
+"""What a run is configured with: every key, its unit, its bounds, and the readers that fill it.
+
+Flower's run configuration carries booleans, integers, floats and strings only, so lists are strings here,
+separated by ``,`` (numbers) or ``;`` (data sources), with a property that gives the parsed form.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from configs.errors import UserError, nearest
+
+Value = bool | int | float | str
+Count = Annotated[int, Field(ge=1)]
+Whole = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+PARTITIONS = ("domain", "iid", "dirichlet:ALPHA", "natural:COLUMN")
+
+
+class RunConfig(BaseModel):
+    """Configuration of one federated run; immutable, conflicts are refused when it is built."""
+
+    model_config = ConfigDict(
+        alias_generator=lambda name: name.replace("_", "-"),
+        populate_by_name=True,
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+    )
+
+    graph: str = ""
+    """Path of the bootstrapped checkpoint folder; empty: the user-cache folder."""
+    out: str = ""
+    """Folder that receives the final checkpoint; empty: none is written."""
+    log_dir: str = ""
+    """Folder that receives the logs of the run; empty: none are written."""
+    overwrite: bool = False
+    """Whether out and log-dir may exist and hold files already."""
+    data: str = "wikimix"
+    """Data sources separated by ';': wikimix[:DOMAIN,...], a path or a hub id."""
+    partition: str = "domain"
+    """How documents become clients: domain, iid, dirichlet:ALPHA or natural:COLUMN."""
+    num_clients: Count = 2
+    """Clients (Flower nodes) in the federation."""
+    num_rounds: Count = 3
+    """Server rounds, each one train and aggregate cycle."""
+    budgets: str = ""
+    """Experts per layer each client holds, separated by ','; empty: expert-budget."""
+    expert_budget: Whole = 0
+    """Experts per layer that every client holds and trains; 0: all."""
+    experts_per_token: Whole = 0
+    """Experts a token visits per layer; 0: the graph's, by budget."""
+    walk: Literal["", "best-first", "depth-first"] = ""
+    """Order in which a token visits experts: best-first or depth-first; empty: the graph's own."""
+    rho_max: Whole = 4
+    """Most graph edits one merge may make; 0: the graph never changes."""
+    merge_every: Count = 1
+    """Server rounds between two merges, i.e. edits of the graph."""
+    selection: Literal["top", "sample"] = "top"
+    """Experts a client ships: top (most update energy) or sample (known probability)."""
+    combine: Literal["hajek", "horvitz-thompson", "mean"] = "hajek"
+    """Server weighting of updates: hajek, horvitz-thompson or mean."""
+    ship_experts: Whole = 0
+    """Experts per layer a client ships each round; 0: all it trained."""
+    density: Annotated[float, Field(gt=0, le=1)] = 0.05
+    """Kept entries / all entries of an expert's update."""
+    value_bits: Literal[16, 8, 4] = 16
+    """Bits per shipped value: 16, 8 or 4."""
+    residual_decay: Share = 1.0
+    """Share of the unshipped residual kept for next round."""
+    server_learning_rate: Positive = 1.0
+    """Factor on the combined update that the server applies."""
+    clip_norm_multiple: NonNegative = 0.0
+    """Clip client updates to this multiple of the round's median update norm; 0: off."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Seed of every random choice in the run."""
+    local_steps: Count = 20
+    """Optimizer steps a client takes per round."""
+    batch_size: Count = 8
+    """Blocks per optimizer step."""
+    block_size: Annotated[int, Field(ge=2)] = 256
+    """Tokens per block; at most the model's max_position_embeddings."""
+    learning_rate: Positive = 1e-3
+    """Learning rate of the clients' optimizer (AdamW)."""
+    weight_decay: NonNegative = 0.0
+    """Decoupled weight decay of the clients' optimizer."""
+    max_grad_norm: NonNegative = 1.0
+    """Gradient norm a step is clipped to; 0: no clipping."""
+    assembler_steps: Whole = 4
+    """Assembler steps before local training; 0: it is not trained."""
+    assembler_learning_rate: Positive = 0.01
+    """Learning rate of the assembler."""
+    usage_decay: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    """Weight of the past in the usage average over rounds."""
+    eval_blocks: Whole = 32
+    """Held-out blocks evaluated per client; 0: all."""
+    train_documents: Count = 2000
+    """Training documents generated per wikimix domain."""
+    server_data: str = ""
+    """Validation text of the server, sources as in data; empty: none."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Autocast type while training: bf16 or fp32."""
+    num_threads: Count = 1
+    """Torch threads per client process."""
+    template: str = "auto"
+    """Prompt template for instruction records: auto, a name in configs/templates or a JSON path."""
+    reply_timeout: Positive = 600.0
+    """Seconds the server waits for the replies of a round."""
+    trace_tokens: Whole = 64
+    """Tokens per client written to the call trace."""
+
+    @field_validator("budgets", "data", "server_data", mode="before")
+    @classmethod
+    def _join_lists(cls, value: Any, info: Any) -> Any:
+        """Accept a TOML list where the key is a separated string."""
+        separator = "," if info.field_name == "budgets" else ";"
+        return separator.join(str(item) for item in value) if isinstance(value, list | tuple) else value
+
+    @field_validator("graph", "out", "log_dir", "data", "budgets", "server_data", "template", mode="before")
+    @classmethod
+    def _integer_as_text(cls, value: Any) -> Any:
+        """Accept an integer where text is meant (``budgets = 8``, ``out = 2024``)."""
+        return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+    @field_validator("budgets")
+    @classmethod
+    def _check_budgets(cls, value: str) -> str:
+        _parse_budgets(value)
+        return value
+
+    @field_validator("partition")
+    @classmethod
+    def _check_partition(cls, value: str) -> str:
+        parse_partition(value)
+        return value
+
+    @model_validator(mode="after")
+    def _refuse_conflicts(self) -> RunConfig:
+        given = _parse_budgets(self.budgets)
+        if not self.sources:
+            raise UserError("expected data to name at least one source, got none; set data to e.g. 'wikimix'")
+        if given and len(given) != self.num_clients:
+            raise UserError(
+                f"expected budgets to hold one number for each of the num-clients {self.num_clients} clients, "
+                f"got {len(given)}: {self.budgets!r}"
+            )
+        if given and self.expert_budget:
+            raise UserError("expected either budgets or expert-budget, got both; drop one of them")
+        smallest = min((budget for budget in self.client_budgets if budget), default=None)
+        for key, value in (
+            ("ship-experts", self.ship_experts),
+            ("experts-per-token", self.experts_per_token),
+        ):
+            if smallest is not None and value > smallest:
+                raise UserError(
+                    f"expected {key} to be at most the smallest client budget {smallest}, got {value}"
+                )
+        return self
+
+    @property
+    def client_budgets(self) -> tuple[int, ...]:
+        """Experts per layer that each client holds, one number a client; 0 = all."""
+        return _parse_budgets(self.budgets) or (self.expert_budget,) * self.num_clients
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The data sources."""
+        return _split(self.data, ";")
+
+    @property
+    def server_sources(self) -> tuple[str, ...]:
+        """The sources of the server's validation text; empty when it has none."""
+        return _split(self.server_data, ";")
+
+    def values(self) -> dict[str, Value]:
+        """All keys, hyphenated, as Flower's run configuration takes them."""
+        return self.model_dump(by_alias=True)
+
+
+def load_run_config(values: Mapping[str, Any]) -> RunConfig:
+    """Validate hyphenated ``values`` over the defaults.
+
+    Raises :class:`UserError` in one line for an unknown key (naming the nearest), a wrong type, a value
+    out of range or a conflict between keys.
+    """
+    known = run_config_defaults()
+    for key in values:
+        if key not in known:
+            raise UserError(
+                f"unknown configuration key {key!r}{nearest(key, known)}; configs/default.toml lists all"
+            )
+    try:
+        return RunConfig.model_validate(dict(values))
+    except ValidationError as error:
+        raise UserError(_explain(error)) from None
+
+
+def run_config_defaults() -> dict[str, Value]:
+    """Every key, hyphenated, with its default."""
+    return RunConfig().values()
+
+
+def read_config_file(path: str | Path) -> dict[str, Any]:
+    """Read a TOML file of hyphenated keys; :class:`UserError` names the file and, if malformed, the line."""
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"expected a readable TOML file, got {str(path)!r}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"expected TOML in {str(path)!r}, got a syntax error: {error}") from None
+
+
+def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
+    """Parse ``key=value`` texts; values follow TOML, anything that is not TOML is taken as a string.
+
+    The last assignment of a key wins.
+    """
+    parsed = {}
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals or not key.strip():
+            raise UserError(f"expected key=value, got {assignment!r}")
+        parsed[key.strip()] = _parse_value(text.strip(), assignment)
+    return parsed
+
+
+def parse_partition(text: str) -> tuple[str, str]:
+    """Split a partition into kind and argument, e.g. ``("dirichlet", "0.5")``; the argument may be empty."""
+    kind, _, argument = text.partition(":")
+    kinds = [known.partition(":")[0] for known in PARTITIONS]
+    expected = f"expected partition to be one of {', '.join(PARTITIONS)}, got {text!r}"
+    if kind not in kinds:
+        raise UserError(expected + nearest(kind, kinds))
+    if bool(argument) != (kind in ("dirichlet", "natural")):
+        raise UserError(expected)
+    if kind == "dirichlet" and not 0 < _number(argument) < float("inf"):
+        raise UserError(f"expected the ALPHA of dirichlet:ALPHA to be a number above 0, got {argument!r}")
+    return kind, argument
+
+
+def defaults_toml() -> str:
+    """The text of ``configs/default.toml``: every key with its line of documentation and its default."""
+    lines = [
+        "# Every key of a run with its default. Generated from configs/schema.py: `defaults_toml()`.",
+        "",
+    ]
+    for field in RunConfig.model_fields.values():
+        lines += [f"# {field.description}", f"{field.alias} = {_toml(field.default)}", ""]
+    return "\n".join(lines)
+
+
+def _explain(error: ValidationError) -> str:
+    """One line for the first problem of a pydantic error."""
+    first = error.errors()[0]
+    if isinstance(cause := first.get("ctx", {}).get("error"), UserError):
+        return str(cause)
+    expected = first["msg"].removeprefix("Input should be ")
+    if expected.startswith(("greater", "less")):
+        expected = f"a value {expected}"
+    return f"expected {'.'.join(map(str, first['loc']))} to be {expected}, got {first['input']!r}"
+
+
+def _parse_value(text: str, assignment: str) -> Any:
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        if text.startswith(("'", '"', "[")):
+            raise UserError(f"expected a closed TOML string or list after '=', got {assignment!r}") from None
+        return text
+    value = parsed["value"]
+    return value if len(parsed) == 1 and isinstance(value, bool | int | float | str | list) else text
+
+
+def _parse_budgets(text: str) -> tuple[int, ...]:
+    parts = _split(text, ",")
+    if not all(part.isdecimal() for part in parts):
+        raise UserError(f"expected budgets to be whole numbers separated by ',', got {text!r}")
+    return tuple(int(part) for part in parts)
+
+
+def _split(text: str, separator: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(separator) if part.strip())
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return float("nan")
+
+
+def _toml(value: Value) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f'"{value}"' if isinstance(value, str) else repr(value)
