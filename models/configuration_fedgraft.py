@@ -1,0 +1,60 @@
+"""Configuration of an expert graph: a Llama configuration plus the shape of its experts, layer by layer."""
+
+from __future__ import annotations
+
+from huggingface_hub.dataclasses import strict
+from transformers import LlamaConfig
+
+WALKS = ("best-first", "depth-first")
+
+
+@strict
+class FedGraftConfig(LlamaConfig):
+    """Llama whose every FFN is a graph of experts.
+
+    Args:
+        num_experts: experts per layer, one integer a layer.
+        expert_size: neurons per expert (h), the same in every layer.
+        experts_per_token: experts that each token visits in a layer (k); fewer where fewer can be reached.
+        walk: ``best-first`` or ``depth-first``.
+        graph_version: edits applied since the bootstrap, counted in server merges.
+        base_fingerprint: SHA-256 of the dense weights that the graph was made from.
+    """
+
+    model_type = "fedgraft"
+
+    num_experts: list[int] | None = None
+    expert_size: int | None = None
+    experts_per_token: int = 1
+    walk: str = "best-first"
+    graph_version: int = 0
+    base_fingerprint: str = ""
+
+    def __post_init__(self, **kwargs):
+        if self.num_experts is None:
+            self.num_experts = [1] * self.num_hidden_layers
+        if self.expert_size is None:
+            self.expert_size = self.intermediate_size // max(self.num_experts)
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self):
+        """Refuse shapes that the modelling code cannot hold.
+
+        Raises:
+            ValueError: a layer without experts, a count per layer that is not one per layer, k < 1, unknown walk.
+        """
+        super().validate_architecture()
+        if len(self.num_experts) != self.num_hidden_layers or min(self.num_experts) < 1:
+            raise ValueError(
+                f"num_experts must name at least one expert for each of the {self.num_hidden_layers} layers, "
+                f"got {self.num_experts}"
+            )
+        if not 1 <= self.experts_per_token <= max(self.num_experts):
+            raise ValueError(
+                f"experts_per_token must lie between 1 and {max(self.num_experts)}, got {self.experts_per_token}"
+            )
+        if self.walk not in WALKS:
+            raise ValueError(f"walk must be one of {WALKS}, got {self.walk!r}")
+
+
+__all__ = ["FedGraftConfig"]

@@ -1,0 +1,72 @@
+"""A Llama whose FFN layers are graphs of experts, for ``trust_remote_code``: needs torch and transformers only."""
+
+from __future__ import annotations
+
+import torch
+from transformers import LlamaForCausalLM, LlamaModel
+from transformers import initialization as init
+
+from .configuration_fedgraft import FedGraftConfig
+from .experts_fedgraft import ExpertGraphMLP
+
+
+class FedGraftModel(LlamaModel):
+    """The decoder stack: Llama's own attention, norms and embeddings around expert graphs."""
+
+    config_class = FedGraftConfig
+    # What decides where a token goes stays in fp32, whatever the dtype of the experts.
+    _keep_in_fp32_modules_strict = ["router", "edge_gain", "edge_affinity", "output_gain"]
+
+    def __init__(self, config: FedGraftConfig):
+        super().__init__(config)
+        for layer, num_experts in zip(self.layers, config.num_experts, strict=True):
+            layer.mlp = ExpertGraphMLP(
+                hidden_size=config.hidden_size,
+                expert_size=config.expert_size,
+                num_experts=num_experts,
+                num_visits=min(config.experts_per_token, num_experts),
+                activation=config.hidden_act,
+                order=config.walk,
+            )
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        init_expert_graph(module, self.config.initializer_range)
+
+
+class FedGraftForCausalLM(LlamaForCausalLM):
+    """Causal language model over ``FedGraftModel``; the API is that of ``LlamaForCausalLM``."""
+
+    config_class = FedGraftConfig
+    _keep_in_fp32_modules_strict = FedGraftModel._keep_in_fp32_modules_strict
+
+    def __init__(self, config: FedGraftConfig):
+        super().__init__(config)
+        self.model = FedGraftModel(config)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        init_expert_graph(module, self.config.initializer_range)
+
+    def expert_layers(self) -> list[ExpertGraphMLP]:
+        """The expert graphs, one a decoder layer, in order."""
+        return [layer.mlp for layer in self.model.layers]
+
+
+def init_expert_graph(module, std: float) -> None:
+    """Fresh experts: normal weights, every expert a root, no edge, nothing passed, hard gates."""
+    if not isinstance(module, ExpertGraphMLP):
+        return
+    for weight in (module.gate_up_proj, module.down_proj, module.router):
+        init.normal_(weight, mean=0.0, std=std)
+    for gain in (module.edge_gain, module.edge_affinity, module.output_gain):
+        init.zeros_(gain)
+    init.copy_(module.edges, torch.eye(module.num_experts, dtype=torch.bool))
+    init.copy_(module.neurons, torch.arange(module.neurons.numel()).view_as(module.neurons))
+
+
+__all__ = ["FedGraftForCausalLM", "FedGraftModel"]
