@@ -6,14 +6,23 @@ separated by ``,`` (numbers) or ``;`` (data sources), with a property that gives
 
 from __future__ import annotations
 
-import tomllib
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from configs.errors import UserError, nearest
+from configs.values import parse_assignments, parse_budgets, parse_partition, read_config_file, split_list
+
+__all__ = [
+    "RunConfig",
+    "defaults_toml",
+    "load_run_config",
+    "parse_assignments",
+    "parse_partition",
+    "read_config_file",
+    "run_config_defaults",
+]
 
 Value = bool | int | float | str
 Count = Annotated[int, Field(ge=1)]
@@ -21,7 +30,6 @@ Whole = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
-PARTITIONS = ("domain", "iid", "dirichlet:ALPHA", "natural:COLUMN")
 
 
 class RunConfig(BaseModel):
@@ -134,7 +142,7 @@ class RunConfig(BaseModel):
     @field_validator("budgets")
     @classmethod
     def _check_budgets(cls, value: str) -> str:
-        _parse_budgets(value)
+        parse_budgets(value)
         return value
 
     @field_validator("partition")
@@ -145,12 +153,12 @@ class RunConfig(BaseModel):
 
     @model_validator(mode="after")
     def _refuse_conflicts(self) -> RunConfig:
-        given = _parse_budgets(self.budgets)
+        given = parse_budgets(self.budgets)
         if not self.sources:
             raise UserError("expected data to name at least one source, got none; set data to e.g. 'wikimix'")
         if given and len(given) != self.num_clients:
             raise UserError(
-                f"expected budgets to hold one number for each of the num-clients {self.num_clients} clients, "
+                f"expected budgets to hold one number per client (num-clients is {self.num_clients}), "
                 f"got {len(given)}: {self.budgets!r}"
             )
         if given and self.expert_budget:
@@ -169,17 +177,17 @@ class RunConfig(BaseModel):
     @property
     def client_budgets(self) -> tuple[int, ...]:
         """Experts per layer that each client holds, one number a client; 0 = all."""
-        return _parse_budgets(self.budgets) or (self.expert_budget,) * self.num_clients
+        return parse_budgets(self.budgets) or (self.expert_budget,) * self.num_clients
 
     @property
     def sources(self) -> tuple[str, ...]:
         """The data sources."""
-        return _split(self.data, ";")
+        return split_list(self.data, ";")
 
     @property
     def server_sources(self) -> tuple[str, ...]:
         """The sources of the server's validation text; empty when it has none."""
-        return _split(self.server_data, ";")
+        return split_list(self.server_data, ";")
 
     def values(self) -> dict[str, Value]:
         """All keys, hyphenated, as Flower's run configuration takes them."""
@@ -209,44 +217,6 @@ def run_config_defaults() -> dict[str, Value]:
     return RunConfig().values()
 
 
-def read_config_file(path: str | Path) -> dict[str, Any]:
-    """Read a TOML file of hyphenated keys; :class:`UserError` names the file and, if malformed, the line."""
-    try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"expected a readable TOML file, got {str(path)!r}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"expected TOML in {str(path)!r}, got a syntax error: {error}") from None
-
-
-def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
-    """Parse ``key=value`` texts; values follow TOML, anything that is not TOML is taken as a string.
-
-    The last assignment of a key wins.
-    """
-    parsed = {}
-    for assignment in assignments:
-        key, equals, text = assignment.partition("=")
-        if not equals or not key.strip():
-            raise UserError(f"expected key=value, got {assignment!r}")
-        parsed[key.strip()] = _parse_value(text.strip(), assignment)
-    return parsed
-
-
-def parse_partition(text: str) -> tuple[str, str]:
-    """Split a partition into kind and argument, e.g. ``("dirichlet", "0.5")``; the argument may be empty."""
-    kind, _, argument = text.partition(":")
-    kinds = [known.partition(":")[0] for known in PARTITIONS]
-    expected = f"expected partition to be one of {', '.join(PARTITIONS)}, got {text!r}"
-    if kind not in kinds:
-        raise UserError(expected + nearest(kind, kinds))
-    if bool(argument) != (kind in ("dirichlet", "natural")):
-        raise UserError(expected)
-    if kind == "dirichlet" and not 0 < _number(argument) < float("inf"):
-        raise UserError(f"expected the ALPHA of dirichlet:ALPHA to be a number above 0, got {argument!r}")
-    return kind, argument
-
-
 def defaults_toml() -> str:
     """The text of ``configs/default.toml``: every key with its line of documentation and its default."""
     lines = [
@@ -267,35 +237,6 @@ def _explain(error: ValidationError) -> str:
     if expected.startswith(("greater", "less")):
         expected = f"a value {expected}"
     return f"expected {'.'.join(map(str, first['loc']))} to be {expected}, got {first['input']!r}"
-
-
-def _parse_value(text: str, assignment: str) -> Any:
-    try:
-        parsed = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
-        if text.startswith(("'", '"', "[")):
-            raise UserError(f"expected a closed TOML string or list after '=', got {assignment!r}") from None
-        return text
-    value = parsed["value"]
-    return value if len(parsed) == 1 and isinstance(value, bool | int | float | str | list) else text
-
-
-def _parse_budgets(text: str) -> tuple[int, ...]:
-    parts = _split(text, ",")
-    if not all(part.isdecimal() for part in parts):
-        raise UserError(f"expected budgets to be whole numbers separated by ',', got {text!r}")
-    return tuple(int(part) for part in parts)
-
-
-def _split(text: str, separator: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(separator) if part.strip())
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return float("nan")
 
 
 def _toml(value: Value) -> str:

@@ -1,0 +1,97 @@
+"""Prompt templates: how an instruction record becomes one text."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from configs.errors import UserError, nearest
+
+FOLDER = Path(__file__).parent / "templates"
+DEFAULT = "alpaca"
+INSTRUCTION_COLUMNS = ("instruction",)
+CONTEXT_COLUMNS = ("context", "input")
+RESPONSE_COLUMNS = ("response", "output")
+_FORMS = {
+    "with_context": {"instruction", "context", "response"},
+    "without_context": {"instruction", "response"},
+}
+_PLACEHOLDER = re.compile(r"\{(\w+)\}")
+
+
+@dataclass(frozen=True)
+class PromptTemplate:
+    """Two texts with ``{instruction}``, ``{context}`` and ``{response}`` in them."""
+
+    name: str
+    with_context: str
+    without_context: str
+
+    def render(self, record: Mapping[str, Any]) -> str:
+        """The text of ``record`` (instruction, context or input, response or output).
+
+        A context that is missing or blank selects the form without one; a record without an instruction or a
+        response is a :class:`UserError`.
+        """
+        fields = {
+            "instruction": _first(record, INSTRUCTION_COLUMNS),
+            "context": _first(record, CONTEXT_COLUMNS),
+            "response": _first(record, RESPONSE_COLUMNS),
+        }
+        if not takes(record):
+            raise UserError(f"expected instruction[, context], response, got the columns {', '.join(record)}")
+        form = self.with_context if fields["context"] else self.without_context
+        # One pass over the template, so that braces inside a record stay as they are.
+        return _PLACEHOLDER.sub(lambda match: fields[match[1]], form)
+
+
+def takes(record: Mapping[str, Any]) -> bool:
+    """Whether ``record`` has the columns that a template needs."""
+    return any(name in record for name in INSTRUCTION_COLUMNS) and any(
+        name in record for name in RESPONSE_COLUMNS
+    )
+
+
+def template_names() -> list[str]:
+    """The templates that come with the project."""
+    return sorted(path.stem for path in FOLDER.glob("*.json"))
+
+
+def load_template(name: str = "auto") -> PromptTemplate:
+    """A template by name, by the path of a JSON file, or the default one for ``auto``.
+
+    Raises :class:`UserError` where there is none, or where the file lacks a form or names unknown fields.
+    """
+    known = template_names()
+    name = DEFAULT if name == "auto" else name
+    path = FOLDER / f"{name}.json" if name in known else Path(name)
+    if path.suffix != ".json" or not path.is_file():
+        choices = f"auto, {', '.join(known)} or a JSON file"
+        raise UserError(f"expected template to be {choices}, got {name!r}{nearest(name, known)}")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"expected JSON in the template {str(path)!r}, got: {error}") from None
+    return PromptTemplate(path.stem, **{form: _form(values, form, path) for form in _FORMS})
+
+
+def _form(values: Any, form: str, path: Path) -> str:
+    text = values.get(form) if isinstance(values, dict) else None
+    if not isinstance(text, str) or set(_PLACEHOLDER.findall(text)) != _FORMS[form]:
+        wanted = ", ".join(f"{{{field}}}" for field in sorted(_FORMS[form]))
+        raise UserError(
+            f"expected the template {str(path)!r} to hold a text {form!r} with {wanted}; fix the file"
+        )
+    return text
+
+
+def _first(record: Mapping[str, Any], columns: tuple[str, ...]) -> str:
+    """The stripped text of the first of ``columns`` that is not empty."""
+    for column in columns:
+        if text := str(record.get(column) or "").strip():
+            return text
+    return ""

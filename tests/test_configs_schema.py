@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from configs.errors import UserError
+from configs.schema import RunConfig, defaults_toml, load_run_config, read_config_file, run_config_defaults
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_flower_app_config_equals_the_defaults():
+    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    table = pyproject["tool"]["flwr"]["app"]["config"]
+    assert table == run_config_defaults()
+    # Flower compares the types of overrides with those of the table, and 0 == 0.0 in the line above.
+    assert {key: type(value) for key, value in table.items()} == {
+        key: type(value) for key, value in run_config_defaults().items()
+    }
+
+
+def test_default_toml_is_generated_from_the_schema():
+    assert (ROOT / "configs" / "default.toml").read_text() == defaults_toml()
+    assert tomllib.loads(defaults_toml()) == run_config_defaults()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda path: path.name)
+def test_every_configuration_file_is_valid(path):
+    load_run_config(read_config_file(path))
+
+
+def test_every_field_has_one_line_of_documentation():
+    for name, field in RunConfig.model_fields.items():
+        assert field.description and "\n" not in field.description and field.description.endswith("."), name
+
+
+def test_keys_are_hyphenated_scalars():
+    for key, value in run_config_defaults().items():
+        assert "_" not in key and type(value) in (bool, int, float, str)
+    assert RunConfig(num_clients=5).values()["num-clients"] == 5
+
+
+def test_values_round_trip_and_the_configuration_is_frozen():
+    config = load_run_config({"budgets": "8, 4,0", "num-clients": 3, "data": "wikimix;a b.txt ; "})
+    assert config.client_budgets == (8, 4, 0)
+    assert config.sources == ("wikimix", "a b.txt") and config.server_sources == ()
+    assert load_run_config(config.values()) == config
+    with pytest.raises(ValueError, match="frozen"):
+        config.seed = 3  # type: ignore[misc]
+
+
+def test_empty_budgets_fall_back_to_expert_budget():
+    assert load_run_config({"num-clients": 3, "expert-budget": 4}).client_budgets == (4, 4, 4)
+    assert load_run_config({}).client_budgets == (0, 0)
+
+
+def test_lists_and_integers_are_taken_where_text_is_meant():
+    config = load_run_config({"budgets": [16, 8], "data": ["wikimix:recipes", "a.txt"], "out": 2024})
+    assert (config.budgets, config.sources, config.out) == ("16,8", ("wikimix:recipes", "a.txt"), "2024")
+    assert load_run_config({"budgets": 8, "num-clients": 1}).client_budgets == (8,)
+
+
+def test_integers_are_taken_for_floats():
+    assert load_run_config({"density": 1, "learning-rate": 1}).density == 1.0
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"num-round": 3}, "unknown configuration key 'num-round' (did you mean 'num-rounds'?)"),
+        ({"rho_max": 3}, "did you mean 'rho-max'?"),
+        ({"num-rounds": 0}, "expected num-rounds to be a value greater than or equal to 1, got 0"),
+        ({"num-clients": 0}, "expected num-clients to be a value greater than or equal to 1, got 0"),
+        ({"num-rounds": "3"}, "expected num-rounds to be a valid integer, got '3'"),
+        ({"seed": True}, "expected seed to be a valid integer, got True"),
+        ({"density": 0}, "expected density to be a value greater than 0, got 0"),
+        ({"density": 1.5}, "expected density to be a value less than or equal to 1, got 1.5"),
+        ({"density": float("nan")}, "expected density to be a finite number, got nan"),
+        ({"overwrite": 1}, "expected overwrite to be a valid boolean, got 1"),
+        ({"value-bits": 5}, "expected value-bits to be 16, 8 or 4, got 5"),
+        ({"walk": "breadth-first"}, "'best-first' or 'depth-first', got 'breadth-first'"),
+        ({"usage-decay": 1.0}, "expected usage-decay to be a value less than 1, got 1.0"),
+        ({"graph": {"a": 1}}, "expected graph to be a valid string"),
+        ({"budgets": "8,x"}, "expected budgets to be whole numbers separated by ',', got '8,x'"),
+        ({"budgets": "8,4,2"}, "num-clients is 2), got 3: '8,4,2'"),
+        ({"budgets": "8,4", "expert-budget": 2}, "either budgets or expert-budget"),
+        (
+            {"budgets": "8,4", "ship-experts": 5},
+            "expected ship-experts to be at most the smallest client budget 4",
+        ),
+        ({"expert-budget": 4, "experts-per-token": 5}, "expected experts-per-token to be at most"),
+        ({"data": " ; "}, "expected data to name at least one source"),
+        ({"partition": "domains"}, "did you mean 'domain'?"),
+    ],
+)
+def test_bad_values_are_refused_in_one_line(values, message):
+    with pytest.raises(UserError) as caught:
+        load_run_config(values)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_budget_of_zero_holds_every_expert():
+    assert load_run_config({"budgets": "0,8", "ship-experts": 8}).ship_experts == 8
+
+
+def test_conflicts_are_refused_at_construction():
+    with pytest.raises(ValueError, match="budgets"):
+        RunConfig(num_clients=3, budgets="1,2")
