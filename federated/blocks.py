@@ -1,0 +1,118 @@
+"""From documents to fixed blocks of tokens, and from blocks to batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from configs.errors import UserError
+
+IGNORED = -100
+_DOCUMENTS_AT_ONCE = 256
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """N blocks of S tokens.
+
+    ``input_ids`` and ``labels``: int64 ``[N, S]``. Labels equal the input (Hugging Face models shift them)
+    and are -100 at the padding, which only the end of the last block may have.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return self.input_ids.shape[0]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are not padding."""
+        return int((self.labels != IGNORED).sum())
+
+
+def pack_blocks(
+    texts: Iterable[str],
+    tokenizer: Any,
+    *,
+    block_size: int,
+    max_blocks: int | None = None,
+    max_position_embeddings: int | None = None,
+) -> Blocks:
+    """Concatenate BOS and the tokens of each text, and cut the stream into blocks of ``block_size`` tokens.
+
+    The last block may be partial; it is padded, and left out if it holds one token, which nothing predicts.
+    At most ``max_blocks`` blocks are made (0 or None: all), and no more text is tokenised than they need.
+    Where the tokenizer has no BOS its EOS stands in for it.
+
+    Raises :class:`UserError` for a ``block_size`` beyond ``max_position_embeddings``, for a tokenizer without
+    BOS and EOS, and where ``texts`` hold no token.
+    """
+    if max_position_embeddings is not None and block_size > max_position_embeddings:
+        limit = f"the model's max_position_embeddings {max_position_embeddings}"
+        raise UserError(f"expected block-size to be at most {limit}, got {block_size}")
+    wanted = max_blocks * block_size if max_blocks else None
+    stream = list(islice(_token_stream(texts, tokenizer, _start_token(tokenizer)), wanted))
+    if not stream:
+        raise UserError("expected documents with text, got none; check the data")
+    if len(stream) % block_size == 1 and len(stream) > 1:
+        stream.pop()
+    return _cut(stream, block_size)
+
+
+def take(blocks: Blocks, n: int) -> Blocks:
+    """The first ``n`` blocks; 0 or more than there are: all."""
+    end = n or len(blocks)
+    return Blocks(blocks.input_ids[:end], blocks.labels[:end])
+
+
+def batches(
+    blocks: Blocks, batch_size: int, *, generator: torch.Generator
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Endless ``(input_ids [B, S], labels [B, S])``, every block once an epoch, in an order of ``generator``.
+
+    The last batch of an epoch may be smaller than ``batch_size``. :class:`UserError` where there is no block.
+    """
+    if not len(blocks):
+        raise UserError("expected at least one block to train on, got none; check the data")
+    return _batches(blocks, batch_size, generator)
+
+
+def _batches(blocks: Blocks, batch_size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+    while True:
+        for chosen in torch.randperm(len(blocks), generator=generator).split(batch_size):
+            yield blocks.input_ids[chosen], blocks.labels[chosen]
+
+
+def _token_stream(texts: Iterable[str], tokenizer: Any, start: int) -> Iterator[int]:
+    """The tokens of all documents, ``start`` before each; documents without a token are left out."""
+    remaining = iter(texts)
+    while group := list(islice(remaining, _DOCUMENTS_AT_ONCE)):
+        encoded = tokenizer(group, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        for tokens in encoded["input_ids"]:
+            if tokens:
+                yield start
+                yield from tokens
+
+
+def _start_token(tokenizer: Any) -> int:
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return token
+    raise UserError(
+        "expected a tokenizer with a BOS or an EOS token, got neither; set bos_token in the tokenizer"
+    )
+
+
+def _cut(stream: list[int], block_size: int) -> Blocks:
+    missing = -len(stream) % block_size
+    tokens = torch.tensor(stream, dtype=torch.int64)
+    # Any token of the vocabulary pads, since the labels leave the padding out: the start token always is one.
+    input_ids = torch.nn.functional.pad(tokens, (0, missing), value=stream[0]).view(-1, block_size)
+    labels = torch.nn.functional.pad(tokens, (0, missing), value=IGNORED).view(-1, block_size)
+    return Blocks(input_ids, labels)

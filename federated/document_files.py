@@ -1,0 +1,161 @@
+"""Records from where text lies: ``.txt``, ``.jsonl`` and ``.json`` files, folders, hub and disk datasets."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from configs.errors import UserError
+
+SUFFIXES = (".txt", ".jsonl", ".json")
+DOCUMENT_CHARACTERS = 2000
+_SEPARATOR = re.compile(r"\f|<\|endoftext\|>")
+_HUB_ID = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<config>[\w.-]+))?")
+
+Record = tuple[str, Mapping[str, Any]]
+"""Where a record lies (for messages) and its fields."""
+
+
+def read_source(source: str) -> dict[str, Iterable[Record]]:
+    """Records of a file, folder or hub dataset by split: ``train`` and ``valid``, or ``""`` where not told.
+
+    Raises :class:`UserError` where the source does not exist or cannot be read; malformed lines raise when
+    they are reached.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        return {"": read_file(path)}
+    if path.is_dir():
+        return _read_folder(path)
+    if Path(source).suffix in SUFFIXES or not _HUB_ID.fullmatch(source):
+        raise UserError(f"expected an existing file or folder or a hub dataset id, got {source!r}")
+    return _dataset_records(source, _load_from_hub(source))
+
+
+def read_file(path: Path) -> Iterator[Record]:
+    """The records of one file; a ``.txt`` gives ``{"text"}`` records."""
+    if path.suffix not in SUFFIXES:
+        raise UserError(f"expected a {', '.join(SUFFIXES)} file, got {str(path)!r}")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"expected UTF-8 text in {str(path)!r}, got {error.reason} at byte {error.start}; convert it"
+        ) from None
+    except OSError as error:
+        raise UserError(f"expected a readable file, got {str(path)!r}: {error.strerror}") from None
+    if path.suffix == ".txt":
+        return ((str(path), {"text": document}) for document in split_text(text))
+    return _json_list(path, text) if text.lstrip()[:1] == "[" else _json_lines(path, text)
+
+
+def split_text(text: str) -> list[str]:
+    """The documents of a plain text.
+
+    Form feeds or ``<|endoftext|>`` separate documents. Without them a text is cut, at blank lines where there
+    are some, into documents of about ``DOCUMENT_CHARACTERS`` characters, so that a part can be held out.
+    """
+    documents = _SEPARATOR.split(text)
+    return documents if len(documents) > 1 else list(_cut(text, DOCUMENT_CHARACTERS))
+
+
+def _cut(text: str, size: int) -> Iterator[str]:
+    """Pieces of ``size / 2`` to ``3 size / 2`` characters whose concatenation is ``text``."""
+    start = 0
+    while len(text) - start > 3 * size // 2:
+        earliest = start + size // 2
+        for mark in ("\n\n", "\n", " ", ""):
+            at = text.rfind(mark, earliest, start + size)
+            if at >= 0:
+                break
+        end = at + len(mark)
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+def _json_lines(path: Path, text: str) -> Iterator[Record]:
+    # Not splitlines(): JSON strings may hold line separators such as U+2028.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            yield _located(f"{path}, line {number}", _parse_json(line, path, first_line=number))
+
+
+def _json_list(path: Path, text: str) -> Iterator[Record]:
+    for number, record in enumerate(_parse_json(text, path, first_line=1), start=1):
+        yield _located(f"{path}, record {number}", record)
+
+
+def _parse_json(text: str, path: Path, *, first_line: int) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = first_line + error.lineno - 1
+        raise UserError(f"expected JSON in {str(path)!r}, got an error at line {line}: {error.msg}") from None
+
+
+def _located(where: str, record: Any) -> Record:
+    if not isinstance(record, dict):
+        raise UserError(f"expected a JSON object in {where}, got {type(record).__name__}")
+    return where, record
+
+
+def _read_folder(folder: Path) -> dict[str, Iterable[Record]]:
+    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        return _dataset_records(str(folder), datasets.load_from_disk(str(folder)))
+    files = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES and path.is_file())
+    if not files:
+        return _dataset_records(str(folder), _load_from_hub(str(folder)))
+    splits = _by_split({path.stem: path for path in files})
+    return {split: _chain(paths) for split, paths in splits.items()}
+
+
+def _chain(paths: Iterable[Path]) -> Iterator[Record]:
+    for path in paths:
+        yield from read_file(path)
+
+
+def _by_split(named: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Sort parts by the words in their names; without both a train and a held-out part they are one whole."""
+    found = {
+        word: [part for name, part in named.items() if _has_word(name, word)]
+        for word in ("train", "valid", "test")
+    }
+    held_out = found["valid"] or found["test"]
+    if found["train"] and held_out:
+        return {"train": found["train"], "valid": held_out}
+    return {"": list(named.values())}
+
+
+def _has_word(name: str, word: str) -> bool:
+    """Whether a word of ``name`` starts with ``word``: ``train-0``, ``local_training_3``, ``validation``."""
+    return re.search(rf"(?<![a-z]){word}", name.lower()) is not None
+
+
+def _load_from_hub(source: str) -> Any:
+    """``datasets.load_dataset`` for ``owner/name[:config]`` or a folder of e.g. parquet files."""
+    name, config = source, None
+    if not Path(source).is_dir() and (match := _HUB_ID.fullmatch(source)):
+        name, config = match["name"], match["config"]
+    try:
+        return datasets.load_dataset(name, config)
+    except (
+        Exception
+    ) as error:  # many libraries below raise many types here; all of them mean "cannot be read"
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"expected a path that exists or a hub dataset that can be loaded, got {source!r}: {reason}"
+        ) from None
+
+
+def _dataset_records(source: str, dataset: Any) -> dict[str, Iterable[Record]]:
+    named = dict(dataset) if isinstance(dataset, dict) else {"all": dataset}
+    return {
+        split: ((source, record) for part in parts for record in part)
+        for split, parts in _by_split(named).items()
+    }
