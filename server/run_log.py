@@ -1,0 +1,223 @@
+"""The files a run leaves in its log directory; `logs/README.md` explains each of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from federated.codec import PackedStats
+
+ROUNDS_FILE = "rounds.jsonl"
+MASK_FILE = "mask_debug.npy"
+TRACE_FILE = "expert_call_trace.json"
+PACK_FILE = "pack_sizes.txt"
+TRACE_KEYS = ("sequence", "layer", "token", "experts", "parents", "weights")
+EDIT_KEYS = ("op", "layer", "p", "q", "reason")
+PACK_COLUMNS = ("round", "client", "raw_bytes", "packed_bytes", "ratio", "entropy_floor_bytes")
+_PACK_ROW = "{:>6}  {:<24}  {:>14}  {:>14}  {:>10}  {:>20}\n"
+
+
+@dataclass(frozen=True)
+class ClientRecord:
+    """What one client did in a round. Bytes are as sent on the wire; ``refused`` is the reason, if any."""
+
+    name: str
+    budget: int
+    weight: float
+    train_loss: float | None
+    perplexity: float | None
+    bytes_up: int
+    bytes_down: int
+    density: float | None
+    refused: str | None = None
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """One server round. Bytes are totals over clients; ``*_dense`` is dense FedAvg of the same round in bf16.
+
+    ``perplexity`` is token-weighted over the clients, ``edges`` holds one count per layer.
+    """
+
+    round: int
+    seconds: float
+    bytes_up: int
+    bytes_down: int
+    bytes_up_dense: int
+    bytes_down_dense: int
+    density: float | None
+    edges: Sequence[int]
+    graph_version: int
+    graph_hash: str
+    clients: Sequence[ClientRecord]
+    perplexity: float | None
+
+
+@dataclass(frozen=True)
+class MergeRecord:
+    """One merge of the graph: the edits made and the loss (nats per token) the server measured around it."""
+
+    round: int
+    rho_max: int
+    edits: Sequence[Mapping[str, Any]]
+    loss_before: float | None = None
+    loss_after: float | None = None
+    gamma_hat: float | None = None
+
+
+class RunLog:
+    """The single writer of a run's log files.
+
+    Unless ``resume`` is set, the files of an earlier run in ``log_dir`` are removed first.
+    ``experts_per_layer`` holds E of each of the ``num_layers`` layers.
+    """
+
+    def __init__(
+        self, log_dir: Path, *, num_layers: int, experts_per_layer: Sequence[int], resume: bool = False
+    ) -> None:
+        if len(experts_per_layer) != num_layers:
+            raise ValueError(f"expected {num_layers} expert counts, got {len(experts_per_layer)}")
+        self.log_dir = Path(log_dir)
+        self.experts_per_layer = list(experts_per_layer)
+        self.log_dir.mkdir(parents=True, exist_ok=True)
+        if not resume:
+            clear_run(self.log_dir)
+
+    def round(self, record: RoundRecord) -> None:
+        """Append one line to ``rounds.jsonl``; it is on disk when this returns."""
+        content = dataclasses.asdict(record) | {"train_loss": mean_train_loss(record.clients)}
+        _append(self.log_dir / ROUNDS_FILE, _to_json(content) + "\n")
+
+    def merge(self, record: MergeRecord) -> None:
+        """Write ``merge_roundN.json``. Raises ValueError for an edit with other keys than EDIT_KEYS."""
+        content = dataclasses.asdict(record)
+        content["edits"] = [_with_keys(edit, EDIT_KEYS, "edit") for edit in record.edits]
+        write_atomically(self.log_dir / f"merge_round{record.round}.json", _to_json(content, indent=2) + "\n")
+
+    def mask_debug(self, masks: Sequence[Any] | np.ndarray) -> None:
+        """Write ``mask_debug.npy``, bool ``[L, E, E]``, from one bool ``[E_l, E_l]`` mask per layer.
+
+        Where E differs by layer the smaller masks are padded with False.
+        Raises ValueError for a mask of another shape or with an entry below the diagonal.
+        """
+        target = self.log_dir / MASK_FILE
+        partial = target.with_name(f"{target.name}.partial")
+        with partial.open("wb") as stream:
+            np.save(stream, pad_masks(masks, experts_per_layer=self.experts_per_layer))
+        os.replace(partial, target)
+
+    def call_trace(self, entries: Iterable[Mapping[str, Any]]) -> None:
+        """Write ``expert_call_trace.json``, one entry per token and layer with the keys of TRACE_KEYS.
+
+        Raises ValueError for an entry with other keys.
+        """
+        lines = [_to_json(_with_keys(entry, TRACE_KEYS, "trace entry")) for entry in entries]
+        write_atomically(self.log_dir / TRACE_FILE, "[\n" + ",\n".join(lines) + "\n]\n")
+
+    def pack_sizes(self, round: int, client: str, stats: PackedStats) -> None:
+        """Append one line to ``pack_sizes.txt`` (with a header line first)."""
+        path = self.log_dir / PACK_FILE
+        ratio = stats.raw_bytes / stats.packed_bytes if stats.packed_bytes else math.nan
+        row = (round, client, stats.raw_bytes, stats.packed_bytes, f"{ratio:.3f}")
+        header = "" if path.exists() else _PACK_ROW.format(*PACK_COLUMNS)
+        _append(path, header + _PACK_ROW.format(*row, f"{stats.entropy_floor_bytes:.0f}"))
+
+
+def read_rounds(log_dir: Path) -> list[dict[str, Any]]:
+    """The records of ``rounds.jsonl`` so far, oldest first; a line still being written is left out."""
+    path = Path(log_dir) / ROUNDS_FILE
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8")
+    complete = text[: text.rfind("\n") + 1]
+    return [json.loads(line) for line in complete.splitlines() if line]
+
+
+def read_merges(log_dir: Path) -> list[dict[str, Any]]:
+    """The contents of all ``merge_roundN.json`` files so far, by round."""
+    merges = [
+        json.loads(path.read_text(encoding="utf-8")) for path in Path(log_dir).glob("merge_round*.json")
+    ]
+    return sorted(merges, key=lambda merge: merge["round"])
+
+
+def mean_train_loss(clients: Sequence[ClientRecord]) -> float | None:
+    """Training loss (nats per token) averaged with the clients' weights; None when nobody reported one."""
+    known = [(c.weight, c.train_loss) for c in clients if c.train_loss is not None]
+    total = sum(weight for weight, _ in known)
+    return sum(weight * loss for weight, loss in known) / total if total else None
+
+
+def clear_run(log_dir: Path) -> None:
+    """Remove the files that a RunLog wrote into ``log_dir``; everything else stays."""
+    names = [ROUNDS_FILE, MASK_FILE, TRACE_FILE, PACK_FILE]
+    for path in [*map(Path(log_dir).joinpath, names), *Path(log_dir).glob("merge_round*.json")]:
+        path.unlink(missing_ok=True)
+
+
+def pad_masks(masks: Sequence[Any] | np.ndarray, *, experts_per_layer: Sequence[int]) -> np.ndarray:
+    """Stack one ``[E_l, E_l]`` mask per layer to bool ``[L, E, E]``, E the largest; padding is False.
+
+    Raises ValueError for a wrong shape or an entry below the diagonal.
+    """
+    if len(masks) != len(experts_per_layer):
+        raise ValueError(f"expected {len(experts_per_layer)} masks, got {len(masks)}")
+    largest = max(experts_per_layer, default=0)
+    stacked = np.zeros((len(masks), largest, largest), dtype=bool)
+    for layer, (mask, experts) in enumerate(zip(masks, experts_per_layer, strict=True)):
+        mask = np.asarray(mask).astype(bool)
+        if mask.shape not in ((experts, experts), (largest, largest)):
+            raise ValueError(
+                f"expected the mask of layer {layer} to be [{experts}, {experts}], got {mask.shape}"
+            )
+        if np.tril(mask, -1).any():
+            raise ValueError(
+                f"expected an upper-triangular mask in layer {layer}, got an edge below the diagonal"
+            )
+        stacked[layer, : len(mask), : len(mask)] = mask
+    return stacked
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace ``path`` by a file holding ``text``: a reader sees the old or the new one, never a half."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _append(path: Path, text: str) -> None:
+    with path.open("a", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+
+
+def _with_keys(entry: Mapping[str, Any], keys: Sequence[str], what: str) -> dict[str, Any]:
+    if set(entry) != set(keys):
+        raise ValueError(f"expected the keys {sorted(keys)} in a {what}, got {sorted(entry)}")
+    return {key: entry[key] for key in keys}
+
+
+def _to_json(value: Any, indent: int | None = None) -> str:
+    return json.dumps(_plain(value), indent=indent, allow_nan=False, ensure_ascii=False)
+
+
+def _plain(value: Any) -> Any:
+    """``value`` in types that JSON has: arrays as lists, scalars unwrapped, NaN and infinities as null."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
