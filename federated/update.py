@@ -1,0 +1,116 @@
+"""What a client ships: a sparse change for each unit, and the error that refuses a bad one.
+
+A unit is ``(layer, expert)``; ``(layer, -1)`` is whatever else trains in that layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+Unit = tuple[int, int]
+
+
+class RefusedUpdate(ValueError):
+    """Bytes or values that must not touch the model; ``reason`` says in one line what is wrong."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+@dataclass(frozen=True, eq=False)
+class SparseVector:
+    """The kept entries of one flat vector.
+
+    ``size``: length of the dense vector. ``indices``: int64 [n], strictly increasing, each in
+    ``[0, size)``. ``values``: float32 [n]. Anything else raises ValueError.
+    """
+
+    size: int
+    indices: np.ndarray
+    values: np.ndarray
+
+    def __post_init__(self) -> None:
+        indices = np.ascontiguousarray(self.indices, dtype=np.int64)
+        values = np.ascontiguousarray(self.values, dtype=np.float32)
+        if indices.ndim != 1 or indices.shape != values.shape:
+            raise ValueError(f"expected as many values as indices, got {values.shape} and {indices.shape}")
+        outside = indices.size and (indices[0] < 0 or indices[-1] >= self.size)
+        if outside or np.any(indices[1:] <= indices[:-1]):
+            raise ValueError(f"expected strictly increasing indices in [0, {self.size})")
+        object.__setattr__(self, "indices", indices)
+        object.__setattr__(self, "values", values)
+
+    @classmethod
+    def from_dense(cls, vector: np.ndarray, keep: np.ndarray) -> SparseVector:
+        """Keep some entries of ``vector`` [size]; ``keep``: a bool mask [size] or increasing indices [n]."""
+        vector, keep = np.asarray(vector), np.asarray(keep)
+        indices = np.flatnonzero(keep) if keep.dtype == bool else keep
+        return cls(vector.size, indices, vector[indices])
+
+    def to_dense(self) -> np.ndarray:
+        """Return the float32 vector [size], zero where nothing was kept."""
+        dense = np.zeros(self.size, dtype=np.float32)
+        dense[self.indices] = self.values
+        return dense
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, SparseVector):
+            return NotImplemented
+        return (
+            self.size == other.size
+            and np.array_equal(self.indices, other.indices)
+            and np.array_equal(self.values, other.values)
+        )
+
+
+@dataclass(frozen=True)
+class SparseUpdate:
+    """One sparse vector for each shipped unit, and the graph it was computed on."""
+
+    graph_version: int
+    graph_hash: str
+    vectors: dict[Unit, SparseVector]
+
+
+def density(update: SparseUpdate) -> float:
+    """Return kept entries over all entries of the shipped units (0.0 when nothing was shipped)."""
+    total = sum(vector.size for vector in update.vectors.values())
+    return sum(vector.indices.size for vector in update.vectors.values()) / total if total else 0.0
+
+
+def join_values(update: SparseUpdate) -> np.ndarray:
+    """Return the values of all units, in unit order, as one float32 column [count]."""
+    columns = [update.vectors[unit].values for unit in sorted(update.vectors)]
+    return np.concatenate(columns) if columns else np.zeros(0, dtype=np.float32)
+
+
+def join_indices(update: SparseUpdate) -> tuple[np.ndarray, int]:
+    """Return the kept positions (int64 [count]) in all units laid end to end, and their total length."""
+    columns, start = [np.zeros(0, dtype=np.int64)], 0
+    for unit in sorted(update.vectors):
+        columns.append(update.vectors[unit].indices + start)
+        start += update.vectors[unit].size
+    return np.concatenate(columns), start
+
+
+def split_columns(
+    sizes: Iterable[tuple[Unit, int]], indices: np.ndarray, values: np.ndarray
+) -> dict[Unit, SparseVector]:
+    """Undo ``join_indices`` and ``join_values`` for units of the given sizes, in unit order."""
+    vectors, start, first = {}, 0, 0
+    for unit, size in sizes:
+        last = int(np.searchsorted(indices, start + size))
+        vectors[unit] = SparseVector(size, indices[first:last] - start, values[first:last])
+        start, first = start + size, last
+    return vectors
+
+
+def replace_values(update: SparseUpdate, values: np.ndarray) -> SparseUpdate:
+    """Return the same update with other ``values``, a float32 column [count] in unit order."""
+    sizes = [(unit, update.vectors[unit].size) for unit in sorted(update.vectors)]
+    indices, _ = join_indices(update)
+    return SparseUpdate(update.graph_version, update.graph_hash, split_columns(sizes, indices, values))
