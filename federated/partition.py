@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -61,7 +62,7 @@ def partition_documents(
         # The partitioner cuts contiguous shards, and documents come ordered by source.
         partitioner, keyed = IidPartitioner(num_clients), documents.shuffle(seed=seed)
     partitioner.dataset = keyed
-    return [_client(name, _load(partitioner, client)) for client, name in enumerate(names)]
+    return [_client(name, rows) for name, rows in zip(names, _load(partitioner, num_clients), strict=True)]
 
 
 def _by_dealt_labels(
@@ -131,13 +132,16 @@ def _deal(labels: Iterable[str], num_clients: int, what: str) -> list[list[str]]
     )
 
 
-def _load(partitioner: Partitioner, client: int) -> Dataset:
+def _load(partitioner: Partitioner, num_clients: int) -> list[Dataset]:
     try:
-        return partitioner.load_partition(client)
-    except ValueError as error:
-        reason = str(error).splitlines()[0]
+        with warnings.catch_warnings():
+            # The Dirichlet partitioner warns each time it draws again because a client came out empty.
+            warnings.simplefilter("ignore", UserWarning)
+            return [partitioner.load_partition(client) for client in range(num_clients)]
+    except ValueError:
         raise UserError(
-            f"expected enough documents for every client, got: {reason}; use fewer clients"
+            f"expected documents for every client, got {len(partitioner.dataset)} documents for "
+            f"{num_clients} clients; use fewer clients, more data or a larger ALPHA"
         ) from None
 
 
