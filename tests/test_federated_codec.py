@@ -120,11 +120,18 @@ def test_lies_in_the_header_are_refused():
             unpack_update(repacked(DATA, **lie), sizes=SIZES)
 
 
-def test_units_repeated_or_out_of_order_are_refused():
-    for rows in ([(0, 0, 300), (0, 0, 300)], [(0, 3, 300), (0, 0, 300)], [(0, 0, -1), (0, 3, 300)]):
-        table = np.array(rows, dtype="<i8").T.copy().tobytes()
-        with pytest.raises(RefusedUpdate):
-            unpack_update(repacked(DATA, columns={"units": zstd_pack(table)}, units=2), sizes=SIZES)
+@pytest.mark.parametrize(
+    "rows, reason",
+    [
+        ([(0, 0, 300), (0, 0, 300)], "repeated or out of order"),
+        ([(0, 3, 300), (0, 0, 300)], "repeated or out of order"),
+        ([(0, 0, -1), (0, 3, 300)], "size out of range"),
+    ],
+)
+def test_unit_tables_that_no_packer_writes_are_refused(rows, reason):
+    table = np.array(rows, dtype="<i8").T.copy().tobytes()
+    with pytest.raises(RefusedUpdate, match=reason):
+        unpack_update(repacked(DATA, columns={"units": zstd_pack(table)}, units=2), sizes=SIZES)
 
 
 def test_a_stated_count_allocates_nothing_before_it_is_checked():
