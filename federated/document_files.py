@@ -28,6 +28,8 @@ def read_source(source: str) -> dict[str, Iterable[Record]]:
     they are reached.
     """
     path = Path(source).expanduser()
+    if not source.strip():
+        raise UserError("expected the name of a data source, got an empty one")
     if path.is_file():
         return {"": read_file(path)}
     if path.is_dir():

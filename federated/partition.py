@@ -46,6 +46,11 @@ def partition_documents(
     column, and for a client without a training document.
     """
     kind, argument = parse_partition(partition)
+    if len(documents) < 2 * num_clients:
+        raise UserError(
+            "expected at least two documents a client, one to train on and one held out, "
+            f"got {len(documents)} for {num_clients} clients; use fewer clients or more data"
+        )
     names = [f"client-{client}" for client in range(num_clients)]
     if kind == "domain":
         labels = _labels(documents, "domain")
@@ -140,8 +145,8 @@ def _load(partitioner: Partitioner, num_clients: int) -> list[Dataset]:
             return [partitioner.load_partition(client) for client in range(num_clients)]
     except ValueError:
         raise UserError(
-            f"expected documents for every client, got {len(partitioner.dataset)} documents for "
-            f"{num_clients} clients; use fewer clients, more data or a larger ALPHA"
+            f"expected a draw that leaves none of {num_clients} clients empty, got none in ten; "
+            "use fewer clients, more data or a larger ALPHA"
         ) from None
 
 

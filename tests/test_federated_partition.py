@@ -27,7 +27,7 @@ def texts(clients: list[ClientDocuments]) -> list[str]:
 
 @settings(deadline=None, max_examples=40)
 @given(
-    st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 4)), min_size=1, max_size=60),
+    st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 4)), min_size=12, max_size=60),
     st.sampled_from(["domain", "iid", "dirichlet:0.5", "dirichlet:100", "natural:sub", "natural:domain"]),
     st.integers(1, 4),
     st.integers(0, 3),
@@ -151,8 +151,8 @@ def test_a_client_without_held_out_documents_holds_out_its_last_tenth():
         ("natural:domain", 3, "at most as many clients as values of 'domain' (2), got 3"),
         ("natural:domian", 2, "one of domain, got 'domian' (did you mean 'domain'?)"),
         ("natural:text", 2, "one of domain, got 'text'"),
-        ("iid", 11, "expected client 'client-0' to get at least one training"),
-        ("dirichlet:1", 11, "got 10 documents for 11 clients"),
+        ("iid", 6, "at least two documents a client, one to train on and one held out, got 10 for 6 clients"),
+        ("dirichlet:0.001", 4, "expected a draw that leaves none of 4 clients empty"),
         ("random", 2, "expected partition to be one of"),
     ],
 )
@@ -164,7 +164,7 @@ def test_impossible_partitions_are_refused_in_one_line(partition, num_clients, m
 
 def test_a_client_without_training_documents_is_named():
     dataset = Dataset.from_dict(
-        {"text": ["1", "2", "3"], "domain": ["a", "a", "b"], "split": ["train", "valid", "valid"]}
+        {"text": list("1234"), "domain": list("aabb"), "split": ["train"] + ["valid"] * 3}
     )
-    with pytest.raises(UserError, match="client 'b' .* got 0 and 1"):
+    with pytest.raises(UserError, match="client 'b' .* got 0 and 2"):
         partition_documents(dataset, partition="domain", num_clients=2, seed=0)
