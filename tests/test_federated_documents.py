@@ -219,3 +219,13 @@ def test_real_data(name):
     }
     documents = load_documents([str(folder)])
     assert splits(documents) == {(name, split): count for split, count in lines.items()}
+
+
+def test_the_real_wikimix_fits():
+    documents = load_documents(["wikimix:recipes,prose"], wikimix_documents=10, seed=1)
+    assert splits(documents) == {
+        (name, split): count
+        for name in ("recipes", "prose")
+        for split, count in (("train", 10), ("valid", 1))
+    }
+    assert len(set(documents["text"])) == 22
