@@ -71,7 +71,9 @@ def balanced_clusters(
     num_neurons = len(features)
     check_expert_count(num_neurons, num_experts)
     if not np.isfinite(features).all():
-        raise UserError("expected finite features of every neuron, got NaN or Inf; check the checkpoint's FFN weights")
+        raise UserError(
+            "expected finite features of every neuron, got NaN or Inf; check the checkpoint's FFN weights"
+        )
     labels = _labels(features, num_experts, seed, restarts, max_iterations)
     return _describe(features, labels, num_experts)
 

@@ -92,7 +92,9 @@ class ExpertGraphMLP(nn.Module):
         with torch.autocast(x_TD.device.type, enabled=False):
             scores_TE = F.linear(x_TD.float(), self.router.float())
         if not torch.isfinite(scores_TE).all():
-            raise FloatingPointError("router scores are not finite: the hidden states or the router hold NaN or Inf")
+            raise FloatingPointError(
+                "router scores are not finite: the hidden states or the router hold NaN or Inf"
+            )
         return scores_TE
 
     def _output_weights(self, walk: Walk) -> Tensor:

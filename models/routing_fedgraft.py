@@ -74,7 +74,9 @@ def _visit(
     children_EE = edges_EE.triu(1)
     along_EE = affinity_EE.to(raw_TE.dtype).masked_fill(~children_EE, float("-inf"))
     state = _start(raw_TE)
-    visits, parents, bonus_parents = [], [], []
+    visits: list[Tensor] = []
+    parents: list[Tensor] = []
+    bonus_parents: list[Tensor] = []
     for _ in range(num_visits):
         reached = state.bonus > float("-inf")
         effective = torch.where(reached, raw_TE + state.bonus, raw_TE.masked_fill(~roots_E, float("-inf")))

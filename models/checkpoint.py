@@ -1,0 +1,100 @@
+"""Reading and writing an expert graph as a Hugging Face checkpoint that carries its own modelling code."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from configs.errors import UserError
+from experts.clustering import Clusters
+from experts.graph import ExpertGraph
+from models.configuration_fedgraft import FedGraftConfig
+from models.modeling_fedgraft import FedGraftForCausalLM
+
+
+def save_graph(graph: FedGraftForCausalLM, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    """Write weights, graph, configuration, modelling code and tokenizer into an existing directory."""
+    FedGraftConfig.register_for_auto_class()
+    FedGraftForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+    graph.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def cast_weights(model: FedGraftForCausalLM, dtype: torch.dtype) -> FedGraftForCausalLM:
+    """Cast a model in place, except for what stays in fp32 whatever the dtype: routers and gains."""
+    exact = tuple(model._keep_in_fp32_modules_strict)
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(torch.float32 if name.endswith(exact) else dtype)
+    model.config.dtype = dtype
+    return model
+
+
+def read_graph(model: FedGraftForCausalLM) -> ExpertGraph:
+    """The graph that a model holds, as plain data."""
+    masks = tuple(layer.edges.cpu().numpy().copy() for layer in model.expert_layers())
+    return ExpertGraph(masks, model.config.graph_version)
+
+
+def write_graph(model: FedGraftForCausalLM, graph: ExpertGraph) -> None:
+    """Give a model the masks and the version of ``graph``; gains of edges that are gone return to zero.
+
+    An edge that comes back later starts again from zero.
+    """
+    with torch.no_grad():
+        for layer, mask in zip(model.expert_layers(), graph.masks, strict=True):
+            layer.edges.copy_(torch.from_numpy(mask))
+            for values in (layer.edge_gain, layer.edge_affinity):
+                values.mul_(layer.edges.triu(1))
+    model.config.graph_version = graph.version
+
+
+def set_visits(model: PreTrainedModel, count: int) -> None:
+    """Let each token visit ``count`` experts in every layer (all of them where a layer has fewer).
+
+    Raises:
+        UserError: the model is no expert graph, or no layer has so many experts.
+    """
+    if not isinstance(model, FedGraftForCausalLM):
+        raise UserError(
+            "expected an expert graph to set the experts per token, got a dense model; leave the option out"
+        )
+    most = max(layer.num_experts for layer in model.expert_layers())
+    if not 1 <= count <= most:
+        raise UserError(f"expected experts per token between 1 and {most}, got {count}")
+    for layer in model.expert_layers():
+        layer.num_visits = min(count, layer.num_experts)
+    model.config.experts_per_token = count
+
+
+@contextmanager
+def visiting(model: FedGraftForCausalLM, visits: Sequence[int]) -> Iterator[None]:
+    """Let each token visit ``visits[layer]`` experts, for the time of the block."""
+    layers = model.expert_layers()
+    usual = [layer.num_visits for layer in layers]
+    try:
+        for layer, count in zip(layers, visits, strict=True):
+            layer.num_visits = count
+        yield
+    finally:
+        for layer, count in zip(layers, usual, strict=True):
+            layer.num_visits = count
+
+
+def cluster_table(clusters: Sequence[Clusters]) -> str:
+    """``cluster_stats.txt``: neurons per expert, variance within and between, inertia, a line per layer."""
+    lines = [
+        f"{'layer':>5}  {'experts':>7}  {'neurons':>7}  {'within':>12}  {'between':>12}  {'inertia':>14}"
+    ]
+    for layer, each in enumerate(clusters):
+        neurons = "/".join(str(size) for size in sorted(set(each.sizes)))
+        lines.append(
+            f"{layer:>5}  {len(each.sizes):>7}  {neurons:>7}  {each.variance_within:>12.6f}  "
+            f"{each.variance_between:>12.6f}  {each.inertia:>14.4f}"
+        )
+    mean = np.mean([each.inertia for each in clusters])
+    return "\n".join([*lines, f"mean inertia {mean:.4f}", ""])

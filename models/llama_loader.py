@@ -1,0 +1,131 @@
+"""Opening checkpoints: dense Llamas, expert graphs, and any causal language model that Hugging Face knows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from configs.errors import UserError
+from models.configuration_fedgraft import FedGraftConfig
+from models.modeling_fedgraft import FedGraftForCausalLM
+
+SUPPORTED_DENSE = ("llama",)
+
+# With the classes known here, a graph's own copy of the modelling code is never run by us.
+AutoConfig.register(FedGraftConfig.model_type, FedGraftConfig)
+AutoModelForCausalLM.register(FedGraftConfig, FedGraftForCausalLM)
+
+
+def load_dense(source: str, *, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
+    """Load a dense Llama from a directory or a hub id.
+
+    Raises:
+        UserError: no such checkpoint, not a Llama, biased FFN, weights missing or damaged.
+    """
+    config = read_config(source)
+    if config.model_type not in SUPPORTED_DENSE:
+        raise UserError(
+            f"expected a dense model of type {', '.join(SUPPORTED_DENSE)}, got {config.model_type!r} in {source}"
+        )
+    if config.mlp_bias:
+        raise UserError(
+            f"expected an FFN without bias, got mlp_bias=true in {source}; such Llamas are not supported"
+        )
+    return _load(AutoModelForCausalLM, source, dtype=dtype)
+
+
+def load_graph(source: str, *, dtype: torch.dtype | str = "auto") -> FedGraftForCausalLM:
+    """Load an expert graph that ``fedgraft bootstrap`` or a federation wrote.
+
+    Raises:
+        UserError: no such checkpoint, not an expert graph, weights missing or damaged.
+    """
+    config = read_config(source)
+    if config.model_type != FedGraftConfig.model_type:
+        raise UserError(
+            f"expected an expert graph, got a model of type {config.model_type!r} in {source}; "
+            "make one with `fedgraft bootstrap --model DIR --experts E --out DIR`"
+        )
+    return _load(FedGraftForCausalLM, source, dtype=dtype)
+
+
+def load_causal_lm(source: str, *, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
+    """Load an expert graph or any causal language model that Hugging Face's own classes open."""
+    if read_config(source).model_type == FedGraftConfig.model_type:
+        return load_graph(source, dtype=dtype)
+    return _load(AutoModelForCausalLM, source, dtype=dtype)
+
+
+def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer beside a checkpoint.
+
+    Raises:
+        UserError: there is none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"expected a tokenizer beside the model in {source}, got: {_first_line(error)}"
+        ) from error
+
+
+def read_config(source: str) -> PreTrainedConfig:
+    """Read ``config.json`` of a checkpoint without opening its weights.
+
+    Raises:
+        UserError: no such checkpoint, or a configuration that cannot be read.
+    """
+    path = Path(source) / "config.json"
+    try:
+        if path.is_file() and json.loads(path.read_text()).get("model_type") == FedGraftConfig.model_type:
+            return FedGraftConfig.from_pretrained(source)
+        return AutoConfig.from_pretrained(source)
+    except (OSError, ValueError, KeyError, HFValidationError) as error:
+        raise UserError(
+            f"expected a checkpoint directory with config.json or a hub id, got {source}: {_first_line(error)}"
+        ) from error
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 over names, shapes, dtypes and bytes of all parameters, in order of their names."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
+        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _load(kind: Any, source: str, *, dtype: torch.dtype | str) -> Any:
+    try:
+        model, report = kind.from_pretrained(source, dtype=dtype, output_loading_info=True)
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise UserError(
+            f"expected whole safetensors weights in {source}, got: {_first_line(error)}"
+        ) from error
+    missing = sorted(report["missing_keys"]) + sorted(key[0] for key in report["mismatched_keys"])
+    if missing:
+        raise UserError(
+            f"expected every weight that config.json describes in {source}, got none or another shape for "
+            f"{missing[0]} and {len(missing) - 1} more; the checkpoint is incomplete"
+        )
+    return model.eval()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,88 @@
+"""What the commands share: results on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
+
+JsonFlag = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")
+]
+Overwrite = Annotated[bool, typer.Option(help="Replace an output directory that is not empty.")]
+DataSources = Annotated[
+    list[str],
+    typer.Option(
+        "--data",
+        "--dataset",
+        help="wikimix, wikimix:DOMAIN[,DOMAIN], a .txt or .jsonl file, a folder, or a hub dataset; repeatable.",
+    ),
+]
+
+stderr = Console(stderr=True)
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str, int, int], None]]:
+    """Show stages on stderr as bars; yields a function to call with a stage, its steps done and their total."""
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    stages: dict[str, TaskID] = {}
+    with Progress(*columns, console=stderr) as bars:
+
+        def on_step(stage: str, done: int, total: int) -> None:
+            if stage not in stages:
+                stages[stage] = bars.add_task(stage, total=total)
+            bars.update(stages[stage], completed=done, total=total)
+
+        yield on_step
+
+
+def print_result(result: dict[str, Any], *, as_json: bool, lines: Iterable[Any]) -> None:
+    """Print ``result`` as one JSON object, or ``lines`` (text or rich tables) for a reader."""
+    if as_json:
+        sys.stdout.write(json.dumps(finite(result)) + "\n")
+        return
+    console = Console()
+    for line in lines:
+        console.print(line, highlight=False)
+
+
+def finite(value: Any) -> Any:
+    """``value`` with NaN and infinities, which JSON does not know, replaced by None."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    if isinstance(value, float) and not abs(value) < float("inf"):
+        return None
+    return value
+
+
+def quiet_libraries() -> None:
+    """Silence progress bars and notices of libraries, which would run across our own."""
+    import datasets
+    from transformers.utils import logging
+
+    datasets.disable_progress_bars()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()

@@ -1,0 +1,78 @@
+"""``fedgraft evaluate``: token-weighted perplexity of an expert graph or any causal language model."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from scripts.console import DataSources, JsonFlag, print_result, progress, quiet_libraries
+
+
+def evaluate(
+    model: Annotated[
+        str, typer.Option(help="Directory or hub id of a graph or a plain Hugging Face checkpoint.")
+    ],
+    data: DataSources,
+    experts_per_token: Annotated[
+        int | None, typer.Option(min=1, help="Experts that a token visits (k), in place of the graph's own.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="Documents to use: valid (held out), train, or all.")] = "valid",
+    block_size: Annotated[
+        int, typer.Option(min=2, help="Tokens per block, at most the model's context.")
+    ] = 256,
+    max_blocks: Annotated[int, typer.Option(min=0, help="Blocks per domain; 0 for all.")] = 0,
+    as_json: JsonFlag = False,
+) -> None:
+    """Measure token-weighted perplexity on held-out text, per domain and over all of it."""
+    from federated.blocks import pack_blocks
+    from models.checkpoint import set_visits
+    from models.llama_loader import load_causal_lm, load_tokenizer, read_config
+    from models.perplexity import LossSum, evaluate_loss
+
+    quiet_libraries()
+    texts = _texts_by_domain(data, split)
+    lm, tokenizer = load_causal_lm(model), load_tokenizer(model)
+    if experts_per_token is not None:
+        set_visits(lm, experts_per_token)
+    losses = {}
+    context = read_config(model).max_position_embeddings
+    with progress() as on_step:
+        for done, (domain, documents) in enumerate(texts.items()):
+            on_step("evaluating domains", done, len(texts))
+            blocks = pack_blocks(
+                documents,
+                tokenizer,
+                block_size=block_size,
+                max_blocks=max_blocks,
+                max_position_embeddings=context,
+            )
+            losses[domain] = evaluate_loss(lm, blocks.input_ids, blocks.labels)
+        on_step("evaluating domains", len(texts), len(texts))
+    total = sum(losses.values(), LossSum())
+    domains = {name: {"perplexity": loss.perplexity, "tokens": loss.tokens} for name, loss in losses.items()}
+    result = {"perplexity": total.perplexity, "tokens": total.tokens, "domains": domains}
+    print_result(result, as_json=as_json, lines=[_table(result)])
+
+
+def _texts_by_domain(sources: list[str], split: str) -> dict[str, list[str]]:
+    from configs.errors import UserError
+    from federated.documents import absolute_sources, load_documents
+
+    if split not in ("valid", "train", "all"):
+        raise UserError(f"expected --split valid, train or all, got {split!r}")
+    texts: dict[str, list[str]] = {}
+    for row in load_documents(absolute_sources(sources)):
+        if split in ("all", row["split"]):
+            texts.setdefault(row["domain"], []).append(row["text"])
+    return texts
+
+
+def _table(result: dict):
+    from rich.table import Table
+
+    table = Table("domain", "perplexity", "tokens")
+    for name, figures in result["domains"].items():
+        table.add_row(name, f"{figures['perplexity']:.3f}", str(figures["tokens"]))
+    table.add_row("all", f"{result['perplexity']:.3f}", str(result["tokens"]))
+    return table
