@@ -25,6 +25,7 @@ class ExpertGraphMLP(nn.Module):
         num_visits: experts that each token visits, K.
         activation: name of the gate's activation, as Hugging Face knows it.
         order: ``best-first`` or ``depth-first`` (see ``walk_graph``).
+        layer_index: of the decoder layer, for messages.
 
     Attributes:
         resident: bool ``[E]`` on the layer's device, the experts that may be visited; None for all.
@@ -42,9 +43,10 @@ class ExpertGraphMLP(nn.Module):
         num_visits: int,
         activation: str = "silu",
         order: str = "best-first",
+        layer_index: int = 0,
     ):
         super().__init__()
-        self.num_visits, self.order = num_visits, order
+        self.num_visits, self.order, self.layer_index = num_visits, order, layer_index
         self.act_fn = ACT2FN[activation]
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * expert_size, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, expert_size))
@@ -88,12 +90,13 @@ class ExpertGraphMLP(nn.Module):
         return self._execute(x_TD, experts_TK, weights_TK).view_as(hidden_states)
 
     def score(self, x_TD: Tensor) -> Tensor:
-        """Router scores ``[T, E]`` in fp32: rounding must not decide which expert is visited."""
+        """Router scores ``[T, E]``, at least in fp32: rounding must not decide which expert is visited."""
+        wide = torch.promote_types(x_TD.dtype, torch.float32)
         with torch.autocast(x_TD.device.type, enabled=False):
-            scores_TE = F.linear(x_TD.float(), self.router.float())
+            scores_TE = F.linear(x_TD.to(wide), self.router.to(wide))
         if not torch.isfinite(scores_TE).all():
             raise FloatingPointError(
-                "router scores are not finite: the hidden states or the router hold NaN or Inf"
+                f"router scores of layer {self.layer_index} are not finite: its input or its router holds NaN or Inf"
             )
         return scores_TE
 
@@ -101,7 +104,7 @@ class ExpertGraphMLP(nn.Module):
         made_TK = walk.experts_TK >= 0
         lowest = torch.finfo(walk.scores_TK.dtype).min
         share_TK = torch.softmax(walk.scores_TK.masked_fill(~made_TK, lowest), -1) * made_TK
-        return 1 + self.output_gain[walk.experts_TK.clamp(min=0)].float() * share_TK
+        return 1 + self.output_gain[walk.experts_TK.clamp(min=0)].to(share_TK.dtype) * share_TK
 
     def _with_runner_up(
         self, scores_TE: Tensor, experts_TK: Tensor, weights_TK: Tensor
@@ -120,7 +123,9 @@ class ExpertGraphMLP(nn.Module):
         edges_EE = self._passing_edges()
         if edges_EE is None and bool((experts_TK < self.num_experts).all()):
             rows_ND = x_TD.repeat_interleave(experts_TK.shape[-1], 0)
-            outputs_TKD = self._grouped_ffn(rows_ND, experts_TK.flatten()).view(*experts_TK.shape, -1)
+            outputs_TKD = self._grouped_ffn(rows_ND, experts_TK.flatten()).view(
+                *experts_TK.shape, x_TD.shape[-1]
+            )
         else:
             outputs_TKD = self._execute_in_steps(x_TD, experts_TK, edges_EE)
         return torch.einsum("tk,tkd->td", weights_TK.to(outputs_TKD.dtype), outputs_TKD).to(x_TD.dtype)
@@ -176,8 +181,8 @@ def execution_steps(active_TKK: Tensor, made_TK: Tensor) -> Tensor:
     """
     steps_TK = made_TK.to(torch.int64) - 1
     for target in range(1, steps_TK.shape[-1]):
-        after_TK = (steps_TK + 1) * active_TKK[:, :, target]
-        steps_TK[:, target] = torch.maximum(steps_TK[:, target], after_TK.amax(-1))
+        after_T = ((steps_TK + 1) * active_TKK[:, :, target]).amax(-1)
+        steps_TK[:, target] = torch.where(made_TK[:, target], after_T, -1)
     return steps_TK
 
 

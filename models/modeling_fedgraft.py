@@ -19,7 +19,7 @@ class FedGraftModel(LlamaModel):
 
     def __init__(self, config: FedGraftConfig):
         super().__init__(config)
-        for layer, num_experts in zip(self.layers, config.num_experts, strict=True):
+        for index, (layer, num_experts) in enumerate(zip(self.layers, config.num_experts, strict=True)):
             layer.mlp = ExpertGraphMLP(
                 hidden_size=config.hidden_size,
                 expert_size=config.expert_size,
@@ -27,6 +27,7 @@ class FedGraftModel(LlamaModel):
                 num_visits=min(config.experts_per_token, num_experts),
                 activation=config.hidden_act,
                 order=config.walk,
+                layer_index=index,
             )
         self.post_init()
 
