@@ -109,25 +109,26 @@ def wait_until_healthy(
 
 
 def stop_job(job: str) -> None:
-    """End every process that carries the mark ``job`` (and no other), politely at first."""
+    """End every process of ``job``, and no other: politely at first, by force after STOP_SECONDS."""
+    processes = set(job_processes(job))
     for signal_number in (signal.SIGTERM, signal.SIGKILL):
-        processes = job_processes(job)
         for process in processes:
             _signal(process, signal_number)
-        psutil.wait_procs(processes, timeout=STOP_SECONDS)
+        _, alive = psutil.wait_procs(processes, timeout=STOP_SECONDS)
+        processes = {*alive, *job_processes(job)}  # something may have been started meanwhile
 
 
 def job_processes(job: str) -> list[psutil.Process]:
-    """The living processes whose environment carries the mark ``job``, this one excepted."""
-    found = []
+    """The living processes whose environment carries the mark ``job`` and their descendants, without this one.
+
+    Both are needed: a daemon loses its parents, and Ray's agents overwrite their environment with a title.
+    """
+    found: set[psutil.Process] = set()
     for process in psutil.process_iter():
-        try:
-            marked = process.environ().get(JOB_VARIABLE) == job
-            if marked and process.pid != os.getpid() and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-        except psutil.Error:  # gone meanwhile, or another user's
-            continue
-    return found
+        with suppress(psutil.Error):  # gone meanwhile, or another user's
+            if process.pid != os.getpid() and process.environ().get(JOB_VARIABLE) == job:
+                found.update([process, *process.children(recursive=True)])
+    return [process for process in found if _is_alive(process)]
 
 
 @contextmanager
@@ -166,3 +167,9 @@ def _answers(port: int) -> bool:
 def _signal(process: psutil.Process, number: int) -> None:
     with suppress(psutil.Error):  # gone already
         process.send_signal(number)
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    with suppress(psutil.Error):
+        return process.pid != os.getpid() and process.status() != psutil.STATUS_ZOMBIE
+    return False

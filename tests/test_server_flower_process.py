@@ -93,6 +93,20 @@ def test_stop_job_ends_stubborn_daemons_of_this_job_alone(tmp_path, monkeypatch)
         bystander.wait()
 
 
+def test_stop_job_ends_children_that_lost_the_mark(tmp_path):
+    env = flower_environment(tmp_path, job=f"parent-{os.getpid()}")
+    code = "import subprocess; subprocess.Popen(['sleep', '60'], env={}).wait()"
+    with (tmp_path / "log").open("wb") as log:
+        parent = start_process([sys.executable, "-c", code], env=env, cwd=tmp_path, stdout=log)
+    deadline = time.monotonic() + 10
+    while len(job_processes(env[JOB_VARIABLE])) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    child = next(process for process in job_processes(env[JOB_VARIABLE]) if process.pid != parent.pid)
+    stop_job(env[JOB_VARIABLE])
+    parent.wait()
+    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+
+
 def test_stop_job_spares_the_process_that_calls_it(tmp_path):
     code = f"from server.flower_process import stop_job; stop_job('self-{os.getpid()}'); print('alive')"
     env = dict(os.environ) | {JOB_VARIABLE: f"self-{os.getpid()}"}
