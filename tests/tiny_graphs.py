@@ -1,0 +1,43 @@
+"""Small expert graphs, made in memory, and ways to compare models."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from models.bootstrap import BootstrapPlan, build_graph, plan_experts
+from models.modeling_fedgraft import FedGraftForCausalLM
+from tests.conftest import tiny_llama
+
+
+def random_ids(model: PreTrainedModel, blocks: int = 4, length: int = 48, *, seed: int = 0) -> Tensor:
+    """Random tokens ``[blocks, length]`` of the model's vocabulary."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(model.config.vocab_size, (blocks, length), generator=generator)
+
+
+def graph_of(
+    dense: PreTrainedModel | None = None, *, num_experts: int = 4, visits: int = 4, **plan
+) -> FedGraftForCausalLM:
+    """An expert graph of ``dense`` (default: the tiny Llama), calibrated on random tokens."""
+    dense = tiny_llama() if dense is None else dense
+    experts = plan_experts(dense, random_ids(dense), BootstrapPlan(num_experts=num_experts, **plan))
+    return build_graph(dense, experts, visits)
+
+
+@torch.no_grad()
+def logit_difference(one: PreTrainedModel, other: PreTrainedModel, ids: Tensor) -> float:
+    """Largest absolute difference of two models' logits."""
+    return float((one(input_ids=ids).logits - other(input_ids=ids).logits).abs().max())
+
+
+def with_random_gains(graph: FedGraftForCausalLM, *, seed: int = 0) -> FedGraftForCausalLM:
+    """Give every gain, affinity and output gain a random value and open every edge, in place."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for layer in graph.expert_layers():
+            for gain in (layer.edge_gain, layer.edge_affinity, layer.output_gain):
+                gain.copy_(torch.randn(gain.shape, generator=generator) / 2)
+            layer.edges.copy_(torch.ones_like(layer.edges).triu())
+    return graph
