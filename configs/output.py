@@ -18,12 +18,24 @@ def check_output_directory(path: Path, *, overwrite: bool) -> None:
     """Refuse an output directory that holds something, before any work is done.
 
     Raises:
-        UserError: the directory is not empty and ``overwrite`` is false, or the path is a file.
+        UserError: the directory is not empty and ``overwrite`` is false, or it is the working or home directory or
+            holds one of them, which are never replaced; the path or a part of it is a file; nothing can be made there.
     """
-    if path.is_file():
-        raise UserError(f"expected an output directory, got the file {path}; name a directory")
-    if path.is_dir() and any(path.iterdir()) and not overwrite:
+    path = path.absolute()
+    parent = next(part for part in (path, *path.parents) if part.exists())
+    if not parent.is_dir():
+        raise UserError(f"expected an output directory, got the file {parent}; name a directory")
+    if not os.access(parent, os.W_OK):
+        raise UserError(f"expected an output directory that can be written, got {path}; choose another")
+    if parent != path or not any(path.iterdir()):
+        return
+    if not overwrite:
         raise UserError(f"expected an empty output directory, got {path} with files in it; pass --overwrite")
+    for kept in (Path.cwd(), Path.home()):
+        if path.resolve() in (kept.resolve(), *kept.resolve().parents):
+            raise UserError(
+                f"expected an output directory that may be replaced, got {path}, which holds {kept}"
+            )
 
 
 @contextmanager
@@ -33,18 +45,34 @@ def new_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     Raises:
         UserError: as ``check_output_directory``.
     """
-    path = path.absolute()
+    path = path.resolve()
     check_output_directory(path, overwrite=overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
     try:
         yield partial
         partial.chmod(0o755)
-        if path.exists():
-            shutil.rmtree(path)
-        os.replace(partial, path)
+        check_output_directory(path, overwrite=overwrite)
+        _replace_directory(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _replace_directory(new: Path, path: Path) -> None:
+    """Give ``new`` the name ``path``; what was there is deleted only when the new content is in its place."""
+    if not path.exists():
+        os.replace(new, path)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+    try:
+        os.replace(path, old)
+        try:
+            os.replace(new, path)
+        except BaseException:
+            os.replace(old, path)
+            raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
