@@ -46,6 +46,8 @@ def evaluate_loss(
         autocast: run matrix products in bf16.
     """
     was_training, total = model.training, LossSum()
+    if not input_ids.numel():
+        return total
     model.eval()
     for ids, targets in zip(input_ids.split(batch_size), labels.split(batch_size), strict=True):
         with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=autocast):
