@@ -14,7 +14,7 @@ from models.calibration import (
     visit_ffn_inputs,
 )
 from tests.conftest import tiny_llama
-from tests.tiny_graphs import random_ids
+from tests.tiny_graphs import ffn_inputs, random_ids
 
 
 @pytest.fixture(scope="module")
@@ -100,9 +100,7 @@ def test_statistics_are_those_of_a_direct_computation(dense):
     ids = random_ids(dense, 40, 8)
     statistics = neuron_statistics(dense, ids, profile_tokens=150)
     for layer in range(2):
-        inputs = []
-        visit_ffn_inputs(dense, ids, lambda at, x, wanted=layer: inputs.append(x) if at == wanted else None)
-        x, mlp = torch.cat(inputs), dense.model.layers[layer].mlp
+        x, mlp = ffn_inputs(dense, ids, layer), dense.model.layers[layer].mlp
         hidden = F.silu(x @ mlp.gate_proj.weight.T) * (x @ mlp.up_proj.weight.T)
         norms = mlp.down_proj.weight.square().sum(0).sqrt()
         torch.testing.assert_close(statistics.mean_activation[layer], hidden.abs().mean(0))

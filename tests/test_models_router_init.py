@@ -5,10 +5,10 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-from models.calibration import contributions, visit_ffn_inputs
+from models.calibration import contributions
 from models.router_init import centroid_router, expert_contributions, ridge_routers
 from tests.conftest import tiny_llama
-from tests.tiny_graphs import random_ids
+from tests.tiny_graphs import ffn_inputs, random_ids
 
 MEMBERS = torch.randperm(64, generator=torch.Generator().manual_seed(0)).view(4, 16)
 
@@ -16,13 +16,6 @@ MEMBERS = torch.randperm(64, generator=torch.Generator().manual_seed(0)).view(4,
 @pytest.fixture(scope="module")
 def dense():
     return tiny_llama()
-
-
-@torch.no_grad()
-def inputs_of(dense, ids, layer: int) -> torch.Tensor:
-    parts = []
-    visit_ffn_inputs(dense, ids, lambda at, x: parts.append(x) if at == layer else None)
-    return torch.cat(parts)
 
 
 @torch.no_grad()
@@ -45,7 +38,7 @@ def test_ridge_is_the_least_squares_solution_of_the_augmented_system(dense, pena
     ids = random_ids(dense, 20, 16)
     routers = ridge_routers(dense, ids, [MEMBERS, MEMBERS.flip(0)], penalty=penalty)
     for layer, members in enumerate((MEMBERS, MEMBERS.flip(0))):
-        x = inputs_of(dense, ids, layer).double()
+        x = ffn_inputs(dense, ids, layer).double()
         target = expert_contributions(dense.model.layers[layer].mlp, x.float(), members).double()
         target = (target - target.mean(-1, keepdim=True)).detach().numpy()
         ridge = penalty * float((x.T @ x).diagonal().mean())
@@ -59,7 +52,7 @@ def test_ridge_is_the_least_squares_solution_of_the_augmented_system(dense, pena
 def test_ridge_ranks_experts_nearer_to_their_contribution_than_the_centroid(dense):
     ids = random_ids(dense, 60, 32)
     ridge = ridge_routers(dense, ids, [MEMBERS, MEMBERS])[0]
-    mlp, x = dense.model.layers[0].mlp, inputs_of(dense, random_ids(dense, 20, 32, seed=9), 0)
+    mlp, x = dense.model.layers[0].mlp, ffn_inputs(dense, random_ids(dense, 20, 32, seed=9), 0)
     truth = expert_contributions(mlp, x, MEMBERS).flatten()
     found = [
         spearmanr(truth, (x @ router.T).flatten()).statistic

@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from models.bootstrap import BootstrapPlan, build_graph, plan_experts
+from models.calibration import visit_ffn_inputs
 from models.modeling_fedgraft import FedGraftForCausalLM
 from tests.conftest import tiny_llama
 
@@ -15,6 +16,14 @@ def random_ids(model: PreTrainedModel, blocks: int = 4, length: int = 48, *, see
     """Random tokens ``[blocks, length]`` of the model's vocabulary."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(model.config.vocab_size, (blocks, length), generator=generator)
+
+
+@torch.no_grad()
+def ffn_inputs(dense: PreTrainedModel, ids: Tensor, layer: int) -> Tensor:
+    """What the FFN of ``layer`` receives for ``ids``, ``[T, D]``."""
+    parts: list[Tensor] = []
+    visit_ffn_inputs(dense, ids, lambda at, x_TD: parts.append(x_TD) if at == layer else None)
+    return torch.cat(parts)
 
 
 def graph_of(
