@@ -236,9 +236,9 @@ _KINDS: tuple[Callable[[random.Random], Program], ...] = (
 )  # fmt: skip
 
 
-def _program(rng: random.Random) -> str:
+def _program(rng: random.Random, kind: Callable[[random.Random], Program]) -> str:
     """One definition and its calls: some as doctest, the others printed with the result as a comment."""
-    source, calls = rng.choice(_KINDS)(rng)
+    source, calls = kind(rng)
     namespace: dict[str, Any] = {}
     # Only text made above is run; running it is what makes every stated result true.
     exec(source.format(doctest="") if "{doctest}" in source else source, namespace)
@@ -254,4 +254,5 @@ def _program(rng: random.Random) -> str:
 
 def document(rng: random.Random) -> str:
     """A module of two or three definitions; ``# RESULT`` behind a print and every doctest are true."""
-    return "\n\n\n".join(_program(rng) for _ in range(rng.randrange(2, 4))) + "\n"
+    kinds = rng.sample(_KINDS, rng.randrange(2, 4))  # different kinds, so no name is defined twice
+    return "\n\n\n".join(_program(rng, kind) for kind in kinds) + "\n"
