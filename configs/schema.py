@@ -50,7 +50,7 @@ class RunConfig(BaseModel):
     out: str = ""
     """Folder that receives the final checkpoint; empty: none is written."""
     log_dir: str = ""
-    """Folder that receives the logs of the run; empty: none are written."""
+    """Folder that receives the logs of the run; empty: a new one in the user-cache folder."""
     overwrite: bool = False
     """Whether out and log-dir may exist and hold files already."""
     data: str = "wikimix"
@@ -73,6 +73,10 @@ class RunConfig(BaseModel):
     """Most graph edits one merge may make; 0: the graph never changes."""
     merge_every: Count = 1
     """Server rounds between two merges, i.e. edits of the graph."""
+    merge_max_drift: NonNegative = 0.05
+    """Rise of the server's validation loss (nats per token) above which a merge is undone."""
+    checkpoint_every: Whole = 0
+    """Server rounds between two checkpoints in log-dir/checkpoints; 0: none but out."""
     selection: Literal["top", "sample"] = "top"
     """Experts a client ships: top (most update energy) or sample (known probability)."""
     combine: Literal["hajek", "horvitz-thompson", "mean"] = "hajek"
@@ -81,8 +85,8 @@ class RunConfig(BaseModel):
     """Experts per layer a client ships each round; 0: all it trained."""
     density: Annotated[float, Field(gt=0, le=1)] = 0.05
     """Kept entries / all entries of an expert's update."""
-    value_bits: Literal[16, 8, 4] = 16
-    """Bits per shipped value: 16, 8 or 4."""
+    value_bits: Literal[16, 8, 4, 2] = 4
+    """Bits per shipped value: 16, 8, 4 or 2."""
     residual_decay: Share = 1.0
     """Share of the unshipped residual kept for next round."""
     server_learning_rate: Positive = 1.0
@@ -124,7 +128,7 @@ class RunConfig(BaseModel):
     reply_timeout: Positive = 600.0
     """Seconds the server waits for the replies of a round."""
     trace_tokens: Whole = 64
-    """Tokens per client written to the call trace."""
+    """Tokens whose walks are written to the call trace."""
 
     @field_validator("budgets", "data", "server_data", mode="before")
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -76,6 +77,13 @@ def balanced_clusters(
         )
     labels = _labels(features, num_experts, seed, restarts, max_iterations)
     return _describe(features, labels, num_experts)
+
+
+def timed_clusters(features: np.ndarray, num_experts: int, seed: int) -> tuple[Clusters, float]:
+    """``balanced_clusters`` and the seconds that they took; here, so that worker processes import no model."""
+    start = time.perf_counter()
+    clusters = balanced_clusters(features, num_experts, seed=seed)
+    return clusters, time.perf_counter() - start
 
 
 def random_clusters(num_neurons: int, num_experts: int, *, seed: int = 0) -> np.ndarray:

@@ -89,15 +89,23 @@ def edges_by_lift(selected: np.ndarray, edges_per_expert: int) -> np.ndarray:
 
     Returns:
         bool ``[E, E]``: all roots open, and from each expert its strongest later partners by co-selection lift
-        ``P(p, q) / (P(p) P(q))``, as long as the lift exceeds one.
+        ``P(p, q) / (P(p) P(q))``, as long as the lift exceeds that of experts drawn without regard to each other.
     """
     chosen = selected.astype(np.float64)
     together = chosen.T @ chosen / max(len(chosen), 1)
     alone = np.diagonal(together)
-    lift = together / np.maximum(np.outer(alone, alone), 1e-12)
+    lift = together / np.maximum(np.outer(alone, alone), 1e-12) / _chance_lift(chosen)
     mask = np.eye(selected.shape[1], dtype=bool)
     for p in range(len(mask)):
         later = np.arange(p + 1, len(mask))
         best = later[np.argsort(-lift[p, later], kind="stable")[:edges_per_expert]]
         mask[p, best[lift[p, best] > 1]] = True
     return mask
+
+
+def _chance_lift(chosen: np.ndarray) -> float:
+    """Mean lift of k experts drawn at random out of E: below one, since each pick leaves fewer to pick from."""
+    experts, picks = chosen.shape[1], chosen.sum(axis=1).mean() if len(chosen) else 0.0
+    if experts < 2 or picks <= 1:
+        return 1.0
+    return float((picks - 1) * experts / ((experts - 1) * picks))

@@ -102,6 +102,12 @@ def read_config(source: str) -> PreTrainedConfig:
         ) from error
 
 
+def read_dtype(source: str) -> torch.dtype:
+    """The dtype in which a checkpoint's weights are stored; fp32 where its configuration does not say."""
+    dtype = read_config(source).dtype or torch.float32
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+
+
 def fingerprint(model: nn.Module) -> str:
     """SHA-256 over names, shapes, dtypes and bytes of all parameters, in order of their names."""
     digest = hashlib.sha256()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,16 @@ SEPARATOR_COLOR = (0.45, 0.45, 0.45)
 
 
 class TensorBoardLog:
-    """Writes event files under ``log_dir/tensorboard``; the step is the server round everywhere."""
+    """Writes event files under ``log_dir/tensorboard``; the step is the server round everywhere.
 
-    def __init__(self, log_dir: Path) -> None:
-        self._writer = SummaryWriter(str(Path(log_dir) / "tensorboard"), flush_secs=5)
+    Unless ``resume`` is set, the event files of an earlier run there are removed: TensorBoard would mix them.
+    """
+
+    def __init__(self, log_dir: Path, *, resume: bool = False) -> None:
+        folder = Path(log_dir) / "tensorboard"
+        for earlier in [] if resume else folder.glob("events.out.tfevents.*"):
+            earlier.unlink()
+        self._writer = SummaryWriter(str(folder), flush_secs=5)
         self._sent: Counter[str] = Counter()
 
     def round(self, record: RoundRecord) -> None:
@@ -37,6 +44,13 @@ class TensorBoardLog:
         self._scalar("edges/total", sum(record.edges), step)
         for client in record.clients:
             self._client(client, step)
+        self._writer.flush()
+
+    def perplexities(self, clients: Mapping[str, float | None], overall: float, step: int) -> None:
+        """Held-out perplexity of the model that the last round left, where the next round would log it."""
+        self._scalar("perplexity/overall", overall, step)
+        for name, value in clients.items():
+            self._scalar(f"perplexity/{name}", value, step)
         self._writer.flush()
 
     def merge(self, record: MergeRecord) -> None:

@@ -79,7 +79,7 @@ def test_integers_are_taken_for_floats():
         ({"density": 1.5}, "expected density to be a value less than or equal to 1, got 1.5"),
         ({"density": float("nan")}, "expected density to be a finite number, got nan"),
         ({"overwrite": 1}, "expected overwrite to be a valid boolean, got 1"),
-        ({"value-bits": 5}, "expected value-bits to be 16, 8 or 4, got 5"),
+        ({"value-bits": 5}, "expected value-bits to be 16, 8, 4 or 2, got 5"),
         ({"walk": "breadth-first"}, "'best-first' or 'depth-first', got 'breadth-first'"),
         ({"usage-decay": 1.0}, "expected usage-decay to be a value less than 1, got 1.0"),
         ({"graph": {"a": 1}}, "expected graph to be a valid string"),

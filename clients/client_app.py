@@ -1,0 +1,52 @@
+"""The Flower ClientApp. Every message may meet a fresh process: what must last is on the client's disk."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import torch
+from flwr.app import Context, Error, Message
+from flwr.clientapp import ClientApp
+
+from clients.participant import Participant, VersionMismatch
+from configs.schema import RunConfig, load_run_config
+from federated.messages import REFUSED, RESEND, Reply, Request, read_request, write_reply
+
+_log = logging.getLogger(__name__)
+
+app = ClientApp()
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """Train on the client's own data and answer with a sparse update."""
+    return _answer(message, context, Participant.train_round)
+
+
+@app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    """Measure the global model on the client's held-out text."""
+    return _answer(message, context, Participant.evaluate_round)
+
+
+def _answer(message: Message, context: Context, act: Callable[[Participant, Request], Reply]) -> Message:
+    """Run ``act`` and reply; any error becomes an error reply, since no reply at all would wedge the node."""
+    try:
+        config = load_run_config(context.run_config)
+        prepare_torch(config)
+        request = read_request(message.content)
+        reply = act(Participant.open(config, context, request), request)
+        return Message(write_reply(reply), reply_to=message)
+    except VersionMismatch as error:
+        return Message(Error(code=RESEND, reason=str(error.version)), reply_to=message)
+    except Exception as error:  # noqa: BLE001 - the boundary to Flower
+        _log.exception("the message could not be answered")
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        return Message(Error(code=REFUSED, reason=reason), reply_to=message)
+
+
+def prepare_torch(config: RunConfig) -> None:
+    """Threads and seed of this process."""
+    torch.set_num_threads(config.num_threads)
+    torch.manual_seed(config.seed)

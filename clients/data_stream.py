@@ -1,0 +1,52 @@
+"""A client's own text: which documents are its, and the blocks it trains and is measured on."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedTokenizerBase
+
+from configs.schema import RunConfig
+from federated.blocks import Blocks, pack_blocks
+from federated.documents import load_documents
+from federated.partition import ClientDocuments, partition_documents
+
+
+def client_documents(config: RunConfig, partition: int, *, data_dir: str = "") -> ClientDocuments:
+    """The documents of one client.
+
+    Args:
+        config: names the data and how it is dealt.
+        partition: index of the client, from 0.
+        data_dir: the client's private data, which is then all its own; empty to take its part of the run's data.
+
+    Raises:
+        UserError: no such data, or nothing for this client.
+    """
+    if data_dir:
+        documents = load_documents([data_dir], template=config.template, seed=config.seed)
+        return partition_documents(documents, partition="iid", num_clients=1, seed=config.seed)[0]
+    return all_clients(config)[partition]
+
+
+def all_clients(config: RunConfig) -> list[ClientDocuments]:
+    """The documents of every client of a run whose data lies in one place.
+
+    Raises:
+        UserError: no such data, or a client without any.
+    """
+    documents = load_documents(
+        config.sources, template=config.template, wikimix_documents=config.train_documents, seed=config.seed
+    )
+    return partition_documents(
+        documents, partition=config.partition, num_clients=config.num_clients, seed=config.seed
+    )
+
+
+def pack_client(
+    documents: ClientDocuments, tokenizer: PreTrainedTokenizerBase, block_size: int, context: int
+) -> tuple[Blocks, Blocks]:
+    """Training and held-out blocks of a client, of at most ``context`` tokens each."""
+    train, valid = (
+        pack_blocks(texts, tokenizer, block_size=block_size, max_position_embeddings=context)
+        for texts in (documents.train, documents.valid)
+    )
+    return train, valid

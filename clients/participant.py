@@ -1,0 +1,260 @@
+"""One client of a federation: what it does with a message, in domain steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from flwr.app import Context
+
+from clients.data_stream import client_documents, pack_client
+from clients.store import ClientStore
+from clients.trainer import LocalResult, LocalTraining, train_locally
+from configs.errors import UserError
+from configs.paths import cache_folder, default_graph
+from configs.schema import RunConfig
+from federated.blocks import Blocks, batches, take
+from federated.codec import pack_update
+from federated.messages import Reply, Request
+from federated.selection import prepare_update
+from federated.steps import apply_step, steps_after
+from federated.update import RefusedUpdate, density
+from federated.usage import UsageCounter, pack_usage
+from models.assembler import expert_features, train_assembler
+from models.checkpoint import read_graph, set_visits, visiting
+from models.llama_loader import fingerprint, load_graph, load_tokenizer
+from models.modeling_fedgraft import FedGraftForCausalLM
+from models.perplexity import LossSum, evaluate_loss
+from models.settings import residents, scaled_visits, set_residents, set_walk
+from models.units import unit_sizes
+
+# Blocks of the client's own text from which the assembler takes its features.
+_FEATURE_BLOCKS = 16
+
+
+class VersionMismatch(RuntimeError):
+    """The client's copy is not the one that the server's steps start from.
+
+    Args:
+        version: what the client holds.
+    """
+
+    def __init__(self, version: int) -> None:
+        super().__init__(f"holds version {version} of the global model")
+        self.version = version
+
+
+@dataclass
+class Participant:
+    """One client while it answers one message.
+
+    Attributes:
+        config: of the run.
+        partition: index of the client, from 0.
+        budget: experts per layer it can hold; 0 for all.
+        name: for people.
+        store: its folder.
+        model: the global graph, fp32.
+        train: its training blocks.
+        valid: its held-out blocks.
+    """
+
+    config: RunConfig
+    partition: int
+    budget: int
+    name: str
+    store: ClientStore
+    model: FedGraftForCausalLM
+    train: Blocks
+    valid: Blocks
+
+    @classmethod
+    def open(cls, config: RunConfig, context: Context, request: Request) -> Participant:
+        """Load the client's data and its copy of the global model, brought to the request's version.
+
+        Raises:
+            UserError: no such graph, another base than the server's, no data, a budget above the graph's experts.
+            VersionMismatch: the request's steps do not start at the version on disk.
+            RefusedUpdate: a step that is damaged or leads to another graph than the server's.
+        """
+        node = context.node_config
+        partition = int(node["partition-id"])
+        graph = str(node.get("graph") or config.graph or default_graph())
+        store = ClientStore(client_folder(config, context) / f"client-{partition}")
+        model = load_graph(graph, dtype=torch.float32)
+        _check_base(model, request, graph)
+        name, train, valid = store.blocks(lambda: _make_blocks(config, node, partition, graph, model))
+        if config.walk:
+            set_walk(model, config.walk)
+        if config.experts_per_token:
+            set_visits(model, config.experts_per_token)
+        bring_to_version(model, store, request)
+        budget = int(node.get("expert-budget", 0)) or config.client_budgets[partition % config.num_clients]
+        _check_budget(budget, model, name)
+        return cls(config, partition, budget, name, store, model, train, valid)
+
+    def train_round(self, request: Request) -> Reply:
+        """Evaluate the global model, choose residents, train, and pack what is worth shipping."""
+        before = self.evaluate()
+        stream = batches(self.train, self.config.batch_size, generator=self._generator(request, 1))
+        self._assemble(stream)
+        counter = UsageCounter(read_graph(self.model).masks)
+        visits = scaled_visits(self.model, self.budget)
+        with visiting(self.model, visits):
+            with counter.counting(self.model):
+                result = train_locally(self.model, stream, self._training())
+            personal = self.evaluate() if request.last else LossSum()
+        packed, shipped_density, inclusion = self._pack(result, request)
+        return self._reply(
+            request,
+            {
+                **_loss_numbers("valid", before),
+                **_loss_numbers("personal", personal),
+                "train-loss": sum(result.losses) / len(result.losses),
+                "train-tokens": float(result.tokens),
+                "examples": float(len(self.train)),
+                "density": shipped_density,
+            },
+            update=packed,
+            usage=pack_usage(counter.counts()),
+            residents=[held.numpy() for held in residents(self.model)],
+            inclusion=inclusion,
+        )
+
+    def evaluate(self) -> LossSum:
+        """Loss of the model as it is on the client's held-out blocks."""
+        blocks = take(self.valid, self.config.eval_blocks)
+        return evaluate_loss(self.model, blocks.input_ids, blocks.labels, autocast=self._autocast)
+
+    def evaluate_round(self, request: Request) -> Reply:
+        """Evaluate the global model."""
+        return self._reply(request, _loss_numbers("valid", self.evaluate()))
+
+    @property
+    def _autocast(self) -> bool:
+        return self.config.precision == "bf16"
+
+    def _assemble(self, stream) -> None:
+        """Choose the round's residents with the client's own assembler, which learns first."""
+        experts = max(self.model.config.num_experts)
+        if self.budget in (0, experts):
+            set_residents(self.model, [None] * len(self.model.expert_layers()))
+            return
+        assembler = self.store.load_assembler(self.config.seed + self.partition)
+        features = expert_features(self.model, self.train.input_ids[:_FEATURE_BLOCKS])
+        with visiting(self.model, scaled_visits(self.model, self.budget)):
+            train_assembler(
+                assembler,
+                self.model,
+                features,
+                stream,
+                budget=self.budget,
+                steps=self.config.assembler_steps,
+                learning_rate=self.config.assembler_learning_rate,
+                autocast=self._autocast,
+            )
+        self.store.save_assembler(assembler)
+
+    def _training(self) -> LocalTraining:
+        config = self.config
+        return LocalTraining(
+            steps=config.local_steps,
+            learning_rate=config.learning_rate,
+            weight_decay=config.weight_decay,
+            max_grad_norm=config.max_grad_norm,
+            autocast=self._autocast,
+        )
+
+    def _pack(self, result: LocalResult, request: Request) -> tuple[bytes, float, dict[str, float]]:
+        graph, config = read_graph(self.model), self.config
+        prepared = prepare_update(
+            result.deltas,
+            self.store.residual.load(graph.version, sizes=unit_sizes(self.model)),
+            selection=config.selection,
+            per_layer=config.ship_experts,
+            density=config.density,
+            value_bits=config.value_bits,
+            residual_decay=config.residual_decay,
+            graph_version=graph.version,
+            graph_hash=graph.digest(),
+            generator=self._generator(request, 2),
+        )
+        self.store.residual.save(prepared.residual, graph.version)
+        inclusion = {f"{layer}.{expert}": pi for (layer, expert), pi in prepared.inclusion.items() if pi < 1}
+        return pack_update(prepared.update, value_bits=config.value_bits), density(prepared.update), inclusion
+
+    def _reply(self, request: Request, numbers: dict[str, float], **parts) -> Reply:
+        return Reply(
+            name=self.name,
+            partition=self.partition,
+            budget=self.budget,
+            version=request.version,
+            graph_hash=read_graph(self.model).digest(),
+            numbers=numbers,
+            **parts,
+        )
+
+    def _generator(self, request: Request, purpose: int) -> torch.Generator:
+        seed = (self.config.seed * 1_000_003 + request.server_round * 1_009 + self.partition) * 7 + purpose
+        return torch.Generator().manual_seed(seed)
+
+
+def client_folder(config: RunConfig, context: Context) -> Path:
+    """Where the clients of a run keep their files: the node's own ``cache-dir``, else beside the run's logs."""
+    if cache := context.node_config.get("cache-dir"):
+        return Path(str(cache)) / f"run-{context.run_id}"
+    if config.log_dir:
+        return Path(config.log_dir) / "clients" / f"run-{context.run_id}"
+    return cache_folder() / "runs" / str(context.run_id) / "clients"
+
+
+def bring_to_version(model: FedGraftForCausalLM, store: ClientStore, request: Request) -> None:
+    """Apply the steps that the client misses and keep the result on disk.
+
+    Raises:
+        VersionMismatch: there is a gap between the version on disk and the first step.
+        RefusedUpdate: a step is damaged, or the graph differs from the server's afterwards.
+    """
+    held = store.load_global(model)
+    missing = steps_after(request.steps, held)
+    if [step.version for step in missing] != list(range(held + 1, request.version + 1)):
+        raise VersionMismatch(held)
+    moved = set()
+    for step in missing:
+        moved |= apply_step(model, step)
+    digest = read_graph(model).digest()
+    if digest != request.graph_hash:
+        raise RefusedUpdate(
+            f"expected the graph {request.graph_hash[:12]} after {request.version} steps, got {digest[:12]}"
+        )
+    if missing:
+        store.save_global(model, moved, request.version)
+
+
+def _make_blocks(config: RunConfig, node, partition: int, graph: str, model) -> tuple[str, Blocks, Blocks]:
+    documents = client_documents(config, partition, data_dir=str(node.get("data-dir", "")))
+    train, valid = pack_client(
+        documents, load_tokenizer(graph), config.block_size, model.config.max_position_embeddings
+    )
+    return documents.name, train, valid
+
+
+def _check_base(model: FedGraftForCausalLM, request: Request, graph: str) -> None:
+    if request.base_fingerprint != fingerprint(model):
+        raise UserError(
+            f"expected the same bootstrapped checkpoint as the server's, got other weights in {graph}; "
+            "copy the server's graph folder to this client"
+        )
+
+
+def _check_budget(budget: int, model: FedGraftForCausalLM, name: str) -> None:
+    most = max(model.config.num_experts)
+    if budget > most:
+        raise UserError(
+            f"expected a budget of at most the graph's {most} experts for client {name}, got {budget}"
+        )
+
+
+def _loss_numbers(name: str, loss: LossSum) -> dict[str, float]:
+    return {f"{name}-nll": loss.nll, f"{name}-tokens": float(loss.tokens)} if loss.tokens else {}

@@ -1,0 +1,184 @@
+"""The Flower messages of a federation: what a server asks, what a client answers, and how much it weighs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+
+from configs.errors import UserError
+from federated.steps import ServerStep, read_step
+from federated.update import RefusedUpdate
+
+# Error codes of replies; Flower's own are small.
+REFUSED = 100  # the client cannot do what was asked; the reason says why
+RESEND = 101  # the client holds another version than the server thought; the reason is that version
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a server asks of a client.
+
+    Attributes:
+        server_round: counts from 1.
+        version: of the global model after ``steps``.
+        graph_hash: of the graph after ``steps``.
+        base_fingerprint: of the bootstrapped checkpoint that both sides start from.
+        steps: what the client misses.
+        last: whether this is the last round.
+    """
+
+    server_round: int
+    version: int
+    graph_hash: str
+    base_fingerprint: str
+    steps: Sequence[ServerStep] = ()
+    last: bool = False
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a client answers.
+
+    Attributes:
+        name: of the client, for people.
+        partition: its index, from 0.
+        budget: experts per layer that it holds; 0 for all.
+        version: of the global model on its disk.
+        graph_hash: of that model's graph.
+        numbers: counts and losses by name (see ``clients.participant``).
+        update: packed change of its experts; empty in an answer to an evaluation.
+        usage: packed usage counts; empty likewise.
+        residents: per layer bool ``[E]``; empty likewise.
+        inclusion: probability with which each shipped expert was drawn, where below 1: ``"layer.expert" -> pi``.
+    """
+
+    name: str
+    partition: int
+    budget: int
+    version: int
+    graph_hash: str
+    numbers: dict[str, float]
+    update: bytes = b""
+    usage: bytes = b""
+    residents: Sequence[np.ndarray] = ()
+    inclusion: dict[str, float] | None = None
+
+
+def write_request(request: Request) -> RecordDict:
+    """A request as Flower records."""
+    config: dict[str, str | int | bool] = {
+        "server-round": request.server_round,
+        "version": request.version,
+        "graph-hash": request.graph_hash,
+        "base-fingerprint": request.base_fingerprint,
+        "last": request.last,
+    }
+    config |= {f"edits-{step.version}": step.edits_json() for step in request.steps}
+    steps = {str(step.version): _to_array(step.packed) for step in request.steps}
+    return RecordDict({"config": ConfigRecord(config), "steps": ArrayRecord(steps)})
+
+
+def read_request(content: RecordDict) -> Request:
+    """Undo ``write_request``.
+
+    Raises:
+        RefusedUpdate: a record or a field is missing.
+    """
+    try:
+        config, arrays = content["config"], content["steps"]
+        steps = [
+            read_step(int(version), _to_bytes(array), str(config[f"edits-{version}"]))
+            for version, array in arrays.items()
+        ]
+        return Request(
+            server_round=int(config["server-round"]),
+            version=int(config["version"]),
+            graph_hash=str(config["graph-hash"]),
+            base_fingerprint=str(config["base-fingerprint"]),
+            steps=sorted(steps, key=lambda step: step.version),
+            last=bool(config["last"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise RefusedUpdate(f"a request cannot be read: {error}") from error
+
+
+def write_reply(reply: Reply) -> RecordDict:
+    """A reply as Flower records."""
+    arrays = {"update": _to_array(reply.update), "usage": _to_array(reply.usage)}
+    for layer, held in enumerate(reply.residents):
+        arrays[f"residents-{layer}"] = _to_array(np.packbits(held).tobytes())
+    info: dict[str, str | int] = {
+        "name": reply.name,
+        "partition": reply.partition,
+        "budget": reply.budget,
+        "version": reply.version,
+        "graph-hash": reply.graph_hash,
+    }
+    return RecordDict(
+        {
+            "arrays": ArrayRecord(arrays),
+            "numbers": MetricRecord(dict(reply.numbers)),
+            "inclusion": MetricRecord(dict(reply.inclusion or {})),
+            "info": ConfigRecord(info),
+        }
+    )
+
+
+def read_reply(content: RecordDict, num_experts: Sequence[int]) -> Reply:
+    """Undo ``write_reply``.
+
+    Raises:
+        RefusedUpdate: a record or a field is missing, or a number is not one.
+    """
+    try:
+        arrays, info = content["arrays"], content["info"]
+        held = [
+            _read_bits(_to_bytes(arrays[f"residents-{layer}"]), count)
+            for layer, count in enumerate(num_experts)
+            if f"residents-{layer}" in arrays
+        ]
+        return Reply(
+            name=str(info["name"]),
+            partition=int(info["partition"]),
+            budget=int(info["budget"]),
+            version=int(info["version"]),
+            graph_hash=str(info["graph-hash"]),
+            numbers={key: float(value) for key, value in content["numbers"].items()},
+            update=_to_bytes(arrays["update"]),
+            usage=_to_bytes(arrays["usage"]),
+            residents=held,
+            inclusion={key: float(value) for key, value in content["inclusion"].items()},
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise RefusedUpdate(f"a reply cannot be read: {error}") from error
+
+
+def message_bytes(content: RecordDict) -> int:
+    """Bytes of a message's content as Flower serialises it: arrays, config and metric records, and their framing."""
+    return sum(len(part.deflate()) for part in get_all_nested_objects(content).values())
+
+
+def raise_user_error(reason: str) -> None:
+    """Raise the ``UserError`` that a client's error reply carries, if it carries one."""
+    head, _, message = reason.partition(": ")
+    if head == UserError.__name__:
+        raise UserError(message)
+
+
+def _to_array(data: bytes) -> Array:
+    return Array(dtype="uint8", shape=(len(data),), stype="fedgraft.bytes", data=data)
+
+
+def _to_bytes(array: Array) -> bytes:
+    return bytes(array.data)
+
+
+def _read_bits(data: bytes, count: int) -> np.ndarray:
+    bits = np.unpackbits(np.frombuffer(data, dtype=np.uint8))
+    if not count <= len(bits) < count + 8:
+        raise RefusedUpdate(f"expected {count} residency bits, got {len(bits)}")
+    return bits[:count].astype(bool)

@@ -1,0 +1,70 @@
+"""The server's own step: how the global model moves from one version to the next, on both sides alike."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+
+from experts.edits import Edit, apply_edits, edits_from_dicts
+from federated.codec import unpack_update
+from federated.update import RefusedUpdate, Unit
+from models.checkpoint import read_graph, write_graph
+from models.modeling_fedgraft import FedGraftForCausalLM
+from models.units import add_to_unit, unit_sizes
+
+
+@dataclass(frozen=True)
+class ServerStep:
+    """What turns version ``version - 1`` of the global model into ``version``.
+
+    Attributes:
+        version: counts the server rounds that moved the model; the bootstrapped checkpoint is version 0.
+        packed: the aggregated, quantised change of the experts, as ``federated.codec`` packs it.
+        edits: made after the change is added.
+    """
+
+    version: int
+    packed: bytes
+    edits: list[Edit] = field(default_factory=list)
+
+    def edits_json(self) -> str:
+        """The edits as JSON."""
+        return json.dumps([edit.as_dict() for edit in self.edits])
+
+
+def read_step(version: int, packed: bytes, edits_json: str) -> ServerStep:
+    """Rebuild a step from what crossed the wire.
+
+    Raises:
+        RefusedUpdate: edits that are no JSON.
+    """
+    try:
+        return ServerStep(version, packed, edits_from_dicts(json.loads(edits_json)))
+    except ValueError as error:
+        raise RefusedUpdate(f"edits of step {version} cannot be read: {error}") from error
+
+
+def apply_step(model: FedGraftForCausalLM, step: ServerStep) -> set[Unit]:
+    """Add a step to ``model``, whose weights are fp32, and make its edits. Returns the units that moved.
+
+    Raises:
+        RefusedUpdate: the step was made for another graph, or its bytes are damaged; the model is left as it was.
+    """
+    graph = read_graph(model)
+    update = unpack_update(
+        step.packed, sizes=unit_sizes(model), graph_version=graph.version, graph_hash=graph.digest()
+    )
+    edited = apply_edits(graph, step.edits) if step.edits else None
+    for unit, vector in update.vectors.items():
+        add_to_unit(model, unit, torch.from_numpy(vector.to_dense()))
+    if edited is not None:
+        write_graph(model, edited)
+    return set(update.vectors)
+
+
+def steps_after(steps: Iterable[ServerStep], version: int) -> list[ServerStep]:
+    """The steps that a holder of ``version`` still needs, oldest first."""
+    return sorted((step for step in steps if step.version > version), key=lambda step: step.version)

@@ -1,0 +1,130 @@
+"""The federation as the server runs it: rounds of training and aggregation, merges between them, logs throughout."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+
+from flwr.app import MessageType
+from flwr.serverapp import Grid
+
+from configs.schema import RunConfig
+from federated.aggregation import aggregate
+from federated.blocks import Blocks, take
+from federated.messages import Request, raise_user_error, write_request
+from federated.steps import steps_after
+from server.exchange import Answer, exchange, wait_for_nodes
+from server.global_model import GlobalModel
+from server.merge import UsageAverage, merge
+from server.round_replies import RoundReplies, check_replies
+from server.run_observer import RunObserver
+
+_NODES_TIMEOUT = 120.0  # seconds until the clients must have connected
+
+
+class Federation:
+    """One run, from the first round to the final evaluation.
+
+    Args:
+        grid: Flower's.
+        config: of the run.
+        server: the global model.
+        observer: writes the logs.
+        validation: the server's own text; None without any.
+    """
+
+    def __init__(
+        self,
+        *,
+        grid: Grid,
+        config: RunConfig,
+        server: GlobalModel,
+        observer: RunObserver,
+        validation: Blocks | None,
+    ) -> None:
+        self.grid, self.config, self.server, self.observer = grid, config, server, observer
+        self.validation = take(validation, config.eval_blocks) if validation is not None else None
+        self.usage = UsageAverage(config.usage_decay)
+        self._held: dict[int, int] = {}
+
+    def run(self) -> None:
+        """Run all rounds.
+
+        Raises:
+            UserError: what a client reports as bad input, or too few clients.
+            RuntimeError: no client gave a usable update in a round.
+        """
+        nodes = wait_for_nodes(self.grid, self.config.num_clients, timeout=_NODES_TIMEOUT)
+        for server_round in range(1, self.config.num_rounds + 1):
+            self._round(server_round, nodes)
+        answers = self._ask(nodes, MessageType.EVALUATE, self.config.num_rounds + 1)
+        self.observer.finish(answers)
+
+    def _round(self, server_round: int, nodes: list[int]) -> None:
+        started, trained_on = time.perf_counter(), self.server.graph
+        answers = self._ask(nodes, MessageType.TRAIN, server_round)
+        replies = check_replies(answers, self.server)
+        _raise_if_nobody(replies)
+        change = aggregate(
+            [accepted.contribution for accepted in replies.accepted],
+            combine=self.config.combine,
+            server_learning_rate=self.config.server_learning_rate,
+            clip_norm_multiple=self.config.clip_norm_multiple,
+        )
+        self.server.advance(change, value_bits=self.config.value_bits)
+        self.usage.add([accepted.usage for accepted in replies.accepted])
+        seconds = time.perf_counter() - started
+        self.observer.round(
+            server_round, replies, answers, graph=trained_on, usage=self.usage.counts, seconds=seconds
+        )
+        if self.config.rho_max and server_round % self.config.merge_every == 0:
+            self._merge(server_round)
+
+    def _merge(self, server_round: int) -> None:
+        record = merge(
+            self.server,
+            self.usage,
+            server_round=server_round,
+            rho_max=self.config.rho_max,
+            validation=self.validation,
+            max_drift=self.config.merge_max_drift,
+        )
+        self.observer.merge(record)
+
+    def _ask(self, nodes: Iterable[int], message_type: str, server_round: int) -> dict[int, Answer]:
+        """Exchange with all nodes; those that hold another version than assumed are asked once more."""
+        answers = self._exchange(nodes, message_type, server_round)
+        behind = {
+            node: answer.held_version for node, answer in answers.items() if answer.held_version is not None
+        }
+        if behind:
+            self._held |= {node: version for node, version in behind.items() if version is not None}
+            answers |= self._exchange(behind, message_type, server_round)
+        for node, answer in answers.items():
+            if answer.content is not None:
+                self._held[node] = self.server.version
+        return answers
+
+    def _exchange(self, nodes: Iterable[int], message_type: str, server_round: int) -> dict[int, Answer]:
+        contents = {node: write_request(self._request(node, server_round)) for node in nodes}
+        group = str(server_round)
+        return exchange(self.grid, contents, message_type, group=group, timeout=self.config.reply_timeout)
+
+    def _request(self, node: int, server_round: int) -> Request:
+        return Request(
+            server_round=server_round,
+            version=self.server.version,
+            graph_hash=self.server.graph.digest(),
+            base_fingerprint=self.server.fingerprint,
+            steps=steps_after(self.server.steps, self._held.get(node, 0)),
+            last=server_round == self.config.num_rounds,
+        )
+
+
+def _raise_if_nobody(replies: RoundReplies) -> None:
+    if replies.accepted:
+        return
+    for reason in replies.refused.values():
+        raise_user_error(reason)
+    reasons = "; ".join(sorted(set(replies.refused.values())))
+    raise RuntimeError(f"no client gave a usable update: {reasons}")

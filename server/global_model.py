@@ -1,0 +1,99 @@
+"""The server's global model: fp32 experts, the graph, and the steps that clients replay."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from configs.output import new_directory
+from experts.edits import Edit, apply_edits
+from experts.graph import ExpertGraph
+from federated.codec import pack_update
+from federated.selection import prepare_update
+from federated.steps import ServerStep, apply_step
+from models.checkpoint import cast_weights, read_graph, save_graph, write_graph
+from models.llama_loader import fingerprint, load_graph, load_tokenizer, read_dtype
+from models.units import Unit
+
+
+class GlobalModel:
+    """The model that all clients share.
+
+    It moves only by steps that are packed first and applied as packed, so that a client that replays them holds the
+    same experts bit for bit; what packing loses stays in the server's own residual.
+
+    Args:
+        source: checkpoint of the bootstrapped graph.
+
+    Raises:
+        UserError: no such graph.
+    """
+
+    def __init__(self, source: str) -> None:
+        self.model = load_graph(source, dtype=torch.float32)
+        self.tokenizer = load_tokenizer(source)
+        self.fingerprint = fingerprint(self.model)
+        self.version = 0
+        self.steps: list[ServerStep] = []
+        self._dtype = read_dtype(source)
+        self._residual: dict[Unit, Tensor] = {}
+
+    @property
+    def graph(self) -> ExpertGraph:
+        """The graph as it is."""
+        return read_graph(self.model)
+
+    def advance(self, change: Mapping[Unit, Tensor], *, value_bits: int) -> None:
+        """Apply an aggregated change ``[size]`` per unit as the next step."""
+        graph = self.graph
+        prepared = prepare_update(
+            change,
+            self._residual,
+            density=1.0,
+            value_bits=value_bits,
+            graph_version=graph.version,
+            graph_hash=graph.digest(),
+        )
+        step = ServerStep(self.version + 1, pack_update(prepared.update, value_bits=value_bits))
+        apply_step(self.model, step)
+        self._residual = prepared.residual
+        self.steps.append(step)
+        self.version = step.version
+
+    def edit(self, edits: list[Edit]) -> None:
+        """Make edits of the graph, as part of the latest step."""
+        write_graph(self.model, apply_edits(self.graph, edits))
+        latest = self.steps.pop()
+        self.steps.append(ServerStep(latest.version, latest.packed, edits))
+
+    @contextmanager
+    def trying(self, edits: list[Edit]) -> Iterator[None]:
+        """Make edits for the time of the block only."""
+        graph = self.graph
+        gains = [
+            (layer.edge_gain.clone(), layer.edge_affinity.clone()) for layer in self.model.expert_layers()
+        ]
+        try:
+            write_graph(self.model, apply_edits(graph, edits))
+            yield
+        finally:
+            write_graph(self.model, graph)
+            with torch.no_grad():
+                for layer, (gain, affinity) in zip(self.model.expert_layers(), gains, strict=True):
+                    layer.edge_gain.copy_(gain)
+                    layer.edge_affinity.copy_(affinity)
+
+    def dense_bytes(self) -> int:
+        """Bytes of all FFN weights in bf16: what dense FedAvg sends a client, each way, in a round."""
+        layers = self.model.expert_layers()
+        return 2 * sum(layer.gate_up_proj.numel() + layer.down_proj.numel() for layer in layers)
+
+    def save(self, directory: Path, *, overwrite: bool) -> None:
+        """Write the model as a checkpoint, in the dtype of the one it came from."""
+        with new_directory(directory, overwrite=overwrite) as partial:
+            save_graph(cast_weights(copy.deepcopy(self.model), self._dtype), self.tokenizer, partial)

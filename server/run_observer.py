@@ -1,0 +1,200 @@
+"""Turns what happens in a run into its log files, its TensorBoard events, and its summary."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from configs.output import write_json
+from configs.schema import RunConfig
+from experts.graph import ExpertGraph
+from federated.messages import Reply, read_reply
+from federated.update import RefusedUpdate
+from models.perplexity import LossSum
+from server.exchange import Answer
+from server.global_model import GlobalModel
+from server.round_replies import Accepted, RoundReplies, check_numbers
+from server.run_log import ClientRecord, MergeRecord, RoundRecord, RunLog, pad_masks
+from server.tensorboard_log import TensorBoardLog
+
+SUMMARY_FILE = "summary.json"
+
+
+class RunObserver:
+    """Everything a run writes about itself; the only part of the server that knows the log files.
+
+    Args:
+        log_dir: folder of the logs.
+        config: of the run.
+        server: the global model, read only.
+    """
+
+    def __init__(self, log_dir: Path, *, config: RunConfig, server: GlobalModel) -> None:
+        experts = server.graph.num_experts
+        self.log_dir, self._config, self._server = log_dir, config, server
+        self._log = RunLog(log_dir, num_layers=len(experts), experts_per_layer=experts)
+        (log_dir / SUMMARY_FILE).unlink(missing_ok=True)
+        self._tensorboard = TensorBoardLog(log_dir)
+        self._clients: dict[int, dict[str, Any]] = {}
+        self._names: dict[int, str] = {}
+        self._bytes = dict.fromkeys(("bytes_up", "bytes_down", "bytes_up_dense", "bytes_down_dense"), 0)
+        self._edits = 0
+
+    def round(
+        self,
+        server_round: int,
+        replies: RoundReplies,
+        answers: Mapping[int, Answer],
+        *,
+        graph: ExpertGraph,
+        usage: Sequence[np.ndarray],
+        seconds: float,
+    ) -> None:
+        """Write a round: ``graph`` is what the clients trained on, ``usage`` the average so far."""
+        for accepted in replies.accepted:
+            self._note(accepted)
+            self._log.pack_sizes(server_round, accepted.reply.name, accepted.stats)
+        dense = self._server.dense_bytes() * len(answers)
+        losses = [_loss(accepted.reply, "valid") for accepted in replies.accepted]
+        record = RoundRecord(
+            round=server_round,
+            seconds=seconds,
+            bytes_up=sum(answer.bytes_up for answer in answers.values()),
+            bytes_down=sum(answer.bytes_down for answer in answers.values()),
+            bytes_up_dense=dense,
+            bytes_down_dense=dense,
+            density=_mean([accepted.reply.numbers["density"] for accepted in replies.accepted]),
+            edges=graph.edges_per_layer(),
+            graph_version=graph.version,
+            graph_hash=graph.digest(),
+            clients=[self._client_record(node, replies, answers[node]) for node in self._order(answers)],
+            perplexity=sum(losses, LossSum()).perplexity,
+        )
+        for name in self._bytes:
+            self._bytes[name] += getattr(record, name)
+        self._log.round(record)
+        self._tensorboard.round(record)
+        self._pictures(server_round, replies, graph, usage)
+
+    def merge(self, record: MergeRecord) -> None:
+        """Write a merge."""
+        self._edits += len(record.edits)
+        self._log.merge(record)
+        self._tensorboard.merge(record)
+
+    def finish(self, answers: Mapping[int, Answer]) -> None:
+        """Take in the final evaluation: held-out perplexity of the final global model, per client."""
+        total = LossSum()
+        for node, answer in answers.items():
+            self._bytes["bytes_up"] += answer.bytes_up
+            self._bytes["bytes_down"] += answer.bytes_down
+            if answer.content is None:
+                continue
+            try:
+                reply = read_reply(answer.content, self._server.graph.num_experts)
+                check_numbers(reply)
+            except RefusedUpdate:
+                continue
+            client = self._client(node, reply)
+            loss = _loss(reply, "valid")
+            client["perplexity_after"], client["graph_hash"] = loss.perplexity, reply.graph_hash
+            total += loss
+        after = {client["name"]: client["perplexity_after"] for client in self._clients.values()}
+        self._tensorboard.perplexities(after, total.perplexity, self._config.num_rounds + 1)
+
+    def trace(self, entries: Sequence[Mapping[str, Any]]) -> None:
+        """Write the call trace of the final model."""
+        self._log.call_trace(entries)
+
+    def close(self, *, out: str) -> dict[str, Any]:
+        """Write ``summary.json`` and close the event files; returns the summary."""
+        summary = {
+            "rounds": self._config.num_rounds,
+            "clients": [self._clients[partition] for partition in sorted(self._clients)],
+            **self._bytes,
+            "edits": self._edits,
+            "graph_hash": self._server.graph.digest(),
+            "out": out,
+            "log_dir": str(self.log_dir),
+        }
+        write_json(self.log_dir / SUMMARY_FILE, _without_infinity(summary))
+        self._tensorboard.close()
+        return summary
+
+    def _note(self, accepted: Accepted) -> None:
+        reply = accepted.reply
+        client = self._client(accepted.node, reply)
+        if client["perplexity_before"] is None:
+            client["perplexity_before"] = _loss(reply, "valid").perplexity
+        if "personal-tokens" in reply.numbers:
+            client["perplexity_after_personal"] = _loss(reply, "personal").perplexity
+
+    def _client(self, node: int, reply: Reply) -> dict[str, Any]:
+        self._names[node] = reply.name
+        fresh = {
+            "name": reply.name,
+            "budget": reply.budget or max(self._server.graph.num_experts),
+            "perplexity_before": None,
+            "perplexity_after": None,
+            "perplexity_after_personal": None,
+            "graph_hash": reply.graph_hash,
+        }
+        return self._clients.setdefault(reply.partition, fresh)
+
+    def _order(self, answers: Mapping[int, Answer]) -> list[int]:
+        """Nodes by name, so that a client keeps its place from round to round."""
+        return sorted(answers, key=lambda node: (self._names.get(node, f"~{node}"), node))
+
+    def _client_record(self, node: int, replies: RoundReplies, answer: Answer) -> ClientRecord:
+        name = self._names.get(node, f"node-{node}")
+        reply = next((each.reply for each in replies.accepted if each.node == node), None)
+        numbers = reply.numbers if reply else {}
+        return ClientRecord(
+            name=name,
+            budget=(reply.budget or max(self._server.graph.num_experts)) if reply else 0,
+            weight=numbers.get("examples", 0.0),
+            train_loss=numbers.get("train-loss"),
+            perplexity=_loss(reply, "valid").perplexity if reply else None,
+            bytes_up=answer.bytes_up,
+            bytes_down=answer.bytes_down,
+            density=numbers.get("density"),
+            refused=replies.refused.get(node),
+        )
+
+    def _pictures(
+        self, server_round: int, replies: RoundReplies, graph: ExpertGraph, usage: Sequence[np.ndarray]
+    ) -> None:
+        experts = graph.num_experts
+        self._tensorboard.masks("global", pad_masks(graph.masks, experts_per_layer=experts), server_round)
+        travelled = [counts * mask for counts, mask in zip(usage, graph.masks, strict=True)]
+        padded = np.zeros((len(experts), max(experts), max(experts)))
+        for layer, counts in enumerate(travelled):
+            padded[layer, : len(counts), : len(counts)] = counts
+        self._tensorboard.usage(padded, server_round)
+        for accepted in replies.accepted:
+            own = graph.restrict(accepted.reply.residents)
+            masks = pad_masks(own.masks, experts_per_layer=experts)
+            self._tensorboard.masks(accepted.reply.name, masks, server_round)
+        if server_round == 1:
+            first = graph.restrict(replies.accepted[0].reply.residents)
+            self._log.mask_debug(first.masks)
+
+
+def _loss(reply: Reply, name: str) -> LossSum:
+    return LossSum(reply.numbers.get(f"{name}-nll", 0.0), int(reply.numbers.get(f"{name}-tokens", 0)))
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _without_infinity(summary: dict[str, Any]) -> dict[str, Any]:
+    """JSON knows no infinity and no NaN: such perplexities become null."""
+    for client in summary["clients"]:
+        for key, value in client.items():
+            if isinstance(value, float) and not abs(value) < float("inf"):
+                client[key] = None
+    return summary

@@ -1,0 +1,104 @@
+"""The Flower ServerApp: open the graph, run the federation, leave logs and a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from configs.errors import UserError
+from configs.output import check_output_directory
+from configs.paths import cache_folder, default_graph
+from configs.schema import RunConfig, load_run_config
+from federated.blocks import Blocks, pack_blocks
+from federated.documents import load_documents
+from models.calibration import sample_text
+from models.checkpoint import set_visits
+from models.settings import set_walk
+from server.call_trace import call_trace
+from server.federation import Federation
+from server.global_model import GlobalModel
+from server.run_observer import RunObserver
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run one federation as its run configuration says.
+
+    Raises:
+        UserError: bad input of any kind, before anything is written.
+    """
+    config = load_run_config(context.run_config)
+    run_federation(grid, config, run_id=context.run_id)
+
+
+def run_federation(grid: Grid, config: RunConfig, *, run_id: int) -> dict:
+    """Run a federation over ``grid`` and return its summary (see ``server.run_observer``)."""
+    torch.set_num_threads(config.num_threads)
+    torch.manual_seed(config.seed)
+    if config.out:
+        check_output_directory(Path(config.out), overwrite=config.overwrite)
+    server = open_global_model(config)
+    validation = server_text(config, server)
+    log_dir = Path(config.log_dir) if config.log_dir else cache_folder() / "runs" / str(run_id)
+    observer = RunObserver(log_dir, config=config, server=server)
+    Federation(grid=grid, config=config, server=server, observer=observer, validation=validation).run()
+    text = validation.input_ids if validation is not None else _sampled(server, config)
+    observer.trace(call_trace(server.model, text, config.trace_tokens))
+    if config.out:
+        server.save(Path(config.out), overwrite=config.overwrite)
+    return observer.close(out=config.out)
+
+
+def open_global_model(config: RunConfig) -> GlobalModel:
+    """The graph that the configuration names, or the one that the quick start left.
+
+    Raises:
+        UserError: there is none, or the configuration does not fit it.
+    """
+    source = config.graph or str(default_graph())
+    if not config.graph and not (default_graph() / "config.json").is_file():
+        raise UserError(
+            f"expected a graph, got none named and none in {default_graph()}; "
+            "set graph to a folder that `fedgraft bootstrap` wrote, or run scripts/quickstart.sh first"
+        )
+    server = GlobalModel(source)
+    experts = max(server.graph.num_experts)
+    if max(config.client_budgets) > experts:
+        raise UserError(
+            f"expected budgets of at most the graph's {experts} experts, got {max(config.client_budgets)}"
+        )
+    if config.block_size > server.model.config.max_position_embeddings:
+        raise UserError(
+            f"expected block-size to be at most the model's max_position_embeddings "
+            f"{server.model.config.max_position_embeddings}, got {config.block_size}"
+        )
+    if config.experts_per_token:
+        set_visits(server.model, config.experts_per_token)
+    if config.walk:
+        set_walk(server.model, config.walk)
+    return server
+
+
+def server_text(config: RunConfig, server: GlobalModel) -> Blocks | None:
+    """The server's own validation text as blocks; None if the configuration names none."""
+    if not config.server_sources:
+        return None
+    documents = load_documents(
+        config.server_sources,
+        template=config.template,
+        wikimix_documents=config.train_documents,
+        seed=config.seed + 1,
+    ).shuffle(seed=config.seed)
+    texts = (row["text"] for row in documents if row["split"] == "valid")
+    return pack_blocks(texts, server.tokenizer, block_size=config.block_size, max_blocks=config.eval_blocks)
+
+
+def _sampled(server: GlobalModel, config: RunConfig) -> torch.Tensor:
+    """Text for the call trace where the server has none: sampled from the model."""
+    length = max(2, min(config.block_size, config.trace_tokens))
+    return sample_text(server.model, blocks=1, block_size=length, seed=config.seed)
