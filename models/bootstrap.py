@@ -5,7 +5,7 @@ The construction follows EMoE (Qiu et al., 2023, arXiv:2310.10908); router and e
 
 from __future__ import annotations
 
-import time
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from configs.errors import UserError
-from experts.clustering import Clusters, balanced_clusters, check_expert_count
+from experts.clustering import Clusters, check_expert_count, timed_clusters
 from experts.graph import edges_by_lift
 from models.calibration import NeuronStatistics, neuron_statistics, visit_ffn_inputs
 from models.checkpoint import cast_weights
@@ -54,10 +54,15 @@ class BootstrapPlan:
             raise UserError(f"expected features to be one of {', '.join(FEATURES)}, got {self.features!r}")
         if self.router not in ROUTERS:
             raise UserError(f"expected router to be one of {', '.join(ROUTERS)}, got {self.router!r}")
-        if not 1 <= self.visits <= self.num_experts:
+        # A count below one is answered with those that divide the FFN width, once that is known.
+        if self.num_experts >= 1 and not 1 <= self.visits <= self.num_experts:
             raise UserError(
                 f"expected experts per token between 1 and the {self.num_experts} experts, got {self.visits}"
             )
+        if self.edges_per_expert < 0:
+            raise UserError(f"expected at least 0 edges per expert, got {self.edges_per_expert}")
+        if self.jobs < 1:
+            raise UserError(f"expected at least 1 of the jobs that run side by side, got {self.jobs}")
 
     @property
     def visits(self) -> int:
@@ -108,7 +113,7 @@ def plan_experts(
         for mlp, profile in zip(layers, statistics.profiles, strict=True)
     )
     timed = Parallel(n_jobs=plan.jobs, return_as="generator")(
-        delayed(_timed_clusters)(rows, plan.num_experts, plan.seed) for rows in features
+        delayed(timed_clusters)(rows, plan.num_experts, plan.seed) for rows in features
     )
     clustered = []
     for index, (clusters, seconds) in enumerate(timed):
@@ -181,6 +186,7 @@ def build_graph(
     config = graph_config(model, [len(layer.edges) for layer in experts], visits)
     config.base_fingerprint = base_fingerprint
     graph = cast_weights(FedGraftForCausalLM(config), model.dtype)
+    graph.generation_config = copy.deepcopy(model.generation_config)
     rest = {name: value for name, value in model.state_dict().items() if ".mlp." not in name}
     graph.load_state_dict(rest, strict=False)
     for target, source, planned in zip(graph.expert_layers(), model.model.layers, experts, strict=True):
@@ -209,9 +215,3 @@ def graph_config(model: PreTrainedModel, num_experts: list[int], visits: int) ->
         expert_size=model.config.intermediate_size // num_experts[0],
         experts_per_token=visits,
     )
-
-
-def _timed_clusters(features: np.ndarray, num_experts: int, seed: int) -> tuple[Clusters, float]:
-    start = time.perf_counter()
-    clusters = balanced_clusters(features, num_experts, seed=seed)
-    return clusters, time.perf_counter() - start

@@ -52,6 +52,7 @@ def export_dense(graph: FedGraftForCausalLM, *, probe_tokens: int = 256, seed: i
     config = dense_config(graph.config, width)
     config.dtype = graph.dtype
     dense = LlamaForCausalLM(config).to(graph.dtype).eval()
+    dense.generation_config = copy.deepcopy(graph.generation_config)
     rest = {name: value for name, value in graph.state_dict().items() if ".mlp." not in name}
     dense.load_state_dict(rest, strict=False)
     for target, source in zip(dense.model.layers, layers, strict=True):

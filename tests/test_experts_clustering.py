@@ -10,6 +10,7 @@ from experts.clustering import (
     balanced_clusters,
     check_expert_count,
     random_clusters,
+    timed_clusters,
     valid_expert_counts,
 )
 
@@ -114,3 +115,10 @@ def test_the_nearest_counts_are_chosen_by_distance():
     with pytest.raises(UserError, match="64, 128, 256, 512$"):
         check_expert_count(1024, 500)
     check_expert_count(1024, 512)
+
+
+def test_timed_clusters_are_the_clusters_and_a_time():
+    features = blobs(3, 4)
+    clusters, seconds = timed_clusters(features, 3, 5)
+    assert np.array_equal(clusters.members, balanced_clusters(features, 3, seed=5).members)
+    assert 0 < seconds < 60
