@@ -127,7 +127,8 @@ class RunLog:
         """Append one line to ``pack_sizes.txt`` (with a header line first)."""
         path = self.log_dir / PACK_FILE
         ratio = stats.raw_bytes / stats.packed_bytes if stats.packed_bytes else math.nan
-        row = (round, client, stats.raw_bytes, stats.packed_bytes, f"{ratio:.3f}")
+        name = "_".join(client.split())  # columns are separated by spaces
+        row = (round, name, stats.raw_bytes, stats.packed_bytes, f"{ratio:.3f}")
         header = "" if path.exists() else _PACK_ROW.format(*PACK_COLUMNS)
         _append(path, header + _PACK_ROW.format(*row, f"{stats.entropy_floor_bytes:.0f}"))
 

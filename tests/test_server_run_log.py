@@ -170,15 +170,17 @@ def test_pack_sizes_has_one_header_and_one_row_per_client_and_round(tmp_path):
     sizes = {"index_floor_bytes": 0, "density": 0.1, "index_bytes": 1, "value_bytes": 1}
     log = make_log(tmp_path)
     log.pack_sizes(
-        1, "recipes", PackedStats(raw_bytes=1000, packed_bytes=40, entropy_floor_bytes=39, **sizes)
+        1, "my recipes", PackedStats(raw_bytes=1000, packed_bytes=40, entropy_floor_bytes=39, **sizes)
     )
     log.pack_sizes(2, "prose", PackedStats(raw_bytes=0, packed_bytes=0, entropy_floor_bytes=0, **sizes))
     rows = [line.split() for line in (tmp_path / "pack_sizes.txt").read_text().splitlines()]
     assert rows == [
         ["round", "client", "raw_bytes", "packed_bytes", "ratio", "entropy_floor_bytes"],
-        ["1", "recipes", "1000", "40", "25.000", "39"],
+        ["1", "my_recipes", "1000", "40", "25.000", "39"],
         ["2", "prose", "0", "0", "nan", "0"],
     ]
+    table = np.genfromtxt(tmp_path / "pack_sizes.txt", names=True, dtype=None, encoding="utf-8")
+    assert table["packed_bytes"].tolist() == [40, 0]
 
 
 def test_a_new_log_removes_the_earlier_run_and_a_resumed_one_goes_on(tmp_path):

@@ -52,6 +52,16 @@ def test_curves_per_client_and_overall(read_back):
     assert scalars(events, "bytes_cumulative/up_dense") == [(1, 9000), (2, 18000)]
 
 
+def test_a_new_log_replaces_an_earlier_one_and_a_resumed_one_goes_on(read_back, tmp_path):
+    read_back(lambda log: log.round(ROUND))
+    resumed = TensorBoardLog(tmp_path, resume=True)
+    resumed.round(replace(ROUND, round=2))
+    resumed.close()
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 2
+    events = read_back(lambda log: log.round(replace(ROUND, round=3)))
+    assert scalars(events, "perplexity/overall") == [(3, 8.0)]
+
+
 def text(events: EventAccumulator, tag: str) -> str:
     return events.Tensors(f"{tag}/text_summary")[0].tensor_proto.string_val[0].decode()
 
