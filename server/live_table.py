@@ -43,6 +43,7 @@ def following(log_dir: Path, *, num_rounds: int, console: Console | None = None)
         target=follow_run,
         args=(log_dir,),
         kwargs={"is_finished": done.is_set, "num_rounds": num_rounds, "console": console},
+        name="follow-run",
         daemon=True,
     )
     thread.start()

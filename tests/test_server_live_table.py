@@ -60,10 +60,11 @@ def test_terminal_shows_which_round_is_under_way(tmp_path):
 
 
 def test_following_ends_with_its_body_also_on_an_error(tmp_path):
-    before = threading.active_count()
+    seen = []
     with pytest.raises(RuntimeError), following(tmp_path, num_rounds=1, console=console(terminal=True)):
+        seen += [thread for thread in threading.enumerate() if thread.name == "follow-run"]
         raise RuntimeError
-    assert threading.active_count() == before
+    assert [thread.is_alive() for thread in seen] == [False]
 
 
 def test_table_has_a_column_per_client_and_the_edits_of_each_round(tmp_path):
