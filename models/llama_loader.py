@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -93,10 +93,13 @@ def read_config(source: str) -> PreTrainedConfig:
     """
     path = Path(source) / "config.json"
     try:
-        if path.is_file() and json.loads(path.read_text()).get("model_type") == FedGraftConfig.model_type:
+        values = json.loads(path.read_text()) if path.is_file() else {}
+        if not isinstance(values, dict):
+            raise ValueError("config.json holds no JSON object")
+        if values.get("model_type") == FedGraftConfig.model_type:
             return FedGraftConfig.from_pretrained(source)
         return AutoConfig.from_pretrained(source)
-    except (OSError, ValueError, KeyError, HFValidationError) as error:
+    except (OSError, ValueError, KeyError, TypeError, HFValidationError, StrictDataclassError) as error:
         raise UserError(
             f"expected a checkpoint directory with config.json or a hub id, got {source}: {_first_line(error)}"
         ) from error
@@ -118,20 +121,24 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def _load(kind: Any, source: str, *, dtype: torch.dtype | str) -> Any:
+    options = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
-        model, report = kind.from_pretrained(source, dtype=dtype, output_loading_info=True)
+        model, report = kind.from_pretrained(source, **options)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise UserError(
             f"expected whole safetensors weights in {source}, got: {_first_line(error)}"
         ) from error
     missing = sorted(report["missing_keys"]) + sorted(key[0] for key in report["mismatched_keys"])
     if missing:
+        named = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         raise UserError(
-            f"expected every weight that config.json describes in {source}, got none or another shape for "
-            f"{missing[0]} and {len(missing) - 1} more; the checkpoint is incomplete"
+            f"expected every weight that config.json describes in {source}, got none or another shape for {named}; "
+            "the checkpoint is incomplete"
         )
     return model.eval()
 
 
 def _first_line(error: BaseException) -> str:
+    if isinstance(error, StrictDataclassError):  # what is wrong stands in the lines after the first
+        return " ".join(str(error).split())
     return (str(error).strip() or type(error).__name__).splitlines()[0]
