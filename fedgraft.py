@@ -13,8 +13,9 @@ from scripts.bootstrap import bootstrap
 from scripts.evaluate import evaluate
 from scripts.export import export
 from scripts.generate import generate
+from scripts.simulate import simulate
 
-VERBS = (bootstrap, evaluate, generate, export)
+VERBS = (bootstrap, simulate, evaluate, generate, export)
 
 app = typer.Typer(
     name="fedgraft",

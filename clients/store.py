@@ -106,8 +106,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
     """Tensors and metadata of a file; None where there is none that can be read."""
     try:
         with safe_open(path, framework="pt") as file:
-            return {
-                name: file.get_tensor(name) for name in file.keys()
-            }, file.metadata() or {}
+            names = list(file.keys())
+            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
     except (FileNotFoundError, SafetensorError):
         return None

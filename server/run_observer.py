@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,7 @@ class RunObserver:
         self.log_dir, self._config, self._server = log_dir, config, server
         self._log = RunLog(log_dir, num_layers=len(experts), experts_per_layer=experts)
         (log_dir / SUMMARY_FILE).unlink(missing_ok=True)
+        shutil.rmtree(log_dir / "tensorboard", ignore_errors=True)
         self._tensorboard = TensorBoardLog(log_dir)
         self._clients: dict[int, dict[str, Any]] = {}
         self._names: dict[int, str] = {}
@@ -181,6 +184,11 @@ class RunObserver:
         if server_round == 1:
             first = graph.restrict(replies.accepted[0].reply.residents)
             self._log.mask_debug(first.masks)
+
+
+def read_summary(log_dir: Path) -> dict[str, Any]:
+    """The summary that a finished run left in its log directory."""
+    return json.loads((log_dir / SUMMARY_FILE).read_text(encoding="utf-8"))
 
 
 def _loss(reply: Reply, name: str) -> LossSum:
