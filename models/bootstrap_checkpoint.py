@@ -104,7 +104,7 @@ def split_tokens(ids: Tensor, calibration_tokens: int, evaluation_tokens: int) -
     if len(ids) < 2:
         raise UserError("expected at least two blocks of calibration text, got less; give more text")
     share = calibration_tokens / (calibration_tokens + evaluation_tokens)
-    wanted = -(-(calibration_tokens + evaluation_tokens) // ids.shape[1])
+    wanted = max(2, -(-(calibration_tokens + evaluation_tokens) // ids.shape[1]))
     ids = ids[:wanted]
     cut = min(max(1, round(len(ids) * share)), len(ids) - 1)
     return ids[:cut], ids[cut:]

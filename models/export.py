@@ -51,7 +51,9 @@ def export_dense(graph: FedGraftForCausalLM, *, probe_tokens: int = 256, seed: i
     width = max(layer.neurons.numel() for layer in layers)
     config = dense_config(graph.config, width)
     config.dtype = graph.dtype
-    dense = LlamaForCausalLM(config).to(graph.dtype).eval()
+    dense = LlamaForCausalLM(config).eval()
+    for parameter in dense.parameters():  # not the buffers: rotary frequencies stay in fp32
+        parameter.data = parameter.data.to(graph.dtype)
     dense.generation_config = copy.deepcopy(graph.generation_config)
     rest = {name: value for name, value in graph.state_dict().items() if ".mlp." not in name}
     dense.load_state_dict(rest, strict=False)
