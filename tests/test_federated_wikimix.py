@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import os
+import random
 import re
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import pytest
 
 from configs.errors import UserError
 from federated import wikimix
+from federated.wikimix import words
 
 ROOT = Path(__file__).resolve().parents[1]
 _HASH_PROGRAM = """
@@ -89,6 +91,19 @@ def test_counts_and_names_are_checked() -> None:
 def _value(expression: str) -> Fraction:
     """Evaluate integers joined by + - * / and parentheses exactly."""
     return eval(re.sub(r"\d+", r"Fraction(\g<0>)", expression), {"Fraction": Fraction})
+
+
+def test_templates_are_filled_from_the_inside_out() -> None:
+    rng = random.Random(0)
+    found = {words.render(rng, "[a {x}|two [big|small] {x}s]!", {"x": "owl"}) for _ in range(100)}
+    assert found == {"an owl!", "two big owls!", "two small owls!"}
+    assert words.render(rng, "A {x} is a {y}.", {"x": "ape", "y": "bee"}) == "An ape is a bee."
+    assert words.lines("\n  - one\n    goes on\n  - two - three\n") == ["one goes on", "two - three"]
+    assert words.phrases("\n a b|c\n  d|\n e ") == ["a b", "c d", "e"]
+    assert [words.listed("abc"[:n]) for n in (1, 2, 3)] == ["a", "a and b", "a, b and c"]
+    assert words.sentence("ab Cd") == "Ab Cd" and words.sentence("") == ""
+    names = {words.invented_name(rng) for _ in range(500)}
+    assert len(names) > 450 and all(re.fullmatch(r"[A-Z][a-z]{3,}", name) for name in names)
 
 
 def test_arithmetic_is_right() -> None:

@@ -8,10 +8,10 @@ from collections.abc import Callable
 
 from federated.wikimix.words import FIRST_NAMES, render
 
-_GOODS = (
-    "pencils marbles stickers tickets stamps bricks bottles cards beads shells buttons candles tiles ribbons"
-    " notebooks balloons magnets batteries".split()
-)
+_GOODS = """
+    pencils marbles stickers tickets stamps bricks bottles cards beads shells buttons candles tiles ribbons
+    notebooks balloons magnets batteries
+""".split()
 _HOLDERS = "boxes bags crates drawers shelves jars packets trays baskets envelopes".split()
 _PLACES = "fair school warehouse museum station club workshop stadium".split()
 

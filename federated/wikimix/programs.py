@@ -6,18 +6,18 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-_NOUNS = (
-    "values scores weights prices depths speeds levels ranks lengths counts offsets samples tokens heights"
-    " delays sizes grades widths".split()
-)
+_NOUNS = """
+    values scores weights prices depths speeds levels ranks lengths counts offsets samples tokens heights
+    delays sizes grades widths
+""".split()
 _VERBS = "sum collect filter scan reduce measure gather inspect process compute".split()
 _ITEMS = "item value entry element number current".split()
 _TOTALS = "total result answer accumulator output".split()
 _TEXTS = "word text line phrase label title name".split()
-_SAMPLES = (
-    "lambda array kernel buffer thread vector matrix socket branch commit module object string parser stack"
-    " query index cursor method static".split()
-)
+_SAMPLES = """
+    lambda array kernel buffer thread vector matrix socket branch commit module object string parser stack
+    query index cursor method static
+""".split()
 _CLASSES = "Counter Stack Account Tracker Register Meter Ledger Tank Robot Timer".split()
 _METHODS = (
     ("add", "remove"),

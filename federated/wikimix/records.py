@@ -10,14 +10,18 @@ from federated.wikimix.words import FIRST_NAMES, invented_name
 
 _STATUS = "active pending archived suspended draft verified expired locked".split()
 _CURRENCIES = "EUR USD GBP CHF SEK JPY CAD".split()
-_SKUS = "cable router monitor keyboard adapter charger webcam printer speaker headset tablet scanner switch modem".split()
+_SKUS = """
+    cable router monitor keyboard adapter charger webcam printer speaker headset tablet scanner switch modem
+""".split()
 _METRICS = "temperature humidity pressure voltage latency throughput vibration luminosity".split()
 _UNITS = {
     "temperature": "celsius", "humidity": "percent", "pressure": "hectopascal", "voltage": "volt",
     "latency": "millisecond", "throughput": "megabit", "vibration": "hertz", "luminosity": "lux",
 }  # fmt: skip
 _ROLES = "admin editor viewer auditor owner guest operator developer".split()
-_SCOPES = "read:orders write:orders read:users write:users read:logs delete:logs manage:billing export:reports".split()
+_SCOPES = """
+    read:orders write:orders read:users write:users read:logs delete:logs manage:billing export:reports
+""".split()
 _SERVICES = "gateway scheduler indexer mailer billing cache queue storage".split()
 _LEVELS = "debug info warning error critical".split()
 _MODELS = "sedan van tractor scooter truck wagon tram ferry".split()

@@ -9,18 +9,28 @@ from collections.abc import Mapping, Sequence
 _CHOICE = re.compile(r"\[([^\[\]]*)\]")
 _ARTICLE = re.compile(r"\b([Aa]) (?=[aeiouAEIOU])")
 
-FIRST_NAMES = (
-    "Ada Amir Anja Anton Aria Basil Bela Carla Cedric Clara Dara Dmitri Edith Elena Emil Esther Farid Fiona"
-    " Freya Gideon Greta Hana Hugo Ida Imani Ines Ivan Jonas Julia Kamal Karin Kofi Lena Leo Lucia Magnus"
-    " Mara Marta Milo Mina Nadia Nils Noor Olga Omar Oscar Paula Petra Quentin Rafael Rosa Ruben Sara Selma"
-    " Silas Tara Theo Tilda Uma Victor Vera Wanda Xenia Yara Yusuf Zoe"
-).split()
-_ONSETS = (
-    "Al Bar Bel Cor Dal Dor El Fen Gal Har Il Jor Kel Lor Mar Mor Nar Or Pel Quel Ras Sel Tal Tor Ul Vel Wen"
-    " Yar Zel".split()
-)
+FIRST_NAMES = """
+    Ada Amir Anja Anton Aria Basil Bela Carla Cedric Clara Dara Dmitri Edith Elena Emil Esther Farid Fiona
+    Freya Gideon Greta Hana Hugo Ida Imani Ines Ivan Jonas Julia Kamal Karin Kofi Lena Leo Lucia Magnus Mara
+    Marta Milo Mina Nadia Nils Noor Olga Omar Oscar Paula Petra Quentin Rafael Rosa Ruben Sara Selma Silas
+    Tara Theo Tilda Uma Victor Vera Wanda Xenia Yara Yusuf Zoe
+""".split()
+_ONSETS = """
+    Al Bar Bel Cor Dal Dor El Fen Gal Har Il Jor Kel Lor Mar Mor Nar Or Pel Quel Ras Sel Tal Tor Ul Vel Wen
+    Yar Zel
+""".split()
 _MIDDLES = "a an ar av e el en er i il in ir o ol on or u um un".split()
 _ENDINGS = "bet dan dor fal gard ka len lis mar mere na nor rin ros sa tel th vik vra wick".split()
+
+
+def phrases(block: str) -> list[str]:
+    """The ``|``-separated phrases of a block of text; line breaks count as spaces."""
+    return [" ".join(part.split()) for part in block.split("|")]
+
+
+def lines(block: str) -> list[str]:
+    """The templates of a block of text; each starts with ``- `` and may go on in the next line."""
+    return [" ".join(part.split()) for part in re.split(r"(?:^|\n)\s*- ", block)[1:]]
 
 
 def render(rng: random.Random, template: str, facts: Mapping[str, object]) -> str:
