@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Install the test extra and run everything that must hold: format, lint, types, and the whole suite.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+bash scripts/install.sh test
+BIN=.venv/bin
+export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+mapfile -t SOURCES < <(git ls-files '*.py')
+"$BIN/black" --quiet --check "${SOURCES[@]}"
+"$BIN/isort" --quiet --check-only "${SOURCES[@]}"
+"$BIN/ruff" check --quiet "${SOURCES[@]}"
+"$BIN/mypy" --no-error-summary "${SOURCES[@]}"
+# One process per core; a file stays in one process, so that its fixtures are made once.
+exec "$BIN/python" -m pytest --numprocesses 2 --dist loadfile "$@"
