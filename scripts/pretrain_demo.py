@@ -1,7 +1,7 @@
 """Train the embedded model again: a byte-level BPE tokenizer and a small Llama on four WikiMix domains.
 
-``python scripts/pretrain_demo.py --out DIR [--minutes 25] [--seed 0] [--json]``. The minutes choose a fixed number of
-optimiser steps (sized on two cores), so a rerun does the same work, however long it takes.
+``python scripts/pretrain_demo.py --out DIR [--minutes 25] [--seed 0] [--json]``. The minutes choose a fixed
+number of optimiser steps (sized on two cores), so a rerun does the same work, however long it takes.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def pretraining_domains() -> tuple[str, ...]:
 def train_tokenizer(
     vocab_size: int, context: int, documents_per_domain: int = 1500
 ) -> PreTrainedTokenizerFast:
-    """Byte-level BPE over all domains: ``<s>`` is 0, ``</s>`` is 1, and all 256 bytes are in, so no text is unknown."""
+    """Byte-level BPE over all domains: ``<s>`` is 0, ``</s>`` is 1, with all 256 bytes, so nothing is unknown."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -92,10 +92,12 @@ def bf16_is_faster(size: int = 512) -> bool:
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
         matrix = torch.ones(size, size, dtype=dtype)
-        _ = matrix @ matrix
-        start = time.perf_counter()
-        _ = matrix @ matrix
-        seconds[dtype] = time.perf_counter() - start
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            torch.mm(matrix, matrix)
+            times.append(time.perf_counter() - start)
+        seconds[dtype] = min(times)
     return seconds[torch.bfloat16] < seconds[torch.float32]
 
 
@@ -109,7 +111,7 @@ def learning_rate(step: int, steps: int, peak: float = PEAK_RATE) -> float:
 
 
 def batches(data: dict[str, torch.Tensor], seed: int) -> Iterator[torch.Tensor]:
-    """One pass in shuffled order; every batch ``[BATCH_BLOCKS, context]`` holds equally many blocks of each domain."""
+    """One pass in shuffled order; a batch ``[BATCH_BLOCKS, context]`` holds equally many of each domain."""
     generator = torch.Generator().manual_seed(seed)
     share = BATCH_BLOCKS // len(data)
     shuffled = [rows[torch.randperm(len(rows), generator=generator)] for rows in data.values()]
@@ -117,40 +119,53 @@ def batches(data: dict[str, torch.Tensor], seed: int) -> Iterator[torch.Tensor]:
         yield torch.cat([rows[start : start + share] for rows in shuffled])
 
 
-def train(model: LlamaForCausalLM, data: dict[str, torch.Tensor], *, seed: int, console: Console) -> None:
-    """Train ``model`` in place on one pass over ``data`` (domain -> blocks ``[N, context]``)."""
+def adamw(model: LlamaForCausalLM) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices only."""
     matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
     vectors = [parameter for parameter in model.parameters() if parameter.dim() <= 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=PEAK_RATE, betas=(0.9, 0.95), fused=True)
-    steps = len(next(iter(data.values()))) * len(data) // BATCH_BLOCKS
-    columns = (
-        *Progress.get_default_columns()[:3],
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[loss]}"),
-    )
-    half = bf16_is_faster()
-    model.train()
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("training", total=steps, loss="")
-        for step, input_ids in enumerate(batches(data, seed)):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps)
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
-                loss = smoothed_loss(model(input_ids=input_ids, use_cache=False).logits, input_ids)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            progress.update(task, advance=1, loss=f"loss {loss.item():.3f}")
+    return torch.optim.AdamW(groups, lr=PEAK_RATE, betas=(0.9, 0.95), fused=True)
 
 
 def smoothed_loss(logits: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
-    """Next-token cross-entropy of ``[B, S, V]`` logits; the smoothing keeps unseen words from becoming impossible."""
+    """Next-token cross-entropy of ``[B, S, V]`` logits; smoothing keeps unseen words possible."""
     return torch.nn.functional.cross_entropy(
         logits[:, :-1].flatten(0, 1).float(), input_ids[:, 1:].flatten(), label_smoothing=SMOOTHING
     )
+
+
+def train_step(
+    model: LlamaForCausalLM,
+    optimizer: torch.optim.Optimizer,
+    input_ids: torch.Tensor,
+    *,
+    rate: float,
+    half: bool,
+) -> float:
+    """One update on blocks ``[B, context]`` at learning rate ``rate``, in bf16 if ``half``; returns the loss."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
+        loss = smoothed_loss(model(input_ids=input_ids, use_cache=False).logits, input_ids)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.item()
+
+
+def train(model: LlamaForCausalLM, data: dict[str, torch.Tensor], *, seed: int, console: Console) -> None:
+    """Train ``model`` in place on one pass over ``data`` (domain -> blocks ``[N, context]``)."""
+    optimizer, half = adamw(model), bf16_is_faster()
+    steps = len(next(iter(data.values()))) * len(data) // BATCH_BLOCKS
+    columns = (*Progress.get_default_columns()[:3], TimeElapsedColumn(), TimeRemainingColumn())
+    model.train()
+    with Progress(*columns, TextColumn("{task.fields[loss]}"), console=console) as progress:
+        task = progress.add_task("training", total=steps, loss="")
+        for step, input_ids in enumerate(batches(data, seed)):
+            rate = learning_rate(step, steps)
+            loss = train_step(model, optimizer, input_ids, rate=rate, half=half)
+            progress.update(task, advance=1, loss=f"loss {loss:.3f}")
 
 
 @torch.no_grad()
@@ -166,8 +181,6 @@ def perplexity(model: LlamaForCausalLM, rows: torch.Tensor) -> float:
 
 def pretrain(config: LlamaConfig, *, steps: int, seed: int, out: Path, console: Console) -> dict[str, Any]:
     """Train tokenizer and model, save both with ``training.json`` in ``out`` and return what that file holds."""
-    if steps < 1:
-        raise UserError(f"expected at least one training step, got {steps}; raise --minutes")
     torch.manual_seed(seed)
     context, domains = config.max_position_embeddings, pretraining_domains()
     console.print("training the tokenizer")
@@ -181,11 +194,11 @@ def pretrain(config: LlamaConfig, *, steps: int, seed: int, out: Path, console: 
     start, processor = time.perf_counter(), time.process_time()
     train(model, data, seed=seed, console=console)
     seconds, processor = time.perf_counter() - start, time.process_time() - processor
-    model = model.bfloat16()
-    model.save_pretrained(out)
+    model.bfloat16().save_pretrained(out)
     tokenizer.save_pretrained(out)
-    # Judged as shipped: the weights rounded to bf16, the arithmetic in fp32.
-    model = model.float()
+    # Judged as shipped, weights rounded to bf16, with the arithmetic in fp32; loaded anew because a
+    # conversion in place also rounds the rotary frequencies.
+    model = LlamaForCausalLM.from_pretrained(out, dtype=torch.float32)
     valid = {name: blocks(tokenizer, name, VALID_BLOCKS, context, split="valid") for name in wikimix.DOMAINS}
     summary = {
         "parameters": model.num_parameters(),
@@ -224,6 +237,25 @@ def pretrain_into(
     return summary
 
 
+def steps_for(minutes: float) -> int:
+    """The fixed number of optimiser steps that stands for ``minutes``; ``UserError`` if there is not even one."""
+    if not math.isfinite(minutes) or minutes * STEPS_PER_MINUTE < 0.5:
+        raise UserError(
+            f"expected --minutes of at least {1 / STEPS_PER_MINUTE:.2f}, got {minutes}; the default is 25"
+        )
+    return max(1, round(minutes * STEPS_PER_MINUTE))
+
+
+def load_config(path: Path) -> LlamaConfig:
+    """The Llama configuration in a JSON file; ``UserError`` if there is none or it is not JSON."""
+    try:
+        return LlamaConfig(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(
+            f"expected a Llama configuration (JSON) in {path}, got {error}; see {CONFIG.name}"
+        ) from error
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line; ``arguments`` default to those of the process."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -244,8 +276,7 @@ def main(arguments: list[str] | None = None) -> int:
     console = Console(stderr=True)
     torch.set_num_threads(2)
     try:
-        config = LlamaConfig.from_json_file(options.config)
-        steps = round(options.minutes * STEPS_PER_MINUTE)
+        config, steps = load_config(options.config), steps_for(options.minutes)
         summary = pretrain_into(
             options.out, config, steps=steps, seed=options.seed, overwrite=options.overwrite, console=console
         )

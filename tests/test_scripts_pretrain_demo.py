@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from configs.errors import UserError
 from federated import wikimix
 from scripts import pretrain_demo
 
@@ -113,7 +114,7 @@ def test_batches_see_every_block_once_and_all_domains_each_time() -> None:
 
 
 def test_perplexity_of_a_uniform_model_is_the_vocabulary(config_file: Path) -> None:
-    model = pretrain_demo.LlamaForCausalLM(LlamaConfig.from_json_file(config_file))
+    model = LlamaForCausalLM(pretrain_demo.load_config(config_file))
     torch.nn.init.zeros_(model.get_input_embeddings().weight)
     assert pretrain_demo.perplexity(model, torch.randint(320, (20, 8))) == pytest.approx(320, rel=1e-4)
 
@@ -144,7 +145,7 @@ def test_run_saves_what_transformers_loads(tiny_run: tuple[Path, dict[str, objec
 
 
 def test_training_lowers_the_perplexity_and_is_repeatable(config_file: Path, tmp_path: Path) -> None:
-    config = LlamaConfig.from_json_file(config_file)
+    config = pretrain_demo.load_config(config_file)
     runs = [
         pretrain_demo.pretrain(config, steps=steps, seed=0, out=tmp_path / str(index), console=QUIET)[
             "perplexity"
@@ -179,6 +180,40 @@ def test_bad_input_is_one_line_and_leaves_nothing(
             ["--out", str(tmp_path / "new"), "--config", str(config_file), "--minutes", "0.02"]
         )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full"]
+
+
+@pytest.mark.parametrize("content", ["{", '["hidden_size"]', None])
+def test_bad_configuration_is_refused(tmp_path: Path, content: str | None) -> None:
+    path = tmp_path / "config.json"
+    if content is not None:
+        path.write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match="expected a Llama configuration"):
+        pretrain_demo.load_config(path)
+
+
+def test_minutes_choose_the_steps() -> None:
+    assert pretrain_demo.steps_for(25) == 25 * pretrain_demo.STEPS_PER_MINUTE
+    assert pretrain_demo.steps_for(0.01) == 1
+    for minutes in (0, -1, math.nan, math.inf):
+        with pytest.raises(UserError, match="--minutes"):
+            pretrain_demo.steps_for(minutes)
+
+
+def test_weight_decay_is_on_matrices_only(config_file: Path) -> None:
+    decayed, kept = pretrain_demo.adamw(LlamaForCausalLM(pretrain_demo.load_config(config_file))).param_groups
+    assert (decayed["weight_decay"], kept["weight_decay"]) == (0.1, 0.0)
+    assert {p.dim() for p in decayed["params"]} == {2} and {p.dim() for p in kept["params"]} == {1}
+
+
+def test_train_step_follows_the_gradient_at_the_given_rate(config_file: Path) -> None:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(pretrain_demo.load_config(config_file))
+    optimizer, rows = pretrain_demo.adamw(model), torch.randint(320, (4, 16))
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    first = pretrain_demo.train_step(model, optimizer, rows, rate=0.0, half=False)
+    assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+    losses = [pretrain_demo.train_step(model, optimizer, rows, rate=3e-3, half=False) for _ in range(10)]
+    assert losses[0] == pytest.approx(first, rel=1e-6) and losses[-1] < first - 0.1
 
 
 def test_embedded_checkpoint_is_small_and_divisible() -> None:

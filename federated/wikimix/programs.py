@@ -232,7 +232,8 @@ def _predicate(rng: random.Random) -> Program:
 
 
 _KINDS: tuple[Callable[[random.Random], Program], ...] = (
-    _filtered_sum, _mapped, _counted, _recursive, _while_loop, _class, _strings, _pairs, _search, _running, _predicate,
+    _filtered_sum, _mapped, _counted, _recursive, _while_loop, _class, _strings, _pairs, _search, _running,
+    _predicate,
 )  # fmt: skip
 
 

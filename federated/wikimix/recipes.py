@@ -10,7 +10,8 @@ _STYLES = "rustic creamy spicy crispy smoky tangy hearty light golden zesty home
 _BASES = (
     ("risotto", "rice", "g"), ("stew", "potatoes", "g"), ("pasta", "penne", "g"), ("curry", "chickpeas", "g"),
     ("soup", "lentils", "g"), ("bake", "macaroni", "g"), ("salad", "couscous", "g"), ("pilaf", "bulgur", "g"),
-    ("stir-fry", "noodles", "g"), ("casserole", "beans", "g"), ("gratin", "parsnips", "g"), ("broth", "barley", "g"),
+    ("stir-fry", "noodles", "g"), ("casserole", "beans", "g"), ("gratin", "parsnips", "g"),
+    ("broth", "barley", "g"),
 )  # fmt: skip
 _SWEETS = "muffins pancakes scones biscuits brownies tart cake pudding flapjacks crumble waffles".split()
 _VEGETABLES = """
