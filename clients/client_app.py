@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
+from transformers.utils.logging import disable_progress_bar
 
 from clients.participant import Participant, VersionMismatch
 from configs.schema import RunConfig, load_run_config
@@ -47,6 +48,7 @@ def _answer(message: Message, context: Context, act: Callable[[Participant, Requ
 
 
 def prepare_torch(config: RunConfig) -> None:
-    """Threads and seed of this process."""
+    """Threads and seed of this process; its log is no place for progress bars."""
+    disable_progress_bar()
     torch.set_num_threads(config.num_threads)
     torch.manual_seed(config.seed)

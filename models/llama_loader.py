@@ -55,13 +55,21 @@ def load_graph(source: str, *, dtype: torch.dtype | str = "auto") -> FedGraftFor
     Raises:
         UserError: no such checkpoint, not an expert graph, weights missing or damaged.
     """
-    config = read_config(source)
+    check_is_graph(read_config(source), source)
+    return _load(FedGraftForCausalLM, source, dtype=dtype)
+
+
+def check_is_graph(config: PreTrainedConfig, source: str) -> None:
+    """Refuse the configuration of anything but an expert graph.
+
+    Raises:
+        UserError: names the type that came.
+    """
     if config.model_type != FedGraftConfig.model_type:
         raise UserError(
             f"expected an expert graph, got a model of type {config.model_type!r} in {source}; "
             "make one with `fedgraft bootstrap --model DIR --experts E --out DIR`"
         )
-    return _load(FedGraftForCausalLM, source, dtype=dtype)
 
 
 def load_causal_lm(source: str, *, dtype: torch.dtype | str = "auto") -> PreTrainedModel:

@@ -101,15 +101,12 @@ def check_run(run) -> None:
     """
     from clients.data_stream import all_clients
     from configs.output import check_output_directory
-    from configs.paths import default_graph
     from models.llama_loader import read_config
+    from server.app import check_fit, graph_source
 
     if run.out:
         check_output_directory(Path(run.out), overwrite=run.overwrite)
-    if run.graph:
-        read_config(run.graph)
-    elif not (default_graph() / "config.json").is_file():
-        read_config(str(default_graph()))
+    check_fit(run, read_config(graph_source(run)))
     with stderr.status("reading the data"):
         all_clients(run)
 

@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
+from transformers import PreTrainedConfig
+from transformers.utils.logging import disable_progress_bar
 
 from configs.errors import UserError
 from configs.output import check_output_directory
@@ -16,6 +18,7 @@ from federated.blocks import Blocks, pack_blocks
 from federated.documents import load_documents
 from models.calibration import sample_text
 from models.checkpoint import set_visits
+from models.llama_loader import check_is_graph, read_config
 from models.settings import set_walk
 from server.call_trace import call_trace
 from server.federation import Federation
@@ -38,6 +41,7 @@ def main(grid: Grid, context: Context) -> None:
 
 def run_federation(grid: Grid, config: RunConfig, *, run_id: int) -> dict:
     """Run a federation over ``grid`` and return its summary (see ``server.run_observer``)."""
+    disable_progress_bar()
     torch.set_num_threads(config.num_threads)
     torch.manual_seed(config.seed)
     if config.out:
@@ -60,28 +64,47 @@ def open_global_model(config: RunConfig) -> GlobalModel:
     Raises:
         UserError: there is none, or the configuration does not fit it.
     """
-    source = config.graph or str(default_graph())
-    if not config.graph and not (default_graph() / "config.json").is_file():
-        raise UserError(
-            f"expected a graph, got none named and none in {default_graph()}; "
-            "set graph to a folder that `fedgraft bootstrap` wrote, or run scripts/quickstart.sh first"
-        )
+    source = graph_source(config)
+    check_fit(config, read_config(source))
     server = GlobalModel(source)
-    experts = max(server.graph.num_experts)
-    if max(config.client_budgets) > experts:
-        raise UserError(
-            f"expected budgets of at most the graph's {experts} experts, got {max(config.client_budgets)}"
-        )
-    if config.block_size > server.model.config.max_position_embeddings:
-        raise UserError(
-            f"expected block-size to be at most the model's max_position_embeddings "
-            f"{server.model.config.max_position_embeddings}, got {config.block_size}"
-        )
     if config.experts_per_token:
         set_visits(server.model, config.experts_per_token)
     if config.walk:
         set_walk(server.model, config.walk)
     return server
+
+
+def graph_source(config: RunConfig) -> str:
+    """The checkpoint that the configuration names, or the one that the quick start left.
+
+    Raises:
+        UserError: there is none.
+    """
+    if config.graph:
+        return config.graph
+    if not (default_graph() / "config.json").is_file():
+        raise UserError(
+            f"expected a graph, got none named and none in {default_graph()}; "
+            "set graph to a folder that `fedgraft bootstrap` wrote, or run scripts/quickstart.sh first"
+        )
+    return str(default_graph())
+
+
+def check_fit(config: RunConfig, graph: PreTrainedConfig) -> None:
+    """Refuse a run configuration that the graph cannot serve, from the graph's ``config.json`` alone.
+
+    Raises:
+        UserError: not a graph, budgets or experts per token above its experts, blocks beyond its context.
+    """
+    check_is_graph(graph, config.graph)
+    experts, context = max(graph.num_experts), graph.max_position_embeddings
+    for key, value, most, what in (
+        ("budgets", max(config.client_budgets), experts, "experts per layer"),
+        ("experts-per-token", config.experts_per_token, experts, "experts per layer"),
+        ("block-size", config.block_size, context, "tokens of context"),
+    ):
+        if value > most:
+            raise UserError(f"expected {key} to be at most the graph's {most} {what}, got {value}")
 
 
 def server_text(config: RunConfig, server: GlobalModel) -> Blocks | None:
