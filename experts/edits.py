@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -37,22 +37,15 @@ class Edit:
         return asdict(self)
 
 
-def edits_from_dicts(values: Sequence[Mapping[str, Any]]) -> list[Edit]:
+def edits_from_dicts(values: Any) -> list[Edit]:
     """Undo ``Edit.as_dict`` for a list.
 
     Raises:
-        UserError: other keys, or values of other types.
+        UserError: no list, other keys, or values of other types.
     """
-    edits = []
-    for value in values:
-        try:
-            edit = Edit(**value)
-        except TypeError as error:
-            raise UserError(f"expected an edit with op, layer, p, q and reason, got {dict(value)}") from error
-        if not all(isinstance(number, int) for number in (edit.layer, edit.p, edit.q)):
-            raise UserError(f"expected layer, p and q of an edit to be integers, got {dict(value)}")
-        edits.append(edit)
-    return edits
+    if not isinstance(values, list):
+        raise UserError(f"expected a list of edits, got {type(values).__name__}")
+    return [_edit_from_dict(value) for value in values]
 
 
 def apply_edits(graph: ExpertGraph, edits: Sequence[Edit]) -> ExpertGraph:
@@ -88,6 +81,15 @@ def propose_edits(graph: ExpertGraph, usage: Sequence[np.ndarray], rho_max: int)
     if rho_max % 2:
         edits += _most_demanded(graph, usage, taken={(edit.layer, edit.p, edit.q) for edit in edits})
     return edits
+
+
+def _edit_from_dict(value: Any) -> Edit:
+    types = {"op": str, "layer": int, "p": int, "q": int, "reason": str}
+    names = {"reason": ""} | value if isinstance(value, dict) else {}
+    # A bool is an int for Python, not for us.
+    if set(names) != set(types) or any(type(names[key]) is not kind for key, kind in types.items()):
+        raise UserError(f"expected an edit with op, layer, p, q and reason, got {str(value)[:200]}")
+    return Edit(**names)
 
 
 def _check(edit: Edit, masks: Sequence[np.ndarray]) -> None:
