@@ -47,14 +47,21 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
         TimeElapsedColumn(),
     )
     stages: dict[str, TaskID] = {}
-    with Progress(*columns, console=stderr) as bars:
+    bars = Progress(*columns, console=stderr)
 
-        def on_step(stage: str, done: int, total: int) -> None:
-            if stage not in stages:
-                stages[stage] = bars.add_task(stage, total=total)
-            bars.update(stages[stage], completed=done, total=total)
+    def on_step(stage: str, done: int, total: int) -> None:
+        if stage not in stages:
+            stages[stage] = bars.add_task(stage, total=total)
+        bars.update(stages[stage], completed=done, total=total)
 
+    bars.start()
+    try:
         yield on_step
+    except BaseException:
+        bars.live.transient = True  # the bars go, so that an error stands alone
+        bars.live.stop()
+        raise
+    bars.stop()
 
 
 def print_result(result: dict[str, Any], *, as_json: bool, lines: Iterable[Any]) -> None:

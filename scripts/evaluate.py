@@ -19,8 +19,9 @@ def evaluate(
     ] = None,
     split: Annotated[str, typer.Option(help="Documents to use: valid (held out), train, or all.")] = "valid",
     block_size: Annotated[
-        int, typer.Option(min=2, help="Tokens per block, at most the model's context.")
-    ] = 256,
+        int | None,
+        typer.Option(min=2, help="Tokens per block; 256 or the model's context, if that is smaller."),
+    ] = None,
     max_blocks: Annotated[int, typer.Option(min=0, help="Blocks per domain; 0 for all.")] = 0,
     as_json: JsonFlag = False,
 ) -> None:
@@ -43,7 +44,7 @@ def evaluate(
             blocks = pack_blocks(
                 documents,
                 tokenizer,
-                block_size=block_size,
+                block_size=block_size or min(256, context),
                 max_blocks=max_blocks,
                 max_position_embeddings=context,
             )

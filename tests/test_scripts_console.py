@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+from rich.table import Table
+
+from scripts.console import finite, print_result, progress, quiet_libraries
+
+
+def test_numbers_that_json_does_not_know_become_null():
+    value = {"a": [1.5, math.nan, (math.inf, -math.inf)], "b": {"c": 2, "d": True, "e": "nan", "f": None}}
+    assert finite(value) == {"a": [1.5, None, [None, None]], "b": {"c": 2, "d": True, "e": "nan", "f": None}}
+
+
+def test_json_is_one_line_on_stdout(capsys):
+    print_result({"text": "two\nlines", "figure": math.inf}, as_json=True, lines=["not shown"])
+    out, err = capsys.readouterr()
+    assert out.count("\n") == 1 and json.loads(out) == {"text": "two\nlines", "figure": None} and err == ""
+
+
+def test_a_reader_gets_the_lines(capsys):
+    table = Table("column")
+    table.add_row("cell")
+    print_result({"hidden": 1}, as_json=False, lines=["first [not markup", table])
+    out, _ = capsys.readouterr()
+    assert "first [not markup" in out and "column" in out and "cell" in out and "hidden" not in out
+
+
+def test_progress_is_shown_on_stderr_only(capsys):
+    with progress() as on_step:
+        for done in range(3):
+            on_step("reading", done, 2)
+        on_step("writing", 1, 4)
+    out, err = capsys.readouterr()
+    assert out == "" and "reading" in err and "2/2" in err and "1/4" in err
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_error_takes_the_bars_away(capsys, error):
+    with pytest.raises(error), progress() as on_step:
+        on_step("reading", 0, 2)
+        raise error
+    assert capsys.readouterr() == ("", "")
+
+
+def test_libraries_are_quiet(tmp_path, capsys, tiny_llama_dir):
+    from transformers import AutoModelForCausalLM
+
+    quiet_libraries()
+    AutoModelForCausalLM.from_pretrained(tiny_llama_dir).save_pretrained(tmp_path)
+    assert capsys.readouterr() == ("", "")

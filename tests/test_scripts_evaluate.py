@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from federated.blocks import pack_blocks
+from models.llama_loader import load_causal_lm, load_tokenizer
+from models.perplexity import evaluate_loss
+from tests.command import run
+
+PROSE = [
+    f"the {word} cat sat on the mat." for word in ("old", "red", "sad", "big", "shy", "fat", "odd", "new")
+] * 3
+SUMS = [f"{one} + {two} = {one + two}" for one in range(1, 6) for two in range(1, 6)]
+
+
+@pytest.fixture
+def texts(tmp_path):
+    (tmp_path / "prose.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in PROSE))
+    (tmp_path / "sums.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in SUMS))
+    return tmp_path
+
+
+def expected(model, documents, block_size=128):
+    lm, tokenizer = load_causal_lm(str(model)), load_tokenizer(str(model))
+    blocks = pack_blocks(documents, tokenizer, block_size=block_size)
+    return evaluate_loss(lm, blocks.input_ids, blocks.labels)
+
+
+@pytest.mark.parametrize("option", ["--data", "--dataset"])
+@pytest.mark.parametrize("kind", ["graph", "dense"])
+def test_domains_and_their_whole_are_measured_on_held_out_text(
+    texts, capsys, tiny_graph_dir, tiny_llama_dir, kind, option
+):
+    model = {"graph": tiny_graph_dir, "dense": tiny_llama_dir}[kind]
+    outcome = run(
+        capsys,
+        "evaluate",
+        *("--model", model, option, texts / "prose.jsonl", option, texts / "sums.jsonl", "--json"),
+    )
+    assert outcome.code == 0, outcome.err
+    report = outcome.json()
+    assert {"perplexity", "tokens", "domains"} <= set(report) and set(report["domains"]) == {"prose", "sums"}
+    losses = {"prose": expected(model, PROSE[-2:]), "sums": expected(model, SUMS[-2:])}
+    for name, loss in losses.items():
+        assert report["domains"][name]["perplexity"] == pytest.approx(loss.perplexity, rel=1e-4)
+        assert report["domains"][name]["tokens"] == loss.tokens
+    total = losses["prose"] + losses["sums"]
+    assert report["tokens"] == total.tokens
+    assert report["perplexity"] == pytest.approx(math.exp(total.nll / total.tokens), rel=1e-4)
+
+
+def test_splits_block_size_and_block_count_are_followed(texts, capsys, tiny_llama_dir):
+    command = ("evaluate", "--model", tiny_llama_dir, "--data", texts / "sums.jsonl", "--json")
+    for split, documents in (("train", SUMS[:-2]), ("all", SUMS)):
+        report = run(capsys, *command, "--split", split, "--block-size", 16).json()
+        loss = expected(tiny_llama_dir, documents, 16)
+        assert report["tokens"] == loss.tokens
+        assert report["perplexity"] == pytest.approx(loss.perplexity, rel=1e-4)
+    report = run(capsys, *command, "--split", "all", "--block-size", 16, "--max-blocks", 3).json()
+    assert report["tokens"] == 3 * 15
+
+
+def test_more_experts_per_token_change_the_figure_up_to_the_dense_models(
+    texts, capsys, tiny_graph_dir, tiny_llama_dir
+):
+    def measure(model, *options):
+        outcome = run(
+            capsys, "evaluate", "--model", model, "--data", texts / "prose.jsonl", *options, "--json"
+        )
+        return outcome.json()["perplexity"]
+
+    figures = [measure(tiny_graph_dir, "--experts-per-token", count) for count in (1, 2, 4)]
+    assert len(set(figures)) == 3 and measure(tiny_graph_dir) == figures[1]
+    assert figures[2] == pytest.approx(measure(tiny_llama_dir), rel=1e-4)
+
+
+def test_a_reader_gets_a_table(texts, capsys, tiny_llama_dir):
+    outcome = run(capsys, "evaluate", "--model", tiny_llama_dir, "--data", texts / "sums.jsonl")
+    assert outcome.code == 0 and "sums" in outcome.out and "perplexity" in outcome.out
+    assert "evaluating domains" in outcome.err
+
+
+def test_a_text_that_is_all_one_token_gives_no_number_and_valid_json(tmp_path, capsys, tiny_llama_dir):
+    (tmp_path / "train.txt").write_text("a b c")
+    (tmp_path / "valid.txt").write_text("a")
+    outcome = run(
+        capsys, "evaluate", "--model", tiny_llama_dir, "--data", tmp_path, "--block-size", 2, "--json"
+    )
+    assert outcome.code == 0 and outcome.json()["tokens"] == 1
