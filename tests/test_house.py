@@ -1,0 +1,159 @@
+"""The order of the house: who may import whom, and what no file may hold."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# Each folder may import itself and the folders of the ranks before its own; two folders of one rank never each other.
+RANKS = (
+    ("configs",),
+    ("experts",),
+    ("models",),
+    ("federated",),
+    ("clients", "server"),
+    ("introspection", "analysis"),
+    ("ui",),
+    ("scripts",),
+)
+RANK = {folder: rank for rank, folders in enumerate(RANKS) for folder in folders}
+CHECKPOINT_LIBRARIES = {"torch", "transformers", "huggingface_hub"}
+MACHINE_PATH = re.compile(r"""(?<![\w.~}$*<])/(?:work|root|Users)/[\w.-]+|(?<![\w.~}$*<])/tmp/w\b""")
+
+
+def tracked() -> list[Path]:
+    """Files under version control that are there; the whole folder without what is never shipped, where git is not."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True)
+    if listed.returncode == 0:
+        names = listed.stdout.decode().split("\0")
+        return [ROOT / name for name in names if name and (ROOT / name).is_file()]
+    hidden = {".venv", ".git", "__pycache__", "build", "logs"}
+    return [
+        path for path in ROOT.rglob("*") if path.is_file() and not hidden & set(path.relative_to(ROOT).parts)
+    ]
+
+
+def modules() -> list[Path]:
+    return [path for path in tracked() if path.suffix == ".py"]
+
+
+def imports(source: str) -> set[tuple[int, str]]:
+    """Every import of a module, top-level and nested: ``(level of dots, dotted name)``."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {(0, alias.name) for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add((node.level, node.module or ""))
+    return found
+
+
+def trespasses(folder: str, source: str) -> list[str]:
+    """Imports of a module in ``folder`` that the order of the house forbids."""
+    allowed = {other for other, rank in RANK.items() if rank < RANK[folder]} | {folder}
+    tops = {name.partition(".")[0] for level, name in imports(source) if level == 0}
+    return sorted((tops & set(RANK)) - allowed) + sorted(tops & {"fedgraft", "tests", "benchmarks"})
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+HOUSE = [path for path in modules() if path.relative_to(ROOT).parts[0] in RANK]
+
+
+@pytest.mark.parametrize("path", HOUSE, ids=name_of)
+def test_a_module_imports_only_what_stands_before_its_folder(path):
+    assert trespasses(path.relative_to(ROOT).parts[0], path.read_text()) == []
+
+
+def test_the_order_can_be_broken():
+    assert trespasses("configs", "import experts.graph") == ["experts"]
+    assert trespasses("clients", "def f():\n    from server.state import load") == ["server"]
+    assert trespasses("server", "import clients.trainer as trainer") == ["clients"]
+    assert trespasses("models", "from federated import codec\nfrom scripts.console import progress") == [
+        "federated",
+        "scripts",
+    ]
+    assert trespasses("experts", "import torch, models.bootstrap") == ["models"]
+    assert trespasses("federated", "from fedgraft import main") == ["fedgraft"]
+    assert trespasses("server", "from configs.errors import UserError\nfrom federated.codec import x") == []
+    assert trespasses("scripts", "import clients.x, server.y, ui.z") == []
+
+
+def test_every_folder_of_code_has_its_place():
+    folders = {path.relative_to(ROOT).parts[0] for path in modules() if path.parent != ROOT}
+    assert {"configs", "experts", "models", "federated", "clients", "server", "scripts"} <= folders
+    assert folders <= set(RANK) | {"tests", "benchmarks"}
+    assert {path.name for path in modules() if path.parent == ROOT} == {"fedgraft.py"}
+
+
+def test_no_two_modules_import_each_other_in_a_circle():
+    names = {name_of(path)[:-3].replace("/", "."): path for path in HOUSE if path.name != "__init__.py"}
+    edges = {
+        name: {
+            target
+            for level, imported in imports(path.read_text())
+            for target in ([imported] if level == 0 else [f"{name.rpartition('.')[0]}.{imported}"])
+            if target in names and target != name
+        }
+        for name, path in names.items()
+    }
+    done: set[str] = set()
+    while ready := {name for name, targets in edges.items() if name not in done and targets <= done}:
+        done |= ready
+    assert set(edges) - done == set()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "models").glob("*_fedgraft.py")), ids=name_of)
+def test_what_travels_with_a_checkpoint_needs_torch_and_transformers_only(path):
+    for level, name in imports(path.read_text()):
+        if level:
+            sibling = ROOT / "models" / f"{name}.py"
+            assert level == 1 and name.endswith("_fedgraft") and sibling.is_file(), f"{'.' * level}{name}"
+        else:
+            top = name.partition(".")[0]
+            assert top in CHECKPOINT_LIBRARIES or top in sys.stdlib_module_names, name
+
+
+def test_configurations_import_nothing_heavy():
+    heavy = {"torch", "transformers", "datasets", "flwr", "tensorboard", "gradio"}
+    for path in (ROOT / "configs").glob("*.py"):
+        assert not {name.partition(".")[0] for _, name in imports(path.read_text())} & heavy, path.name
+
+
+@pytest.mark.parametrize("path", tracked(), ids=name_of)
+def test_no_file_names_a_path_of_some_machine(path):
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        pytest.skip("not text")
+    found = [match.group() for match in MACHINE_PATH.finditer(text)]
+    assert path == Path(__file__) or found == []
+
+
+def test_paths_of_machines_are_recognised():
+    for line in ("cd /work/main", "'/root/x'", 'open("/tmp/w/log")', "path=/work/x-1", "/Users/me/x"):
+        assert MACHINE_PATH.search(line), line
+    for line in (
+        "~/work/x",
+        "a/work/main",
+        "https://example.org/home/page",
+        "/tmp/pytest",
+        "$HOME/work",
+        "/work",
+    ):
+        assert not MACHINE_PATH.search(line), line
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in HOUSE if path.name != "__init__.py" and "/" in name_of(path)], ids=name_of
+)
+def test_every_module_says_what_it_is_for(path):
+    assert ast.get_docstring(ast.parse(path.read_text())), f"{name_of(path)} has no docstring"
