@@ -14,8 +14,8 @@ from torch.utils.tensorboard import SummaryWriter
 from server.run_log import ClientRecord, MergeRecord, RoundRecord, mean_train_loss
 
 CELL_SIDE = 240  # pixels that one layer's matrix is at least scaled up to
-SEPARATOR = 2  # pixels between the layers of a picture
-SEPARATOR_COLOR = (0.45, 0.45, 0.45)
+SEPARATOR = 8  # pixels between the layers of a picture
+SEPARATOR_COLOR = (0.2, 0.45, 0.85)  # unlike every value of a cell, which is grey
 
 
 class TensorBoardLog:
@@ -137,7 +137,7 @@ def layer_grid(matrices: np.ndarray) -> np.ndarray:
     """Lay ``[L, E, E]`` values in 0..1 out as one RGB picture ``[height, width, 3]``, float32.
 
     Layers run row by row, upscaled without smoothing so that one entry is a visible square,
-    with thin grey lines around each layer.
+    with blue lines around each layer.
     """
     layers, experts, _ = matrices.shape
     scale = max(1, math.ceil(CELL_SIDE / experts))

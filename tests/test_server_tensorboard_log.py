@@ -12,7 +12,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from server.run_log import MergeRecord
-from server.tensorboard_log import TensorBoardLog, edits_table, layer_grid
+from server.tensorboard_log import SEPARATOR_COLOR, TensorBoardLog, edits_table, layer_grid
 from tests.test_server_run_log import CLIENT, EDIT, ROUND
 
 
@@ -118,7 +118,8 @@ def test_edits_table_escapes_bars_and_says_when_there_is_nothing():
 def test_layer_grid_places_layers_row_by_row_between_separators():
     matrices = np.stack([np.full((2, 2), value, dtype=np.float32) for value in (0.2, 0.4, 0.6)])
     picture = layer_grid(matrices)
-    assert picture.shape == (2 * 242 + 2, 2 * 242 + 2, 3)
-    centres = [picture[row, column, 0] for row, column in ((120, 120), (120, 362), (362, 120))]
+    assert picture.shape == (2 * 248 + 8, 2 * 248 + 8, 3)
+    centres = [picture[row, column, 0] for row, column in ((128, 128), (128, 376), (376, 128))]
     assert centres == pytest.approx([0.2, 0.4, 0.6])
-    assert picture[0, 0, 0] == picture[120, 242, 0] == picture[362, 362, 0] == pytest.approx(0.45)
+    for row, column in ((0, 0), (128, 250), (376, 376)):
+        assert picture[row, column] == pytest.approx(SEPARATOR_COLOR)
