@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from joblib import Parallel, delayed
+from joblib import Parallel, cpu_count, delayed
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -23,6 +23,9 @@ from models.checkpoint import cast_weights
 from models.configuration_fedgraft import FedGraftConfig
 from models.modeling_fedgraft import FedGraftForCausalLM
 from models.router_init import ROUTERS, centroid_router, ridge_routers
+
+# Weights of a projection from which on the clustering of a layer takes longer than the start of a process.
+_PARALLEL_WEIGHTS = 2_000_000
 
 FEATURES = ("gate", "up", "down", "gate+up", "joint", "activation")
 
@@ -38,7 +41,7 @@ class BootstrapPlan:
         experts_per_token: k; None for half of the experts.
         edges_per_expert: edges that leave an expert at most.
         seed: of the k-means initialisation.
-        jobs: layers clustered side by side.
+        jobs: layers clustered side by side; None for one per core where layers are large enough to gain from it.
     """
 
     num_experts: int
@@ -47,7 +50,7 @@ class BootstrapPlan:
     experts_per_token: int | None = None
     edges_per_expert: int = 4
     seed: int = 0
-    jobs: int = 1
+    jobs: int | None = None
 
     def __post_init__(self):
         if self.features not in FEATURES:
@@ -61,7 +64,7 @@ class BootstrapPlan:
             )
         if self.edges_per_expert < 0:
             raise UserError(f"expected at least 0 edges per expert, got {self.edges_per_expert}")
-        if self.jobs < 1:
+        if self.jobs is not None and self.jobs < 1:
             raise UserError(f"expected at least 1 of the jobs that run side by side, got {self.jobs}")
 
     @property
@@ -112,7 +115,7 @@ def plan_experts(
         neuron_features(mlp, plan.features, profile)
         for mlp, profile in zip(layers, statistics.profiles, strict=True)
     )
-    timed = Parallel(n_jobs=plan.jobs, return_as="generator")(
+    timed = Parallel(n_jobs=plan.jobs or _parallel_jobs(model), return_as="generator")(
         delayed(timed_clusters)(rows, plan.num_experts, plan.seed) for rows in features
     )
     clustered = []
@@ -215,3 +218,11 @@ def graph_config(model: PreTrainedModel, num_experts: list[int], visits: int) ->
         expert_size=model.config.intermediate_size // num_experts[0],
         experts_per_token=visits,
     )
+
+
+def _parallel_jobs(model: PreTrainedModel) -> int:
+    """Processes for the clustering: starting them takes seconds, which small layers do not."""
+    config = model.config
+    if config.intermediate_size * config.hidden_size < _PARALLEL_WEIGHTS:
+        return 1
+    return min(cpu_count(), config.num_hidden_layers)

@@ -28,7 +28,9 @@ def bootstrap(
     calibration_tokens: Annotated[int, typer.Option(min=256, help="Tokens of calibration text.")] = 8192,
     evaluation_tokens: Annotated[int, typer.Option(min=256, help="Held-out tokens of the report.")] = 4096,
     seed: Annotated[int, typer.Option(help="Of sampling and clustering.")] = 0,
-    jobs: Annotated[int, typer.Option(min=1, help="Layers clustered side by side.")] = 1,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Layers clustered side by side; as it pays where not given.")
+    ] = None,
     overwrite: Overwrite = False,
     as_json: JsonFlag = False,
 ) -> None:

@@ -79,6 +79,8 @@ class Federation:
         )
         if self.config.rho_max and server_round % self.config.merge_every == 0:
             self._merge(server_round)
+        if self.config.checkpoint_every and server_round % self.config.checkpoint_every == 0:
+            self.observer.checkpoint(server_round)
 
     def _merge(self, server_round: int) -> None:
         record = merge(

@@ -35,6 +35,7 @@ class GlobalModel:
     """
 
     def __init__(self, source: str) -> None:
+        self.source = source
         self.model = load_graph(source, dtype=torch.float32)
         self.tokenizer = load_tokenizer(source)
         self.fingerprint = fingerprint(self.model)

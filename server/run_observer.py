@@ -39,7 +39,9 @@ class RunObserver:
         self.log_dir, self._config, self._server = log_dir, config, server
         self._log = RunLog(log_dir, num_layers=len(experts), experts_per_layer=experts)
         (log_dir / SUMMARY_FILE).unlink(missing_ok=True)
-        shutil.rmtree(log_dir / "tensorboard", ignore_errors=True)
+        for folder in ("tensorboard", "checkpoints"):
+            shutil.rmtree(log_dir / folder, ignore_errors=True)
+        _copy_cluster_statistics(server.source, log_dir)
         self._tensorboard = TensorBoardLog(log_dir)
         self._clients: dict[int, dict[str, Any]] = {}
         self._names: dict[int, str] = {}
@@ -107,6 +109,10 @@ class RunObserver:
             total += loss
         after = {client["name"]: client["perplexity_after"] for client in self._clients.values()}
         self._tensorboard.perplexities(after, total.perplexity, self._config.num_rounds + 1)
+
+    def checkpoint(self, server_round: int) -> None:
+        """Write the global model as it is under ``checkpoints``."""
+        self._server.save(self.log_dir / "checkpoints" / f"round-{server_round}", overwrite=True)
 
     def trace(self, entries: Sequence[Mapping[str, Any]]) -> None:
         """Write the call trace of the final model."""
@@ -193,6 +199,13 @@ def read_summary(log_dir: Path) -> dict[str, Any]:
 
 def _loss(reply: Reply, name: str) -> LossSum:
     return LossSum(reply.numbers.get(f"{name}-nll", 0.0), int(reply.numbers.get(f"{name}-tokens", 0)))
+
+
+def _copy_cluster_statistics(source: str, log_dir: Path) -> None:
+    """Keep what the bootstrap said about the experts beside what the run says about them."""
+    statistics = Path(source) / "cluster_stats.txt"
+    if statistics.is_file():
+        shutil.copyfile(statistics, log_dir / statistics.name)
 
 
 def _mean(values: Sequence[float]) -> float | None:
