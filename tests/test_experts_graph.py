@@ -95,6 +95,11 @@ def test_edges_join_experts_selected_together_more_often_than_chance(num_experts
     check_mask(mask, 0)
     assert np.diagonal(mask).all()
 
+    picks = sum(int(row.sum()) for row in selected) / max(tokens, 1)
+    # k of E drawn at random: P(p and q) = k (k - 1) / (E (E - 1)), P(p) = P(q) = k / E.
+    pair = picks * (picks - 1) / (num_experts * (num_experts - 1)) if num_experts > 1 else 0
+    chance = pair / (picks / num_experts) ** 2 if picks > 1 and num_experts > 1 else 1
+
     def lift(p: int, q: int) -> float:
         both, one, other = (selected[:, p] & selected[:, q]).sum(), selected[:, p].sum(), selected[:, q].sum()
         return both * tokens / (one * other) if one * other else 0.0
@@ -102,12 +107,23 @@ def test_edges_join_experts_selected_together_more_often_than_chance(num_experts
     for p in range(num_experts):
         lifts = {q: lift(p, q) for q in range(p + 1, num_experts)}
         children = [q for q in lifts if mask[p, q]]
-        left_out = [value for q, value in lifts.items() if not mask[p, q] and value > 1 + 1e-9]
+        left_out = [value for q, value in lifts.items() if not mask[p, q] and value > chance + 1e-9]
         assert len(children) <= most
-        assert all(lifts[q] > 1 - 1e-9 for q in children)
+        assert all(lifts[q] > chance - 1e-9 for q in children)
         if left_out:
             assert len(children) == most
             assert not children or min(lifts[q] for q in children) >= max(left_out) - 1e-9
+
+
+def test_a_router_that_picks_the_same_number_always_is_compared_with_picks_at_random():
+    every_pair = np.array([[1, 1, 0], [1, 0, 1], [0, 1, 1]], dtype=bool)
+    assert edges_by_lift(every_pair, 4).tolist() == np.eye(3, dtype=bool).tolist()
+    favoured = np.concatenate([every_pair, every_pair[:1]])
+    assert edges_by_lift(favoured, 4).tolist() == [
+        [True, True, False],
+        [False, True, False],
+        [False, False, True],
+    ]
 
 
 def test_independent_and_exclusive_experts_get_no_edge():
