@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedTokenizerBase
 
+from configs.errors import UserError
 from configs.schema import RunConfig
 from federated.blocks import Blocks, pack_blocks
 from federated.documents import load_documents
@@ -24,6 +25,11 @@ def client_documents(config: RunConfig, partition: int, *, data_dir: str = "") -
     if data_dir:
         documents = load_documents([data_dir], template=config.template, seed=config.seed)
         return partition_documents(documents, partition="iid", num_clients=1, seed=config.seed)[0]
+    if not 0 <= partition < config.num_clients:
+        raise UserError(
+            f"expected a partition-id from 0 to {config.num_clients - 1} (num-clients is {config.num_clients}), "
+            f"got {partition}"
+        )
     return all_clients(config)[partition]
 
 

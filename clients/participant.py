@@ -100,8 +100,7 @@ class Participant:
         stream = batches(self.train, self.config.batch_size, generator=self._generator(request, 1))
         self._assemble(stream)
         counter = UsageCounter(read_graph(self.model).masks)
-        visits = scaled_visits(self.model, self.budget)
-        with visiting(self.model, visits):
+        with visiting(self.model, self._visits()):
             with counter.counting(self.model):
                 result = train_locally(self.model, stream, self._training())
             personal = self.evaluate() if request.last else LossSum()
@@ -143,7 +142,7 @@ class Participant:
             return
         assembler = self.store.load_assembler(self.config.seed + self.partition)
         features = expert_features(self.model, self.train.input_ids[:_FEATURE_BLOCKS])
-        with visiting(self.model, scaled_visits(self.model, self.budget)):
+        with visiting(self.model, self._visits()):
             train_assembler(
                 assembler,
                 self.model,
@@ -155,6 +154,10 @@ class Participant:
                 autocast=self._autocast,
             )
         self.store.save_assembler(assembler)
+
+    def _visits(self) -> list[int]:
+        """Experts per token of this client, per layer: scaled with the budget unless told otherwise."""
+        return scaled_visits(self.model, 0 if self.config.experts_per_token else self.budget)
 
     def _training(self) -> LocalTraining:
         config = self.config
@@ -217,8 +220,13 @@ def bring_to_version(model: FedGraftForCausalLM, store: ClientStore, request: Re
         RefusedUpdate: a step is damaged, or the graph differs from the server's afterwards.
     """
     held = store.load_global(model)
+    if held > request.version:  # of another run of the server: only the base is common ground
+        store.forget_global()
+        raise VersionMismatch(0)
     missing = steps_after(request.steps, held)
-    if [step.version for step in missing] != list(range(held + 1, request.version + 1)):
+    if len(missing) != request.version - held or any(
+        step.version != held + number for number, step in enumerate(missing, start=1)
+    ):
         raise VersionMismatch(held)
     moved = set()
     for step in missing:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from configs.errors import UserError
 from models.modeling_fedgraft import FedGraftForCausalLM
 from models.settings import residents
-from models.units import Unit, read_unit
+from models.units import Unit, read_unit, unit_sizes, write_unit
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,12 @@ def train_locally(
         training: how.
 
     Raises:
-        UserError: the loss is not finite.
+        UserError: the loss or the router scores are not finite.
     """
     before = {unit: read_unit(model, unit) for unit in resident_units(model)}
+    # Weight decay reaches whole tensors, so what the client does not hold is put back afterwards.
+    decayed = set(unit_sizes(model)) - set(before) if training.weight_decay else set()
+    others = {unit: read_unit(model, unit) for unit in decayed}
     parameters = expert_parameters(model)
     optimizer = torch.optim.AdamW(parameters, lr=training.learning_rate, weight_decay=training.weight_decay)
     losses, tokens = [], 0
@@ -71,6 +74,8 @@ def train_locally(
         losses.append(_step(model, optimizer, parameters, input_ids, labels, training))
         tokens += int((labels[:, 1:] != -100).sum())
     model.eval()
+    for unit, vector in others.items():
+        write_unit(model, unit, vector)
     deltas = {unit: read_unit(model, unit) - start for unit, start in before.items()}
     return LocalResult(deltas, losses, tokens)
 
@@ -101,8 +106,13 @@ def _step(
     labels: Tensor,
     training: LocalTraining,
 ) -> float:
-    with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=training.autocast):
-        loss = model(input_ids=input_ids, labels=labels, use_cache=False).loss
+    try:
+        with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=training.autocast):
+            loss = model(input_ids=input_ids, labels=labels, use_cache=False).loss
+    except FloatingPointError as error:
+        raise UserError(
+            f"expected finite router scores in training, got others ({error}); lower learning-rate"
+        ) from error
     value = float(loss.detach())
     if not value < float("inf"):
         raise UserError(f"expected a finite training loss, got {value}; lower learning-rate")

@@ -17,6 +17,9 @@ from federated.update import RefusedUpdate
 REFUSED = 100  # the client cannot do what was asked; the reason says why
 RESEND = 101  # the client holds another version than the server thought; the reason is that version
 
+# What reading a record of another kind, or a field of another type, ends in.
+_UNREADABLE = (KeyError, TypeError, ValueError, AttributeError, OverflowError)
+
 
 @dataclass(frozen=True)
 class Request:
@@ -102,7 +105,7 @@ def read_request(content: RecordDict) -> Request:
             steps=sorted(steps, key=lambda step: step.version),
             last=bool(config["last"]),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except _UNREADABLE as error:
         raise RefusedUpdate(f"a request cannot be read: {error}") from error
 
 
@@ -153,7 +156,7 @@ def read_reply(content: RecordDict, num_experts: Sequence[int]) -> Reply:
             residents=held,
             inclusion={key: float(value) for key, value in content["inclusion"].items()},
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except _UNREADABLE as error:
         raise RefusedUpdate(f"a reply cannot be read: {error}") from error
 
 
@@ -165,7 +168,7 @@ def message_bytes(content: RecordDict) -> int:
 def raise_user_error(reason: str) -> None:
     """Raise the ``UserError`` that a client's error reply carries, if it carries one."""
     head, _, message = reason.partition(": ")
-    if head == UserError.__name__:
+    if head == UserError.__name__ and message:
         raise UserError(message)
 
 

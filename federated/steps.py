@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from configs.errors import UserError
 from experts.edits import Edit, apply_edits, edits_from_dicts
+from experts.graph import ExpertGraph
 from federated.codec import unpack_update
 from federated.update import RefusedUpdate, Unit
 from models.checkpoint import read_graph, write_graph
@@ -39,11 +41,11 @@ def read_step(version: int, packed: bytes, edits_json: str) -> ServerStep:
     """Rebuild a step from what crossed the wire.
 
     Raises:
-        RefusedUpdate: edits that are no JSON.
+        RefusedUpdate: edits that are no JSON, or other JSON.
     """
     try:
         return ServerStep(version, packed, edits_from_dicts(json.loads(edits_json)))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RefusedUpdate(f"edits of step {version} cannot be read: {error}") from error
 
 
@@ -51,20 +53,30 @@ def apply_step(model: FedGraftForCausalLM, step: ServerStep) -> set[Unit]:
     """Add a step to ``model``, whose weights are fp32, and make its edits. Returns the units that moved.
 
     Raises:
-        RefusedUpdate: the step was made for another graph, or its bytes are damaged; the model is left as it was.
+        RefusedUpdate: the step was made for another graph, its bytes are damaged, or an edit does not fit; the model
+            is left as it was.
     """
     graph = read_graph(model)
     update = unpack_update(
         step.packed, sizes=unit_sizes(model), graph_version=graph.version, graph_hash=graph.digest()
     )
-    edited = apply_edits(graph, step.edits) if step.edits else None
+    edited = _edited(graph, step) if step.edits else None
     for unit, vector in update.vectors.items():
         add_to_unit(model, unit, torch.from_numpy(vector.to_dense()))
+    # Residuals may still hold gains of edges that are gone; an edge that comes back starts from zero.
+    write_graph(model, graph)
     if edited is not None:
         write_graph(model, edited)
-    return set(update.vectors)
+    return set(update.vectors) | {(edit.layer, edit.q) for edit in step.edits}
 
 
 def steps_after(steps: Iterable[ServerStep], version: int) -> list[ServerStep]:
     """The steps that a holder of ``version`` still needs, oldest first."""
     return sorted((step for step in steps if step.version > version), key=lambda step: step.version)
+
+
+def _edited(graph: ExpertGraph, step: ServerStep) -> ExpertGraph:
+    try:
+        return apply_edits(graph, step.edits)
+    except UserError as error:
+        raise RefusedUpdate(f"edits of step {step.version} do not fit: {error}") from error

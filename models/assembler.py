@@ -75,7 +75,8 @@ def straight_through(scores_E: Tensor, resident_E: Tensor) -> Tensor:
         return torch.ones_like(scores_E)
     inside, outside = scores_E[resident_E].min(), scores_E[~resident_E].max()
     soft = torch.sigmoid(scores_E - ((inside + outside) / 2).detach())
-    return resident_E.to(soft) + soft - soft.detach()
+    # In this order the sum is exactly 0 or 1.
+    return resident_E.to(soft) + (soft - soft.detach())
 
 
 @torch.no_grad()

@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from clients.data_stream import all_clients, client_documents, pack_client
+from configs.errors import UserError
+from federated.partition import ClientDocuments
+from tests.tiny_federation import TEXTS, tiny_config
+
+
+@pytest.fixture
+def config(tmp_path):
+    return tiny_config(tmp_path / "graph", tmp_path)
+
+
+def test_each_domain_is_a_client(config):
+    clients = all_clients(config)
+    assert [client.name for client in clients] == ["letters", "digits"]
+    for client, text in zip(clients, TEXTS.values(), strict=True):
+        assert (len(client.train), len(client.valid)) == (18, 2)
+        assert all(text in document for document in client.train + client.valid)
+
+
+def test_a_client_gets_its_part_of_the_runs_data(config):
+    assert [client_documents(config, partition) for partition in (0, 1)] == all_clients(config)
+
+
+def test_private_data_is_all_the_clients_own(config, tmp_path):
+    private = tmp_path / "my site"
+    private.mkdir()
+    rows = [{"text": f"document {number}"} for number in range(30)]
+    (private / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    client = client_documents(config, 1, data_dir=str(private))
+    assert sorted(client.train + client.valid) == sorted(row["text"] for row in rows)
+    assert len(client.valid) == 3
+
+
+@pytest.mark.parametrize("partition", [-1, 2, 10])
+def test_a_partition_beyond_the_clients_is_refused(config, partition):
+    with pytest.raises(UserError, match=f"partition-id from 0 to 1 .*got {partition}"):
+        client_documents(config, partition)
+
+
+def test_a_folder_without_data_is_refused(config, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="expected"):
+        client_documents(config, 0, data_dir=str(tmp_path / "empty"))
+
+
+def test_documents_become_blocks_within_the_context(tiny_tokenizer):
+    documents = ClientDocuments("a", ["abc" * 10] * 3, ["xyz"])
+    train, valid = pack_client(documents, tiny_tokenizer, 16, 128)
+    assert train.input_ids.shape == (6, 16) and train.num_tokens == 3 * 31
+    assert valid.input_ids.shape == (1, 16) and valid.num_tokens == 4
+    with pytest.raises(UserError, match="block-size"):
+        pack_client(documents, tiny_tokenizer, 16, 8)
+
+
+def test_a_client_whose_documents_hold_no_text_is_refused(tiny_tokenizer):
+    with pytest.raises(UserError, match="documents with text"):
+        pack_client(ClientDocuments("a", ["abc"], [""]), tiny_tokenizer, 16, 128)

@@ -1,0 +1,156 @@
+"""A federation small enough for a test: graphs of width 32, two clients with a few short texts, fp32, few steps."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.app import Message
+from transformers import PreTrainedTokenizerBase
+
+from clients.client_app import app as client_app
+from configs.schema import RunConfig, load_run_config
+from federated.codec import pack_update
+from federated.quantise import quantise_update
+from federated.steps import ServerStep
+from federated.update import SparseUpdate, SparseVector, Unit
+from models.checkpoint import read_graph, save_graph
+from models.modeling_fedgraft import FedGraftForCausalLM
+from models.units import unit_sizes
+from server.app import open_global_model, server_text
+from server.federation import Federation
+from server.run_observer import RunObserver
+from tests.grid import RUN_ID, Fault, InProcessGrid
+from tests.tiny_graphs import graph_of
+
+# Each client repeats itself, so that a few steps of training show.
+TEXTS = {"letters": "the red fox ran to the hen. ", "digits": "12 + 34 = 46; 21 + 43 = 64; "}
+
+
+def save_tiny_graph(directory: Path, tokenizer: PreTrainedTokenizerBase, **plan: Any) -> Path:
+    """Write a graph of the tiny Llama (``num_experts``, ``visits`` and so on as ``graph_of`` takes them)."""
+    directory.mkdir(parents=True)
+    save_graph(graph_of(**plan), tokenizer, directory)
+    return directory
+
+
+def write_texts(folder: Path, names: Sequence[str] = tuple(TEXTS)) -> str:
+    """One file of 20 documents per name; returns the data sources as a run configuration names them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        rows = [json.dumps({"text": TEXTS[name][start:] + TEXTS[name] * 5}) for start in range(20)]
+        (folder / f"{name}.jsonl").write_text("\n".join(rows))
+    return ";".join(str(folder / f"{name}.jsonl") for name in names)
+
+
+def run_values(graph: Path, folder: Path, **changes: Any) -> dict[str, Any]:
+    """Run configuration of the tiny federation; ``folder`` receives texts and logs, ``changes`` are in snake case."""
+    values = {
+        "graph": str(graph),
+        "data": write_texts(folder / "texts"),
+        "log_dir": str(folder / "logs"),
+        "num_clients": 2,
+        "num_rounds": 3,
+        "local_steps": 4,
+        "batch_size": 4,
+        "block_size": 32,
+        "learning_rate": 0.01,
+        "density": 0.5,
+        "precision": "fp32",
+        "assembler_steps": 2,
+        "eval_blocks": 4,
+        "reply_timeout": 0.5,
+        "trace_tokens": 6,
+        "rho_max": 2,
+        **changes,
+    }
+    return {key.replace("_", "-"): value for key, value in values.items()}
+
+
+def node_configs(count: int = 2) -> list[dict[str, int]]:
+    """Node configurations as Flower's simulation gives them."""
+    return [{"partition-id": partition, "num-partitions": count} for partition in range(count)]
+
+
+class TinyGrid(InProcessGrid):
+    """An in-process grid for ``config`` that remembers the messages and can be watched.
+
+    Attributes:
+        sent: ``(round, node index, request, reply or None)`` of every message, in order.
+        after: called with ``(round, node index)`` when a client has answered.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        faults: Mapping[tuple[int, str], Fault] | None = None,
+        app: Any = client_app,
+    ) -> None:
+        super().__init__(app, node_configs(config.num_clients), config.values(), faults=faults)
+        self.sent: list[tuple[int, int, Message, Message | None]] = []
+        self.before: Callable[[int, int], None] = lambda server_round, node: None
+        self.after: Callable[[int, int], None] = lambda server_round, node: None
+
+    def _deliver(self, message: Message) -> str:
+        node = self.node_ids.index(message.metadata.dst_node_id)
+        server_round = int(message.metadata.group_id)
+        self.before(server_round, node)
+        message_id = super()._deliver(message)
+        self.sent.append((server_round, node, message, self._replies.get(message_id)))
+        self.after(server_round, node)
+        return message_id
+
+
+def tiny_federation(grid: TinyGrid, config: RunConfig) -> Federation:
+    """The parts of ``server.app.run_federation``, so that a test can look at them while it runs."""
+    server = open_global_model(config)
+    observer = RunObserver(Path(config.log_dir), config=config, server=server)
+    validation = server_text(config, server)
+    return Federation(grid=grid, config=config, server=server, observer=observer, validation=validation)
+
+
+def tiny_config(graph: Path, folder: Path, **changes: Any) -> RunConfig:
+    """``run_values``, validated."""
+    return load_run_config(run_values(graph, folder, **changes))
+
+
+def client_folder_of(config: RunConfig, node: int) -> Path:
+    """Where a client of an in-process run keeps its files."""
+    return Path(config.log_dir) / "clients" / f"run-{RUN_ID}" / f"client-{node}"
+
+
+def random_change(
+    model: FedGraftForCausalLM, units: Sequence[Unit] | None = None, *, seed: int = 0, scale: float = 0.01
+) -> dict[Unit, torch.Tensor]:
+    """A random change ``[size]`` of the units named, or of all."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = unit_sizes(model)
+    return {unit: torch.randn(sizes[unit], generator=generator) * scale for unit in units or sizes}
+
+
+def packed_change(
+    model: FedGraftForCausalLM, change: Mapping[Unit, torch.Tensor], *, value_bits: int = 4
+) -> bytes:
+    """A change of the model's experts, packed for its present graph."""
+    graph = read_graph(model)
+    vectors = {
+        unit: SparseVector.from_dense(vector.numpy(), vector.numpy() != 0) for unit, vector in change.items()
+    }
+    update = quantise_update(SparseUpdate(graph.version, graph.digest(), vectors), value_bits)
+    return pack_update(update, value_bits=value_bits)
+
+
+def next_step(model: FedGraftForCausalLM, version: int, **options: Any) -> ServerStep:
+    """A step of random changes from the model's present graph."""
+    return ServerStep(version, packed_change(model, random_change(model, seed=version)), **options)
+
+
+def all_equal(one: FedGraftForCausalLM, other: FedGraftForCausalLM) -> bool:
+    """Whether all parameters, buffers and the graphs of two models are equal bit for bit."""
+    left, right = one.state_dict(), other.state_dict()
+    same = left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+    return same and read_graph(one).digest() == read_graph(other).digest()
