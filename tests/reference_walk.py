@@ -126,5 +126,5 @@ def _parent(expert: int, mask: np.ndarray, visits: Sequence[Visit]) -> int:
 
 def _ffn(x: np.ndarray, layer: Layer, expert: int) -> np.ndarray:
     gate = layer.gate[expert] @ x
-    hidden = gate / (1 + np.exp(-gate)) * (layer.up[expert] @ x)
+    hidden = gate * (1 + np.tanh(gate / 2)) / 2 * (layer.up[expert] @ x)  # SiLU, without overflow
     return hidden @ layer.down[expert]
