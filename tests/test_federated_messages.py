@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import numpy as np
 import pytest
@@ -48,7 +49,7 @@ REPLY = Reply(
     residents=[np.array([1, 0, 1, 0], dtype=bool), np.array([0, 1, 1, 0, 0, 0, 0, 0, 1], dtype=bool)],
     inclusion={"0.2": 0.1},
 )
-HOSTILE = [
+HOSTILE: list[Any] = [
     "",
     "x",
     "-1",
@@ -152,11 +153,11 @@ def test_other_reasons_raise_nothing(reason):
 
 def broken_copies(content: RecordDict):
     """Every way in which one record or one field of a message can be missing or of another kind."""
-    kinds = (ArrayRecord, MetricRecord, ConfigRecord)
+    kinds: tuple[Any, ...] = (ArrayRecord, MetricRecord, ConfigRecord)
     for name, record in content.items():
         yield without(content, name), f"no {name}"
-        keys = list(record)
-        values = {
+        keys, make = list(record), type(record)  # type: Any, Any
+        values: dict[Any, dict] = {
             ArrayRecord: {key: Array("float32", (3,), "x", b"\x00\x01") for key in keys},
             MetricRecord: dict.fromkeys(keys, 1.5),
             ConfigRecord: dict.fromkeys(keys, "x"),
@@ -165,15 +166,13 @@ def broken_copies(content: RecordDict):
             yield with_record(content, name, kind()), f"empty {kind.__name__} as {name}"
             yield with_record(content, name, kind(values[kind])), f"{kind.__name__} as {name}"
         for key in keys:
-            yield with_record(
-                content, name, type(record)({k: record[k] for k in keys if k != key})
-            ), f"no {key}"
+            yield with_record(content, name, make({k: record[k] for k in keys if k != key})), f"no {key}"
             for value in hostile_values(record):
-                changed = type(record)({k: value if k == key else record[k] for k in keys})
+                changed = make({k: value if k == key else record[k] for k in keys})
                 yield with_record(content, name, changed), f"{key}: {value!r}"
 
 
-def hostile_values(record) -> list:
+def hostile_values(record) -> list[Any]:
     if isinstance(record, ArrayRecord):
         return [Array("uint8", (len(data),), "x", data) for data in (b"", b"\x00" * 99, b"\xff")]
     if isinstance(record, MetricRecord):

@@ -1,0 +1,264 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Context, RecordDict
+
+from clients.participant import Participant, VersionMismatch, bring_to_version, client_folder
+from clients.residual import ResidualStore
+from clients.store import ClientStore
+from configs.schema import load_run_config
+from federated.codec import unpack_update
+from federated.messages import Request
+from federated.steps import apply_step
+from federated.update import RefusedUpdate
+from federated.usage import unpack_usage
+from models.checkpoint import read_graph
+from models.llama_loader import fingerprint, load_graph
+from models.perplexity import evaluate_loss
+from models.units import unit_sizes
+from tests.tiny_federation import all_equal, client_folder_of, next_step, run_values, save_tiny_graph
+
+RUN_ID = 1
+SIZE = 3 * 8 * 32 + 32 + 1 + 2 * 8
+
+
+@pytest.fixture
+def graph(tmp_path, tiny_tokenizer):
+    return save_tiny_graph(tmp_path / "graph", tiny_tokenizer, num_experts=8, visits=4)
+
+
+@pytest.fixture
+def model(graph):
+    return load_graph(str(graph), dtype=torch.float32)
+
+
+@pytest.fixture
+def request_0(model):
+    return request_at(model)
+
+
+@pytest.fixture
+def config_of(graph, tmp_path):
+    return lambda **changes: load_run_config(run_values(graph, tmp_path, **{"local_steps": 2, **changes}))
+
+
+def request_at(model, version: int = 0, **changes) -> Request:
+    facts = {"graph_hash": read_graph(model).digest(), "base_fingerprint": fingerprint(model)}
+    return Request(**{"server_round": 1, "version": version, **facts, **changes})
+
+
+def context(partition: int = 0, **node) -> Context:
+    node = {"partition-id": partition, "num-partitions": 2} | {
+        k.replace("_", "-"): v for k, v in node.items()
+    }
+    return Context(run_id=RUN_ID, node_id=5, node_config=node, state=RecordDict(), run_config={})
+
+
+def test_a_client_opens_its_data_and_the_global_model(config_of, model, request_0):
+    client = Participant.open(config_of(), context(1), request_0)
+    assert (client.partition, client.budget, client.name) == (1, 0, "digits")
+    assert all_equal(client.model, model) and client.model.dtype == torch.float32
+    assert client.train.input_ids.shape[1] == 32 and len(client.valid) >= 1
+    assert client.store.folder == client_folder_of(client.config, 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "node", "budget"),
+    [
+        ({}, {}, 0),
+        ({"expert_budget": 3}, {}, 3),
+        ({"budgets": "2,5"}, {}, 5),
+        ({"budgets": "2,5"}, {"expert_budget": 4}, 4),
+        ({"expert_budget": 3}, {"expert_budget": 8}, 8),
+    ],
+)
+def test_the_budget_is_the_nodes_own_or_the_runs(config_of, request_0, changes, node, budget):
+    assert Participant.open(config_of(**changes), context(1, **node), request_0).budget == budget
+
+
+def test_private_data_gives_the_client_its_name(config_of, request_0, tmp_path):
+    (tmp_path / "site").mkdir()
+    rows = [json.dumps({"text": f"record {number}"}) for number in range(20)]
+    (tmp_path / "site" / "a.jsonl").write_text("\n".join(rows))
+    client = Participant.open(config_of(), context(0, data_dir=str(tmp_path / "site")), request_0)
+    # 18 documents of BOS and about nine characters.
+    assert 18 * 9 <= client.train.num_tokens <= 18 * 10
+
+
+def test_a_round_gives_an_update_of_the_residents_on_the_graph(config_of, model, request_0):
+    client = Participant.open(config_of(expert_budget=2), context(), request_0)
+    reply = client.train_round(request_0)
+    assert (reply.version, reply.graph_hash, reply.budget) == (0, read_graph(model).digest(), 2)
+    assert [int(held.sum()) for held in reply.residents] == [2, 2]
+    update = unpack_update(
+        reply.update, sizes=unit_sizes(model), graph_version=0, graph_hash=read_graph(model).digest()
+    )
+    held = {(layer, int(e)) for layer, bits in enumerate(reply.residents) for e in np.flatnonzero(bits)}
+    assert set(update.vectors) == held
+    kept = sum(vector.indices.size for vector in update.vectors.values())
+    assert reply.numbers["density"] == pytest.approx(kept / (4 * SIZE)) == pytest.approx(0.5, abs=0.01)
+    assert set(reply.numbers) == {
+        "valid-nll", "valid-tokens", "train-loss", "train-tokens", "examples", "density"
+    }  # fmt: skip
+    assert reply.numbers["examples"] == len(client.train)
+    assert reply.inclusion == {}
+
+
+def test_the_held_out_loss_is_that_of_the_global_model_as_it_came(config_of, model, request_0):
+    client = Participant.open(config_of(eval_blocks=3), context(), request_0)
+    reply = client.train_round(request_0)
+    expected = evaluate_loss(model, client.valid.input_ids[:3], client.valid.labels[:3])
+    assert (reply.numbers["valid-nll"], reply.numbers["valid-tokens"]) == (expected.nll, expected.tokens)
+    everything = Participant.open(config_of(eval_blocks=0), context(), request_0).evaluate()
+    assert everything.tokens == int((client.valid.labels[:, 1:] != -100).sum()) > expected.tokens
+
+
+def test_only_the_last_round_measures_the_clients_own_model(config_of, model, request_0):
+    client = Participant.open(config_of(), context(), request_0)
+    reply = client.train_round(request_at(model, last=True))
+    # The client's own model, after training, is better on its text than the one that came.
+    assert reply.numbers["personal-tokens"] == reply.numbers["valid-tokens"]
+    assert reply.numbers["personal-nll"] < reply.numbers["valid-nll"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "visits"),
+    [
+        ({}, 4),
+        ({"expert_budget": 4}, 2),
+        ({"expert_budget": 2}, 1),
+        ({"expert_budget": 4, "experts_per_token": 3}, 3),
+    ],
+)
+def test_visits_scale_with_the_budget_unless_told_otherwise(config_of, model, request_0, changes, visits):
+    reply = Participant.open(config_of(**changes), context(), request_0).train_round(request_0)
+    counts = unpack_usage(reply.usage, [8, 8])
+    edges = [np.asarray(mask | np.eye(8, dtype=bool)) for mask in read_graph(model).masks]
+    tokens = 2 * 4 * 32  # steps, blocks, tokens a block
+    assert [int((count * open_).sum()) for count, open_ in zip(counts, edges, strict=True)] == [
+        tokens * visits
+    ] * 2
+
+
+def test_clients_that_start_alike_answer_alike_and_others_do_not(config_of, request_0, tmp_path):
+    def answer(folder: str, partition: int, **changes):
+        config = config_of(log_dir=str(tmp_path / folder), expert_budget=4, **changes)
+        reply = Participant.open(config, context(partition), request_0).train_round(request_0)
+        return reply.update, reply.usage
+
+    assert answer("a", 0) == answer("b", 0)
+    assert answer("a", 0) != answer("c", 1)
+    assert answer("b", 0) != answer("d", 0, seed=1)
+
+
+def test_what_is_not_shipped_is_carried_to_the_next_round(config_of, model, request_0):
+    config = config_of(ship_experts=1, density=0.1, local_steps=1)
+    client = Participant.open(config, context(), request_0)
+    shipped = unpack_update(client.train_round(request_0).update, sizes=unit_sizes(model))
+    assert sorted(layer for layer, _ in shipped.vectors) == [0, 1]
+    kept = ResidualStore(client_folder_of(config, 0) / "residual.safetensors").load(0)
+    assert set(kept) > set(shipped.vectors)
+    for unit, vector in shipped.vectors.items():
+        # Only quantisation error is left of what was shipped.
+        left = kept[unit][torch.from_numpy(vector.indices)]
+        assert left.abs().max() < np.abs(vector.values).max() / 4
+
+
+def test_sampled_experts_come_with_their_probabilities(config_of, request_0):
+    client = Participant.open(config_of(selection="sample", ship_experts=2), context(), request_0)
+    reply = client.train_round(request_0)
+    assert reply.inclusion and all(0 < pi < 1 for pi in reply.inclusion.values())
+    units = unpack_update(reply.update, sizes=unit_sizes(client.model)).vectors
+    assert {tuple(map(int, name.split("."))) for name in reply.inclusion} <= set(units)
+    assert [sum(layer == each for layer, _ in units) for each in (0, 1)] == [2, 2]
+
+
+def test_the_assembler_learns_from_round_to_round_on_disk(config_of, request_0):
+    config = config_of(expert_budget=3, assembler_steps=2)
+    Participant.open(config, context(), request_0).train_round(request_0)
+    path = client_folder_of(config, 0) / "assembler.safetensors"
+    first = path.read_bytes()
+    Participant.open(config, context(), request_0).train_round(request_0)
+    assert path.read_bytes() != first
+
+
+def test_with_every_expert_held_there_is_no_assembler(config_of, request_0):
+    config = config_of(expert_budget=8)
+    reply = Participant.open(config, context(), request_0).train_round(request_0)
+    assert [bits.tolist() for bits in reply.residents] == [[True] * 8] * 2
+    assert not (client_folder_of(config, 0) / "assembler.safetensors").exists()
+
+
+@pytest.mark.parametrize("walk", ["depth-first", "best-first"])
+def test_the_walk_of_the_run_is_taken(config_of, request_0, walk):
+    client = Participant.open(config_of(walk=walk), context(), request_0)
+    assert {layer.order for layer in client.model.expert_layers()} == {walk}
+
+
+def test_bf16_changes_the_losses_but_not_by_much(config_of, request_0):
+    exact, rounded = (
+        Participant.open(config_of(precision=precision), context(), request_0).evaluate()
+        for precision in ("fp32", "bf16")
+    )
+    assert rounded.nll == pytest.approx(exact.nll, rel=0.02) and rounded.nll != exact.nll
+
+
+def test_files_lie_in_the_nodes_cache_else_with_the_logs_else_in_the_users_cache(
+    config_of, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("FEDGRAFT_CACHE", str(tmp_path / "cache"))
+    config = config_of()
+    assert client_folder(config, context(cache_dir="/x")) == type(tmp_path)("/x/run-1")
+    assert client_folder(config, context()) == tmp_path / "logs" / "clients" / "run-1"
+    assert client_folder(config_of(log_dir=""), context()) == tmp_path / "cache" / "runs" / "1" / "clients"
+
+
+def steps_of(model, count: int) -> list:
+    steps = []
+    for version in range(1, count + 1):
+        steps.append(next_step(model, version))
+        apply_step(model, steps[-1])
+    return steps
+
+
+def test_missing_steps_are_applied_and_kept(graph, model, tmp_path):
+    store, steps = ClientStore(tmp_path / "client"), steps_of(model, 3)
+    for held, version in ((0, 1), (1, 3), (3, 3)):
+        copy = load_graph(str(graph), dtype=torch.float32)
+        sent = [step for step in steps[:version] if step.version > held]
+        bring_to_version(copy, store, request_at(model, version, steps=sent))
+        assert store.load_global(load_graph(str(graph), dtype=torch.float32)) == version
+    assert all_equal(copy, model)
+
+
+def test_steps_that_are_held_already_are_passed_over(graph, model, tmp_path):
+    store, steps = ClientStore(tmp_path / "client"), steps_of(model, 2)
+    for _ in range(2):
+        copy = load_graph(str(graph), dtype=torch.float32)
+        bring_to_version(copy, store, request_at(model, 2, steps=steps))
+        assert all_equal(copy, model)
+
+
+def test_a_gap_names_the_version_held(graph, model, tmp_path):
+    store, steps = ClientStore(tmp_path / "client"), steps_of(model, 3)
+    copy = load_graph(str(graph), dtype=torch.float32)
+    with pytest.raises(VersionMismatch, match="holds version 0") as caught:
+        bring_to_version(copy, store, request_at(model, 3, steps=steps[1:]))
+    assert caught.value.version == 0
+    assert not store.folder.exists()
+
+
+def test_a_refused_step_keeps_the_version_before_on_disk(graph, model, tmp_path):
+    store, steps = ClientStore(tmp_path / "client"), steps_of(model, 2)
+    early = load_graph(str(graph), dtype=torch.float32)
+    bring_to_version(early, store, request_at(model, 1, steps=steps[:1]))
+    with pytest.raises(RefusedUpdate):
+        bad = type(steps[1])(2, steps[1].packed[:-1])
+        bring_to_version(
+            load_graph(str(graph), dtype=torch.float32), store, request_at(model, 2, steps=[bad])
+        )
+    assert store.load_global(load_graph(str(graph), dtype=torch.float32)) == 1
