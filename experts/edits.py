@@ -84,8 +84,8 @@ def propose_edits(graph: ExpertGraph, usage: Sequence[np.ndarray], rho_max: int)
 
 
 def _edit_from_dict(value: Any) -> Edit:
-    types = {"op": str, "layer": int, "p": int, "q": int, "reason": str}
-    names = {"reason": ""} | value if isinstance(value, dict) else {}
+    types: dict[str, type] = {"op": str, "layer": int, "p": int, "q": int, "reason": str}
+    names: dict[str, Any] = {"reason": ""} | value if isinstance(value, dict) else {}
     # A bool is an int for Python, not for us.
     if set(names) != set(types) or any(type(names[key]) is not kind for key, kind in types.items()):
         raise UserError(f"expected an edit with op, layer, p, q and reason, got {str(value)[:200]}")

@@ -81,7 +81,9 @@ def run(quick: QuickStart) -> dict[str, Any]:
             output=quick.folder / "model",
         ),
         "export": quick.stage(
-            "export", ["export", "--model", trained, "--out", dense, "--overwrite"], output=quick.folder / "dense"
+            "export",
+            ["export", "--model", trained, "--out", dense, "--overwrite"],
+            output=quick.folder / "dense",
         ),
     }
     for name, model in (("before", graph), ("after", trained)):
