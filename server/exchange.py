@@ -13,6 +13,7 @@ from configs.errors import UserError
 from federated.messages import RESEND, message_bytes
 
 POLL_SECONDS = 0.2
+_LONGEST_VERSION = 16  # digits
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,10 @@ def exchange(
 def _read(reply: Message, bytes_down: int) -> Answer:
     if reply.has_error():
         reason = reply.error.reason or f"Flower error {reply.error.code}"
-        held = int(reason) if reply.error.code == RESEND and reason.isdigit() else None
-        return Answer(None, reason, held, len(reason), bytes_down)
+        return Answer(None, reason, _held_version(reply, reason), len(reason.encode()), bytes_down)
     return Answer(reply.content, "", None, message_bytes(reply.content), bytes_down)
+
+
+def _held_version(reply: Message, reason: str) -> int | None:
+    is_version = reason.isascii() and reason.isdigit() and len(reason) < _LONGEST_VERSION
+    return int(reason) if reply.error.code == RESEND and is_version else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 
 from flwr.app import MessageType
 from flwr.serverapp import Grid
@@ -101,7 +102,8 @@ class Federation:
         }
         if behind:
             self._held |= {node: version for node, version in behind.items() if version is not None}
-            answers |= self._exchange(behind, message_type, server_round)
+            again = self._exchange(behind, message_type, server_round)
+            answers |= {node: _with_bytes_of(answer, answers[node]) for node, answer in again.items()}
         for node, answer in answers.items():
             if answer.content is not None:
                 self._held[node] = self.server.version
@@ -121,6 +123,15 @@ class Federation:
             steps=steps_after(self.server.steps, self._held.get(node, 0)),
             last=server_round == self.config.num_rounds,
         )
+
+
+def _with_bytes_of(answer: Answer, earlier: Answer) -> Answer:
+    """The answer, with the bytes of both exchanges: what was sent in vain was sent, too."""
+    return replace(
+        answer,
+        bytes_up=answer.bytes_up + earlier.bytes_up,
+        bytes_down=answer.bytes_down + earlier.bytes_down,
+    )
 
 
 def _raise_if_nobody(replies: RoundReplies) -> None:

@@ -57,7 +57,7 @@ def merge(
     with server.trying(edits):
         after = _loss(server, validation)
     gamma = abs(after - before) / len(edits)
-    if after - before > max_drift:
+    if not after - before <= max_drift:  # a loss that is no number is too much as well
         return MergeRecord(server_round, rho_max, [], before, after, gamma)
     server.edit(edits)
     return MergeRecord(server_round, rho_max, _as_dicts(edits), before, after, gamma)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,6 +16,8 @@ from federated.usage import unpack_usage
 from models.units import unit_sizes
 from server.exchange import Answer
 from server.global_model import GlobalModel
+
+REQUIRED_NUMBERS = ("examples", "train-loss", "density")
 
 
 @dataclass(frozen=True)
@@ -68,12 +70,15 @@ def check_replies(answers: Mapping[int, Answer], server: GlobalModel) -> RoundRe
     return result
 
 
-def check_numbers(reply: Reply) -> None:
-    """Refuse numbers that are not finite or counts below zero.
+def check_numbers(reply: Reply, required: Iterable[str] = ()) -> None:
+    """Refuse numbers that are not finite or below zero.
 
     Raises:
-        RefusedUpdate: names the number.
+        RefusedUpdate: names the number, or the one of ``required`` that is missing.
     """
+    for name in required:
+        if name not in reply.numbers:
+            raise RefusedUpdate(f"expected the number {name}, got none")
     for name, value in reply.numbers.items():
         if not math.isfinite(value) or value < 0:
             raise RefusedUpdate(f"expected {name} to be a finite number of at least 0, got {value}")
@@ -83,7 +88,7 @@ def _check(node: int, answer: Answer, server: GlobalModel) -> Accepted:
     graph = server.graph
     assert answer.content is not None
     reply = read_reply(answer.content, graph.num_experts)
-    check_numbers(reply)
+    check_numbers(reply, REQUIRED_NUMBERS)
     if reply.version != server.version:
         raise RefusedUpdate(
             f"expected an update of version {server.version}, got one of version {reply.version}"
@@ -99,7 +104,7 @@ def _check(node: int, answer: Answer, server: GlobalModel) -> Accepted:
     stray = set(update.vectors) - trained
     if stray:
         raise RefusedUpdate(f"expected updates of resident experts only, got {min(stray)}")
-    weight = reply.numbers.get("examples", 0.0)
+    weight = reply.numbers["examples"]
     if weight <= 0:
         raise RefusedUpdate("expected at least one training example, got none")
     contribution = Contribution(weight, update, _inclusion(reply, trained), trained)
@@ -111,7 +116,7 @@ def _inclusion(reply: Reply, trained: set[Unit]) -> dict[Unit, float]:
     inclusion = {}
     for name, probability in (reply.inclusion or {}).items():
         layer, _, expert = name.partition(".")
-        unit = (int(layer), int(expert)) if layer.isdigit() and expert.isdigit() else (-1, -1)
+        unit = (int(layer), int(expert)) if layer.isdecimal() and expert.isdecimal() else (-1, -1)
         if unit not in trained or not 0 < probability <= 1:
             raise RefusedUpdate(
                 f"expected the inclusion probability of a resident expert, got {name}: {probability}"

@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from configs.errors import UserError
+from experts.edits import Edit
+from federated.steps import apply_step
+from models.checkpoint import cast_weights, read_graph, save_graph
+from models.llama_loader import load_graph
+from models.units import read_unit, unit_sizes
+from server.global_model import GlobalModel
+from tests.tiny_federation import all_equal, random_change, save_tiny_graph
+from tests.tiny_graphs import graph_of, random_ids, with_random_gains
+
+
+@pytest.fixture
+def graph(tmp_path, tiny_tokenizer):
+    return save_tiny_graph(tmp_path / "graph", tiny_tokenizer, num_experts=4, visits=2)
+
+
+@pytest.fixture
+def server(graph):
+    return GlobalModel(str(graph))
+
+
+def free_pair(server: GlobalModel, layer: int = 0, *, edge: bool = False) -> tuple[int, int]:
+    """A pair p < q of a layer with, or without, an edge."""
+    mask = server.graph.masks[layer]
+    return next((p, q) for q in range(4) for p in range(q) if mask[p, q] == edge)
+
+
+def test_it_starts_as_the_checkpoint_at_version_0(server, graph):
+    assert all_equal(server.model, load_graph(str(graph), dtype=torch.float32))
+    assert (server.version, server.steps) == (0, [])
+    assert server.fingerprint == GlobalModel(str(graph)).fingerprint
+
+
+@pytest.mark.parametrize("value_bits", [2, 4, 8, 16])
+def test_a_copy_that_replays_the_steps_is_equal_bit_for_bit(server, graph, value_bits):
+    copy_ = load_graph(str(graph), dtype=torch.float32)
+    for version in (1, 2, 3):
+        server.advance(
+            random_change(server.model, [(0, version), (1, 0)], seed=version), value_bits=value_bits
+        )
+        if version == 2:
+            server.edit([Edit("add-edge", 0, *free_pair(server))])
+        assert server.version == version and server.steps[-1].version == version
+        apply_step(copy_, server.steps[-1])
+        assert all_equal(copy_, server.model)
+    assert server.graph.version == 1 and len(server.steps[1].edits) == 1
+
+
+@pytest.mark.parametrize("value_bits", [2, 4])
+def test_what_packing_loses_is_made_up_for_later(server, value_bits):
+    start = read_unit(server.model, (0, 0))
+    change = random_change(server.model, [(0, 0)])
+    errors = []
+    for rounds in range(1, 13):
+        server.advance(change, value_bits=value_bits)
+        moved = read_unit(server.model, (0, 0)) - start
+        errors.append(float((moved - rounds * change[0, 0])[:1500].norm() / change[0, 0].norm()))
+    # Without the residual the error would add up: twelve times that of the first round.
+    assert errors[0] > 0.03 and errors[-1] < 12 / 2 * errors[0]
+
+
+def test_units_without_a_change_do_not_move(server):
+    before = {unit: read_unit(server.model, unit) for unit in unit_sizes(server.model)}
+    server.advance(random_change(server.model, [(1, 2)]), value_bits=16)
+    moved = [
+        unit for unit, vector in before.items() if not torch.equal(vector, read_unit(server.model, unit))
+    ]
+    assert moved == [(1, 2)]
+
+
+def test_trying_edits_leaves_nothing_behind_even_after_an_error(server):
+    with_random_gains(server.model)
+    before = copy.deepcopy(server.model)
+    edits = [Edit("remove-edge", 0, 0, 1), Edit("remove-edge", 1, 2, 3)]
+    ids = random_ids(server.model)
+    with torch.no_grad():
+        usual = server.model(input_ids=ids).logits
+        with server.trying(edits):
+            assert not server.graph.masks[0][0, 1] and server.graph.version == 1
+            assert server.model.expert_layers()[0].edge_gain[0, 1] == 0
+            assert not torch.equal(server.model(input_ids=ids).logits, usual)
+        assert torch.equal(server.model(input_ids=ids).logits, usual)
+    assert all_equal(server.model, before)
+    with pytest.raises(RuntimeError, match="stop"), server.trying(edits):
+        raise RuntimeError("stop")
+    with pytest.raises(UserError), server.trying([*edits, *edits]):
+        pass
+    assert all_equal(server.model, before)
+    assert server.version == 0 and server.steps == []
+
+
+def test_dense_bytes_are_all_ffn_weights_in_bf16(server):
+    layers, hidden, width = 2, 32, 64
+    assert server.dense_bytes() == layers * 3 * hidden * width * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_checkpoint_written_is_the_model_in_the_dtype_it_came_in(tmp_path, tiny_tokenizer, dtype):
+    (tmp_path / "graph").mkdir()
+    save_graph(cast_weights(graph_of(), dtype), tiny_tokenizer, tmp_path / "graph")
+    server = GlobalModel(str(tmp_path / "graph"))
+    assert server.model.dtype == torch.float32
+    server.advance(random_change(server.model), value_bits=8)
+    server.edit([Edit("add-edge", 0, *free_pair(server))])
+    server.save(tmp_path / "out", overwrite=False)
+    assert server.model.dtype == torch.float32  # the one that trains is left alone
+    loaded = load_graph(str(tmp_path / "out"))
+    assert loaded.dtype == dtype
+    assert read_graph(loaded).digest() == server.graph.digest()
+    for name, value in server.model.state_dict().items():
+        written = loaded.state_dict()[name]
+        assert torch.equal(written, value.to(written.dtype)), name
+    gains = [layer.router.dtype for layer in loaded.expert_layers()]
+    assert gains == [torch.float32] * 2
+    with pytest.raises(UserError, match="overwrite"):
+        server.save(tmp_path / "out", overwrite=False)
+    server.save(tmp_path / "out", overwrite=True)
+
+
+def test_what_is_no_graph_is_refused(tiny_llama_dir, tmp_path):
+    for source in (tiny_llama_dir, tmp_path):
+        with pytest.raises(UserError):
+            GlobalModel(str(source))
+
+
+def test_the_graph_read_is_a_copy(server):
+    server.graph.masks[0][:] = False
+    assert np.diagonal(server.graph.masks[0]).all()
