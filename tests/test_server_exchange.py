@@ -46,7 +46,7 @@ def ask(grid: InProcessGrid, timeout: float = 0.2) -> dict[int, Answer]:
     return {grid.node_ids.index(node): answer for node, answer in answers.items()}
 
 
-def numbers(answers: dict[int, Answer]) -> dict[int, int | str]:
+def numbers(answers: dict[int, Answer]) -> dict[int, object]:
     return {i: a.content["c"]["x"] if a.content else a.error for i, a in sorted(answers.items())}
 
 
