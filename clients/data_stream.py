@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from transformers import PreTrainedTokenizerBase
 
 from configs.errors import UserError
@@ -24,7 +26,8 @@ def client_documents(config: RunConfig, partition: int, *, data_dir: str = "") -
     """
     if data_dir:
         documents = load_documents([data_dir], template=config.template, seed=config.seed)
-        return partition_documents(documents, partition="iid", num_clients=1, seed=config.seed)[0]
+        own = partition_documents(documents, partition="iid", num_clients=1, seed=config.seed)[0]
+        return replace(own, name=f"client-{partition}")
     if not 0 <= partition < config.num_clients:
         raise UserError(
             f"expected a partition-id from 0 to {config.num_clients - 1} (num-clients is {config.num_clients}), "

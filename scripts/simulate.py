@@ -11,6 +11,7 @@ import typer
 from scripts.console import DataSources, JsonFlag, Overwrite, print_result, quiet_libraries, stderr
 
 PROJECT = Path(__file__).resolve().parents[1]
+DEFAULT_LOG_DIR = "logs/run"
 _START_SECONDS = 300.0  # for Flower's and Ray's processes to start and stop
 
 
@@ -29,7 +30,9 @@ def simulate(
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="key=value of configs/default.toml; repeatable.")
     ] = None,
-    log_dir: Annotated[Path, typer.Option(help="Folder of the run's logs.")] = Path("logs/run"),
+    log_dir: Annotated[
+        Path | None, typer.Option(help="Folder of the run's logs; logs/run unless given.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", "--output", help="Folder of the trained graph.")
     ] = None,
@@ -41,8 +44,8 @@ def simulate(
 
     Runs real Flower processes: a SuperLink, the simulation engine, the ServerApp and the ClientApp of this project.
     """
-    from configs.output import check_output_directory
     from server.live_table import following
+    from server.run_log import clear_run
     from server.run_observer import read_summary
     from server.simulation import run_simulation
 
@@ -54,24 +57,25 @@ def simulate(
         "data": data or None,
         "partition": partition,
         "budgets": budgets,
-        "log-dir": str(log_dir.absolute()),
+        "log-dir": _absolute(log_dir),
         "out": _absolute(out),
         "overwrite": overwrite or None,
     }
     run = read_run_config(config, given, settings or [])
-    check_output_directory(log_dir, overwrite=run.overwrite)
     check_run(run)
-    shutil.rmtree(log_dir / "clients", ignore_errors=True)
-    with following(log_dir, num_rounds=run.num_rounds, console=stderr):
+    folder = Path(run.log_dir)
+    clear_run(folder)  # rounds of an earlier run would be shown as if they were this one's
+    shutil.rmtree(folder / "clients", ignore_errors=True)
+    with following(folder, num_rounds=run.num_rounds, console=stderr):
         run_simulation(
             PROJECT,
             run_config=run.values(),
             num_supernodes=run.num_clients,
-            log_dir=log_dir,
+            log_dir=folder,
             client_cpus=client_cpus,
             timeout=_START_SECONDS + (run.num_rounds + 1) * run.reply_timeout,
         )
-    summary = read_summary(log_dir)
+    summary = read_summary(folder)
     print_result(summary, as_json=as_json, lines=summary_lines(summary))
 
 
@@ -84,31 +88,40 @@ def read_run_config(config: Path | None, given: dict[str, Any], assignments: lis
     from configs.schema import load_run_config, parse_assignments, read_config_file
     from federated.documents import absolute_sources
 
-    values = read_config_file(config) if config else {}
+    values = {"log-dir": DEFAULT_LOG_DIR} | (read_config_file(config) if config else {})
     values |= {key: value for key, value in given.items() if value not in (None, "")}
     values |= parse_assignments(assignments)
     run = load_run_config(values)
-    data = ";".join(absolute_sources(run.sources))
-    server_data = ";".join(absolute_sources(run.server_sources))
-    return load_run_config(run.values() | {"data": data, "server-data": server_data})
+    absolute = {
+        "data": ";".join(absolute_sources(run.sources)),
+        "server-data": ";".join(absolute_sources(run.server_sources)),
+        "graph": _absolute(run.graph),
+        "template": _absolute(run.template) if run.template.endswith(".json") else run.template,
+        "log-dir": _absolute(Path(run.log_dir)),
+        "out": _absolute(Path(run.out)) if run.out else "",
+    }
+    return load_run_config(run.values() | absolute)
 
 
 def check_run(run) -> None:
-    """Find bad input before any process is started: the graph, the output folder, the data of every client.
+    """Find bad input before any process is started: the output folders, the graph, the data of server and clients.
 
     Raises:
         UserError: in one line, what to mend.
     """
     from clients.data_stream import all_clients
     from configs.output import check_output_directory
+    from federated.documents import load_documents
     from models.llama_loader import read_config
     from server.app import check_fit, graph_source
 
-    if run.out:
-        check_output_directory(Path(run.out), overwrite=run.overwrite)
+    for folder in filter(None, (run.log_dir, run.out)):
+        check_output_directory(Path(folder), overwrite=run.overwrite)
     check_fit(run, read_config(graph_source(run)))
     with stderr.status("reading the data"):
         all_clients(run)
+        if run.server_sources:
+            load_documents(run.server_sources, template=run.template, wikimix_documents=1)
 
 
 def summary_lines(summary: dict[str, Any]) -> list:
@@ -135,8 +148,6 @@ def summary_lines(summary: dict[str, Any]) -> list:
 
 
 def _absolute(path: str | Path | None) -> str:
-    return (
-        str(Path(path).absolute())
-        if path and Path(path).exists() or isinstance(path, Path)
-        else str(path or "")
-    )
+    """A path made absolute; text that names nothing on the disk, e.g. a hub id, stays as it is."""
+    found = Path(path).expanduser() if path else None
+    return str(found.absolute()) if found and (isinstance(path, Path) or found.exists()) else str(path or "")

@@ -35,6 +35,8 @@ def test_private_data_is_all_the_clients_own(config, tmp_path):
     client = client_documents(config, 1, data_dir=str(private))
     assert sorted(client.train + client.valid) == sorted(row["text"] for row in rows)
     assert len(client.valid) == 3
+    # Neither its folder nor its text names a client with private data; its number does, and no two are alike.
+    assert client.name == "client-1"
 
 
 @pytest.mark.parametrize("partition", [-1, 2, 10])

@@ -80,11 +80,12 @@ def test_the_budget_is_the_nodes_own_or_the_runs(config_of, request_0, changes, 
     assert Participant.open(config_of(**changes), context(1, **node), request_0).budget == budget
 
 
-def test_private_data_gives_the_client_its_name(config_of, request_0, tmp_path):
+def test_a_client_with_private_data_trains_on_all_of_it(config_of, request_0, tmp_path):
     (tmp_path / "site").mkdir()
     rows = [json.dumps({"text": f"record {number}"}) for number in range(20)]
     (tmp_path / "site" / "a.jsonl").write_text("\n".join(rows))
     client = Participant.open(config_of(), context(0, data_dir=str(tmp_path / "site")), request_0)
+    assert client.name == "client-0"
     # 18 documents of BOS and about nine characters.
     assert 18 * 9 <= client.train.num_tokens <= 18 * 10
 

@@ -9,16 +9,20 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from clients.store import ClientStore
+from models.checkpoint import read_graph
+from models.llama_loader import load_graph
 from scripts.deploy import submit
-from tests.flower_apps import write_throwaway_app
+from tests.tiny_federation import assert_run_succeeded, run_values, save_tiny_graph, write_texts
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "deploy" / "local.sh"
 
 
 def deploy(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     env = os.environ | {"PYTHON": sys.executable} | environment
-    return subprocess.run([str(SCRIPT), *arguments], env=env, capture_output=True, text=True, timeout=300)
+    return subprocess.run([str(SCRIPT), *arguments], env=env, capture_output=True, text=True, timeout=400)
 
 
 def processes_mentioning(text: str) -> list[str]:
@@ -26,24 +30,30 @@ def processes_mentioning(text: str) -> list[str]:
     return [line for line in listing.splitlines() if text in line]
 
 
-def test_a_real_deployment_runs_the_job_with_private_data_and_stops(tmp_path):
-    app = write_throwaway_app(tmp_path / "app")
-    places = {"APP_DIR": str(app), "LOG_DIR": str(tmp_path / "logs"), "OUT": str(tmp_path / "seen.json")}
-    data = {
-        "DATA_DIR_1": str(tmp_path / "private data"),
-        "FEDGRAFT_DATA": f"wikimix;{tmp_path}",
-        "TIMEOUT": "180",
-    }
-    result = deploy("no 'graph'", "1", "fail=", **places, **data)
+def test_a_real_deployment_trains_with_private_data_and_stops(tmp_path, tiny_tokenizer):
+    """Each message meets a fresh process on the client: what a round needs must be on the clients' disks."""
+    place = tmp_path / "it's here"
+    graph = save_tiny_graph(place / "graph", tiny_tokenizer, visits=2)
+    values = run_values(graph, place, local_steps=2, rho_max=3, reply_timeout=120.0)
+    values["data"] = write_texts(place / "shared", ["letters", "digits"])
+    write_texts(place / "private data", ["digits"])
+    named = ("graph", "data", "log-dir", "num-clients", "num-rounds")
+    settings = [f"{key}={json.dumps(value)}" for key, value in values.items() if key not in named]
+    places = {"LOG_DIR": str(place / "logs"), "OUT": str(place / "out"), "CACHE_DIR": str(place / "cache")}
+    data = {"FEDGRAFT_DATA": values["data"], "DATA_DIR_1": str(place / "private data"), "TIMEOUT": "300"}
+    result = deploy(str(graph), "1", *settings, **places, **data)
     assert (result.returncode, result.stderr) == (0, "")
-    seen = json.loads((tmp_path / "seen.json").read_text())
-    nodes = sorted((n["partition-id"], n["num-partitions"], n["data-dir"]) for n in seen["nodes"])
-    assert nodes == [(0, 2, ""), (1, 2, str(tmp_path / "private data"))]
-    assert seen["config"]["graph"] == str(Path.cwd() / "no 'graph'")
-    assert (seen["config"]["num-rounds"], seen["config"]["data"]) == (1, f"wikimix;{tmp_path}")
-    logs = ["flower.log", "superlink.log", "supernode0.log", "supernode1.log"]
-    assert sorted(os.listdir(tmp_path / "logs")) == logs
-    assert not os.path.exists(Path(seen["home"]).parent)
+    logs = place / "logs"
+    summary = json.loads((logs / "summary.json").read_text())
+    assert summary["rounds"] == 1
+    # The private client is known by its number alone.
+    assert_run_succeeded(summary, logs=logs, out=place / "out", names=["letters", "client-1"])
+    assert {"supernode0.log", "supernode1.log"} <= set(os.listdir(logs)) and "clients" not in os.listdir(logs)
+    for client in (0, 1):
+        (folder,) = (place / "cache" / f"client{client}").glob(f"run-*/client-{client}")
+        model = load_graph(str(graph), dtype=torch.float32)
+        assert ClientStore(folder).load_global(model) == 1
+        assert read_graph(model).digest() == summary["graph_hash"]
     assert processes_mentioning(str(tmp_path)) == []
 
 

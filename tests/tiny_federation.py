@@ -18,6 +18,7 @@ from federated.quantise import quantise_update
 from federated.steps import ServerStep
 from federated.update import SparseUpdate, SparseVector, Unit
 from models.checkpoint import read_graph, save_graph
+from models.llama_loader import load_graph
 from models.modeling_fedgraft import FedGraftForCausalLM
 from models.units import unit_sizes
 from server.app import open_global_model, server_text
@@ -154,3 +155,28 @@ def all_equal(one: FedGraftForCausalLM, other: FedGraftForCausalLM) -> bool:
     left, right = one.state_dict(), other.state_dict()
     same = left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
     return same and read_graph(one).digest() == read_graph(other).digest()
+
+
+def assert_run_succeeded(summary: dict[str, Any], *, logs: Path, out: Path, names: Sequence[str]) -> None:
+    """A run went well, by its summary, its logs and its checkpoint."""
+    assert set(summary) == {
+        "rounds", "clients", "bytes_up", "bytes_down", "bytes_up_dense", "bytes_down_dense", "edits", "graph_hash",
+        "out", "log_dir",
+    }  # fmt: skip
+    assert (summary["out"], summary["log_dir"]) == (str(out), str(logs))
+    assert [client["name"] for client in summary["clients"]] == list(names)
+    for client in summary["clients"]:
+        assert set(client) == {
+            "name", "budget", "perplexity_before", "perplexity_after", "perplexity_after_personal", "graph_hash"
+        }  # fmt: skip
+        assert client["perplexity_after"] < client["perplexity_before"]
+        assert client["graph_hash"] == summary["graph_hash"]
+    rounds = [json.loads(line) for line in (logs / "rounds.jsonl").read_text().splitlines()]
+    assert [row["round"] for row in rounds] == list(range(1, summary["rounds"] + 1))
+    assert summary["bytes_up"] > sum(row["bytes_up"] for row in rounds) > 0
+    merges = [json.loads((logs / f"merge_round{row['round']}.json").read_text()) for row in rounds]
+    assert summary["edits"] == sum(len(merge["edits"]) for merge in merges) >= 1
+    for name in ("mask_debug.npy", "expert_call_trace.json", "pack_sizes.txt", "flower.log", "superlink.log"):
+        assert (logs / name).stat().st_size > 0
+    assert list((logs / "tensorboard").glob("events.*"))
+    assert read_graph(load_graph(str(out))).digest() == summary["graph_hash"]

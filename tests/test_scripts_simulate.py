@@ -1,0 +1,267 @@
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from configs.errors import UserError
+from scripts.simulate import PROJECT, read_run_config, summary_lines
+from server.flower_process import job_processes, stop_job
+from tests.command import assert_refused, run, tree
+from tests.tiny_federation import assert_run_succeeded, run_values, save_tiny_graph, write_texts
+
+SUMMARY = {
+    "rounds": 2,
+    "clients": [
+        {"name": "letters", "budget": 4, "perplexity_before": 9.5, "perplexity_after": 4.25,
+         "perplexity_after_personal": None, "graph_hash": "ab" * 32},
+    ],
+    "bytes_up": 2000, "bytes_down": 0, "bytes_up_dense": 10_000, "bytes_down_dense": 10_000,
+    "edits": 3, "graph_hash": "ab" * 32, "out": "/out", "log_dir": "/logs",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def graph(tmp_path_factory, tiny_tokenizer) -> Path:
+    return save_tiny_graph(tmp_path_factory.mktemp("simulate") / "graph", tiny_tokenizer, visits=2)
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch, graph, tiny_llama_dir) -> Path:
+    """A working directory with a graph, a dense model and texts."""
+    shutil.copytree(graph, tmp_path / "graph")
+    shutil.copytree(tiny_llama_dir, tmp_path / "dense")
+    write_texts(tmp_path / "texts")
+    (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "one.txt").write_text("a single document")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "precious").write_text("precious")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def simulations(monkeypatch) -> list[tuple[Path, dict]]:
+    """The calls that would start Flower; each leaves a summary."""
+    calls = []
+
+    def simulate(project: Path, **options) -> None:
+        calls.append((project, options))
+        options["log_dir"].mkdir(parents=True, exist_ok=True)
+        (options["log_dir"] / "summary.json").write_text(json.dumps(SUMMARY))
+
+    monkeypatch.setattr("server.simulation.run_simulation", simulate)
+    return calls
+
+
+COMMAND = (
+    "simulate", "--graph", "graph", "--data", "texts/letters.jsonl", "--data", "texts/digits.jsonl",
+    "--set", "block-size=32",
+)  # fmt: skip
+
+BAD_INPUT = {
+    "no client": (("--clients", "0"), ["num-clients", "1", "got 0"]),
+    "no round": (("--rounds", "0"), ["num-rounds", "1", "got 0"]),
+    "more clients than domains": (("--clients", "3"), ["clients", "domains (2)", "got 3"]),
+    "a client without documents": (("--data", "one.txt", "--clients", "3"), ["client 'one'", "got 1 and 0"]),
+    "too few documents": (("--partition", "iid", "--clients", "21"), ["two documents a client", "got 40"]),
+    "empty data": (("--data", "empty.txt"), ["empty.txt", "none that holds any text"]),
+    "no such data": (("--data", "nowhere.txt"), ["nowhere.txt"]),
+    "empty server data": (("--set", "server-data=empty.txt"), ["empty.txt"]),
+    "budgets above E": (("--budgets", "4,5"), ["budgets", "4 experts", "got 5"]),
+    "budgets for others": (("--budgets", "4"), ["budgets", "num-clients is 2"]),
+    "k above E": (("--set", "experts-per-token=5"), ["experts-per-token", "4 experts", "got 5"]),
+    "unknown key": (("--set", "rho_maximum=3"), ["rho_maximum", "did you mean 'rho-max'?"]),
+    "value out of range": (("--set", "density=2"), ["density", "got 2"]),
+    "value of another type": (("--set", "rho-max=many"), ["rho-max", "'many'"]),
+    "no assignment": (("--set", "density"), ["key=value", "'density'"]),
+    "unknown partition": (("--partition", "domains"), ["partition", "did you mean 'domain'?"]),
+    "no such file": (("--config", "none.toml"), ["none.toml"]),
+    "blocks beyond the context": (("--set", "block-size=129"), ["block-size", "128", "got 129"]),
+    "logs in a full folder": (("--log-dir", "full"), ["full", "--overwrite"]),
+    "model in a full folder": (("--out", "full"), ["full", "--overwrite"]),
+    "model in a full folder, set": (("--set", "out=full"), ["full", "--overwrite"]),
+    "no such graph": (("--graph", "none"), ["none", "config.json"]),
+    "not a graph": (("--graph", "dense"), ["expected an expert graph", "'llama'"]),
+    "no core": (("--client-cpus", "0"), ["client-cpus"]),
+    "unknown option": (("--rho", "1"), ["--rho"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_one_line_before_any_process_starts(place, simulations, capsys, case, as_json):
+    arguments, words = BAD_INPUT[case]
+    before = tree(place)
+    outcome = run(capsys, *COMMAND, *arguments, *(["--json"] if as_json else []))
+    assert_refused(outcome, *words, as_json=as_json)
+    assert simulations == [] and tree(place) == before
+
+
+def test_without_a_graph_the_quick_start_is_pointed_at(place, simulations, capsys, monkeypatch):
+    monkeypatch.setenv("FEDGRAFT_CACHE", str(place / "cache"))
+    outcome = run(capsys, "simulate", "--data", "texts/letters.jsonl")
+    assert_refused(outcome, "expected a graph", "quickstart.sh", as_json=False)
+    shutil.copytree("graph", place / "cache" / "graph")
+    outcome = run(capsys, "simulate", *COMMAND[3:])
+    assert outcome.code == 0 and simulations[0][1]["run_config"]["graph"] == ""
+
+
+def test_a_good_command_runs_this_project_with_absolute_paths(place, simulations, capsys):
+    (place / "run.toml").write_text(
+        'server-data = "texts/letters.jsonl"\nnum-rounds = 5\nreply-timeout = 100.0'
+    )
+    outcome = run(capsys, *COMMAND, "--config", "run.toml", "--out", "model", "--client-cpus", "2", "--json")
+    assert (outcome.code, outcome.json()) == (0, SUMMARY)
+    ((project, options),) = simulations
+    assert project == PROJECT and (project / "pyproject.toml").is_file()
+    assert (options["num_supernodes"], options["client_cpus"]) == (2, 2)
+    assert options["log_dir"] == place / "logs" / "run"
+    assert options["timeout"] > (5 + 1) * 100.0
+    values = options["run_config"]
+    assert values["graph"] == str(place / "graph") and values["out"] == str(place / "model")
+    assert values["data"] == f"{place / 'texts/letters.jsonl'};{place / 'texts/digits.jsonl'}"
+    assert values["server-data"] == str(place / "texts/letters.jsonl")
+    assert values["log-dir"] == str(place / "logs" / "run")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "folder"),
+    [
+        (("--log-dir", "mine"), "mine"),
+        (("--config", "run.toml"), "from/file"),
+        (("--config", "run.toml", "--log-dir", "mine"), "mine"),
+        (("--log-dir", "mine", "--set", "log-dir=set"), "set"),
+    ],
+)
+def test_the_log_folder_may_be_given_in_any_way(place, simulations, capsys, arguments, folder):
+    (place / "run.toml").write_text('log-dir = "from/file"')
+    assert run(capsys, *COMMAND, *arguments).code == 0
+    ((_, options),) = simulations
+    assert options["log_dir"] == place / folder
+    assert options["run_config"]["log-dir"] == str(place / folder)
+
+
+def test_with_overwrite_an_earlier_run_is_cleared_away_before_it_is_followed(place, simulations, capsys):
+    logs = place / "logs" / "run"
+    for name in (
+        "rounds.jsonl",
+        "merge_round1.json",
+        "clients/run-1/client-0/global.safetensors",
+        "notes.txt",
+    ):
+        (logs / name).parent.mkdir(parents=True, exist_ok=True)
+        (logs / name).write_text("{}")
+    assert_refused(run(capsys, *COMMAND), "--overwrite", as_json=False)
+    outcome = run(capsys, *COMMAND, "--overwrite")
+    assert outcome.code == 0 and simulations[0][1]["run_config"]["overwrite"] is True
+    assert sorted(path.name for path in logs.iterdir()) == ["notes.txt", "summary.json"]
+
+
+def test_a_failed_run_is_a_failure_of_one_line(place, capsys, monkeypatch):
+    def fail(*_, **__):
+        raise UserError("expected better data, got worse")
+
+    monkeypatch.setattr("server.simulation.run_simulation", fail)
+    assert_refused(run(capsys, *COMMAND, "--json"), "expected better data, got worse", as_json=True)
+
+
+def configured(place: Path, text: str, given: dict, assignments: list[str]):
+    (place / "run.toml").write_text(text)
+    return read_run_config(place / "run.toml", given, assignments)
+
+
+def test_named_options_win_over_the_file_and_set_wins_over_all(tmp_path):
+    text = "num-rounds = 7\ndensity = 0.25\nseed = 3\nrho-max = 9"
+    run = configured(tmp_path, text, {"num-rounds": 8, "seed": 4, "budgets": None, "out": ""}, ["seed=5"])
+    assert (run.rho_max, run.num_rounds, run.seed, run.density) == (9, 8, 5, 0.25)
+    assert (run.local_steps, run.budgets, run.out) == (20, "", "")  # defaults
+    assert read_run_config(None, {}, []).num_rounds == 3
+
+
+def test_zero_is_a_value_and_not_the_lack_of_one(tmp_path):
+    with pytest.raises(UserError, match="num-clients"):
+        configured(tmp_path, "num-clients = 2", {"num-clients": 0}, [])
+
+
+def test_an_unknown_key_of_the_file_is_refused_with_the_nearest(tmp_path):
+    with pytest.raises(UserError, match="did you mean 'merge-every'"):
+        configured(tmp_path, "merge-ever = 2", {}, [])
+
+
+def test_paths_become_absolute_and_names_stay(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("auto", "wikimix", "graph"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "form.json").write_text("{}")
+    run = read_run_config(None, {"graph": "graph"}, ["out=a/b", "data=wikimix;graph;owner/name"])
+    assert (run.graph, run.out) == (str(tmp_path / "graph"), str(tmp_path / "a" / "b"))
+    assert run.data == f"wikimix;{tmp_path / 'graph'};owner/name"
+    assert (run.template, run.log_dir) == ("auto", str(tmp_path / "logs" / "run"))
+    assert read_run_config(None, {"graph": "owner/name"}, []).graph == "owner/name"
+    assert read_run_config(None, {}, ["template=form.json"]).template == str(tmp_path / "form.json")
+
+
+def test_the_result_for_a_reader_is_a_table_and_what_was_written(place, simulations, capsys):
+    outcome = run(capsys, *COMMAND)
+    assert outcome.code == 0
+    for words in ("letters", "9.50", "4.25", "2.0 kB", "10.0 kB (5 times less)", "edits: 3", "/out", "/logs"):
+        assert words in outcome.out
+    assert len(summary_lines({**SUMMARY, "out": ""})) == len(summary_lines(SUMMARY)) - 1
+
+
+def test_a_real_federation_on_flowers_simulation_engine(graph, tmp_path, capsys, monkeypatch):
+    """The one successful run in the suite of all that belongs to it: SuperLink, Ray, both apps (half a minute)."""
+    left, values = [], run_values(
+        graph, tmp_path, num_rounds=2, local_steps=2, rho_max=3, reply_timeout=120.0
+    )
+
+    def stop(job: str) -> None:
+        stop_job(job)
+        left.extend(job_processes(job))
+
+    monkeypatch.setattr("server.simulation.stop_job", stop)
+    scratch = scratch_folders(monkeypatch)
+    # Where the command is given must not matter to the app.
+    (tmp_path / "here" / "clients").mkdir(parents=True)
+    (tmp_path / "here" / "clients" / "__init__.py").write_text(
+        "raise RuntimeError('of the working directory')"
+    )
+    monkeypatch.chdir(tmp_path / "here")
+    values |= {"server-data": str(tmp_path / "texts" / "letters.jsonl"), "merge-max-drift": 100.0}
+    out = tmp_path / "it's out"
+    outcome = run(capsys, "simulate", *options_of(values), "--out", out, "--json")
+    assert outcome.code == 0, outcome.err
+    logs = tmp_path / "logs"
+    assert_run_succeeded(outcome.json(), logs=logs, out=out, names=["letters", "digits"])
+    assert "round 2/2" in outcome.err  # rounds are shown while they come
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "it's out", "logs", "texts"]
+    assert sorted(path.parent.name for path in logs.rglob("global.safetensors")) == ["client-0", "client-1"]
+    assert left == [] and len(scratch) == 1 and not scratch[0].exists()
+
+
+def options_of(values: dict) -> list[str]:
+    """The options of ``simulate`` that say the same as a run configuration."""
+    named = {"graph": "--graph", "log-dir": "--log-dir", "num-rounds": "--rounds", "num-clients": "--clients"}
+    options = [part for key, option in named.items() for part in (option, str(values[key]))]
+    options += [part for source in values["data"].split(";") for part in ("--data", source)]
+    others = [f"{key}={json.dumps(value)}" for key, value in values.items() if key not in {*named, "data"}]
+    return options + [part for assignment in others for part in ("--set", assignment)]
+
+
+def scratch_folders(monkeypatch) -> list[Path]:
+    """The scratch folders that a simulation makes from now on."""
+    folders: list[Path] = []
+    make = tempfile.mkdtemp
+
+    def remember(*arguments, **options) -> str:
+        folder = make(*arguments, **options)
+        if options.get("prefix") == "fedgraft-":
+            folders.append(Path(folder))
+        return folder
+
+    monkeypatch.setattr("server.simulation.tempfile.mkdtemp", remember)
+    return folders
