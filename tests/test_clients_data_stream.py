@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -8,6 +11,8 @@ from clients.data_stream import all_clients, client_documents, pack_client
 from configs.errors import UserError
 from federated.partition import ClientDocuments
 from tests.tiny_federation import TEXTS, tiny_config
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -63,3 +68,11 @@ def test_documents_become_blocks_within_the_context(tiny_tokenizer):
 def test_a_client_whose_documents_hold_no_text_is_refused(tiny_tokenizer):
     with pytest.raises(UserError, match="documents with text"):
         pack_client(ClientDocuments("a", ["abc"], [""]), tiny_tokenizer, 16, 128)
+
+
+def test_a_client_that_has_its_blocks_imports_nothing_that_reads_documents():
+    code = (
+        "import sys, clients.client_app; print({'datasets', 'flwr_datasets', 'seaborn'} & set(sys.modules))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout == "set()\n", result.stderr
