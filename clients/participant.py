@@ -26,6 +26,7 @@ from models.checkpoint import read_graph, set_visits, visiting
 from models.llama_loader import fingerprint, load_graph, load_tokenizer
 from models.modeling_fedgraft import FedGraftForCausalLM
 from models.perplexity import LossSum, evaluate_loss
+from models.precision import autocast_to_bf16
 from models.settings import residents, scaled_visits, set_residents, set_walk
 from models.units import unit_sizes
 
@@ -132,7 +133,7 @@ class Participant:
 
     @property
     def _autocast(self) -> bool:
-        return self.config.precision == "bf16"
+        return autocast_to_bf16(self.config.precision)
 
     def _assemble(self, stream) -> None:
         """Choose the round's residents with the client's own assembler, which learns first."""

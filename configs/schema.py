@@ -119,8 +119,8 @@ class RunConfig(BaseModel):
     """Training documents generated per wikimix domain."""
     server_data: str = ""
     """Validation text of the server, sources as in data; empty: none."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """Autocast type while training: bf16 or fp32."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Matrix products of the clients: bf16, fp32, or auto (bf16 where the device is faster with it)."""
     num_threads: Count = 1
     """Torch threads per client process."""
     template: str = "auto"

@@ -28,6 +28,7 @@ sys.path.insert(0, str(ROOT))  # run from a clone, without installation
 
 from configs.errors import UserError  # noqa: E402
 from federated import wikimix  # noqa: E402
+from models.precision import bf16_is_faster  # noqa: E402
 
 CONFIG = ROOT / "configs" / "llama_demo.json"
 STEPS_PER_MINUTE = 60
@@ -85,20 +86,6 @@ def blocks(
         )
         ids += [token for document in batch for token in [tokenizer.bos_token_id, *document.ids]]
     return torch.tensor(ids[: count * context]).view(count, context)
-
-
-def bf16_is_faster(size: int = 512) -> bool:
-    """Whether this processor multiplies matrices faster in bf16 than in fp32 (a matter of its instructions)."""
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        matrix = torch.ones(size, size, dtype=dtype)
-        times = []
-        for _ in range(3):
-            start = time.perf_counter()
-            torch.mm(matrix, matrix)
-            times.append(time.perf_counter() - start)
-        seconds[dtype] = min(times)
-    return seconds[torch.bfloat16] < seconds[torch.float32]
 
 
 def learning_rate(step: int, steps: int, peak: float = PEAK_RATE) -> float:

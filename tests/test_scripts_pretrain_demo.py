@@ -127,10 +127,6 @@ def test_smoothed_loss_predicts_the_next_token() -> None:
     assert pretrain_demo.smoothed_loss(logits, input_ids).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_bf16_choice_is_a_bool() -> None:
-    assert pretrain_demo.bf16_is_faster(64) in (True, False)
-
-
 def test_run_saves_what_transformers_loads(tiny_run: tuple[Path, dict[str, object]]) -> None:
     out, summary = tiny_run
     assert json.loads((out / "training.json").read_text(encoding="utf-8")) == summary
