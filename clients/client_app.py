@@ -10,7 +10,8 @@ from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 from transformers.utils.logging import disable_progress_bar
 
-from clients.participant import Participant, VersionMismatch
+from clients.local_copy import VersionMismatch
+from clients.participant import Participant
 from configs.schema import RunConfig, load_run_config
 from federated.messages import REFUSED, RESEND, Reply, Request, read_request, write_reply
 

@@ -3,47 +3,34 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from flwr.app import Context
 
 from clients.data_stream import client_documents, pack_client
+from clients.local_copy import bring_to_version, check_base, client_folder
 from clients.store import ClientStore
 from clients.trainer import LocalResult, LocalTraining, train_locally
 from configs.errors import UserError
-from configs.paths import cache_folder, default_graph
+from configs.paths import default_graph
 from configs.schema import RunConfig
 from federated.blocks import Blocks, batches, take
 from federated.codec import pack_update
 from federated.messages import Reply, Request
 from federated.selection import prepare_update
-from federated.steps import apply_step, steps_after
-from federated.update import RefusedUpdate, density
+from federated.update import density
 from federated.usage import UsageCounter, pack_usage
 from models.assembler import expert_features, train_assembler
-from models.checkpoint import read_graph, set_visits, visiting
-from models.llama_loader import fingerprint, load_graph, load_tokenizer
+from models.checkpoint import read_graph
+from models.llama_loader import load_graph, load_tokenizer
 from models.modeling_fedgraft import FedGraftForCausalLM
 from models.perplexity import LossSum, evaluate_loss
 from models.precision import autocast_to_bf16
-from models.settings import residents, scaled_visits, set_residents, set_walk
+from models.settings import residents, scaled_visits, set_residents, set_visits, set_walk, visiting
 from models.units import unit_sizes
 
 # Blocks of the client's own text from which the assembler takes its features.
 _FEATURE_BLOCKS = 16
-
-
-class VersionMismatch(RuntimeError):
-    """The client's copy is not the one that the server's steps start from.
-
-    Args:
-        version: what the client holds.
-    """
-
-    def __init__(self, version: int) -> None:
-        super().__init__(f"holds version {version} of the global model")
-        self.version = version
 
 
 @dataclass
@@ -84,7 +71,7 @@ class Participant:
         graph = str(node.get("graph") or config.graph or default_graph())
         store = ClientStore(client_folder(config, context) / f"client-{partition}")
         model = load_graph(graph, dtype=torch.float32)
-        _check_base(model, request, graph)
+        check_base(model, request, graph)
         name, train, valid = store.blocks(lambda: _make_blocks(config, node, partition, graph, model))
         if config.walk:
             set_walk(model, config.walk)
@@ -204,57 +191,12 @@ class Participant:
         return torch.Generator().manual_seed(seed)
 
 
-def client_folder(config: RunConfig, context: Context) -> Path:
-    """Where the clients of a run keep their files: the node's own ``cache-dir``, else beside the run's logs."""
-    if cache := context.node_config.get("cache-dir"):
-        return Path(str(cache)) / f"run-{context.run_id}"
-    if config.log_dir:
-        return Path(config.log_dir) / "clients" / f"run-{context.run_id}"
-    return cache_folder() / "runs" / str(context.run_id) / "clients"
-
-
-def bring_to_version(model: FedGraftForCausalLM, store: ClientStore, request: Request) -> None:
-    """Apply the steps that the client misses and keep the result on disk.
-
-    Raises:
-        VersionMismatch: there is a gap between the version on disk and the first step.
-        RefusedUpdate: a step is damaged, or the graph differs from the server's afterwards.
-    """
-    held = store.load_global(model)
-    if held > request.version:  # of another run of the server: only the base is common ground
-        store.forget_global()
-        raise VersionMismatch(0)
-    missing = steps_after(request.steps, held)
-    if len(missing) != request.version - held or any(
-        step.version != held + number for number, step in enumerate(missing, start=1)
-    ):
-        raise VersionMismatch(held)
-    moved = set()
-    for step in missing:
-        moved |= apply_step(model, step)
-    digest = read_graph(model).digest()
-    if digest != request.graph_hash:
-        raise RefusedUpdate(
-            f"expected the graph {request.graph_hash[:12]} after {request.version} steps, got {digest[:12]}"
-        )
-    if missing:
-        store.save_global(model, moved, request.version)
-
-
 def _make_blocks(config: RunConfig, node, partition: int, graph: str, model) -> tuple[str, Blocks, Blocks]:
     documents = client_documents(config, partition, data_dir=str(node.get("data-dir", "")))
     train, valid = pack_client(
         documents, load_tokenizer(graph), config.block_size, model.config.max_position_embeddings
     )
     return documents.name, train, valid
-
-
-def _check_base(model: FedGraftForCausalLM, request: Request, graph: str) -> None:
-    if request.base_fingerprint != fingerprint(model):
-        raise UserError(
-            f"expected the same bootstrapped checkpoint as the server's, got other weights in {graph}; "
-            "copy the server's graph folder to this client"
-        )
 
 
 def _check_budget(budget: int, model: FedGraftForCausalLM, name: str) -> None:

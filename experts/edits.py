@@ -61,20 +61,26 @@ def apply_edits(graph: ExpertGraph, edits: Sequence[Edit]) -> ExpertGraph:
     return ExpertGraph(tuple(masks), graph.version + 1)
 
 
-def propose_edits(graph: ExpertGraph, usage: Sequence[np.ndarray], rho_max: int) -> list[Edit]:
+def propose_edits(
+    graph: ExpertGraph, usage: Sequence[np.ndarray], rho_max: int, *, margin: float = 1.0
+) -> list[Edit]:
     """Swap the least travelled edges for the most demanded ones, at most ``rho_max`` edits in all.
 
-    A swap stays in its layer and is made only where more tokens asked for the new edge than travelled the old; the
-    swaps that gain most are made first. A single edit is left over when ``rho_max`` is odd: the most demanded edge.
-    No expert becomes unreachable.
+    A swap stays in its layer and is made only where the demand for the new edge exceeds ``margin`` times the
+    traversals of the old; the swaps that gain most are made first. A single edit is left over when ``rho_max`` is odd:
+    the most demanded edge. No expert becomes unreachable.
 
     Args:
         graph: as it is.
         usage: per layer ``[E, E]``, counts as ``federated.usage.UsageCounter`` defines them.
         rho_max: 0 for no edit.
+        margin: demand counts every pair of a token's k experts, ``k (k - 1) / 2`` of them, while a visit credits one
+            parent, at most ``k - 1`` in all: ``k / 2`` makes the two comparable.
     """
     swaps = [
-        swap for layer in range(len(graph.masks)) for swap in _swaps(graph, usage[layer], layer, rho_max // 2)
+        swap
+        for layer, counts in enumerate(usage)
+        for swap in _swaps(graph.masks[layer], counts, layer, rho_max // 2, margin)
     ]
     swaps.sort(key=lambda swap: -swap[0])
     edits = [edit for _, pair in swaps[: rho_max // 2] for edit in pair]
@@ -105,15 +111,14 @@ def _check(edit: Edit, masks: Sequence[np.ndarray]) -> None:
 
 
 def _swaps(
-    graph: ExpertGraph, counts: np.ndarray, layer: int, most: int
+    mask: np.ndarray, counts: np.ndarray, layer: int, most: int, margin: float
 ) -> list[tuple[float, tuple[Edit, Edit]]]:
     """Gain and edits of the swaps of one layer, best first."""
-    mask = graph.masks[layer]
     missing = _by_count(~mask, counts)[::-1][:most]
     removable = _removable(mask, counts, most)
     swaps = []
     for (p, q), (a, b) in zip(missing, removable, strict=False):
-        gain = float(counts[p, q] - counts[a, b])
+        gain = float(counts[p, q] - margin * counts[a, b])
         if gain <= 0:
             break
         add = Edit("add-edge", layer, p, q, f"demanded by {counts[p, q]:.0f} tokens")

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from configs.errors import UserError
 from experts.clustering import Clusters
 from experts.graph import ExpertGraph
 from models.configuration_fedgraft import FedGraftConfig
@@ -51,38 +49,6 @@ def write_graph(model: FedGraftForCausalLM, graph: ExpertGraph) -> None:
             for values in (layer.edge_gain, layer.edge_affinity):
                 values.mul_(layer.edges.triu(1))
     model.config.graph_version = graph.version
-
-
-def set_visits(model: PreTrainedModel, count: int) -> None:
-    """Let each token visit ``count`` experts in every layer (all of them where a layer has fewer).
-
-    Raises:
-        UserError: the model is no expert graph, or no layer has so many experts.
-    """
-    if not isinstance(model, FedGraftForCausalLM):
-        raise UserError(
-            "expected an expert graph to set the experts per token, got a dense model; leave the option out"
-        )
-    most = max(layer.num_experts for layer in model.expert_layers())
-    if not 1 <= count <= most:
-        raise UserError(f"expected experts per token between 1 and {most}, got {count}")
-    for layer in model.expert_layers():
-        layer.num_visits = min(count, layer.num_experts)
-    model.config.experts_per_token = count
-
-
-@contextmanager
-def visiting(model: FedGraftForCausalLM, visits: Sequence[int]) -> Iterator[None]:
-    """Let each token visit ``visits[layer]`` experts, for the time of the block."""
-    layers = model.expert_layers()
-    usual = [layer.num_visits for layer in layers]
-    try:
-        for layer, count in zip(layers, visits, strict=True):
-            layer.num_visits = count
-        yield
-    finally:
-        for layer, count in zip(layers, usual, strict=True):
-            layer.num_visits = count
 
 
 def cluster_table(clusters: Sequence[Clusters]) -> str:

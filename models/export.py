@@ -10,10 +10,10 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from experts.graph import reachable
-from models.checkpoint import visiting
 from models.configuration_fedgraft import FedGraftConfig
 from models.experts_fedgraft import ExpertGraphMLP
 from models.modeling_fedgraft import FedGraftForCausalLM
+from models.settings import visiting
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from transformers import PreTrainedModel
 from experts.clustering import random_clusters
 from models.bootstrap import LayerExperts
 from models.calibration import hidden_activations, neuron_statistics
-from models.checkpoint import visiting
 from models.modeling_fedgraft import FedGraftForCausalLM
 from models.perplexity import LossSum, evaluate_loss
 from models.router_init import centroid_router, expert_contributions, ridge_routers
+from models.settings import visiting
 
 SHARES = (75, 50, 25)
 

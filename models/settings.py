@@ -7,7 +7,9 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from configs.errors import UserError
 from models.experts_fedgraft import ExpertGraphMLP
 from models.modeling_fedgraft import FedGraftForCausalLM
 from models.routing_fedgraft import Walk
@@ -26,6 +28,38 @@ def observing(model: FedGraftForCausalLM, make: Callable[[int], Observer]) -> It
     finally:
         for layer in layers:
             layer.observer = None
+
+
+def set_visits(model: PreTrainedModel, count: int) -> None:
+    """Let each token visit ``count`` experts in every layer (all of them where a layer has fewer).
+
+    Raises:
+        UserError: the model is no expert graph, or no layer has so many experts.
+    """
+    if not isinstance(model, FedGraftForCausalLM):
+        raise UserError(
+            "expected an expert graph to set the experts per token, got a dense model; leave the option out"
+        )
+    most = max(layer.num_experts for layer in model.expert_layers())
+    if not 1 <= count <= most:
+        raise UserError(f"expected experts per token between 1 and {most}, got {count}")
+    for layer in model.expert_layers():
+        layer.num_visits = min(count, layer.num_experts)
+    model.config.experts_per_token = count
+
+
+@contextmanager
+def visiting(model: FedGraftForCausalLM, visits: Sequence[int]) -> Iterator[None]:
+    """Let each token visit ``visits[layer]`` experts, for the time of the block."""
+    layers = model.expert_layers()
+    usual = [layer.num_visits for layer in layers]
+    try:
+        for layer, count in zip(layers, visits, strict=True):
+            layer.num_visits = count
+        yield
+    finally:
+        for layer, count in zip(layers, usual, strict=True):
+            layer.num_visits = count
 
 
 def set_walk(model: FedGraftForCausalLM, order: str) -> None:

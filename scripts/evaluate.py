@@ -27,9 +27,9 @@ def evaluate(
 ) -> None:
     """Measure token-weighted perplexity on held-out text, per domain and over all of it."""
     from federated.blocks import pack_blocks
-    from models.checkpoint import set_visits
     from models.llama_loader import load_causal_lm, load_tokenizer, read_config
     from models.perplexity import LossSum, evaluate_loss
+    from models.settings import set_visits
 
     quiet_libraries()
     texts = _texts_by_domain(data, split)

@@ -17,9 +17,8 @@ from configs.schema import RunConfig, load_run_config
 from federated.blocks import Blocks, pack_blocks
 from federated.documents import load_documents
 from models.calibration import sample_text
-from models.checkpoint import set_visits
 from models.llama_loader import check_is_graph, read_config
-from models.settings import set_walk
+from models.settings import set_visits, set_walk
 from server.call_trace import call_trace
 from server.federation import Federation
 from server.global_model import GlobalModel
@@ -96,7 +95,7 @@ def check_fit(config: RunConfig, graph: PreTrainedConfig) -> None:
     Raises:
         UserError: not a graph, budgets or experts per token above its experts, blocks beyond its context.
     """
-    check_is_graph(graph, config.graph)
+    check_is_graph(graph, graph_source(config))
     experts, context = max(graph.num_experts), graph.max_position_embeddings
     for key, value, most, what in (
         ("budgets", max(config.client_budgets), experts, "experts per layer"),

@@ -33,6 +33,13 @@ class UsageAverage:
         weight = self._decay if self.counts else 0.0
         self.counts = [weight * old + (1 - weight) * new for old, new in zip(past, total, strict=True)]
 
+    def forget(self, edits: Sequence[Edit]) -> None:
+        """Give pairs whose edge came or went the layer's mean count: what was counted meant something else."""
+        for edit in edits:
+            counts = self.counts[edit.layer]
+            pairs = np.triu_indices(len(counts), 1)
+            counts[edit.p, edit.q] = counts[pairs].mean()
+
 
 def merge(
     server: GlobalModel,
@@ -48,10 +55,10 @@ def merge(
     With validation text the loss is measured before and after; ``gamma_hat`` is the absolute change per edit, and a
     merge that raises the loss by more than ``max_drift`` nats per token is not made.
     """
-    edits = propose_edits(server.graph, usage.counts, rho_max) if usage.counts else []
+    margin = max(1.0, server.model.config.experts_per_token / 2)
+    edits = propose_edits(server.graph, usage.counts, rho_max, margin=margin) if usage.counts else []
     if not edits or validation is None:
-        if edits:
-            server.edit(edits)
+        _make(server, usage, edits)
         return MergeRecord(server_round, rho_max, _as_dicts(edits))
     before = _loss(server, validation)
     with server.trying(edits):
@@ -59,8 +66,14 @@ def merge(
     gamma = abs(after - before) / len(edits)
     if not after - before <= max_drift:  # a loss that is no number is too much as well
         return MergeRecord(server_round, rho_max, [], before, after, gamma)
-    server.edit(edits)
+    _make(server, usage, edits)
     return MergeRecord(server_round, rho_max, _as_dicts(edits), before, after, gamma)
+
+
+def _make(server: GlobalModel, usage: UsageAverage, edits: list[Edit]) -> None:
+    if edits:
+        server.edit(edits)
+        usage.forget(edits)
 
 
 def _loss(server: GlobalModel, validation: Blocks) -> float:

@@ -7,7 +7,8 @@ import pytest
 import torch
 from flwr.app import Context, RecordDict
 
-from clients.participant import Participant, VersionMismatch, bring_to_version, client_folder
+from clients.local_copy import VersionMismatch, bring_to_version, client_folder
+from clients.participant import Participant
 from clients.residual import ResidualStore
 from clients.store import ClientStore
 from configs.schema import load_run_config

@@ -235,3 +235,10 @@ def best_gain(graph: ExpertGraph, usage: list[np.ndarray]) -> float:
                 gains = [count[pair] - count[a, b] for pair in pairs if not mask[pair]]
                 best = max([best, *gains])
     return best
+
+
+@pytest.mark.parametrize(("margin", "swapped"), [(1.0, True), (1.9, True), (2.0, False), (5.0, False)])
+def test_a_swap_must_gain_more_than_the_margin(margin, swapped):
+    graph = graph_of((0, 1))
+    usage = counts(graph, p0q1=5, p2q3=10)
+    assert bool(propose_edits(graph, usage, 2, margin=margin)) == swapped

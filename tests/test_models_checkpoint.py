@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from configs.errors import UserError
 from experts.clustering import balanced_clusters
 from experts.graph import ExpertGraph
 from models.checkpoint import (
@@ -12,13 +11,11 @@ from models.checkpoint import (
     cluster_table,
     read_graph,
     save_graph,
-    set_visits,
-    visiting,
     write_graph,
 )
 from models.llama_loader import load_graph
 from tests.conftest import tiny_llama
-from tests.tiny_graphs import graph_of, logit_difference, random_ids, with_random_gains
+from tests.tiny_graphs import graph_of, random_ids, with_random_gains
 
 
 def chain(num_experts: int) -> np.ndarray:
@@ -96,47 +93,6 @@ def test_casting_leaves_what_routes_in_fp32(dtype):
 def test_tied_embeddings_stay_tied_when_cast():
     model = cast_weights(graph_of(tiny_llama(tie_word_embeddings=True)), torch.bfloat16)
     assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
-
-
-def test_set_visits_reaches_every_layer_and_the_configuration():
-    model, reference = graph_of(visits=4), graph_of(visits=2)
-    set_visits(model, 2)
-    assert model.config.experts_per_token == 2
-    assert [layer.num_visits for layer in model.expert_layers()] == [2, 2]
-    assert logit_difference(model, reference, random_ids(model)) == 0
-
-
-def test_set_visits_takes_all_of_a_layer_that_has_fewer():
-    model = graph_of()
-    model.expert_layers()[1].router = torch.nn.Parameter(torch.zeros(3, 32))
-    set_visits(model, 4)
-    assert [layer.num_visits for layer in model.expert_layers()] == [4, 3]
-
-
-@pytest.mark.parametrize("count", [0, -1, 5])
-def test_more_visits_than_experts_and_none_are_refused(count):
-    model = graph_of(visits=3)
-    with pytest.raises(UserError, match=f"between 1 and 4, got {count}"):
-        set_visits(model, count)
-    assert [layer.num_visits for layer in model.expert_layers()] == [3, 3]
-
-
-def test_a_dense_model_has_no_visits_to_set():
-    with pytest.raises(UserError, match="dense model"):
-        set_visits(tiny_llama(), 1)
-
-
-def test_visiting_lasts_as_long_as_its_block_even_through_an_error():
-    model = graph_of(visits=3)
-    with visiting(model, [1, 4]):
-        assert [layer.num_visits for layer in model.expert_layers()] == [1, 4]
-    assert [layer.num_visits for layer in model.expert_layers()] == [3, 3]
-    with pytest.raises(RuntimeError), visiting(model, [1, 1]):
-        raise RuntimeError
-    assert [layer.num_visits for layer in model.expert_layers()] == [3, 3]
-    with pytest.raises(ValueError), visiting(model, [1]):
-        pass
-    assert [layer.num_visits for layer in model.expert_layers()] == [3, 3]
 
 
 def test_the_cluster_table_has_a_line_per_layer_and_the_mean():

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from models.bootstrap import BootstrapPlan, build_graph, plan_experts
-from models.checkpoint import visiting
 from models.perplexity import evaluate_loss
 from models.selection_report import SHARES, Selection, active_count, select_neurons, selection_report
+from models.settings import visiting
 from tests.conftest import tiny_llama
 from tests.tiny_graphs import ffn_inputs, random_ids
 

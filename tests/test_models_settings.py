@@ -3,7 +3,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from models.settings import observing, residents, scaled_visits, set_residents, set_walk
+from configs.errors import UserError
+from models.settings import (
+    observing,
+    residents,
+    scaled_visits,
+    set_residents,
+    set_visits,
+    set_walk,
+    visiting,
+)
+from tests.conftest import tiny_llama
 from tests.tiny_graphs import graph_of, logit_difference, random_ids, with_random_gains
 
 
@@ -70,3 +80,44 @@ def test_visits_scale_with_the_budget(model, budget, visits):
 
 def test_at_least_one_expert_is_visited():
     assert scaled_visits(graph_of(num_experts=8, visits=1), 1) == [1, 1]
+
+
+def test_set_visits_reaches_every_layer_and_the_configuration():
+    model, reference = graph_of(visits=4), graph_of(visits=2)
+    set_visits(model, 2)
+    assert model.config.experts_per_token == 2
+    assert [layer.num_visits for layer in model.expert_layers()] == [2, 2]
+    assert logit_difference(model, reference, random_ids(model)) == 0
+
+
+def test_set_visits_takes_all_of_a_layer_that_has_fewer():
+    model = graph_of()
+    model.expert_layers()[1].router = torch.nn.Parameter(torch.zeros(3, 32))
+    set_visits(model, 4)
+    assert [layer.num_visits for layer in model.expert_layers()] == [4, 3]
+
+
+@pytest.mark.parametrize("count", [0, -1, 5])
+def test_more_visits_than_experts_and_none_are_refused(count):
+    model = graph_of(visits=3)
+    with pytest.raises(UserError, match=f"between 1 and 4, got {count}"):
+        set_visits(model, count)
+    assert [layer.num_visits for layer in model.expert_layers()] == [3, 3]
+
+
+def test_a_dense_model_has_no_visits_to_set():
+    with pytest.raises(UserError, match="dense model"):
+        set_visits(tiny_llama(), 1)
+
+
+def test_visiting_lasts_as_long_as_its_block_even_through_an_error():
+    model = graph_of(visits=3)
+    with visiting(model, [1, 4]):
+        assert [layer.num_visits for layer in model.expert_layers()] == [1, 4]
+    assert [layer.num_visits for layer in model.expert_layers()] == [3, 3]
+    with pytest.raises(RuntimeError), visiting(model, [1, 1]):
+        raise RuntimeError
+    assert [layer.num_visits for layer in model.expert_layers()] == [3, 3]
+    with pytest.raises(ValueError), visiting(model, [1]):
+        pass
+    assert [layer.num_visits for layer in model.expert_layers()] == [3, 3]

@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 
-from experts.edits import propose_edits
+from experts.edits import Edit, propose_edits
 from experts.graph import ExpertGraph
 from federated.blocks import Blocks
 from models.checkpoint import write_graph
@@ -120,3 +120,17 @@ def test_without_usage_or_demand_there_is_nothing_to_merge(server, validation):
     record = run(server, average, validation)
     assert record.edits == [] and record.gamma_hat is None
     assert server.graph.version == 0 and server.steps[-1].edits == []
+
+
+def test_pairs_whose_edge_came_or_went_start_from_the_mean_of_their_layer():
+    average = UsageAverage(0.5)
+    counts = np.array([[9, 1, 2], [0, 9, 6], [0, 0, 9]])
+    average.add([[counts, counts]])
+    average.forget([Edit("add-edge", 1, 1, 2)])
+    assert np.array_equal(average.counts[0], counts)
+    assert average.counts[1].tolist() == [[9, 1, 2], [0, 9, 3], [0, 0, 9]]
+
+
+def test_a_graph_used_the_same_way_settles(server, usage):
+    made = [len(run(server, usage, None).edits) for _ in range(12)]
+    assert made[0] > 0 and made[-1] == 0
