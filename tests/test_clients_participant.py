@@ -7,21 +7,17 @@ import pytest
 import torch
 from flwr.app import Context, RecordDict
 
-from clients.local_copy import VersionMismatch, bring_to_version, client_folder
 from clients.participant import Participant
 from clients.residual import ResidualStore
-from clients.store import ClientStore
 from configs.schema import load_run_config
 from federated.codec import unpack_update
 from federated.messages import Request
-from federated.steps import apply_step
-from federated.update import RefusedUpdate
 from federated.usage import unpack_usage
 from models.checkpoint import read_graph
 from models.llama_loader import fingerprint, load_graph
 from models.perplexity import evaluate_loss
 from models.units import unit_sizes
-from tests.tiny_federation import all_equal, client_folder_of, next_step, run_values, save_tiny_graph
+from tests.tiny_federation import all_equal, client_folder_of, run_values, save_tiny_graph
 
 RUN_ID = 1
 SIZE = 3 * 8 * 32 + 32 + 1 + 2 * 8
@@ -207,60 +203,3 @@ def test_bf16_changes_the_losses_but_not_by_much(config_of, request_0):
         for precision in ("fp32", "bf16")
     )
     assert rounded.nll == pytest.approx(exact.nll, rel=0.02) and rounded.nll != exact.nll
-
-
-def test_files_lie_in_the_nodes_cache_else_with_the_logs_else_in_the_users_cache(
-    config_of, tmp_path, monkeypatch
-):
-    monkeypatch.setenv("FEDGRAFT_CACHE", str(tmp_path / "cache"))
-    config = config_of()
-    assert client_folder(config, context(cache_dir="/x")) == type(tmp_path)("/x/run-1")
-    assert client_folder(config, context()) == tmp_path / "logs" / "clients" / "run-1"
-    assert client_folder(config_of(log_dir=""), context()) == tmp_path / "cache" / "runs" / "1" / "clients"
-
-
-def steps_of(model, count: int) -> list:
-    steps = []
-    for version in range(1, count + 1):
-        steps.append(next_step(model, version))
-        apply_step(model, steps[-1])
-    return steps
-
-
-def test_missing_steps_are_applied_and_kept(graph, model, tmp_path):
-    store, steps = ClientStore(tmp_path / "client"), steps_of(model, 3)
-    for held, version in ((0, 1), (1, 3), (3, 3)):
-        copy = load_graph(str(graph), dtype=torch.float32)
-        sent = [step for step in steps[:version] if step.version > held]
-        bring_to_version(copy, store, request_at(model, version, steps=sent))
-        assert store.load_global(load_graph(str(graph), dtype=torch.float32)) == version
-    assert all_equal(copy, model)
-
-
-def test_steps_that_are_held_already_are_passed_over(graph, model, tmp_path):
-    store, steps = ClientStore(tmp_path / "client"), steps_of(model, 2)
-    for _ in range(2):
-        copy = load_graph(str(graph), dtype=torch.float32)
-        bring_to_version(copy, store, request_at(model, 2, steps=steps))
-        assert all_equal(copy, model)
-
-
-def test_a_gap_names_the_version_held(graph, model, tmp_path):
-    store, steps = ClientStore(tmp_path / "client"), steps_of(model, 3)
-    copy = load_graph(str(graph), dtype=torch.float32)
-    with pytest.raises(VersionMismatch, match="holds version 0") as caught:
-        bring_to_version(copy, store, request_at(model, 3, steps=steps[1:]))
-    assert caught.value.version == 0
-    assert not store.folder.exists()
-
-
-def test_a_refused_step_keeps_the_version_before_on_disk(graph, model, tmp_path):
-    store, steps = ClientStore(tmp_path / "client"), steps_of(model, 2)
-    early = load_graph(str(graph), dtype=torch.float32)
-    bring_to_version(early, store, request_at(model, 1, steps=steps[:1]))
-    with pytest.raises(RefusedUpdate):
-        bad = type(steps[1])(2, steps[1].packed[:-1])
-        bring_to_version(
-            load_graph(str(graph), dtype=torch.float32), store, request_at(model, 2, steps=[bad])
-        )
-    assert store.load_global(load_graph(str(graph), dtype=torch.float32)) == 1
