@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -111,6 +111,25 @@ def read_config(source: str) -> PreTrainedConfig:
         raise UserError(
             f"expected a checkpoint directory with config.json or a hub id, got {source}: {_first_line(error)}"
         ) from error
+
+
+def check_weights(source: str) -> None:
+    """Open the weight files of a checkpoint folder without reading them; a hub id passes unseen.
+
+    Raises:
+        UserError: there are none, or one is cut short or damaged in its header.
+    """
+    if not Path(source).is_dir():
+        return
+    files = sorted(Path(source).glob("*.safetensors"))
+    if not files:
+        raise UserError(f"expected safetensors weights in {source}, got none; the checkpoint is incomplete")
+    for file in files:
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"expected whole safetensors weights in {file}, got: {_first_line(error)}") from error
 
 
 def read_dtype(source: str) -> torch.dtype:

@@ -112,12 +112,13 @@ def check_run(run) -> None:
     from clients.data_stream import all_clients
     from configs.output import check_output_directory
     from federated.documents import load_documents
-    from models.llama_loader import read_config
+    from models.llama_loader import check_weights, read_config
     from server.app import check_fit, graph_source
 
     for folder in filter(None, (run.log_dir, run.out)):
         check_output_directory(Path(folder), overwrite=run.overwrite)
     check_fit(run, read_config(graph_source(run)))
+    check_weights(graph_source(run))
     with stderr.status("reading the data"):
         all_clients(run)
         if run.server_sources:

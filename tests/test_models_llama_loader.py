@@ -11,6 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from configs.errors import UserError
 from models.llama_loader import (
+    check_weights,
     fingerprint,
     load_causal_lm,
     load_dense,
@@ -105,6 +106,21 @@ def test_truncated_weights_are_refused(damaged, kept):
     weights.write_bytes(data[: int(kept * len(data)) if isinstance(kept, float) else kept])
     for load in (load_dense, load_causal_lm):
         assert "safetensors" in refusal(load, damaged)
+
+
+@pytest.mark.parametrize("kept", [0, 4, 100, 0.5, 0.999])
+def test_weights_cut_short_are_found_without_reading_them(damaged, kept):
+    check_weights(str(damaged))
+    weights = damaged / "model.safetensors"
+    data = weights.read_bytes()
+    weights.write_bytes(data[: int(kept * len(data)) if isinstance(kept, float) else kept])
+    assert "whole safetensors" in refusal(check_weights, damaged)
+    weights.unlink()
+    assert "got none" in refusal(check_weights, damaged)
+
+
+def test_the_weights_of_a_hub_id_are_not_looked_for():
+    check_weights("owner/model")
 
 
 def test_a_truncated_graph_is_refused(tmp_path, tiny_graph_dir):

@@ -34,6 +34,9 @@ def place(tmp_path, monkeypatch, graph, tiny_llama_dir) -> Path:
     """A working directory with a graph, a dense model and texts."""
     shutil.copytree(graph, tmp_path / "graph")
     shutil.copytree(tiny_llama_dir, tmp_path / "dense")
+    shutil.copytree(graph, tmp_path / "cut")
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
     write_texts(tmp_path / "texts")
     (tmp_path / "empty.txt").write_text(" \n")
     (tmp_path / "one.txt").write_text("a single document")
@@ -85,6 +88,7 @@ BAD_INPUT = {
     "model in a full folder": (("--out", "full"), ["full", "--overwrite"]),
     "model in a full folder, set": (("--set", "out=full"), ["full", "--overwrite"]),
     "no such graph": (("--graph", "none"), ["none", "config.json"]),
+    "a graph cut short": (("--graph", "cut"), ["whole safetensors", "cut"]),
     "not a graph": (("--graph", "dense"), ["expected an expert graph", "'llama'"]),
     "no core": (("--client-cpus", "0"), ["client-cpus"]),
     "unknown option": (("--rho", "1"), ["--rho"]),
