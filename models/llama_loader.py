@@ -129,7 +129,9 @@ def check_weights(source: str) -> None:
             with safe_open(file, framework="pt"):
                 pass
         except (OSError, SafetensorError) as error:
-            raise UserError(f"expected whole safetensors weights in {file}, got: {_first_line(error)}") from error
+            raise UserError(
+                f"expected whole safetensors weights in {file}, got: {_first_line(error)}"
+            ) from error
 
 
 def read_dtype(source: str) -> torch.dtype:

@@ -6,9 +6,9 @@ bash scripts/install.sh test
 BIN=.venv/bin
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 mapfile -t SOURCES < <(git ls-files '*.py')
-"$BIN/black" --quiet --check "${SOURCES[@]}"
-"$BIN/isort" --quiet --check-only "${SOURCES[@]}"
-"$BIN/ruff" check --quiet "${SOURCES[@]}"
+"$BIN/black" --check "${SOURCES[@]}"
+"$BIN/isort" --check-only "${SOURCES[@]}"
+"$BIN/ruff" check "${SOURCES[@]}"
 "$BIN/mypy" --no-error-summary "${SOURCES[@]}"
 # One process per core; a file stays in one process, so that its fixtures are made once.
 exec "$BIN/python" -m pytest --numprocesses 2 --dist loadfile "$@"
