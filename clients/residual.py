@@ -9,9 +9,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
+from configs.output import write_bytes
 from federated.update import Unit
 
 _log = logging.getLogger(__name__)
@@ -46,14 +47,11 @@ class ResidualStore:
 
     def save(self, vectors: Mapping[Unit, Tensor], graph_version: int) -> None:
         """Replace the stored residual by ``vectors`` (float [size] per unit)."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {
             f"{layer}.{expert}": vector.detach().float().cpu().contiguous().clone()
             for (layer, expert), vector in vectors.items()
         }
-        partial = self._path.with_name(f"{self._path.name}.{os.getpid()}.partial")
-        save_file(tensors, partial, metadata={"graph_version": str(graph_version)})
-        os.replace(partial, self._path)
+        write_bytes(self._path, save(tensors, metadata={"graph_version": str(graph_version)}))
 
     def _read(self) -> tuple[int, dict[Unit, Tensor]]:
         with safe_open(self._path, framework="pt") as file:

@@ -101,7 +101,7 @@ class Federation:
             node: answer.held_version for node, answer in answers.items() if answer.held_version is not None
         }
         if behind:
-            self._held |= {node: version for node, version in behind.items() if version is not None}
+            self._held |= behind
             again = self._exchange(behind, message_type, server_round)
             answers |= {node: _with_bytes_of(answer, answers[node]) for node, answer in again.items()}
         for node, answer in answers.items():
