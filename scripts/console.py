@@ -20,6 +20,8 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
+from configs.output import finite
+
 JsonFlag = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")
 ]
@@ -72,17 +74,6 @@ def print_result(result: dict[str, Any], *, as_json: bool, lines: Iterable[Any])
     console = Console()
     for line in lines:
         console.print(line, highlight=False)
-
-
-def finite(value: Any) -> Any:
-    """``value`` with NaN and infinities, which JSON does not know, replaced by None."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    if isinstance(value, float) and not abs(value) < float("inf"):
-        return None
-    return value
 
 
 def quiet_libraries() -> None:

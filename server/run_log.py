@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from configs.output import finite, write_bytes
+
 if TYPE_CHECKING:
     from federated.codec import PackedStats
 
@@ -190,9 +192,7 @@ def pad_masks(masks: Sequence[Any] | np.ndarray, *, experts_per_layer: Sequence[
 
 def write_atomically(path: Path, text: str) -> None:
     """Replace ``path`` by a file holding ``text``: a reader sees the old or the new one, never a half."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    write_bytes(path, text.encode())
 
 
 def _append(path: Path, text: str) -> None:
@@ -208,17 +208,4 @@ def _with_keys(entry: Mapping[str, Any], keys: Sequence[str], what: str) -> dict
 
 
 def _to_json(value: Any, indent: int | None = None) -> str:
-    return json.dumps(_plain(value), indent=indent, allow_nan=False, ensure_ascii=False)
-
-
-def _plain(value: Any) -> Any:
-    """``value`` in types that JSON has: arrays as lists, scalars unwrapped, NaN and infinities as null."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if hasattr(value, "tolist"):
-        value = value.tolist()
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+    return json.dumps(finite(value), indent=indent, allow_nan=False, ensure_ascii=False)

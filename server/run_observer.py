@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from configs.output import write_json
+from configs.output import finite, write_json
 from configs.schema import RunConfig
 from experts.graph import ExpertGraph
 from federated.messages import Reply, read_reply
@@ -129,7 +129,8 @@ class RunObserver:
             "out": out,
             "log_dir": str(self.log_dir),
         }
-        write_json(self.log_dir / SUMMARY_FILE, _without_infinity(summary))
+        summary = finite(summary)
+        write_json(self.log_dir / SUMMARY_FILE, summary)
         self._tensorboard.close()
         return summary
 
@@ -210,12 +211,3 @@ def _copy_cluster_statistics(source: str, log_dir: Path) -> None:
 
 def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
-
-
-def _without_infinity(summary: dict[str, Any]) -> dict[str, Any]:
-    """JSON knows no infinity and no NaN: such perplexities become null."""
-    for client in summary["clients"]:
-        for key, value in client.items():
-            if isinstance(value, float) and not abs(value) < float("inf"):
-                client[key] = None
-    return summary
