@@ -1,0 +1,58 @@
+"""Models and text for benchmarks: trained Llamas and real domains in a folder beside the checkout."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from configs.errors import UserError
+from federated.blocks import Blocks, pack_blocks
+from federated.documents import load_documents
+from federated.wikimix import DOMAINS
+from models.llama_loader import load_tokenizer
+
+SHARED = Path(os.environ.get("FEDGRAFT_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+DEMO_MODEL = Path(__file__).resolve().parents[1] / "models" / "demo"
+
+
+def model_path(name: str, *, quick: bool = False) -> str:
+    """Folder of the trained Llama ``name``; a quick run takes the embedded demo model.
+
+    Raises:
+        UserError: it is absent and this is a full run.
+    """
+    if quick:
+        return str(DEMO_MODEL)
+    path = SHARED / "models" / name
+    if path.is_dir():
+        return str(path)
+    raise UserError(
+        f"expected the model {name} in {path}, got none; set FEDGRAFT_SHARED to the folder of models and data"
+    )
+
+
+def domain_blocks(
+    source: str, model: str, *, split: str = "train", block_size: int = 256, max_blocks: int, seed: int = 0
+) -> Blocks:
+    """Blocks of one split of a data source, documents in an order of ``seed``, tokenised for ``model``."""
+    rows = load_documents([source], wikimix_documents=400).shuffle(seed=seed)
+    texts = (row["text"] for row in rows if row["split"] == split)
+    return pack_blocks(texts, load_tokenizer(model), block_size=block_size, max_blocks=max_blocks)
+
+
+def data_sources(domains: Sequence[str], *, quick: bool = False) -> list[str]:
+    """Data sources of real ``domains``; a quick run takes as many domains of WikiMix.
+
+    Raises:
+        UserError: one is absent and this is a full run.
+    """
+    if quick:
+        return [f"wikimix:{name}" for name, _ in zip(DOMAINS, domains, strict=False)]
+    folders = [SHARED / "data" / domain for domain in domains]
+    absent = [folder for folder in folders if not folder.is_dir()]
+    if not absent:
+        return [str(folder) for folder in folders]
+    raise UserError(
+        f"expected text in {absent[0]}, got none; set FEDGRAFT_SHARED to the folder of models and data"
+    )

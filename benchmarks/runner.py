@@ -1,0 +1,140 @@
+"""The command line of every benchmark, and the file that its full run leaves.
+
+A full run writes ``benchmarks/results/NAME.json``; ``--quick`` runs the same code on little and writes nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import psutil
+import torch
+import typer
+
+from configs.errors import UserError
+from configs.output import write_json
+from scripts.console import JsonFlag, print_result, progress, quiet_libraries, stderr
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = Path(__file__).resolve().parent / "results"
+
+OnStep = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a benchmark found.
+
+    Attributes:
+        figures: the headline numbers; None where one could not be measured, with the reason in ``notes``.
+        peers: what they are ratios against, and everything else worth keeping (any JSON).
+        notes: a sentence per figure that needs one.
+    """
+
+    figures: Mapping[str, float | None]
+    peers: Mapping[str, Any] = field(default_factory=dict)
+    notes: Mapping[str, str] = field(default_factory=dict)
+
+
+def run_benchmark(name: str, measure: Callable[[bool, OnStep], Measured]) -> None:
+    """Parse the command line of benchmark ``name``, measure, print, and write the result of a full run.
+
+    Args:
+        name: of the module under ``benchmarks``.
+        measure: called with ``quick`` and a progress callback (stage, steps done, their total).
+
+    Exits with 2 for bad input, e.g. where the data that a full run needs is absent.
+    """
+
+    def main(
+        quick: Annotated[bool, typer.Option(help="A smoke test under a minute; writes nothing.")] = False,
+        as_json: JsonFlag = False,
+    ) -> None:
+        quiet_libraries()
+        try:
+            result = measured_result(name, measure, quick=quick)
+        except UserError as error:
+            stderr.print(f"error: {error}", highlight=False, markup=False)
+            raise typer.Exit(2) from None
+        if not quick:
+            RESULTS.mkdir(exist_ok=True)
+            write_json(RESULTS / f"{name}.json", result)
+        print_result(result, as_json=as_json, lines=_lines(name, result, quick))
+
+    typer.run(main)
+
+
+def measured_result(name: str, measure: Callable[[bool, OnStep], Measured], *, quick: bool) -> dict[str, Any]:
+    """Measure once: ``{"figures", "peers", "notes", "machine", "command", "commit", "seconds"}``."""
+    start = time.perf_counter()
+    with progress() as on_step:
+        measured = measure(quick, on_step)
+    return {
+        "figures": dict(measured.figures),
+        "peers": dict(measured.peers),
+        "notes": dict(measured.notes),
+        "machine": machine(),
+        "command": f"python -m benchmarks.{name}" + (" --quick" if quick else ""),
+        "commit": commit(),
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+
+
+def machine() -> dict[str, Any]:
+    """The machine of this run: processor, cores, memory in GiB, threads, and what it computes with."""
+    flags = _cpu_field("flags").split()
+    return {
+        "processor": _cpu_field("model name") or platform.processor(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "matrix_instructions": [
+            name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in flags
+        ],
+        "torch_threads": torch.get_num_threads(),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def commit() -> str:
+    """The commit measured, with ``-dirty`` where tracked files other than results differ from it; empty without git."""
+    head = _git("rev-parse", "HEAD")
+    return head + (
+        "-dirty" if _git("status", "--porcelain", "-uno", "--", ".", ":!benchmarks/results") else ""
+    )
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def _cpu_field(name: str) -> str:
+    if sys.platform != "linux":
+        return ""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() == name:
+            return value.strip()
+    return ""
+
+
+def _lines(name: str, result: Mapping[str, Any], quick: bool) -> list[Any]:
+    from rich.table import Table
+
+    table = Table(
+        "figure", "value", "note", title=f"benchmark {name}" + (" (quick: not to be quoted)" if quick else "")
+    )
+    for figure, value in result["figures"].items():
+        shown = "-" if value is None else f"{value:.4g}"
+        table.add_row(figure, shown, result["notes"].get(figure, ""))
+    return [table, f"{result['seconds']} s"] + ([] if quick else [f"wrote {RESULTS / name}.json"])
