@@ -5,7 +5,8 @@ Shape suffixes: T tokens, D hidden width, E experts, K visits per token, H neuro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,19 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from .routing_fedgraft import Walk, walk_graph
+
+
+class ExpertStorage(Protocol):
+    """Where the weights of a layer's experts are, if not in its fused tensors: on disk, or quantised."""
+
+    def run(self, expert: int, rows_ND: Tensor) -> Tensor:
+        """Output ``[N, D]`` of an expert for at least one row."""
+
+    def read(self, expert: int) -> tuple[Tensor, Tensor]:
+        """``gate_up [2H, D]`` and ``down [D, H]`` of an expert."""
+
+    def write(self, expert: int, gate_up: Tensor, down: Tensor) -> None:
+        """Replace the weights of an expert."""
 
 
 class ExpertGraphMLP(nn.Module):
@@ -28,6 +42,8 @@ class ExpertGraphMLP(nn.Module):
         layer_index: of the decoder layer, for messages.
 
     Attributes:
+        held: the experts whose weights the fused tensors hold, one a row; all of them unless ``hold`` says otherwise.
+        storage: holds and runs the experts in place of the fused tensors; None where those do.
         resident: bool ``[E]`` on the layer's device, the experts that may be visited; None for all.
         residency_gate: ``[E]``, or None. While a mask is learned: multiplies each expert's output and lets every token
             also compute its best non-resident expert, so that both sides of the budget receive a gradient.
@@ -56,6 +72,8 @@ class ExpertGraphMLP(nn.Module):
         self.output_gain = nn.Parameter(torch.zeros(num_experts))
         self.register_buffer("edges", torch.eye(num_experts, dtype=torch.bool))
         self.register_buffer("neurons", torch.arange(num_experts * expert_size).view(num_experts, -1))
+        self.held = list(range(num_experts))
+        self.storage: ExpertStorage | None = None
         self.resident: Tensor | None = None
         self.residency_gate: Tensor | None = None
         self.observer: Callable[[ExpertGraphMLP, Tensor, Walk, Tensor], None] | None = None
@@ -64,6 +82,39 @@ class ExpertGraphMLP(nn.Module):
     def num_experts(self) -> int:
         """E of this layer."""
         return self.router.shape[0]
+
+    def hold(self, experts: Iterable[int], gate_up_RHD: Tensor, down_RDH: Tensor) -> None:
+        """Keep the weights of ``experts`` alone in the fused tensors, ``[R, 2H, D]`` and ``[R, D, H]``."""
+        self.held = list(experts)
+        self.gate_up_proj, self.down_proj = nn.Parameter(gate_up_RHD), nn.Parameter(down_RDH)
+
+    def read_expert(self, expert: int) -> tuple[Tensor, Tensor]:
+        """``gate_up [2H, D]`` and ``down [D, H]`` of an expert, wherever it is stored.
+
+        Raises:
+            ValueError: the layer does not hold this expert.
+        """
+        if self.storage is not None:
+            return self.storage.read(expert)
+        return self.gate_up_proj[self._row(expert)], self.down_proj[self._row(expert)]
+
+    @torch.no_grad()
+    def write_expert(self, expert: int, gate_up: Tensor, down: Tensor) -> None:
+        """Replace the weights of an expert, wherever it is stored.
+
+        Raises:
+            ValueError: the layer does not hold this expert.
+        """
+        if self.storage is not None:
+            self.storage.write(expert, gate_up, down)
+        else:
+            self.gate_up_proj[self._row(expert)] = gate_up.to(self.gate_up_proj)
+            self.down_proj[self._row(expert)] = down.to(self.down_proj)
+
+    def _row(self, expert: int) -> int:
+        if expert not in self.held:
+            raise ValueError(f"layer {self.layer_index} does not hold expert {expert}")
+        return self.held.index(expert)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """``[..., D] -> [..., D]``.
@@ -134,7 +185,7 @@ class ExpertGraphMLP(nn.Module):
         on a CPU this beats one step per link of the longest chain, which runs each expert many times on few rows.
         """
         parents = self._passing_parents()
-        weights = list(zip(self.gate_up_proj.unbind(), self.down_proj.unbind(), strict=True))
+        run = self._runners()
         outputs: list[Tensor] = []
         rows = {source: _rows_of(tokens[source], len(x_TD)) for sources in parents for source in sources}
         for expert, visitors in enumerate(tokens):
@@ -144,8 +195,17 @@ class ExpertGraphMLP(nn.Module):
                 both_N = (row_N >= 0).nonzero().flatten()
                 passed_ND = self.edge_gain[source, expert] * outputs[source][row_N[both_N]]
                 inputs_ND = inputs_ND.index_add(0, both_N, passed_ND.to(inputs_ND.dtype))
-            outputs.append(self._ffn(inputs_ND, *weights[expert]))
+            outputs.append(run(expert, inputs_ND) if len(visitors) else inputs_ND)
         return outputs
+
+    def _runners(self) -> Callable[[int, Tensor], Tensor]:
+        """What runs an expert on its rows: the storage, or the fused weights."""
+        if self.storage is not None:
+            return self.storage.run
+        # One unbind: the gradient of each single row taken by index would be a tensor of the whole size.
+        rows = zip(self.gate_up_proj.unbind(), self.down_proj.unbind(), strict=True)
+        weights = dict(zip(self.held, rows, strict=True))
+        return lambda expert, rows_ND: gated_ffn(self.act_fn, rows_ND, *weights[expert])
 
     def _passing_parents(self) -> list[list[int]]:
         """For each expert, those that pass something to it.
@@ -159,9 +219,11 @@ class ExpertGraphMLP(nn.Module):
             edges_EE = edges_EE & (self.edge_gain != 0)
         return [[p for p, passes in enumerate(column) if passes] for column in edges_EE.T.tolist()]
 
-    def _ffn(self, rows_ND: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-        gate_NH, up_NH = F.linear(rows_ND, gate_up).chunk(2, -1)
-        return F.linear(self.act_fn(gate_NH) * up_NH, down)
+
+def gated_ffn(act_fn: nn.Module, rows_ND: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """Output ``[N, D]`` of one expert: ``down(act(gate x) * up x)``."""
+    gate_NH, up_NH = F.linear(rows_ND, gate_up).chunk(2, -1)
+    return F.linear(act_fn(gate_NH) * up_NH, down)
 
 
 def _by_expert(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, list[int]]:
