@@ -63,6 +63,7 @@ class ExpertGraphMLP(nn.Module):
     ):
         super().__init__()
         self.num_visits, self.order, self.layer_index = num_visits, order, layer_index
+        self.hidden_size, self.expert_size = hidden_size, expert_size
         self.act_fn = ACT2FN[activation]
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * expert_size, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, expert_size))

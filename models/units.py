@@ -2,7 +2,7 @@
 
 A unit is ``(layer, expert)``. Its vector is ``[3h, d]`` flattened (gate rows, up rows, rows of the transposed
 down projection), then the router row ``[d]``, the output gain ``[1]``, and the columns of edge gains and edge
-affinities that end in the expert, ``[E]`` each.
+affinities that end in the expert, ``[E]`` each: its routing.
 """
 
 from __future__ import annotations
@@ -19,25 +19,31 @@ Unit = tuple[int, int]
 def unit_sizes(model: FedGraftForCausalLM) -> dict[Unit, int]:
     """Entries of the vector of each unit."""
     return {
-        (index, expert): _size(layer)
+        (index, expert): weight_count(layer) + routing_count(layer)
         for index, layer in enumerate(model.expert_layers())
         for expert in range(layer.num_experts)
     }
 
 
+def weight_count(layer: ExpertGraphMLP) -> int:
+    """Entries of one expert's matrices, ``3hd``."""
+    return 3 * layer.expert_size * layer.hidden_size
+
+
+def routing_count(layer: ExpertGraphMLP) -> int:
+    """Entries of one expert's routing, ``d + 1 + 2E``."""
+    return layer.hidden_size + 1 + 2 * layer.num_experts
+
+
 @torch.no_grad()
 def read_unit(model: FedGraftForCausalLM, unit: Unit) -> Tensor:
-    """A copy of the unit's vector, fp32 ``[size]`` on the CPU."""
+    """A copy of the unit's vector, fp32 ``[size]`` on the CPU.
+
+    Raises:
+        ValueError: the model does not hold this expert.
+    """
     layer, expert = model.expert_layers()[unit[0]], unit[1]
-    parts = (
-        layer.gate_up_proj[expert],
-        layer.down_proj[expert].T,
-        layer.router[expert],
-        layer.output_gain[expert],
-        layer.edge_gain[:, expert],
-        layer.edge_affinity[:, expert],
-    )
-    return torch.cat([part.reshape(-1).float().cpu() for part in parts])
+    return torch.cat([flatten_weights(*layer.read_expert(expert)), read_routing(layer, expert)])
 
 
 @torch.no_grad()
@@ -45,20 +51,15 @@ def write_unit(model: FedGraftForCausalLM, unit: Unit, vector: Tensor) -> None:
     """Set the unit's parameters from its vector ``[size]``.
 
     Raises:
-        ValueError: the vector has another size.
+        ValueError: the vector has another size, or the model does not hold this expert.
     """
     layer, expert = model.expert_layers()[unit[0]], unit[1]
-    if vector.numel() != _size(layer):
-        raise ValueError(f"unit {unit}: expected {_size(layer)} entries, got {vector.numel()}")
-    hidden, width = layer.down_proj.shape[1:]
-    counts = [2 * width * hidden, width * hidden, hidden, 1, layer.num_experts, layer.num_experts]
-    gate_up, down, router, output, gain, affinity = vector.split(counts)
-    layer.gate_up_proj[expert] = gate_up.view(2 * width, hidden).to(layer.gate_up_proj)
-    layer.down_proj[expert] = down.view(width, hidden).T.to(layer.down_proj)
-    layer.router[expert] = router.to(layer.router)
-    layer.output_gain[expert] = output[0].to(layer.output_gain)
-    layer.edge_gain[:, expert] = gain.to(layer.edge_gain)
-    layer.edge_affinity[:, expert] = affinity.to(layer.edge_affinity)
+    counts = [weight_count(layer), routing_count(layer)]
+    if vector.numel() != sum(counts):
+        raise ValueError(f"unit {unit}: expected {sum(counts)} entries, got {vector.numel()}")
+    weights, routing = vector.split(counts)
+    layer.write_expert(expert, *unflatten_weights(weights, layer.hidden_size))
+    write_routing(layer, expert, routing)
 
 
 def add_to_unit(model: FedGraftForCausalLM, unit: Unit, step: Tensor) -> None:
@@ -69,6 +70,36 @@ def add_to_unit(model: FedGraftForCausalLM, unit: Unit, step: Tensor) -> None:
     write_unit(model, unit, read_unit(model, unit) + step)
 
 
-def _size(layer: ExpertGraphMLP) -> int:
-    hidden, width = layer.down_proj.shape[1:]
-    return 3 * width * hidden + hidden + 1 + 2 * layer.num_experts
+def flatten_weights(gate_up: Tensor, down: Tensor) -> Tensor:
+    """``gate_up [2h, d]`` and ``down [d, h]`` as one fp32 vector ``[3hd]`` on the CPU."""
+    return torch.cat([part.reshape(-1).float().cpu() for part in (gate_up, down.T)])
+
+
+def unflatten_weights(vector: Tensor, hidden_size: int) -> tuple[Tensor, Tensor]:
+    """Undo ``flatten_weights``."""
+    rows = vector.view(-1, hidden_size)
+    gate_up, down = rows.split([2 * len(rows) // 3, len(rows) // 3])
+    return gate_up, down.T
+
+
+@torch.no_grad()
+def read_routing(layer: ExpertGraphMLP, expert: int) -> Tensor:
+    """Router row, output gain, and incoming gains and affinities of an expert, fp32 ``[d + 1 + 2E]``."""
+    parts = (
+        layer.router[expert],
+        layer.output_gain[expert],
+        layer.edge_gain[:, expert],
+        layer.edge_affinity[:, expert],
+    )
+    return torch.cat([part.reshape(-1).float().cpu() for part in parts])
+
+
+@torch.no_grad()
+def write_routing(layer: ExpertGraphMLP, expert: int, vector: Tensor) -> None:
+    """Undo ``read_routing``."""
+    counts = [layer.hidden_size, 1, layer.num_experts, layer.num_experts]
+    router, output, gain, affinity = vector.split(counts)
+    layer.router[expert] = router.to(layer.router)
+    layer.output_gain[expert] = output[0].to(layer.output_gain)
+    layer.edge_gain[:, expert] = gain.to(layer.edge_gain)
+    layer.edge_affinity[:, expert] = affinity.to(layer.edge_affinity)

@@ -18,7 +18,7 @@ from federated.selection import prepare_update
 from federated.steps import ServerStep, apply_step
 from models.checkpoint import cast_weights, read_graph, save_graph, write_graph
 from models.llama_loader import fingerprint, load_graph, load_tokenizer, read_dtype
-from models.units import Unit
+from models.units import Unit, weight_count
 
 
 class GlobalModel:
@@ -91,8 +91,7 @@ class GlobalModel:
 
     def dense_bytes(self) -> int:
         """Bytes of all FFN weights in bf16: what dense FedAvg sends a client, each way, in a round."""
-        layers = self.model.expert_layers()
-        return 2 * sum(layer.gate_up_proj.numel() + layer.down_proj.numel() for layer in layers)
+        return 2 * sum(weight_count(layer) * layer.num_experts for layer in self.model.expert_layers())
 
     def save(self, directory: Path, *, overwrite: bool) -> None:
         """Write the model as a checkpoint, in the dtype of the one it came from."""
