@@ -41,6 +41,7 @@ class UsageCounter:
         return [count.numpy().copy() for count in self._counts]
 
     def _observer(self, index: int) -> Observer:
+        @torch.no_grad()
         def observe(layer: ExpertGraphMLP, scores_TE: Tensor, walk: Walk, weights_TK: Tensor) -> None:
             self._counts[index] += traversals(walk, layer.num_experts).cpu()
             wanted = demand(scores_TE, layer.num_visits).cpu()

@@ -47,7 +47,8 @@ class ExpertGraphMLP(nn.Module):
         resident: bool ``[E]`` on the layer's device, the experts that may be visited; None for all.
         residency_gate: ``[E]``, or None. While a mask is learned: multiplies each expert's output and lets every token
             also compute its best non-resident expert, so that both sides of the budget receive a gradient.
-        observer: called with ``(layer, scores [T, E], walk, output_weights [T, K])`` after each forward, or None.
+        observers: called in turn with ``(layer, scores [T, E], walk, output_weights [T, K])`` in each forward. The scores
+            carry their gradient, for losses on them.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class ExpertGraphMLP(nn.Module):
         self.storage: ExpertStorage | None = None
         self.resident: Tensor | None = None
         self.residency_gate: Tensor | None = None
-        self.observer: Callable[[ExpertGraphMLP, Tensor, Walk, Tensor], None] | None = None
+        self.observers: list[Callable[[ExpertGraphMLP, Tensor, Walk, Tensor], None]] = []
 
     @property
     def num_experts(self) -> int:
@@ -134,8 +135,8 @@ class ExpertGraphMLP(nn.Module):
             order=self.order,
         )
         weights_TK = self._output_weights(walk)
-        if self.observer is not None:
-            self.observer(self, scores_TE.detach(), walk, weights_TK.detach())
+        for observer in self.observers:
+            observer(self, scores_TE, walk, weights_TK.detach())
         experts_TK = walk.experts_TK
         if self.residency_gate is not None:
             experts_TK, weights_TK = self._with_runner_up(scores_TE, experts_TK, weights_TK)

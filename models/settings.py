@@ -19,15 +19,34 @@ Observer = Callable[[ExpertGraphMLP, Tensor, Walk, Tensor], None]
 
 @contextmanager
 def observing(model: FedGraftForCausalLM, make: Callable[[int], Observer]) -> Iterator[None]:
-    """Let ``make(layer index)`` see the walks of every layer, for the time of the block."""
+    """Let ``make(layer index)`` see the walks of every layer, for the time of the block.
+
+    Blocks may be nested: every observer of a layer is called, the outermost first.
+    """
     layers = model.expert_layers()
+    earlier = [layer.observers for layer in layers]
     try:
         for index, layer in enumerate(layers):
-            layer.observer = make(index)
+            layer.observers = [*layer.observers, make(index)]
         yield
     finally:
-        for layer in layers:
-            layer.observer = None
+        _set_observers(model, earlier)
+
+
+@contextmanager
+def unobserved(model: FedGraftForCausalLM) -> Iterator[None]:
+    """Call no observer within the block, e.g. while a forward pass is repeated for its gradient."""
+    earlier = [layer.observers for layer in model.expert_layers()]
+    try:
+        _set_observers(model, [[] for _ in earlier])
+        yield
+    finally:
+        _set_observers(model, earlier)
+
+
+def _set_observers(model: FedGraftForCausalLM, observers: Sequence[list[Observer]]) -> None:
+    for layer, each in zip(model.expert_layers(), observers, strict=True):
+        layer.observers = each
 
 
 def set_visits(model: PreTrainedModel, count: int) -> None:

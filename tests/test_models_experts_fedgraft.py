@@ -201,15 +201,16 @@ def test_the_gate_also_works_where_everyone_is_resident_and_where_nobody_is():
 
 def test_the_observer_sees_scores_walk_and_weights():
     layer, seen = random_layer(5, 3, edges=1.0), []
-    layer.observer = lambda *what: seen.append(what)
+    layer.observers = [lambda *what: seen.append(what)] * 2
     x = tokens(7)
     layer(x)
-    ((who, scores, walk, weights),) = seen
+    (who, scores, walk, weights), second = seen
+    assert second[1] is scores
     assert who is layer and walk.experts_TK.shape == weights.shape == (7, 3)
     torch.testing.assert_close(scores, x @ layer.router.T)
     share = torch.softmax(walk.scores_TK, -1)
     torch.testing.assert_close(weights, 1 + layer.output_gain[walk.experts_TK] * share)
-    assert not scores.requires_grad and not weights.requires_grad
+    assert scores.requires_grad and not weights.requires_grad
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

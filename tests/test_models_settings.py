@@ -11,6 +11,7 @@ from models.settings import (
     set_residents,
     set_visits,
     set_walk,
+    unobserved,
     visiting,
 )
 from tests.conftest import tiny_llama
@@ -39,7 +40,31 @@ def test_observers_are_taken_off_after_an_error(model):
 
     with pytest.raises(RuntimeError, match="stop"), observing(model, lambda index: fail):
         model(input_ids=random_ids(model, 1, 4), use_cache=False)
-    assert all(layer.observer is None for layer in model.expert_layers())
+    assert all(layer.observers == [] for layer in model.expert_layers())
+
+
+def test_nested_observers_are_all_called_the_outermost_first(model):
+    seen, ids = [], random_ids(model, 1, 4)
+
+    def watch(name):
+        return lambda index: lambda layer, *parts: seen.append((index, name))
+
+    with observing(model, watch("outer")):
+        with observing(model, watch("inner")):
+            model(input_ids=ids, use_cache=False)
+        model(input_ids=ids, use_cache=False)
+    assert seen == [(0, "outer"), (0, "inner"), (1, "outer"), (1, "inner"), (0, "outer"), (1, "outer")]
+
+
+def test_nobody_watches_an_unobserved_block_even_after_an_error(model):
+    seen, ids = [], random_ids(model, 1, 4)
+    with observing(model, lambda index: lambda layer, *parts: seen.append(index)):
+        with pytest.raises(RuntimeError), unobserved(model):
+            model(input_ids=ids, use_cache=False)
+            raise RuntimeError
+        assert seen == []
+        model(input_ids=ids, use_cache=False)
+    assert seen == [0, 1]
 
 
 def test_the_walk_is_set_in_every_layer_and_in_the_configuration(model):

@@ -60,4 +60,4 @@ def test_as_many_tokens_are_told_as_asked_for(model, tokens, entries):
 
 def test_the_model_is_left_unobserved(model):
     call_trace(model, random_ids(model, 1, 4), 4)
-    assert all(layer.observer is None for layer in model.expert_layers())
+    assert all(layer.observers == [] for layer in model.expert_layers())
