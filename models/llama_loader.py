@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
-from safetensors import SafetensorError, safe_open
-from torch import nn
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -22,6 +20,9 @@ from transformers import (
 
 from configs.errors import UserError
 from models.configuration_fedgraft import FedGraftConfig
+from models.fingerprint import check_file, checkpoint_files
+from models.fingerprint import fingerprint as fingerprint
+from models.fingerprint import first_line
 from models.modeling_fedgraft import FedGraftForCausalLM
 
 SUPPORTED_DENSE = ("llama",)
@@ -89,7 +90,7 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
-            f"expected a tokenizer beside the model in {source}, got: {_first_line(error)}"
+            f"expected a tokenizer beside the model in {source}, got: {first_line(error)}"
         ) from error
 
 
@@ -109,7 +110,7 @@ def read_config(source: str) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(source)
     except (OSError, ValueError, KeyError, TypeError, HFValidationError, StrictDataclassError) as error:
         raise UserError(
-            f"expected a checkpoint directory with config.json or a hub id, got {source}: {_first_line(error)}"
+            f"expected a checkpoint directory with config.json or a hub id, got {source}: {first_line(error)}"
         ) from error
 
 
@@ -117,21 +118,12 @@ def check_weights(source: str) -> None:
     """Open the weight files of a checkpoint folder without reading them; a hub id passes unseen.
 
     Raises:
-        UserError: there are none, or one is cut short or damaged in its header.
+        UserError: there are none, or one is missing, cut short or damaged in its header.
     """
     if not Path(source).is_dir():
         return
-    files = sorted(Path(source).glob("*.safetensors"))
-    if not files:
-        raise UserError(f"expected safetensors weights in {source}, got none; the checkpoint is incomplete")
-    for file in files:
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except (OSError, SafetensorError) as error:
-            raise UserError(
-                f"expected whole safetensors weights in {file}, got: {_first_line(error)}"
-            ) from error
+    for file in checkpoint_files(source):
+        check_file(file)
 
 
 def read_dtype(source: str) -> torch.dtype:
@@ -140,22 +132,13 @@ def read_dtype(source: str) -> torch.dtype:
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
 
-def fingerprint(model: nn.Module) -> str:
-    """SHA-256 over names, shapes, dtypes and bytes of all parameters, in order of their names."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
-        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
 def _load(kind: Any, source: str, *, dtype: torch.dtype | str) -> Any:
     options = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         model, report = kind.from_pretrained(source, **options)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise UserError(
-            f"expected whole safetensors weights in {source}, got: {_first_line(error)}"
+            f"expected whole safetensors weights in {source}, got: {first_line(error)}"
         ) from error
     missing = sorted(report["missing_keys"]) + sorted(key[0] for key in report["mismatched_keys"])
     if missing:
@@ -165,9 +148,3 @@ def _load(kind: Any, source: str, *, dtype: torch.dtype | str) -> Any:
             "the checkpoint is incomplete"
         )
     return model.eval()
-
-
-def _first_line(error: BaseException) -> str:
-    if isinstance(error, StrictDataclassError):  # what is wrong stands in the lines after the first
-        return " ".join(str(error).split())
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -171,23 +171,3 @@ def test_a_tokenizer_is_wanted_beside_the_model(tmp_path, damaged, tiny_llama_di
     assert "tokenizer" in refusal(load_tokenizer, damaged)
     (damaged / "tokenizer.json").write_text("{")
     assert "tokenizer" in refusal(load_tokenizer, damaged)
-
-
-def test_fingerprints_know_values_names_shapes_and_dtypes():
-    def of(**tensors):
-        module = torch.nn.Module()
-        for name, value in tensors.items():
-            module.register_parameter(name, torch.nn.Parameter(value))
-        return fingerprint(module)
-
-    base = of(a=torch.arange(6.0), b=torch.ones(2))
-    others = [
-        of(a=torch.arange(6.0) + 1e-6, b=torch.ones(2)),
-        of(c=torch.arange(6.0), b=torch.ones(2)),
-        of(a=torch.arange(6.0).view(2, 3), b=torch.ones(2)),
-        of(a=torch.arange(6.0), b=torch.ones(2).half()),
-        of(a=torch.arange(6.0)),
-    ]
-    assert base == of(b=torch.ones(2), a=torch.arange(6.0))
-    assert len({base, *others}) == 6 and len(base) == 64
-    assert of(a=torch.zeros(2, 3).T) == of(a=torch.zeros(3, 2))
