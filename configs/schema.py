@@ -95,18 +95,40 @@ class RunConfig(BaseModel):
     """Clip client updates to this multiple of the round's median update norm; 0: off."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seed of every random choice in the run."""
+    train: Literal["all", "experts", "routing"] = "all"
+    """What trains: all, experts (their matrices only) or routing (routers, gains and affinities only)."""
     local_steps: Count = 20
     """Optimizer steps a client takes per round."""
     batch_size: Count = 8
-    """Blocks per optimizer step."""
+    """Blocks per batch."""
+    accumulation_steps: Count = 1
+    """Batches per optimizer step."""
     block_size: Annotated[int, Field(ge=2)] = 256
     """Tokens per block; at most the model's max_position_embeddings."""
+    optimizer: Literal["adamw", "adafactor", "sgd"] = "adamw"
+    """Optimizer of the clients: adamw, adafactor (needs the least memory) or sgd."""
     learning_rate: Positive = 1e-3
-    """Learning rate of the clients' optimizer (AdamW)."""
+    """Learning rate of the clients' optimizer."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Momentum of sgd; the other optimizers ignore it."""
     weight_decay: NonNegative = 0.0
-    """Decoupled weight decay of the clients' optimizer."""
+    """Weight decay of the clients' optimizer, decoupled from the gradient with adamw and adafactor."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Learning rate over all rounds: constant, linear or cosine; the latter two fall to 0."""
+    warmup_steps: Whole = 0
+    """Optimizer steps, from the first of the run, in which the learning rate rises from 0."""
     max_grad_norm: NonNegative = 1.0
     """Gradient norm a step is clipped to; 0: no clipping."""
+    gradient_checkpointing: bool = False
+    """Whether the backward pass computes activations again: less memory, more time."""
+    load_balance_weight: NonNegative = 0.0
+    """Weight of the routers' load-balance loss (Switch Transformer) in the training loss; 0: off."""
+    z_loss_weight: NonNegative = 0.0
+    """Weight of the routers' z-loss (ST-MoE) in the training loss; 0: off."""
+    early_stop_rounds: Whole = 0
+    """Rounds without a better held-out loss of the clients after which the run ends; 0: never."""
+    early_stop_delta: NonNegative = 0.0
+    """Fall of the held-out loss (nats per token) above which it is better."""
     assembler_steps: Whole = 4
     """Assembler steps before local training; 0: it is not trained."""
     assembler_learning_rate: Positive = 0.01
@@ -176,12 +198,30 @@ class RunConfig(BaseModel):
                 raise UserError(
                     f"expected {key} to be at most the smallest client budget {smallest}, got {value}"
                 )
+        self._check_training()
         return self
+
+    def _check_training(self) -> None:
+        if self.warmup_steps and self.warmup_steps >= self.total_steps:
+            raise UserError(
+                f"expected warmup-steps to be below the run's {self.total_steps} optimizer steps "
+                f"(num-rounds x local-steps), got {self.warmup_steps}"
+            )
+        if self.train == "experts" and (self.load_balance_weight or self.z_loss_weight):
+            raise UserError(
+                "expected train to be all or routing with load-balance-weight or z-loss-weight, got experts; "
+                "these losses train routers"
+            )
 
     @property
     def client_budgets(self) -> tuple[int, ...]:
         """Experts per layer that each client holds, one number a client; 0 = all."""
         return parse_budgets(self.budgets) or (self.expert_budget,) * self.num_clients
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of a client that answers in every round."""
+        return self.num_rounds * self.local_steps
 
     @property
     def sources(self) -> tuple[str, ...]:

@@ -91,6 +91,18 @@ def test_integers_are_taken_for_floats():
             "expected ship-experts to be at most the smallest client budget 4",
         ),
         ({"expert-budget": 4, "experts-per-token": 5}, "expected experts-per-token to be at most"),
+        ({"train": "heads"}, "expected train to be 'all', 'experts' or 'routing', got 'heads'"),
+        ({"optimizer": "adam"}, "'adamw', 'adafactor' or 'sgd', got 'adam'"),
+        ({"schedule": "step"}, "'constant', 'linear' or 'cosine', got 'step'"),
+        ({"momentum": 1.0}, "expected momentum to be a value less than 1, got 1.0"),
+        ({"accumulation-steps": 0}, "expected accumulation-steps to be a value greater than or equal to 1"),
+        ({"early-stop-delta": -0.1}, "expected early-stop-delta to be a value greater than or equal to 0"),
+        (
+            {"num-rounds": 2, "local-steps": 5, "warmup-steps": 10},
+            "expected warmup-steps to be below the run's 10 optimizer steps (num-rounds x local-steps), got 10",
+        ),
+        ({"train": "experts", "z-loss-weight": 0.1}, "expected train to be all or routing with"),
+        ({"train": "experts", "load-balance-weight": 0.1}, "these losses train routers"),
         ({"data": " ; "}, "expected data to name at least one source"),
         ({"partition": "domains"}, "did you mean 'domain'?"),
     ],
@@ -103,6 +115,11 @@ def test_bad_values_are_refused_in_one_line(values, message):
 
 def test_a_budget_of_zero_holds_every_expert():
     assert load_run_config({"budgets": "0,8", "ship-experts": 8}).ship_experts == 8
+
+
+def test_steps_of_a_run_are_those_of_all_rounds():
+    config = load_run_config({"num-rounds": 3, "local-steps": 4, "warmup-steps": 11})
+    assert (config.total_steps, config.warmup_steps) == (12, 11)
 
 
 def test_conflicts_are_refused_at_construction():

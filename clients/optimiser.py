@@ -1,0 +1,80 @@
+"""The optimizer of local training, and its learning rate over the whole run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+from torch.optim import SGD, AdamW, Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from transformers.optimization import (
+    Adafactor,
+    get_constant_schedule_with_warmup,
+    get_cosine_schedule_with_warmup,
+    get_linear_schedule_with_warmup,
+)
+
+OPTIMIZERS = ("adamw", "adafactor", "sgd")
+SCHEDULES = ("constant", "linear", "cosine")
+
+
+def make_optimizer(
+    parameters: Sequence[nn.Parameter],
+    *,
+    name: str = "adamw",
+    learning_rate: float,
+    weight_decay: float = 0.0,
+    momentum: float = 0.9,
+) -> Optimizer:
+    """A fresh optimizer of ``parameters``.
+
+    Adafactor (Shazeer and Stern, 2018, arXiv:1804.04235) runs with the given learning rate in place of its own, so
+    that the rate means the same for every parameter: gains start at zero, which its own would scale by.
+
+    Args:
+        parameters: what trains.
+        name: one of ``OPTIMIZERS``.
+        learning_rate: before any schedule.
+        weight_decay: decoupled from the gradient with adamw and adafactor, added to it with sgd.
+        momentum: of sgd.
+    """
+    if name == "adafactor":
+        return Adafactor(
+            parameters,
+            lr=learning_rate,
+            weight_decay=weight_decay,
+            scale_parameter=False,
+            relative_step=False,
+        )
+    if name == "sgd":
+        return SGD(parameters, lr=learning_rate, weight_decay=weight_decay, momentum=momentum)
+    return AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
+
+
+def make_schedule(
+    optimizer: Optimizer,
+    *,
+    name: str = "constant",
+    warmup_steps: int = 0,
+    first_step: int = 0,
+    total_steps: int,
+) -> LRScheduler:
+    """Set the learning rate of ``optimizer`` to that of step ``first_step``; ``step()`` moves it on.
+
+    Clients keep no optimizer between rounds, so a round enters the schedule of the run where the last one left it.
+
+    Args:
+        optimizer: fresh.
+        name: one of ``SCHEDULES``.
+        warmup_steps: steps of the run in which the rate rises from 0.
+        first_step: steps of the run before these.
+        total_steps: steps of the run, after which linear and cosine reach 0.
+    """
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]  # a schedule that starts at a later step asks for it
+    last = first_step - 1
+    if name == "linear":
+        return get_linear_schedule_with_warmup(optimizer, warmup_steps, total_steps, last_epoch=last)
+    if name == "cosine":
+        return get_cosine_schedule_with_warmup(optimizer, warmup_steps, total_steps, last_epoch=last)
+    return get_constant_schedule_with_warmup(optimizer, warmup_steps, last_epoch=last)
