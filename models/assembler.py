@@ -171,7 +171,7 @@ def _layer_features(layers: Sequence[ExpertGraphMLP], index: int, means: Tensor)
         torch.log(frequency + 1e-3),
         _standardise(means[1]),
         means[2] * layer.num_experts,
-        _standardise(layer.down_proj.float().norm(dim=(1, 2))),
+        _standardise(torch.stack([layer.read_expert(e)[1].float().norm() for e in range(layer.num_experts)])),
         torch.full_like(means[0], index / max(len(layers) - 1, 1)),
     ]
     return torch.stack(columns, -1)
