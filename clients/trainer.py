@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
+from clients.optimiser import make_optimizer, make_schedule
 from configs.errors import UserError
 from models.modeling_fedgraft import FedGraftForCausalLM
-from models.settings import residents
+from models.router_losses import Routing, collect_routing, router_loss
+from models.settings import checkpointing, residents
 from models.units import Unit, read_unit, unit_sizes, write_unit
+
+# The parameters of a layer that decide where tokens go and what passes; all others are its experts.
+ROUTING = ("router", "edge_gain", "edge_affinity", "output_gain")
+
+Batch = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -20,10 +32,21 @@ class LocalTraining:
 
     Attributes:
         steps: optimizer steps.
-        learning_rate: of AdamW.
-        weight_decay: of AdamW.
+        learning_rate: before any schedule.
+        weight_decay: see ``clients.optimiser``.
         max_grad_norm: 0 for no clipping.
         autocast: run matrix products in bf16.
+        train: ``all``, ``experts`` (without their routing) or ``routing``.
+        optimizer: ``adamw``, ``adafactor`` or ``sgd``.
+        momentum: of sgd.
+        schedule: ``constant``, ``linear`` or ``cosine``.
+        warmup_steps: steps of the run in which the learning rate rises from 0.
+        first_step: steps of the run before these.
+        total_steps: steps of the run; 0 where these are its last.
+        accumulation_steps: batches per optimizer step.
+        gradient_checkpointing: compute activations again in the backward pass in place of keeping them.
+        load_balance_weight: of ``models.router_losses.load_balance_loss``.
+        z_loss_weight: of ``models.router_losses.z_loss``.
     """
 
     steps: int
@@ -31,6 +54,17 @@ class LocalTraining:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     autocast: bool = True
+    train: str = "all"
+    optimizer: str = "adamw"
+    momentum: float = 0.9
+    schedule: str = "constant"
+    warmup_steps: int = 0
+    first_step: int = 0
+    total_steps: int = 0
+    accumulation_steps: int = 1
+    gradient_checkpointing: bool = False
+    load_balance_weight: float = 0.0
+    z_loss_weight: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -39,7 +73,7 @@ class LocalResult:
 
     Attributes:
         deltas: change of each resident unit, fp32 ``[size]``.
-        losses: loss of each step, nats per token.
+        losses: loss of each step without router losses, nats per token.
         tokens: labelled tokens trained on.
     """
 
@@ -49,7 +83,7 @@ class LocalResult:
 
 
 def train_locally(
-    model: FedGraftForCausalLM, batches: Iterator[tuple[Tensor, Tensor]], training: LocalTraining
+    model: FedGraftForCausalLM, batches: Iterator[Batch], training: LocalTraining
 ) -> LocalResult:
     """Train the experts, routers and gains of ``model`` in place; attention, norms and embeddings stay fixed.
 
@@ -59,25 +93,26 @@ def train_locally(
         training: how.
 
     Raises:
-        UserError: the loss or the router scores are not finite.
+        UserError: the loss, its gradient or the router scores are not finite.
     """
+    with recorded_changes(model, restore=training.weight_decay > 0) as deltas:
+        losses, tokens = _take_steps(model, batches, training)
+    return LocalResult(deltas, losses, tokens)
+
+
+@contextmanager
+def recorded_changes(model: FedGraftForCausalLM, *, restore: bool) -> Iterator[dict[Unit, Tensor]]:
+    """Fill the given dictionary, at the end of the block, with what it changed in each resident unit, fp32 ``[size]``.
+
+    ``restore`` puts back all other units: weight decay reaches whole tensors, also what the client does not hold.
+    """
+    deltas: dict[Unit, Tensor] = {}
     before = {unit: read_unit(model, unit) for unit in resident_units(model)}
-    # Weight decay reaches whole tensors, so what the client does not hold is put back afterwards.
-    decayed = set(unit_sizes(model)) - set(before) if training.weight_decay else set()
-    others = {unit: read_unit(model, unit) for unit in decayed}
-    parameters = expert_parameters(model)
-    optimizer = torch.optim.AdamW(parameters, lr=training.learning_rate, weight_decay=training.weight_decay)
-    losses, tokens = [], 0
-    model.train()
-    for _ in range(training.steps):
-        input_ids, labels = next(batches)
-        losses.append(_step(model, optimizer, parameters, input_ids, labels, training))
-        tokens += int((labels[:, 1:] != -100).sum())
-    model.eval()
+    others = {unit: read_unit(model, unit) for unit in unit_sizes(model) if restore and unit not in before}
+    yield deltas
     for unit, vector in others.items():
         write_unit(model, unit, vector)
-    deltas = {unit: read_unit(model, unit) - start for unit, start in before.items()}
-    return LocalResult(deltas, losses, tokens)
+    deltas.update((unit, read_unit(model, unit) - start) for unit, start in before.items())
 
 
 def resident_units(model: FedGraftForCausalLM) -> list[Unit]:
@@ -89,36 +124,120 @@ def resident_units(model: FedGraftForCausalLM) -> list[Unit]:
     ]
 
 
-def expert_parameters(model: FedGraftForCausalLM) -> list[nn.Parameter]:
-    """The parameters of the expert graphs; all others are frozen by this call."""
+def expert_parameters(model: FedGraftForCausalLM, train: str = "all") -> list[nn.Parameter]:
+    """The parameters of the expert graphs that train; all others of the model are frozen by this call.
+
+    Args:
+        model: its ``requires_grad`` flags are set.
+        train: ``all``, ``experts`` (all but ``ROUTING``) or ``routing``.
+    """
     model.requires_grad_(False)
-    parameters = [parameter for layer in model.expert_layers() for parameter in layer.parameters()]
+    parameters = [
+        parameter
+        for layer in model.expert_layers()
+        for name, parameter in layer.named_parameters()
+        if train == "all" or (name in ROUTING) == (train == "routing")
+    ]
     for parameter in parameters:
         parameter.requires_grad_(True)
     return parameters
 
 
-def _step(
-    model: FedGraftForCausalLM,
-    optimizer: torch.optim.Optimizer,
-    parameters: list[nn.Parameter],
-    input_ids: Tensor,
-    labels: Tensor,
-    training: LocalTraining,
+def _take_steps(
+    model: FedGraftForCausalLM, batches: Iterator[Batch], training: LocalTraining
+) -> tuple[list[float], int]:
+    """Losses of the optimizer steps, and the tokens they were taken on."""
+    parameters = expert_parameters(model, training.train)
+    optimizer, schedule = _optimisation(parameters, training)
+    losses, tokens = [], 0
+    model.train()
+    with _collecting(model, training) as routings, _checkpointing(model, training):
+        for _ in range(training.steps):
+            group = list(islice(batches, training.accumulation_steps))
+            count = sum(_predicted(labels) for _, labels in group)
+            optimizer.zero_grad()
+            losses.append(sum(_backward(model, batch, count, routings, training) for batch in group))
+            _clip(parameters, training.max_grad_norm)
+            optimizer.step()
+            schedule.step()
+            tokens += count
+    optimizer.zero_grad()
+    model.eval()
+    return losses, tokens
+
+
+def _optimisation(
+    parameters: Sequence[nn.Parameter], training: LocalTraining
+) -> tuple[Optimizer, LRScheduler]:
+    optimizer = make_optimizer(
+        parameters,
+        name=training.optimizer,
+        learning_rate=training.learning_rate,
+        weight_decay=training.weight_decay,
+        momentum=training.momentum,
+    )
+    schedule = make_schedule(
+        optimizer,
+        name=training.schedule,
+        warmup_steps=training.warmup_steps,
+        first_step=training.first_step,
+        total_steps=training.total_steps or training.first_step + training.steps,
+    )
+    return optimizer, schedule
+
+
+def _backward(
+    model: FedGraftForCausalLM, batch: Batch, count: int, routings: list[Routing], training: LocalTraining
 ) -> float:
+    """Add the gradient of one batch; returns its share of the loss of a step that predicts ``count`` tokens.
+
+    A token weighs the same in every batch of a step, so that batches give what one larger batch would.
+    """
+    loss = _forward(model, batch, count, training.autocast)
+    total = loss
+    if routings:
+        weights = {
+            "load_balance_weight": training.load_balance_weight,
+            "z_loss_weight": training.z_loss_weight,
+        }
+        total = loss + router_loss(routings, **weights) / training.accumulation_steps
+        routings.clear()
+    if not math.isfinite(value := float(total.detach())):
+        raise UserError(f"expected a finite training loss, got {value}; lower learning-rate")
+    total.backward()
+    return float(loss.detach())
+
+
+def _forward(model: FedGraftForCausalLM, batch: Batch, count: int, autocast: bool) -> Tensor:
+    input_ids, labels = (each.to(model.device) for each in batch)
+    predicted = torch.tensor(count, device=model.device)
     try:
-        with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=training.autocast):
-            loss = model(input_ids=input_ids, labels=labels, use_cache=False).loss
+        with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=autocast):
+            out = model(input_ids=input_ids, labels=labels, use_cache=False, num_items_in_batch=predicted)
     except FloatingPointError as error:
         raise UserError(
             f"expected finite router scores in training, got others ({error}); lower learning-rate"
         ) from error
-    value = float(loss.detach())
-    if not value < float("inf"):
-        raise UserError(f"expected a finite training loss, got {value}; lower learning-rate")
-    optimizer.zero_grad()
-    loss.backward()
-    if training.max_grad_norm > 0:
-        nn.utils.clip_grad_norm_(parameters, training.max_grad_norm)
-    optimizer.step()
-    return value
+    return out.loss
+
+
+def _clip(parameters: Sequence[nn.Parameter], max_grad_norm: float) -> None:
+    norm = float(nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf))
+    if not math.isfinite(norm):
+        raise UserError(
+            f"expected a finite gradient in training, got one of norm {norm}; lower learning-rate"
+        )
+
+
+def _predicted(labels: Tensor) -> int:
+    """Tokens that a batch predicts: labelled, and not the first of their block."""
+    return int((labels[:, 1:] != -100).sum())
+
+
+def _collecting(model: FedGraftForCausalLM, training: LocalTraining) -> AbstractContextManager[list[Routing]]:
+    wanted = training.load_balance_weight or training.z_loss_weight
+    return collect_routing(model) if wanted else nullcontext([])
+
+
+def _checkpointing(model: FedGraftForCausalLM, training: LocalTraining) -> AbstractContextManager[None]:
+    return checkpointing(model) if training.gradient_checkpointing else nullcontext()

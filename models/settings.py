@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -42,6 +42,21 @@ def unobserved(model: FedGraftForCausalLM) -> Iterator[None]:
         yield
     finally:
         _set_observers(model, earlier)
+
+
+@contextmanager
+def checkpointing(model: FedGraftForCausalLM) -> Iterator[None]:
+    """Keep only the input of each decoder layer within the block, and run the layer again in the backward pass.
+
+    Works in training mode. Observers do not see the repetition, which would be counted twice.
+    """
+    contexts = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), unobserved(model))}
+    model.activation_checkpointing_enable(contexts)
+    model.disable_input_require_grads()  # these checkpoints do without a gradient of their input
+    try:
+        yield
+    finally:
+        model.activation_checkpointing_disable()
 
 
 def _set_observers(model: FedGraftForCausalLM, observers: Sequence[list[Observer]]) -> None:
