@@ -90,7 +90,7 @@ class Participant:
         counter = UsageCounter(read_graph(self.model).masks)
         with visiting(self.model, self._visits()):
             with counter.counting(self.model):
-                result = train_locally(self.model, stream, self._training())
+                result = train_locally(self.model, stream, self._training(request))
             personal = self.evaluate() if request.last else LossSum()
         packed, shipped_density, inclusion = self._pack(result, request)
         return self._reply(
@@ -147,7 +147,7 @@ class Participant:
         """Experts per token of this client, per layer: scaled with the budget unless told otherwise."""
         return scaled_visits(self.model, 0 if self.config.experts_per_token else self.budget)
 
-    def _training(self) -> LocalTraining:
+    def _training(self, request: Request) -> LocalTraining:
         config = self.config
         return LocalTraining(
             steps=config.local_steps,
@@ -155,6 +155,17 @@ class Participant:
             weight_decay=config.weight_decay,
             max_grad_norm=config.max_grad_norm,
             autocast=self._autocast,
+            train=config.train,
+            optimizer=config.optimizer,
+            momentum=config.momentum,
+            schedule=config.schedule,
+            warmup_steps=config.warmup_steps,
+            first_step=(request.server_round - 1) * config.local_steps,
+            total_steps=config.total_steps,
+            accumulation_steps=config.accumulation_steps,
+            gradient_checkpointing=config.gradient_checkpointing,
+            load_balance_weight=config.load_balance_weight,
+            z_loss_weight=config.z_loss_weight,
         )
 
     def _pack(self, result: LocalResult, request: Request) -> tuple[bytes, float, dict[str, float]]:
