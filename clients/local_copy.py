@@ -14,7 +14,7 @@ from federated.messages import Request
 from federated.steps import apply_step, steps_after
 from federated.update import RefusedUpdate
 from models.checkpoint import read_graph
-from models.llama_loader import fingerprint
+from models.fingerprint import checkpoint_fingerprint
 from models.modeling_fedgraft import FedGraftForCausalLM
 
 
@@ -42,38 +42,42 @@ def client_folder(config: RunConfig, context: Context) -> Path:
 def bring_to_version(model: FedGraftForCausalLM, store: ClientStore, request: Request) -> None:
     """Apply the steps that the client misses and keep the result on disk.
 
+    Args:
+        model: just opened over ``store.copy``, its experts on disk.
+        store: of the client.
+        request: names the version and brings steps.
+
     Raises:
         VersionMismatch: there is a gap between the version on disk and the first step.
         RefusedUpdate: a step is damaged, or the graph differs from the server's afterwards.
     """
-    held = store.load_global(model)
+    held = store.copy.load(model)
     if held > request.version:  # of another run of the server: only the base is common ground
-        store.forget_global()
+        store.copy.forget()
         raise VersionMismatch(0)
     missing = steps_after(request.steps, held)
     if len(missing) != request.version - held or any(
         step.version != held + number for number, step in enumerate(missing, start=1)
     ):
         raise VersionMismatch(held)
-    moved = set()
     for step in missing:
-        moved |= apply_step(model, step)
+        apply_step(model, step)
     digest = read_graph(model).digest()
     if digest != request.graph_hash:
         raise RefusedUpdate(
             f"expected the graph {request.graph_hash[:12]} after {request.version} steps, got {digest[:12]}"
         )
     if missing:
-        store.save_global(model, moved, request.version)
+        store.copy.save(model, request.version)
 
 
-def check_base(model: FedGraftForCausalLM, request: Request, graph: str) -> None:
+def check_base(request: Request, graph: str) -> None:
     """Refuse to start from other weights than the server's.
 
     Raises:
         UserError: names the folder ``graph`` that holds them.
     """
-    if request.base_fingerprint != fingerprint(model):
+    if request.base_fingerprint != checkpoint_fingerprint(graph):
         raise UserError(
             f"expected the same bootstrapped checkpoint as the server's, got other weights in {graph}; "
             "copy the server's graph folder to this client"

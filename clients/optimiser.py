@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
@@ -19,7 +20,7 @@ SCHEDULES = ("constant", "linear", "cosine")
 
 
 def make_optimizer(
-    parameters: Sequence[nn.Parameter],
+    parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
     *,
     name: str = "adamw",
     learning_rate: float,
@@ -32,7 +33,7 @@ def make_optimizer(
     that the rate means the same for every parameter: gains start at zero, which its own would scale by.
 
     Args:
-        parameters: what trains.
+        parameters: what trains, or groups of it as torch's optimizers take them.
         name: one of ``OPTIMIZERS``.
         learning_rate: before any schedule.
         weight_decay: decoupled from the gradient with adamw and adafactor, added to it with sgd.

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 
 import torch
 from flwr.app import Context
+from torch import Tensor
 
 from clients.data_stream import client_documents, pack_client
 from clients.local_copy import bring_to_version, check_base, client_folder
+from clients.starting_point import StartingPoint
 from clients.store import ClientStore
-from clients.trainer import LocalResult, LocalTraining, train_locally
+from clients.trainer import LocalTraining, train_locally
 from configs.errors import UserError
 from configs.paths import default_graph
 from configs.schema import RunConfig
@@ -22,12 +24,13 @@ from federated.update import density
 from federated.usage import UsageCounter, pack_usage
 from models.assembler import expert_features, train_assembler
 from models.checkpoint import read_graph
-from models.llama_loader import load_graph, load_tokenizer
+from models.llama_loader import load_tokenizer
+from models.mapped_experts import materialise, open_mapped
 from models.modeling_fedgraft import FedGraftForCausalLM
 from models.perplexity import LossSum, evaluate_loss
 from models.precision import autocast_to_bf16
-from models.settings import residents, scaled_visits, set_residents, set_visits, set_walk, visiting
-from models.units import unit_sizes
+from models.settings import residents, scaled_visits, set_visits, set_walk, visiting
+from models.units import Unit, unit_sizes
 
 # Blocks of the client's own text from which the assembler takes its features.
 _FEATURE_BLOCKS = 16
@@ -70,8 +73,8 @@ class Participant:
         partition = int(node["partition-id"])
         graph = str(node.get("graph") or config.graph or default_graph())
         store = ClientStore(client_folder(config, context) / f"client-{partition}")
-        model = load_graph(graph, dtype=torch.float32)
-        check_base(model, request, graph)
+        check_base(request, graph)
+        model = open_mapped(graph, store.copy)
         name, train, valid = store.blocks(lambda: _make_blocks(config, node, partition, graph, model))
         if config.walk:
             set_walk(model, config.walk)
@@ -84,15 +87,20 @@ class Participant:
 
     def train_round(self, request: Request) -> Reply:
         """Evaluate the global model, choose residents, train, and pack what is worth shipping."""
+        start = StartingPoint(self.model)
+        if self._holds_all:
+            materialise(self.model, [None] * len(self.model.expert_layers()))
         before = self.evaluate()
         stream = batches(self.train, self.config.batch_size, generator=self._generator(request, 1))
-        self._assemble(stream)
+        if not self._holds_all:
+            self._assemble(stream)
+            materialise(self.model, residents(self.model))
         counter = UsageCounter(read_graph(self.model).masks)
         with visiting(self.model, self._visits()):
             with counter.counting(self.model):
                 result = train_locally(self.model, stream, self._training(request))
             personal = self.evaluate() if request.last else LossSum()
-        packed, shipped_density, inclusion = self._pack(result, request)
+        packed, shipped_density, inclusion = self._pack(dict(start.changes(self.model)), request)
         return self._reply(
             request,
             {
@@ -119,15 +127,15 @@ class Participant:
         return self._reply(request, _loss_numbers("valid", self.evaluate()))
 
     @property
+    def _holds_all(self) -> bool:
+        return self.budget in (0, max(self.model.config.num_experts))
+
+    @property
     def _autocast(self) -> bool:
         return autocast_to_bf16(self.config.precision)
 
     def _assemble(self, stream) -> None:
         """Choose the round's residents with the client's own assembler, which learns first."""
-        experts = max(self.model.config.num_experts)
-        if self.budget in (0, experts):
-            set_residents(self.model, [None] * len(self.model.expert_layers()))
-            return
         assembler = self.store.load_assembler(self.config.seed + self.partition)
         features = expert_features(self.model, self.train.input_ids[:_FEATURE_BLOCKS])
         with visiting(self.model, self._visits()):
@@ -168,10 +176,10 @@ class Participant:
             z_loss_weight=config.z_loss_weight,
         )
 
-    def _pack(self, result: LocalResult, request: Request) -> tuple[bytes, float, dict[str, float]]:
+    def _pack(self, deltas: dict[Unit, Tensor], request: Request) -> tuple[bytes, float, dict[str, float]]:
         graph, config = read_graph(self.model), self.config
         prepared = prepare_update(
-            result.deltas,
+            deltas,
             self.store.residual.load(graph.version, sizes=unit_sizes(self.model)),
             selection=config.selection,
             per_layer=config.ship_experts,

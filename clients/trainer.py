@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,8 @@ from models.units import Unit, read_unit, unit_sizes, write_unit
 
 # The parameters of a layer that decide where tokens go and what passes; all others are its experts.
 ROUTING = ("router", "edge_gain", "edge_affinity", "output_gain")
+# Those that start at zero and scale outputs. One number stands for a whole vector, so it may move faster than weights.
+GAINS = ("edge_gain", "output_gain")
 
 Batch = tuple[Tensor, Tensor]
 
@@ -39,6 +42,7 @@ class LocalTraining:
         train: ``all``, ``experts`` (without their routing) or ``routing``.
         optimizer: ``adamw``, ``adafactor`` or ``sgd``.
         momentum: of sgd.
+        gain_learning_rate: of ``GAINS``, as a multiple of ``learning_rate``.
         schedule: ``constant``, ``linear`` or ``cosine``.
         warmup_steps: steps of the run in which the learning rate rises from 0.
         first_step: steps of the run before these.
@@ -57,6 +61,7 @@ class LocalTraining:
     train: str = "all"
     optimizer: str = "adamw"
     momentum: float = 0.9
+    gain_learning_rate: float = 1.0
     schedule: str = "constant"
     warmup_steps: int = 0
     first_step: int = 0
@@ -136,7 +141,7 @@ def expert_parameters(model: FedGraftForCausalLM, train: str = "all") -> list[nn
         parameter
         for layer in model.expert_layers()
         for name, parameter in layer.named_parameters()
-        if train == "all" or (name in ROUTING) == (train == "routing")
+        if parameter.is_floating_point() and (train == "all" or (name in ROUTING) == (train == "routing"))
     ]
     for parameter in parameters:
         parameter.requires_grad_(True)
@@ -148,7 +153,7 @@ def _take_steps(
 ) -> tuple[list[float], int]:
     """Losses of the optimizer steps, and the tokens they were taken on."""
     parameters = expert_parameters(model, training.train)
-    optimizer, schedule = _optimisation(parameters, training)
+    optimizer, schedule = _optimisation(_groups(model, training), training)
     losses, tokens = [], 0
     model.train()
     with _collecting(model, training) as routings, _checkpointing(model, training):
@@ -166,11 +171,22 @@ def _take_steps(
     return losses, tokens
 
 
-def _optimisation(
-    parameters: Sequence[nn.Parameter], training: LocalTraining
-) -> tuple[Optimizer, LRScheduler]:
+def _groups(model: FedGraftForCausalLM, training: LocalTraining) -> list[dict[str, Any]]:
+    """What trains, gains apart from the rest, each with its learning rate."""
+    named = [item for layer in model.expert_layers() for item in layer.named_parameters()]
+    gains = [parameter for name, parameter in named if name in GAINS and parameter.requires_grad]
+    others = [parameter for name, parameter in named if name not in GAINS and parameter.requires_grad]
+    rate = training.learning_rate
+    groups = [
+        {"params": others, "lr": rate},
+        {"params": gains, "lr": rate * training.gain_learning_rate},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _optimisation(groups: list[dict[str, Any]], training: LocalTraining) -> tuple[Optimizer, LRScheduler]:
     optimizer = make_optimizer(
-        parameters,
+        groups,
         name=training.optimizer,
         learning_rate=training.learning_rate,
         weight_decay=training.weight_decay,

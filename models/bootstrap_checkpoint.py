@@ -15,7 +15,9 @@ from experts.clustering import check_expert_count
 from models.bootstrap import BootstrapPlan, LayerExperts, build_graph, plan_experts
 from models.calibration import sample_text
 from models.checkpoint import cast_weights, cluster_table, save_graph
-from models.llama_loader import fingerprint, load_dense, load_tokenizer, read_config
+from models.config_file import read_config
+from models.fingerprint import fingerprint
+from models.llama_loader import load_dense, load_tokenizer
 from models.modeling_fedgraft import FedGraftForCausalLM
 from models.selection_report import SHARES, selection_report
 

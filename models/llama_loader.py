@@ -2,82 +2,102 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from configs.errors import UserError
+from configs.errors import UserError, nearest
+from models.checkpoint import cast_weights
+from models.config_file import check_is_dense
+from models.config_file import check_is_graph as check_is_graph
+from models.config_file import read_config as read_config
+from models.config_file import read_dtype as read_dtype
 from models.configuration_fedgraft import FedGraftConfig
+from models.expert_modules import materialise_modules
 from models.fingerprint import check_file, checkpoint_files
 from models.fingerprint import fingerprint as fingerprint
 from models.fingerprint import first_line
+from models.mapped_experts import open_mapped
 from models.modeling_fedgraft import FedGraftForCausalLM
+from models.nf4 import compute_dtype, keep_trainable, quantisation_config
 
-SUPPORTED_DENSE = ("llama",)
+WEIGHT_PRECISIONS = ("fp32", "bf16", "nf4")
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 # With the classes known here, a graph's own copy of the modelling code is never run by us.
-AutoConfig.register(FedGraftConfig.model_type, FedGraftConfig)
 AutoModelForCausalLM.register(FedGraftConfig, FedGraftForCausalLM)
 
 
-def load_dense(source: str, *, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
+def load_dense(
+    source: str,
+    *,
+    dtype: torch.dtype | str = "auto",
+    precision: str | None = None,
+    device: torch.device | str = "cpu",
+) -> PreTrainedModel:
     """Load a dense Llama from a directory or a hub id.
 
+    Args:
+        source: directory or hub id.
+        dtype: of the weights; ``auto`` for that of the checkpoint. With ``nf4``: of the matrix products and of what is
+            not quantised; ``auto`` for bf16 where the device gains from it, else fp32.
+        precision: ``fp32``, ``bf16`` or ``nf4`` (4-bit linear layers but for the output head); None to go by ``dtype``.
+        device: where to put the model.
+
     Raises:
-        UserError: no such checkpoint, not a Llama, biased FFN, weights missing or damaged.
+        UserError: no such checkpoint, not a Llama, biased FFN, weights missing or damaged, unknown precision.
     """
-    config = read_config(source)
-    if config.model_type not in SUPPORTED_DENSE:
-        raise UserError(
-            f"expected a dense model of type {', '.join(SUPPORTED_DENSE)}, got {config.model_type!r} in {source}"
-        )
-    if config.mlp_bias:
-        raise UserError(
-            f"expected an FFN without bias, got mlp_bias=true in {source}; such Llamas are not supported"
-        )
-    return _load(AutoModelForCausalLM, source, dtype=dtype)
+    check_is_dense(read_config(source), source)
+    return _load(AutoModelForCausalLM, source, dtype, precision, device)
 
 
-def load_graph(source: str, *, dtype: torch.dtype | str = "auto") -> FedGraftForCausalLM:
+def load_graph(
+    source: str,
+    *,
+    dtype: torch.dtype | str = "auto",
+    precision: str | None = None,
+    device: torch.device | str = "cpu",
+) -> FedGraftForCausalLM:
     """Load an expert graph that ``fedgraft bootstrap`` or a federation wrote.
 
+    Args:
+        source: directory or hub id.
+        dtype: as in ``load_dense``.
+        precision: as in ``load_dense``; with ``nf4`` experts and attention are 4-bit modules
+            (see ``models.expert_modules``), and never lie in memory otherwise.
+        device: where to put the model.
+
     Raises:
-        UserError: no such checkpoint, not an expert graph, weights missing or damaged.
+        UserError: no such checkpoint, not an expert graph, weights missing or damaged, unknown precision.
     """
     check_is_graph(read_config(source), source)
-    return _load(FedGraftForCausalLM, source, dtype=dtype)
+    if precision != "nf4":
+        return _load(FedGraftForCausalLM, source, dtype, precision, device)
+    products = _product_dtype(dtype, device)
+    model = cast_weights(open_mapped(source), products).to(device)
+    materialise_modules(model, [None] * len(model.expert_layers()), kind="nf4", dtype=products)
+    return model.eval()
 
 
-def check_is_graph(config: PreTrainedConfig, source: str) -> None:
-    """Refuse the configuration of anything but an expert graph.
-
-    Raises:
-        UserError: names the type that came.
-    """
-    if config.model_type != FedGraftConfig.model_type:
-        raise UserError(
-            f"expected an expert graph, got a model of type {config.model_type!r} in {source}; "
-            "make one with `fedgraft bootstrap --model DIR --experts E --out DIR`"
-        )
-
-
-def load_causal_lm(source: str, *, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
-    """Load an expert graph or any causal language model that Hugging Face's own classes open."""
+def load_causal_lm(
+    source: str,
+    *,
+    dtype: torch.dtype | str = "auto",
+    precision: str | None = None,
+    device: torch.device | str = "cpu",
+) -> PreTrainedModel:
+    """Load an expert graph or any causal language model that Hugging Face's own classes open; see ``load_dense``."""
     if read_config(source).model_type == FedGraftConfig.model_type:
-        return load_graph(source, dtype=dtype)
-    return _load(AutoModelForCausalLM, source, dtype=dtype)
+        return load_graph(source, dtype=dtype, precision=precision, device=device)
+    return _load(AutoModelForCausalLM, source, dtype, precision, device)
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
@@ -94,26 +114,6 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
         ) from error
 
 
-def read_config(source: str) -> PreTrainedConfig:
-    """Read ``config.json`` of a checkpoint without opening its weights.
-
-    Raises:
-        UserError: no such checkpoint, or a configuration that cannot be read.
-    """
-    path = Path(source) / "config.json"
-    try:
-        values = json.loads(path.read_text()) if path.is_file() else {}
-        if not isinstance(values, dict):
-            raise ValueError("config.json holds no JSON object")
-        if values.get("model_type") == FedGraftConfig.model_type:
-            return FedGraftConfig.from_pretrained(source)
-        return AutoConfig.from_pretrained(source)
-    except (OSError, ValueError, KeyError, TypeError, HFValidationError, StrictDataclassError) as error:
-        raise UserError(
-            f"expected a checkpoint directory with config.json or a hub id, got {source}: {first_line(error)}"
-        ) from error
-
-
 def check_weights(source: str) -> None:
     """Open the weight files of a checkpoint folder without reading them; a hub id passes unseen.
 
@@ -126,14 +126,11 @@ def check_weights(source: str) -> None:
         check_file(file)
 
 
-def read_dtype(source: str) -> torch.dtype:
-    """The dtype in which a checkpoint's weights are stored; fp32 where its configuration does not say."""
-    dtype = read_config(source).dtype or torch.float32
-    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
-
-
-def _load(kind: Any, source: str, *, dtype: torch.dtype | str) -> Any:
-    options = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
+def _load(
+    kind: Any, source: str, dtype: torch.dtype | str, precision: str | None, device: torch.device | str
+) -> Any:
+    options = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    options |= _dtype_options(dtype, precision, device)
     try:
         model, report = kind.from_pretrained(source, **options)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
@@ -147,4 +144,24 @@ def _load(kind: Any, source: str, *, dtype: torch.dtype | str) -> Any:
             f"expected every weight that config.json describes in {source}, got none or another shape for {named}; "
             "the checkpoint is incomplete"
         )
-    return model.eval()
+    return (keep_trainable(model) if precision == "nf4" else model.to(device)).eval()
+
+
+def _dtype_options(
+    dtype: torch.dtype | str, precision: str | None, device: torch.device | str
+) -> dict[str, Any]:
+    if precision not in (None, *WEIGHT_PRECISIONS):
+        hint = nearest(str(precision), WEIGHT_PRECISIONS)
+        raise UserError(f"expected a precision of {', '.join(WEIGHT_PRECISIONS)}, got {precision!r}{hint}")
+    if precision == "nf4":
+        products = _product_dtype(dtype, device)
+        return {
+            "dtype": products,
+            "quantization_config": quantisation_config(products),
+            "device_map": {"": device},
+        }
+    return {"dtype": _DTYPES[precision] if precision else dtype}
+
+
+def _product_dtype(dtype: torch.dtype | str, device: torch.device | str) -> torch.dtype:
+    return dtype if isinstance(dtype, torch.dtype) else compute_dtype(device)

@@ -76,7 +76,8 @@ def _token_blocks(model: str, sources: list[str], tokens: int):
     """Training text of ``sources`` as blocks ``[N, S]`` of the model's own tokens."""
     from federated.blocks import pack_blocks
     from federated.documents import absolute_sources, load_documents
-    from models.llama_loader import load_tokenizer, read_config
+    from models.config_file import read_config
+    from models.llama_loader import load_tokenizer
 
     block_size = min(256, read_config(model).max_position_embeddings)
     rows = load_documents(absolute_sources(sources)).shuffle(seed=0)

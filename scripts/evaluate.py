@@ -27,7 +27,8 @@ def evaluate(
 ) -> None:
     """Measure token-weighted perplexity on held-out text, per domain and over all of it."""
     from federated.blocks import pack_blocks
-    from models.llama_loader import load_causal_lm, load_tokenizer, read_config
+    from models.config_file import read_config
+    from models.llama_loader import load_causal_lm, load_tokenizer
     from models.perplexity import LossSum, evaluate_loss
     from models.settings import set_visits
 

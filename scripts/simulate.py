@@ -112,7 +112,8 @@ def check_run(run) -> None:
     from clients.data_stream import all_clients
     from configs.output import check_output_directory
     from federated.documents import load_documents
-    from models.llama_loader import check_weights, read_config
+    from models.config_file import read_config
+    from models.llama_loader import check_weights
     from server.app import check_fit, graph_source
 
     for folder in filter(None, (run.log_dir, run.out)):
@@ -139,6 +140,8 @@ def summary_lines(summary: dict[str, Any]) -> list:
         cells = ["-" if client[name] is None else f"{client[name]:.2f}" for name in names]
         table.add_row(client["name"], str(client["budget"]), *cells)
     lines: list = [table]
+    if summary["stopped"]:
+        lines.append(f"stopped after round {summary['rounds']}: {summary['stopped']}")
     for way in ("up", "down"):
         sent, dense = summary[f"bytes_{way}"], summary[f"bytes_{way}_dense"]
         ratio = f" ({dense / sent:.0f} times less)" if sent else ""

@@ -14,10 +14,11 @@ from federated.aggregation import aggregate
 from federated.blocks import Blocks, take
 from federated.messages import Request, raise_user_error, write_request
 from federated.steps import steps_after
+from server.early_stop import EarlyStop
 from server.exchange import Answer, exchange, wait_for_nodes
 from server.global_model import GlobalModel
 from server.merge import UsageAverage, merge
-from server.round_replies import RoundReplies, check_replies
+from server.round_replies import RoundReplies, check_replies, held_out_loss
 from server.run_observer import RunObserver
 
 _NODES_TIMEOUT = 120.0  # seconds until the clients must have connected
@@ -46,6 +47,7 @@ class Federation:
         self.grid, self.config, self.server, self.observer = grid, config, server, observer
         self.validation = take(validation, config.eval_blocks) if validation is not None else None
         self.usage = UsageAverage(config.usage_decay)
+        self.early_stop = EarlyStop(rounds=config.early_stop_rounds, delta=config.early_stop_delta)
         self._held: dict[int, int] = {}
 
     def run(self) -> None:
@@ -57,11 +59,13 @@ class Federation:
         """
         nodes = wait_for_nodes(self.grid, self.config.num_clients, timeout=_NODES_TIMEOUT)
         for server_round in range(1, self.config.num_rounds + 1):
-            self._round(server_round, nodes)
-        answers = self._ask(nodes, MessageType.EVALUATE, self.config.num_rounds + 1)
+            if self._round(server_round, nodes):
+                break
+        answers = self._ask(nodes, MessageType.EVALUATE, server_round + 1)
         self.observer.finish(answers)
 
-    def _round(self, server_round: int, nodes: list[int]) -> None:
+    def _round(self, server_round: int, nodes: list[int]) -> bool:
+        """Train, aggregate and, where it is time, merge; whether the run ends early after this round."""
         started, trained_on = time.perf_counter(), self.server.graph
         answers = self._ask(nodes, MessageType.TRAIN, server_round)
         replies = check_replies(answers, self.server)
@@ -74,14 +78,23 @@ class Federation:
         )
         self.server.advance(change, value_bits=self.config.value_bits)
         self.usage.add([accepted.usage for accepted in replies.accepted])
+        planned = server_round == self.config.num_rounds
+        stopped = None if planned else self.early_stop.after(held_out_loss(replies))
         seconds = time.perf_counter() - started
         self.observer.round(
-            server_round, replies, answers, graph=trained_on, usage=self.usage.counts, seconds=seconds
+            server_round,
+            replies,
+            answers,
+            graph=trained_on,
+            usage=self.usage.counts,
+            seconds=seconds,
+            stopped=stopped,
         )
         if self.config.rho_max and server_round % self.config.merge_every == 0:
             self._merge(server_round)
         if self.config.checkpoint_every and server_round % self.config.checkpoint_every == 0:
             self.observer.checkpoint(server_round)
+        return stopped is not None
 
     def _merge(self, server_round: int) -> None:
         record = merge(

@@ -17,7 +17,9 @@ from federated.codec import pack_update
 from federated.selection import prepare_update
 from federated.steps import ServerStep, apply_step
 from models.checkpoint import cast_weights, read_graph, save_graph, write_graph
-from models.llama_loader import fingerprint, load_graph, load_tokenizer, read_dtype
+from models.config_file import read_dtype
+from models.fingerprint import checkpoint_fingerprint
+from models.llama_loader import load_graph, load_tokenizer
 from models.units import Unit, weight_count
 
 
@@ -38,7 +40,7 @@ class GlobalModel:
         self.source = source
         self.model = load_graph(source, dtype=torch.float32)
         self.tokenizer = load_tokenizer(source)
-        self.fingerprint = fingerprint(self.model)
+        self.fingerprint = checkpoint_fingerprint(source)
         self.version = 0
         self.steps: list[ServerStep] = []
         self._dtype = read_dtype(source)

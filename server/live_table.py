@@ -106,7 +106,8 @@ def _follow_live(log_dir: Path, is_finished: Callable[[], bool], num_rounds: int
             if finished:
                 live.update(table, refresh=True)
                 return
-            spinner.update(text=_status(seen, num_rounds, started, round_started))
+            planned = seen if _stopped(rounds) else num_rounds
+            spinner.update(text=_status(seen, planned, started, round_started))
             live.update(Group(table, spinner) if rounds else spinner)
             time.sleep(POLL_SECONDS)
 
@@ -120,6 +121,8 @@ def _follow_plain(log_dir: Path, is_finished: Callable[[], bool], num_rounds: in
             edits = _edit_counts(log_dir).get(row["round"])
             line = round_line(row, num_rounds=num_rounds, edits=edits)
             console.print(line, soft_wrap=True, markup=False, highlight=False)
+        if len(rounds) > seen and (reason := _stopped(rounds)):
+            console.print(f"stopped early: {reason}", soft_wrap=True, markup=False, highlight=False)
         seen = len(rounds)
         if finished:
             return
@@ -134,6 +137,11 @@ def _status(done: int, num_rounds: int, started: float, round_started: float) ->
     if done >= num_rounds:
         return f"finishing after round {done} of {num_rounds}  {total}"
     return f"round {done + 1} of {num_rounds}  {_clock(now - round_started)}, {total} in all"
+
+
+def _stopped(rounds: list[dict[str, Any]]) -> str | None:
+    """Why the run ended before the rounds that were planned, if it did."""
+    return rounds[-1].get("stopped") if rounds else None
 
 
 def _client_columns(rounds: list[dict[str, Any]]) -> list[str]:

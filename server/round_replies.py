@@ -13,6 +13,7 @@ from federated.codec import PackedStats, packed_stats, unpack_update
 from federated.messages import Reply, read_reply
 from federated.update import RefusedUpdate, Unit
 from federated.usage import unpack_usage
+from models.perplexity import LossSum
 from models.units import unit_sizes
 from server.exchange import Answer
 from server.global_model import GlobalModel
@@ -68,6 +69,16 @@ def check_replies(answers: Mapping[int, Answer], server: GlobalModel) -> RoundRe
             result.refused[node] = error.reason
     result.accepted.sort(key=lambda each: each.reply.partition)
     return result
+
+
+def held_out_loss(replies: RoundReplies) -> LossSum:
+    """Loss of the global model on the held-out text of all clients accepted, as it was before they trained."""
+    return sum((reply_loss(accepted.reply, "valid") for accepted in replies.accepted), LossSum())
+
+
+def reply_loss(reply: Reply, name: str) -> LossSum:
+    """The loss that a reply reports under ``name``; over no token where it reports none."""
+    return LossSum(reply.numbers.get(f"{name}-nll", 0.0), int(reply.numbers.get(f"{name}-tokens", 0)))
 
 
 def check_numbers(reply: Reply, required: Iterable[str] = ()) -> None:

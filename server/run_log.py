@@ -47,7 +47,8 @@ class ClientRecord:
 class RoundRecord:
     """One server round. Bytes are totals over clients; ``*_dense`` is dense FedAvg of the same round in bf16.
 
-    ``perplexity`` is token-weighted over the clients, ``edges`` holds one count per layer.
+    ``perplexity`` is token-weighted over the clients, ``edges`` holds one count per layer. ``stopped``
+    says why the run ended after this round, before those planned.
     """
 
     round: int
@@ -62,6 +63,7 @@ class RoundRecord:
     graph_hash: str
     clients: Sequence[ClientRecord]
     perplexity: float | None
+    stopped: str | None = None
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from federated.update import RefusedUpdate
 from models.perplexity import LossSum
 from server.exchange import Answer
 from server.global_model import GlobalModel
-from server.round_replies import Accepted, RoundReplies, check_numbers
+from server.round_replies import Accepted, RoundReplies, check_numbers, held_out_loss, reply_loss
 from server.run_log import ClientRecord, MergeRecord, RoundRecord, RunLog, pad_masks
 from server.tensorboard_log import TensorBoardLog
 
@@ -46,7 +46,8 @@ class RunObserver:
         self._clients: dict[int, dict[str, Any]] = {}
         self._names: dict[int, str] = {}
         self._bytes = dict.fromkeys(("bytes_up", "bytes_down", "bytes_up_dense", "bytes_down_dense"), 0)
-        self._edits = 0
+        self._edits = self._rounds = 0
+        self._stopped: str | None = None
 
     def round(
         self,
@@ -57,13 +58,16 @@ class RunObserver:
         graph: ExpertGraph,
         usage: Sequence[np.ndarray],
         seconds: float,
+        stopped: str | None = None,
     ) -> None:
-        """Write a round: ``graph`` is what the clients trained on, ``usage`` the average so far."""
+        """Write a round: ``graph`` is what the clients trained on, ``usage`` the average so far.
+
+        ``stopped`` says why this round is the last although more were planned.
+        """
         for accepted in replies.accepted:
             self._note(accepted)
             self._log.pack_sizes(server_round, accepted.reply.name, accepted.stats)
         dense = self._server.dense_bytes() * len(answers)
-        losses = [_loss(accepted.reply, "valid") for accepted in replies.accepted]
         record = RoundRecord(
             round=server_round,
             seconds=seconds,
@@ -76,8 +80,10 @@ class RunObserver:
             graph_version=graph.version,
             graph_hash=graph.digest(),
             clients=[self._client_record(node, replies, answers[node]) for node in self._order(answers)],
-            perplexity=sum(losses, LossSum()).perplexity,
+            perplexity=held_out_loss(replies).perplexity,
+            stopped=stopped,
         )
+        self._rounds, self._stopped = server_round, stopped
         for name in self._bytes:
             self._bytes[name] += getattr(record, name)
         self._log.round(record)
@@ -104,11 +110,11 @@ class RunObserver:
             except RefusedUpdate:
                 continue
             client = self._client(node, reply)
-            loss = _loss(reply, "valid")
+            loss = reply_loss(reply, "valid")
             client["perplexity_after"], client["graph_hash"] = loss.perplexity, reply.graph_hash
             total += loss
         after = {client["name"]: client["perplexity_after"] for client in self._clients.values()}
-        self._tensorboard.perplexities(after, total.perplexity, self._config.num_rounds + 1)
+        self._tensorboard.perplexities(after, total.perplexity, self._rounds + 1)
 
     def checkpoint(self, server_round: int) -> None:
         """Write the global model as it is under ``checkpoints``."""
@@ -121,7 +127,8 @@ class RunObserver:
     def close(self, *, out: str) -> dict[str, Any]:
         """Write ``summary.json`` and close the event files; returns the summary."""
         summary = {
-            "rounds": self._config.num_rounds,
+            "rounds": self._rounds,
+            "stopped": self._stopped,
             "clients": [self._clients[partition] for partition in sorted(self._clients)],
             **self._bytes,
             "edits": self._edits,
@@ -138,9 +145,9 @@ class RunObserver:
         reply = accepted.reply
         client = self._client(accepted.node, reply)
         if client["perplexity_before"] is None:
-            client["perplexity_before"] = _loss(reply, "valid").perplexity
+            client["perplexity_before"] = reply_loss(reply, "valid").perplexity
         if "personal-tokens" in reply.numbers:
-            client["perplexity_after_personal"] = _loss(reply, "personal").perplexity
+            client["perplexity_after_personal"] = reply_loss(reply, "personal").perplexity
 
     def _client(self, node: int, reply: Reply) -> dict[str, Any]:
         self._names[node] = reply.name
@@ -167,7 +174,7 @@ class RunObserver:
             budget=(reply.budget or max(self._server.graph.num_experts)) if reply else 0,
             weight=numbers.get("examples", 0.0),
             train_loss=numbers.get("train-loss"),
-            perplexity=_loss(reply, "valid").perplexity if reply else None,
+            perplexity=reply_loss(reply, "valid").perplexity if reply else None,
             bytes_up=answer.bytes_up,
             bytes_down=answer.bytes_down,
             density=numbers.get("density"),
@@ -196,10 +203,6 @@ class RunObserver:
 def read_summary(log_dir: Path) -> dict[str, Any]:
     """The summary that a finished run left in its log directory."""
     return json.loads((log_dir / SUMMARY_FILE).read_text(encoding="utf-8"))
-
-
-def _loss(reply: Reply, name: str) -> LossSum:
-    return LossSum(reply.numbers.get(f"{name}-nll", 0.0), int(reply.numbers.get(f"{name}-tokens", 0)))
 
 
 def _copy_cluster_statistics(source: str, log_dir: Path) -> None:

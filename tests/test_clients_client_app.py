@@ -11,9 +11,9 @@ from experts.edits import Edit
 from federated.messages import REFUSED, RESEND, Request, read_reply, write_request
 from federated.steps import ServerStep, apply_step
 from models.checkpoint import read_graph
-from models.llama_loader import fingerprint, load_graph, load_tokenizer
+from models.llama_loader import load_graph, load_tokenizer
 from tests.grid import InProcessGrid
-from tests.tiny_federation import next_step, run_values, save_tiny_graph
+from tests.tiny_federation import next_step, request_at, run_values, save_tiny_graph
 
 
 @pytest.fixture
@@ -29,8 +29,7 @@ def values(graph, tmp_path):
 def request_for(graph, **changes) -> Request:
     """A request at version 0, with ``changes``."""
     model = load_graph(str(graph), dtype=torch.float32)
-    facts = {"graph_hash": read_graph(model).digest(), "base_fingerprint": fingerprint(model)}
-    return Request(**{"server_round": 1, "version": 0, **facts, **changes})
+    return request_at(graph, model, **changes)
 
 
 def answer(values, content: RecordDict | Request, kind: str = "train", **node) -> Message:

@@ -2,20 +2,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from flwr.app import Context, RecordDict
 
 from clients.local_copy import VersionMismatch, bring_to_version, check_base, client_folder
 from clients.store import ClientStore
 from configs.errors import UserError
 from configs.schema import load_run_config
-from federated.messages import Request
 from federated.steps import apply_step
 from federated.update import RefusedUpdate
-from models.checkpoint import read_graph
-from models.llama_loader import fingerprint, load_graph
-from tests.tiny_federation import all_equal, next_step, run_values, save_tiny_graph
-
-RUN_ID = 1
+from models.llama_loader import load_graph
+from models.mapped_experts import open_mapped
+from tests.tiny_federation import all_equal, next_step, node_context, request_at, run_values, save_tiny_graph
 
 
 @pytest.fixture
@@ -33,26 +29,16 @@ def config_of(graph, tmp_path):
     return lambda **changes: load_run_config(run_values(graph, tmp_path, **{"local_steps": 2, **changes}))
 
 
-def request_at(model, version: int = 0, **changes) -> Request:
-    facts = {"graph_hash": read_graph(model).digest(), "base_fingerprint": fingerprint(model)}
-    return Request(**{"server_round": 1, "version": version, **facts, **changes})
-
-
-def context(partition: int = 0, **node) -> Context:
-    node = {"partition-id": partition, "num-partitions": 2} | {
-        k.replace("_", "-"): v for k, v in node.items()
-    }
-    return Context(run_id=RUN_ID, node_id=5, node_config=node, state=RecordDict(), run_config={})
-
-
 def test_files_lie_in_the_nodes_cache_else_with_the_logs_else_in_the_users_cache(
     config_of, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("FEDGRAFT_CACHE", str(tmp_path / "cache"))
     config = config_of()
-    assert client_folder(config, context(cache_dir="/x")) == type(tmp_path)("/x/run-1")
-    assert client_folder(config, context()) == tmp_path / "logs" / "clients" / "run-1"
-    assert client_folder(config_of(log_dir=""), context()) == tmp_path / "cache" / "runs" / "1" / "clients"
+    assert client_folder(config, node_context(cache_dir="/x")) == type(tmp_path)("/x/run-1")
+    assert client_folder(config, node_context()) == tmp_path / "logs" / "clients" / "run-1"
+    assert (
+        client_folder(config_of(log_dir=""), node_context()) == tmp_path / "cache" / "runs" / "1" / "clients"
+    )
 
 
 def steps_of(model, count: int) -> list:
@@ -66,43 +52,41 @@ def steps_of(model, count: int) -> list:
 def test_missing_steps_are_applied_and_kept(graph, model, tmp_path):
     store, steps = ClientStore(tmp_path / "client"), steps_of(model, 3)
     for held, version in ((0, 1), (1, 3), (3, 3)):
-        copy = load_graph(str(graph), dtype=torch.float32)
+        copy = open_mapped(str(graph), store.copy)
         sent = [step for step in steps[:version] if step.version > held]
-        bring_to_version(copy, store, request_at(model, version, steps=sent))
-        assert store.load_global(load_graph(str(graph), dtype=torch.float32)) == version
+        bring_to_version(copy, store, request_at(graph, model, version, steps=sent))
+        assert store.copy.load(open_mapped(str(graph), store.copy)) == version
     assert all_equal(copy, model)
 
 
 def test_steps_that_are_held_already_are_passed_over(graph, model, tmp_path):
     store, steps = ClientStore(tmp_path / "client"), steps_of(model, 2)
     for _ in range(2):
-        copy = load_graph(str(graph), dtype=torch.float32)
-        bring_to_version(copy, store, request_at(model, 2, steps=steps))
+        copy = open_mapped(str(graph), store.copy)
+        bring_to_version(copy, store, request_at(graph, model, 2, steps=steps))
         assert all_equal(copy, model)
 
 
 def test_a_gap_names_the_version_held(graph, model, tmp_path):
     store, steps = ClientStore(tmp_path / "client"), steps_of(model, 3)
-    copy = load_graph(str(graph), dtype=torch.float32)
+    copy = open_mapped(str(graph), store.copy)
     with pytest.raises(VersionMismatch, match="holds version 0") as caught:
-        bring_to_version(copy, store, request_at(model, 3, steps=steps[1:]))
+        bring_to_version(copy, store, request_at(graph, model, 3, steps=steps[1:]))
     assert caught.value.version == 0
     assert not store.folder.exists()
 
 
 def test_a_refused_step_keeps_the_version_before_on_disk(graph, model, tmp_path):
     store, steps = ClientStore(tmp_path / "client"), steps_of(model, 2)
-    early = load_graph(str(graph), dtype=torch.float32)
-    bring_to_version(early, store, request_at(model, 1, steps=steps[:1]))
+    early = open_mapped(str(graph), store.copy)
+    bring_to_version(early, store, request_at(graph, model, 1, steps=steps[:1]))
     with pytest.raises(RefusedUpdate):
         bad = type(steps[1])(2, steps[1].packed[:-1])
-        bring_to_version(
-            load_graph(str(graph), dtype=torch.float32), store, request_at(model, 2, steps=[bad])
-        )
-    assert store.load_global(load_graph(str(graph), dtype=torch.float32)) == 1
+        bring_to_version(open_mapped(str(graph), store.copy), store, request_at(graph, model, 2, steps=[bad]))
+    assert store.copy.load(open_mapped(str(graph), store.copy)) == 1
 
 
-def test_other_weights_than_the_servers_are_refused(model):
-    with pytest.raises(UserError, match="other weights in some/folder"):
-        check_base(model, request_at(model, base_fingerprint="another"), "some/folder")
-    check_base(model, request_at(model), "some/folder")
+def test_other_weights_than_the_servers_are_refused(graph, model):
+    with pytest.raises(UserError, match="other weights in .*graph"):
+        check_base(request_at(graph, model, base_fingerprint="another"), str(graph))
+    check_base(request_at(graph, model), str(graph))

@@ -5,21 +5,25 @@ import json
 import numpy as np
 import pytest
 import torch
-from flwr.app import Context, RecordDict
 
 from clients.participant import Participant
 from clients.residual import ResidualStore
 from configs.schema import load_run_config
 from federated.codec import unpack_update
-from federated.messages import Request
 from federated.usage import unpack_usage
 from models.checkpoint import read_graph
-from models.llama_loader import fingerprint, load_graph
+from models.llama_loader import load_graph
 from models.perplexity import evaluate_loss
 from models.units import unit_sizes
-from tests.tiny_federation import all_equal, client_folder_of, run_values, save_tiny_graph
+from tests.tiny_federation import (
+    all_equal,
+    client_folder_of,
+    node_context,
+    request_at,
+    run_values,
+    save_tiny_graph,
+)
 
-RUN_ID = 1
 SIZE = 3 * 8 * 32 + 32 + 1 + 2 * 8
 
 
@@ -34,8 +38,8 @@ def model(graph):
 
 
 @pytest.fixture
-def request_0(model):
-    return request_at(model)
+def request_0(graph, model):
+    return request_at(graph, model)
 
 
 @pytest.fixture
@@ -43,20 +47,8 @@ def config_of(graph, tmp_path):
     return lambda **changes: load_run_config(run_values(graph, tmp_path, **{"local_steps": 2, **changes}))
 
 
-def request_at(model, version: int = 0, **changes) -> Request:
-    facts = {"graph_hash": read_graph(model).digest(), "base_fingerprint": fingerprint(model)}
-    return Request(**{"server_round": 1, "version": version, **facts, **changes})
-
-
-def context(partition: int = 0, **node) -> Context:
-    node = {"partition-id": partition, "num-partitions": 2} | {
-        k.replace("_", "-"): v for k, v in node.items()
-    }
-    return Context(run_id=RUN_ID, node_id=5, node_config=node, state=RecordDict(), run_config={})
-
-
 def test_a_client_opens_its_data_and_the_global_model(config_of, model, request_0):
-    client = Participant.open(config_of(), context(1), request_0)
+    client = Participant.open(config_of(), node_context(1), request_0)
     assert (client.partition, client.budget, client.name) == (1, 0, "digits")
     assert all_equal(client.model, model) and client.model.dtype == torch.float32
     assert client.train.input_ids.shape[1] == 32 and len(client.valid) >= 1
@@ -74,21 +66,21 @@ def test_a_client_opens_its_data_and_the_global_model(config_of, model, request_
     ],
 )
 def test_the_budget_is_the_nodes_own_or_the_runs(config_of, request_0, changes, node, budget):
-    assert Participant.open(config_of(**changes), context(1, **node), request_0).budget == budget
+    assert Participant.open(config_of(**changes), node_context(1, **node), request_0).budget == budget
 
 
 def test_a_client_with_private_data_trains_on_all_of_it(config_of, request_0, tmp_path):
     (tmp_path / "site").mkdir()
     rows = [json.dumps({"text": f"record {number}"}) for number in range(20)]
     (tmp_path / "site" / "a.jsonl").write_text("\n".join(rows))
-    client = Participant.open(config_of(), context(0, data_dir=str(tmp_path / "site")), request_0)
+    client = Participant.open(config_of(), node_context(0, data_dir=str(tmp_path / "site")), request_0)
     assert client.name == "client-0"
     # 18 documents of BOS and about nine characters.
     assert 18 * 9 <= client.train.num_tokens <= 18 * 10
 
 
 def test_a_round_gives_an_update_of_the_residents_on_the_graph(config_of, model, request_0):
-    client = Participant.open(config_of(expert_budget=2), context(), request_0)
+    client = Participant.open(config_of(expert_budget=2), node_context(), request_0)
     reply = client.train_round(request_0)
     assert (reply.version, reply.graph_hash, reply.budget) == (0, read_graph(model).digest(), 2)
     assert [int(held.sum()) for held in reply.residents] == [2, 2]
@@ -107,17 +99,17 @@ def test_a_round_gives_an_update_of_the_residents_on_the_graph(config_of, model,
 
 
 def test_the_held_out_loss_is_that_of_the_global_model_as_it_came(config_of, model, request_0):
-    client = Participant.open(config_of(eval_blocks=3), context(), request_0)
+    client = Participant.open(config_of(eval_blocks=3), node_context(), request_0)
     reply = client.train_round(request_0)
     expected = evaluate_loss(model, client.valid.input_ids[:3], client.valid.labels[:3])
     assert (reply.numbers["valid-nll"], reply.numbers["valid-tokens"]) == (expected.nll, expected.tokens)
-    everything = Participant.open(config_of(eval_blocks=0), context(), request_0).evaluate()
+    everything = Participant.open(config_of(eval_blocks=0), node_context(), request_0).evaluate()
     assert everything.tokens == int((client.valid.labels[:, 1:] != -100).sum()) > expected.tokens
 
 
-def test_only_the_last_round_measures_the_clients_own_model(config_of, model, request_0):
-    client = Participant.open(config_of(), context(), request_0)
-    reply = client.train_round(request_at(model, last=True))
+def test_only_the_last_round_measures_the_clients_own_model(config_of, graph, model, request_0):
+    client = Participant.open(config_of(), node_context(), request_0)
+    reply = client.train_round(request_at(graph, model, last=True))
     # The client's own model, after training, is better on its text than the one that came.
     assert reply.numbers["personal-tokens"] == reply.numbers["valid-tokens"]
     assert reply.numbers["personal-nll"] < reply.numbers["valid-nll"]
@@ -133,7 +125,7 @@ def test_only_the_last_round_measures_the_clients_own_model(config_of, model, re
     ],
 )
 def test_visits_scale_with_the_budget_unless_told_otherwise(config_of, model, request_0, changes, visits):
-    reply = Participant.open(config_of(**changes), context(), request_0).train_round(request_0)
+    reply = Participant.open(config_of(**changes), node_context(), request_0).train_round(request_0)
     counts = unpack_usage(reply.usage, [8, 8])
     edges = [np.asarray(mask | np.eye(8, dtype=bool)) for mask in read_graph(model).masks]
     tokens = 2 * 4 * 32  # steps, blocks, tokens a block
@@ -145,7 +137,7 @@ def test_visits_scale_with_the_budget_unless_told_otherwise(config_of, model, re
 def test_clients_that_start_alike_answer_alike_and_others_do_not(config_of, request_0, tmp_path):
     def answer(folder: str, partition: int, **changes):
         config = config_of(log_dir=str(tmp_path / folder), expert_budget=4, **changes)
-        reply = Participant.open(config, context(partition), request_0).train_round(request_0)
+        reply = Participant.open(config, node_context(partition), request_0).train_round(request_0)
         return reply.update, reply.usage
 
     assert answer("a", 0) == answer("b", 0)
@@ -155,7 +147,7 @@ def test_clients_that_start_alike_answer_alike_and_others_do_not(config_of, requ
 
 def test_what_is_not_shipped_is_carried_to_the_next_round(config_of, model, request_0):
     config = config_of(ship_experts=1, density=0.1, local_steps=1)
-    client = Participant.open(config, context(), request_0)
+    client = Participant.open(config, node_context(), request_0)
     shipped = unpack_update(client.train_round(request_0).update, sizes=unit_sizes(model))
     assert sorted(layer for layer, _ in shipped.vectors) == [0, 1]
     kept = ResidualStore(client_folder_of(config, 0) / "residual.safetensors").load(0)
@@ -167,7 +159,7 @@ def test_what_is_not_shipped_is_carried_to_the_next_round(config_of, model, requ
 
 
 def test_sampled_experts_come_with_their_probabilities(config_of, request_0):
-    client = Participant.open(config_of(selection="sample", ship_experts=2), context(), request_0)
+    client = Participant.open(config_of(selection="sample", ship_experts=2), node_context(), request_0)
     reply = client.train_round(request_0)
     assert reply.inclusion and all(0 < pi < 1 for pi in reply.inclusion.values())
     units = unpack_update(reply.update, sizes=unit_sizes(client.model)).vectors
@@ -177,29 +169,29 @@ def test_sampled_experts_come_with_their_probabilities(config_of, request_0):
 
 def test_the_assembler_learns_from_round_to_round_on_disk(config_of, request_0):
     config = config_of(expert_budget=3, assembler_steps=2)
-    Participant.open(config, context(), request_0).train_round(request_0)
+    Participant.open(config, node_context(), request_0).train_round(request_0)
     path = client_folder_of(config, 0) / "assembler.safetensors"
     first = path.read_bytes()
-    Participant.open(config, context(), request_0).train_round(request_0)
+    Participant.open(config, node_context(), request_0).train_round(request_0)
     assert path.read_bytes() != first
 
 
 def test_with_every_expert_held_there_is_no_assembler(config_of, request_0):
     config = config_of(expert_budget=8)
-    reply = Participant.open(config, context(), request_0).train_round(request_0)
+    reply = Participant.open(config, node_context(), request_0).train_round(request_0)
     assert [bits.tolist() for bits in reply.residents] == [[True] * 8] * 2
     assert not (client_folder_of(config, 0) / "assembler.safetensors").exists()
 
 
 @pytest.mark.parametrize("walk", ["depth-first", "best-first"])
 def test_the_walk_of_the_run_is_taken(config_of, request_0, walk):
-    client = Participant.open(config_of(walk=walk), context(), request_0)
+    client = Participant.open(config_of(walk=walk), node_context(), request_0)
     assert {layer.order for layer in client.model.expert_layers()} == {walk}
 
 
 def test_bf16_changes_the_losses_but_not_by_much(config_of, request_0):
     exact, rounded = (
-        Participant.open(config_of(precision=precision), context(), request_0).evaluate()
+        Participant.open(config_of(precision=precision), node_context(), request_0).evaluate()
         for precision in ("fp32", "bf16")
     )
     assert rounded.nll == pytest.approx(exact.nll, rel=0.02) and rounded.nll != exact.nll

@@ -1,21 +1,15 @@
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from clients.store import ClientStore
-from experts.edits import Edit
-from experts.graph import ExpertGraph
 from federated.blocks import Blocks
-from federated.steps import apply_step
 from models.assembler import Assembler
-from models.checkpoint import read_graph, write_graph
-from tests.tiny_federation import all_equal, next_step, packed_change, random_change
-from tests.tiny_graphs import graph_of, with_random_gains
+from models.mapped_experts import open_mapped
+from tests.test_clients_checked_file import damaged
 
 BLOCKS = Blocks(torch.arange(12).view(3, 4), torch.arange(12).view(3, 4) - 100)
 OTHER = Blocks(torch.tensor([[1, 2**31 - 1]]), torch.tensor([[-100, 3]]))
@@ -29,127 +23,6 @@ def store(tmp_path) -> ClientStore:
 def again(store: ClientStore) -> ClientStore:
     """The same folder in another process."""
     return ClientStore(store.folder)
-
-
-def test_nothing_on_disk_is_version_0_and_the_base(store):
-    model = graph_of()
-    assert store.load_global(model) == 0
-    assert all_equal(model, graph_of())
-    assert not store.folder.exists()
-
-
-def test_the_global_model_comes_back_bit_for_bit_over_several_saves(store):
-    model = with_random_gains(graph_of())
-    base = lambda: with_random_gains(graph_of())  # noqa: E731
-    for version, units in enumerate([[(0, 1)], [(0, 1), (1, 3)], [(1, 0)]], start=1):
-        edits = [Edit("remove-edge", 0, 0, version), Edit("remove-edge", 1, version - 1, 3)]
-        step = next_step(model, version, edits=edits if version > 1 else [])
-        step = type(step)(
-            version, packed_change(model, random_change(model, units, seed=version)), step.edits
-        )
-        moved = apply_step(model, step)
-        again(store).save_global(model, moved, version)
-        loaded = base()
-        assert again(store).load_global(loaded) == version
-        assert all_equal(loaded, model)
-    kept = {name for name in load_file(store.folder / "global.safetensors") if name.startswith("unit/")}
-    assert kept == {"unit/0.1", "unit/0.2", "unit/0.3", "unit/1.0", "unit/1.3"}
-
-
-def test_gains_that_edits_took_stay_gone_when_the_edge_comes_back(store):
-    """The expert itself never moved, so only the edit can tell that it must be kept."""
-    model = with_random_gains(graph_of())
-    for version, op in enumerate(("remove-edge", "add-edge"), start=1):
-        step = next_step(model, version, edits=[Edit(op, 0, 1, 2)])
-        step = type(step)(version, packed_change(model, random_change(model, [(1, 0)])), step.edits)
-        store.save_global(model, apply_step(model, step), version)
-    loaded = with_random_gains(graph_of())
-    assert loaded.expert_layers()[0].edge_gain[1, 2] != 0
-    assert store.load_global(loaded) == 2
-    assert loaded.expert_layers()[0].edge_gain[1, 2] == 0
-    assert all_equal(loaded, model)
-
-
-def test_forgetting_goes_back_to_the_base(store):
-    model = graph_of()
-    store.save_global(model, apply_step(model, next_step(model, 1)), 1)
-    store.forget_global()
-    store.forget_global()
-    fresh = graph_of()
-    assert store.load_global(fresh) == 0 and all_equal(fresh, graph_of())
-
-
-def damaged(data: bytes, damage: str) -> bytes:
-    middle = len(data) // 2
-    return {
-        "empty": b"",
-        "half": data[:middle],
-        "one byte short": data[:-1],
-        "garbage": b"\xff" * 300,
-        "flipped bit": data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :],
-        "last bit": data[:-1] + bytes([data[-1] ^ 1]),
-        "other version": data.replace(b'"version":"1"', b'"version":"7"'),
-        "other checksum": data.replace(b'"checksum":"', b'"checksun":"'),
-    }[damage]
-
-
-DAMAGES = [
-    "empty",
-    "half",
-    "one byte short",
-    "garbage",
-    "flipped bit",
-    "last bit",
-    "other version",
-    "other checksum",
-]
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_global_model_counts_as_version_0(store, damage):
-    model = graph_of()
-    store.save_global(model, apply_step(model, next_step(model, 1)), 1)
-    path = store.folder / "global.safetensors"
-    path.write_bytes(damaged(path.read_bytes(), damage))
-    fresh = graph_of()
-    assert store.load_global(fresh) == 0
-    assert all_equal(fresh, graph_of())
-    # And the store works on: a new save takes its place.
-    store.save_global(model, {(0, 0)}, 2)
-    assert store.load_global(fresh) == 2
-
-
-def test_the_copy_of_another_graph_counts_as_version_0(store):
-    other = graph_of(num_experts=8)
-    store.save_global(other, {(0, 7), (0, 0)}, 3)
-    model = graph_of()
-    assert store.load_global(model) == 0 and all_equal(model, graph_of())
-    store.save_global(model, {(0, 1)}, 1)
-    assert store.load_global(graph_of()) == 1
-
-
-@pytest.mark.parametrize(
-    "contents", [{}, {"unit/0": torch.ones(2)}, {"x": torch.ones(1)}, {"mask/1": torch.ones(4, 4)}]
-)
-def test_a_whole_file_with_other_contents_counts_as_version_0(store, contents):
-    store.folder.mkdir(parents=True)
-    save_file(contents, store.folder / "global.safetensors", metadata={"version": "3", "graph_version": "1"})
-    assert store.load_global(graph_of()) == 0
-
-
-def test_the_copy_on_disk_survives_a_save_that_dies(store, monkeypatch):
-    model = graph_of()
-    store.save_global(model, apply_step(model, next_step(model, 1)), 1)
-    with monkeypatch.context() as patch:
-
-        def die(*_):
-            raise OSError("killed")
-
-        patch.setattr("configs.output.os.replace", die)
-        with pytest.raises(OSError, match="killed"):
-            store.save_global(model, {(0, 0)}, 2)
-    assert os.listdir(store.folder) == ["global.safetensors"]
-    assert store.load_global(graph_of()) == 1
 
 
 def test_blocks_are_made_once(store):
@@ -217,22 +90,15 @@ def equal_state(one: Assembler, other: Assembler) -> bool:
     return all(torch.equal(left[name], right[name]) for name in left)
 
 
-def test_nothing_is_written_outside_the_folder(tmp_path, monkeypatch):
+def test_nothing_is_written_outside_the_folder(tiny_graph_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    store, model = ClientStore(Path("clients/client-0")), graph_of()
-    store.save_global(model, {(0, 0)}, 1)
+    store = ClientStore(Path("clients/client-0"))
+    model = open_mapped(str(tiny_graph_dir), store.copy)
+    model.expert_layers()[0].write_expert(1, *model.expert_layers()[0].read_expert(2))
+    store.copy.save(model, 1)
     store.save_assembler(store.load_assembler(0))
     store.blocks(lambda: ("a", BLOCKS, OTHER))
     store.residual.save({(0, 0): torch.ones(2)}, 0)
-    names = ["assembler", "blocks", "global", "residual"]
+    names = ["assembler", "blocks", "experts/0.1.1", "global", "residual"]
     files = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
     assert files == [f"clients/client-0/{name}.safetensors" for name in names]
-
-
-def test_the_version_of_the_graph_is_kept(store):
-    model = graph_of()
-    write_graph(model, ExpertGraph(read_graph(model).masks, 42))
-    store.save_global(model, set(), 5)
-    fresh = graph_of()
-    assert store.load_global(fresh) == 5
-    assert read_graph(fresh).version == 42

@@ -12,7 +12,8 @@ from models import bootstrap_checkpoint as module
 from models.bootstrap import BootstrapPlan
 from models.bootstrap_checkpoint import bootstrap_checkpoint, sample_calibration, split_tokens
 from models.checkpoint import read_graph
-from models.llama_loader import fingerprint, load_dense, load_graph, load_tokenizer
+from models.fingerprint import fingerprint
+from models.llama_loader import load_dense, load_graph, load_tokenizer
 from tests.conftest import tiny_llama
 from tests.tiny_graphs import logit_difference, random_ids
 

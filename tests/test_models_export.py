@@ -6,7 +6,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from models.checkpoint import cast_weights
 from models.export import dense_config, dense_weights, export_dense, not_representable
-from models.llama_loader import fingerprint, load_dense
+from models.fingerprint import fingerprint
+from models.llama_loader import load_dense
 from tests.conftest import tiny_llama
 from tests.tiny_graphs import graph_of, logit_difference, random_ids, with_random_gains
 

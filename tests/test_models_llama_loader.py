@@ -10,15 +10,9 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from configs.errors import UserError
-from models.llama_loader import (
-    check_weights,
-    fingerprint,
-    load_causal_lm,
-    load_dense,
-    load_graph,
-    load_tokenizer,
-    read_config,
-)
+from models.config_file import read_config
+from models.fingerprint import fingerprint
+from models.llama_loader import check_weights, load_causal_lm, load_dense, load_graph, load_tokenizer
 from models.modeling_fedgraft import FedGraftForCausalLM
 from tests.conftest import tiny_llama
 

@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 
 from models.checkpoint import save_graph
-from models.llama_loader import fingerprint, load_dense, load_graph, load_tokenizer
+from models.fingerprint import fingerprint
+from models.llama_loader import load_dense, load_graph, load_tokenizer
 from tests.command import run
 from tests.tiny_graphs import graph_of, with_random_gains
 

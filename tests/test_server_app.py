@@ -10,7 +10,8 @@ from flwr.app import Context, RecordDict
 from configs.errors import UserError
 from configs.schema import RunConfig
 from models.checkpoint import read_graph
-from models.llama_loader import load_causal_lm, load_graph, load_tokenizer, read_config
+from models.config_file import read_config
+from models.llama_loader import load_causal_lm, load_graph, load_tokenizer
 from server import app as server_app
 from server.app import check_fit, graph_source, main, open_global_model, run_federation, server_text
 from tests.grid import RUN_ID

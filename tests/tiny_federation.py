@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from flwr.app import Message
+from flwr.app import Context, Message, RecordDict
 from transformers import PreTrainedTokenizerBase
 
 from clients.client_app import app as client_app
 from configs.schema import RunConfig, load_run_config
 from federated.codec import pack_update
+from federated.messages import Request
 from federated.quantise import quantise_update
 from federated.steps import ServerStep
 from federated.update import SparseUpdate, SparseVector, Unit
 from models.checkpoint import read_graph, save_graph
+from models.fingerprint import checkpoint_fingerprint
 from models.llama_loader import load_graph
+from models.mapped_experts import materialise
 from models.modeling_fedgraft import FedGraftForCausalLM
 from models.units import unit_sizes
 from server.app import open_global_model, server_text
@@ -74,6 +78,26 @@ def run_values(graph: Path, folder: Path, **changes: Any) -> dict[str, Any]:
 def node_configs(count: int = 2) -> list[dict[str, int]]:
     """Node configurations as Flower's simulation gives them."""
     return [{"partition-id": partition, "num-partitions": count} for partition in range(count)]
+
+
+def node_context(partition: int = 0, **node: Any) -> Context:
+    """The Flower context of one of two nodes; ``node`` is its node configuration, in snake case."""
+    own = {key.replace("_", "-"): value for key, value in node.items()}
+    node_config = {"partition-id": partition, "num-partitions": 2} | own
+    return Context(run_id=RUN_ID, node_id=5, node_config=node_config, state=RecordDict(), run_config={})
+
+
+def request_at(graph: Path, model: FedGraftForCausalLM, version: int = 0, **changes: Any) -> Request:
+    """A request that finds ``model``, which came from folder ``graph``, at ``version``."""
+    facts = {"graph_hash": read_graph(model).digest(), "base_fingerprint": checkpoint_fingerprint(str(graph))}
+    return Request(**{"server_round": 1, "version": version, **facts, **changes})
+
+
+def in_memory(model: FedGraftForCausalLM) -> FedGraftForCausalLM:
+    """A copy of a model whose experts are on disk, with all of them in memory."""
+    held = copy.deepcopy(model)
+    materialise(held, [None] * len(held.expert_layers()))
+    return held
 
 
 class TinyGrid(InProcessGrid):
@@ -151,8 +175,8 @@ def next_step(model: FedGraftForCausalLM, version: int, **options: Any) -> Serve
 
 
 def all_equal(one: FedGraftForCausalLM, other: FedGraftForCausalLM) -> bool:
-    """Whether all parameters, buffers and the graphs of two models are equal bit for bit."""
-    left, right = one.state_dict(), other.state_dict()
+    """Whether all parameters, buffers and the graphs of two models are equal bit for bit, wherever experts lie."""
+    left, right = in_memory(one).state_dict(), in_memory(other).state_dict()
     same = left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
     return same and read_graph(one).digest() == read_graph(other).digest()
 

@@ -1,0 +1,143 @@
+"""The client's copy of the global model on its disk: only what differs from the checkpoint, an expert at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from clients.checked_file import read_checked, write_checked
+from experts.graph import ExpertGraph
+from models.checkpoint import read_graph, write_graph
+from models.modeling_fedgraft import FedGraftForCausalLM
+from models.units import Unit, weight_count
+
+_ROUTING = ("router", "output_gain", "edge_gain", "edge_affinity")
+
+
+class GlobalCopy:
+    """The experts that ever moved, fp32, a file each, and one file with the routing, the graph, and the names of those.
+
+    The latter is replaced last and in one step, so that a process that dies leaves the version before. Experts are read
+    where they are needed (see ``models.mapped_experts``): nobody has to hold all of them.
+
+    Args:
+        folder: made on the first write.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._state = Path(folder) / "global.safetensors"
+        self._experts = Path(folder) / "experts"
+        self._files: dict[Unit, str] = {}
+        self._generation = 0
+
+    def read(self, unit: Unit) -> Tensor | None:
+        """Weights ``[3hd]`` fp32 of an expert; None where it never moved."""
+        if unit not in self._files:
+            return None
+        with safe_open(self._experts / self._files[unit], framework="pt") as file:
+            return file.get_tensor("weights")
+
+    def write(self, unit: Unit, weights: Tensor) -> None:
+        """Keep an expert's weights ``[3hd]``; they count from the next ``save`` on."""
+        name = f"{unit[0]}.{unit[1]}.{self._generation + 1}.safetensors"
+        write_checked(self._experts / name, {"weights": weights}, {})
+        self._files[unit] = name
+
+    def load(self, model: FedGraftForCausalLM) -> int:
+        """Bring a ``model`` that was just opened over this copy to the version on disk, which is returned.
+
+        Without files that are whole and fit the model, it stays as it is, at version 0.
+        """
+        self._files, self._generation = {}, 0
+        saved = read_checked(self._state)
+        if saved is None:
+            return 0
+        try:
+            graph, files, version, generation = _parse(*saved)
+            self._check(model, saved[0], graph, files)
+        except (KeyError, ValueError):
+            return 0
+        self._files, self._generation = files, generation
+        self._remove_others()
+        _write_routing(model, saved[0])
+        write_graph(model, graph)
+        return version
+
+    def save(self, model: FedGraftForCausalLM, version: int) -> None:
+        """Make what was written, and the model's routing and graph, the copy of this version."""
+        graph = read_graph(model)
+        tensors = {
+            f"{name}/{index}": getattr(layer, name).detach().float()
+            for index, layer in enumerate(model.expert_layers())
+            for name in _ROUTING
+        }
+        tensors |= {
+            f"mask/{index}": torch.from_numpy(mask.astype(np.uint8)) for index, mask in enumerate(graph.masks)
+        }
+        self._generation += 1
+        facts = {"version": version, "graph_version": graph.version, "generation": self._generation}
+        names = {f"{layer}.{expert}": name for (layer, expert), name in self._files.items()}
+        metadata = {key: str(value) for key, value in facts.items()} | {"experts": json.dumps(names)}
+        write_checked(self._state, tensors, metadata)
+        self._remove_others()
+
+    def forget(self) -> None:
+        """Drop the copy: the next load starts from the checkpoint."""
+        self._state.unlink(missing_ok=True)
+        self._files, self._generation = {}, 0
+        self._remove_others()
+
+    def _check(
+        self,
+        model: FedGraftForCausalLM,
+        tensors: Mapping[str, Tensor],
+        graph: ExpertGraph,
+        files: Mapping[Unit, str],
+    ) -> None:
+        """ValueError or KeyError for a copy of another model or with an expert that is damaged."""
+        layers = model.expert_layers()
+        if graph.num_experts != [layer.num_experts for layer in layers]:
+            raise ValueError("a copy of another graph")
+        for index, layer in enumerate(layers):
+            for name in _ROUTING:
+                if tensors[f"{name}/{index}"].shape != getattr(layer, name).shape:
+                    raise ValueError(f"{name} of layer {index} has another shape")
+        for (layer, expert), name in files.items():
+            saved = read_checked(self._experts / name)
+            if saved is None or saved[0]["weights"].numel() != weight_count(layers[layer]):
+                raise ValueError(f"expert {layer}.{expert} is damaged")
+
+    def _remove_others(self) -> None:
+        """Remove experts that no version needs: superseded ones, and those of a process that died."""
+        kept = set(self._files.values())
+        for path in self._experts.glob("*"):
+            if path.name not in kept:
+                path.unlink()
+
+
+def _parse(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> tuple[ExpertGraph, dict[Unit, str], int, int]:
+    """Graph, files of experts, version and generation; KeyError or ValueError for other contents."""
+    count = sum(name.startswith("mask/") for name in tensors)
+    masks = tuple(tensors[f"mask/{index}"].numpy().astype(np.bool_) for index in range(count))
+    names = json.loads(metadata["experts"])
+    files = {
+        (int(layer), int(expert)): name
+        for (layer, expert), name in ((k.split("."), v) for k, v in names.items())
+    }
+    graph = ExpertGraph(masks, int(metadata["graph_version"]))
+    return graph, files, int(metadata["version"]), int(metadata["generation"])
+
+
+@torch.no_grad()
+def _write_routing(model: FedGraftForCausalLM, tensors: Mapping[str, Tensor]) -> None:
+    for index, layer in enumerate(model.expert_layers()):
+        for name in _ROUTING:
+            getattr(layer, name).copy_(tensors[f"{name}/{index}"])
