@@ -166,6 +166,7 @@ class Participant:
             train=config.train,
             optimizer=config.optimizer,
             momentum=config.momentum,
+            gain_learning_rate=config.gain_learning_rate,
             schedule=config.schedule,
             warmup_steps=config.warmup_steps,
             first_step=(request.server_round - 1) * config.local_steps,

@@ -48,7 +48,7 @@ def run_federation(grid: Grid, config: RunConfig, *, run_id: int) -> dict:
     server = open_global_model(config)
     validation = server_text(config, server)
     log_dir = Path(config.log_dir) if config.log_dir else cache_folder() / "runs" / str(run_id)
-    observer = RunObserver(log_dir, config=config, server=server)
+    observer = RunObserver(log_dir, server=server)
     Federation(grid=grid, config=config, server=server, observer=observer, validation=validation).run()
     text = validation.input_ids if validation is not None else _sampled(server, config)
     observer.trace(call_trace(server.model, text, config.trace_tokens))

@@ -33,6 +33,6 @@ class EarlyStop:
         if self._without < self._rounds:
             return None
         return (
-            f"no held-out loss below {self._best:.4f} nats per token by more than {self._delta:g} "
+            f"the held-out loss did not fall by more than {self._delta:g} below {self._best:.4f} nats per token "
             f"in {self._without} rounds"
         )

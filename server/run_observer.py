@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from configs.output import finite, write_json
-from configs.schema import RunConfig
 from experts.graph import ExpertGraph
 from federated.messages import Reply, read_reply
 from federated.update import RefusedUpdate
@@ -30,13 +29,12 @@ class RunObserver:
 
     Args:
         log_dir: folder of the logs.
-        config: of the run.
         server: the global model, read only.
     """
 
-    def __init__(self, log_dir: Path, *, config: RunConfig, server: GlobalModel) -> None:
+    def __init__(self, log_dir: Path, *, server: GlobalModel) -> None:
         experts = server.graph.num_experts
-        self.log_dir, self._config, self._server = log_dir, config, server
+        self.log_dir, self._server = log_dir, server
         self._log = RunLog(log_dir, num_layers=len(experts), experts_per_layer=experts)
         (log_dir / SUMMARY_FILE).unlink(missing_ok=True)
         for folder in ("tensorboard", "checkpoints"):

@@ -19,6 +19,7 @@ RESULTS = {
     "bootstrap": {"out": "g", "perplexity": {"dense": 7.0, "75": SHARES, "50": SHARES, "25": SHARES}},
     "simulate": {
         "rounds": 1,
+        "stopped": None,
         "clients": [
             {
                 "name": "recipes",

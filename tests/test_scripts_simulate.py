@@ -14,7 +14,7 @@ from tests.command import assert_refused, run, tree
 from tests.tiny_federation import assert_run_succeeded, run_values, save_tiny_graph, write_texts
 
 SUMMARY = {
-    "rounds": 2,
+    "rounds": 2, "stopped": None,
     "clients": [
         {"name": "letters", "budget": 4, "perplexity_before": 9.5, "perplexity_after": 4.25,
          "perplexity_after_personal": None, "graph_hash": "ab" * 32},
@@ -215,6 +215,7 @@ def test_the_result_for_a_reader_is_a_table_and_what_was_written(place, simulati
     for words in ("letters", "9.50", "4.25", "2.0 kB", "10.0 kB (5 times less)", "edits: 3", "/out", "/logs"):
         assert words in outcome.out
     assert len(summary_lines({**SUMMARY, "out": ""})) == len(summary_lines(SUMMARY)) - 1
+    assert "stopped after round 2: no better" in summary_lines({**SUMMARY, "stopped": "no better"})
 
 
 def test_a_real_federation_on_flowers_simulation_engine(graph, tmp_path, capsys, monkeypatch):

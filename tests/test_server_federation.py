@@ -20,6 +20,7 @@ from federated.messages import RESEND, message_bytes, read_reply, read_request
 from federated.usage import unpack_usage
 from models.checkpoint import read_graph
 from models.llama_loader import load_graph
+from models.mapped_experts import open_mapped
 from models.perplexity import LossSum, evaluate_loss
 from server.federation import Federation
 from tests.fresh_process import FreshProcessApp
@@ -70,8 +71,9 @@ def run(config: RunConfig, *, faults=None, app=None, before=None) -> Run:
     copies: list[tuple[int, int, int, int, bool]] = []
 
     def compare(server_round: int, node: int) -> None:
-        copy = load_graph(config.graph, dtype=torch.float32)
-        version = ClientStore(client_folder_of(config, node)).load_global(copy)
+        kept = ClientStore(client_folder_of(config, node)).copy
+        copy = open_mapped(config.graph, kept)
+        version = kept.load(copy)
         server = federation.server
         copies.append((server_round, node, version, server.version, all_equal(copy, server.model)))
 
@@ -347,6 +349,47 @@ def test_a_merge_that_costs_too_much_is_not_made(graph, tmp_path, monkeypatch):
     assert {merge["gamma_hat"] for merge in seen.merges.values()} == {0.5}
     assert seen.summary["edits"] == 0 and seen.federation.server.graph.version == 0
     assert all(equal for *_, equal in seen.copies)
+
+
+def test_a_run_ends_when_the_held_out_loss_stops_falling(graph, tmp_path):
+    config = tiny_config(
+        graph, tmp_path, num_rounds=5, early_stop_rounds=2, early_stop_delta=100.0, rho_max=0
+    )
+    seen = run(config)
+    assert [row["stopped"] is None for row in seen.rounds] == [True, True, False]
+    assert seen.summary["rounds"] == 3 and seen.summary["stopped"] == seen.rounds[-1]["stopped"]
+    assert "100" in seen.summary["stopped"]
+    assert {server_round for server_round, *_ in seen.grid.sent} == {1, 2, 3, 4}
+    for client in seen.summary["clients"]:
+        assert client["perplexity_after"] < client["perplexity_before"]
+        assert (
+            client["perplexity_after_personal"] is None
+        )  # no client could know that this was the last round
+
+
+def test_a_last_round_without_a_better_loss_is_no_early_stop(graph, tmp_path):
+    seen = run(
+        tiny_config(graph, tmp_path, num_rounds=2, local_steps=1, early_stop_rounds=1, early_stop_delta=100.0)
+    )
+    assert seen.summary["stopped"] is None and seen.summary["rounds"] == 2
+    assert all(client["perplexity_after_personal"] for client in seen.summary["clients"])
+
+
+def test_a_round_whose_learning_rate_is_zero_changes_nothing(graph, tmp_path):
+    # The first step of a warm-up is taken with a learning rate of zero.
+    seen = run(tiny_config(graph, tmp_path, num_rounds=2, local_steps=1, warmup_steps=1, rho_max=0))
+    first, second = (row["perplexity"] for row in seen.rounds)
+    assert first == second
+    for client in seen.summary["clients"]:
+        assert client["perplexity_after"] < client["perplexity_before"]
+
+
+def test_routing_alone_can_train(graph, tmp_path):
+    seen = run(tiny_config(graph, tmp_path, num_rounds=1, train="routing", rho_max=0, value_bits=16))
+    before, after = load_graph(seen.config.graph, dtype=torch.float32), seen.federation.server.model
+    for old, new in zip(before.expert_layers(), after.expert_layers(), strict=True):
+        assert torch.equal(old.gate_up_proj, new.gate_up_proj) and torch.equal(old.down_proj, new.down_proj)
+        assert not torch.equal(old.output_gain, new.output_gain)
 
 
 def test_the_first_mask_lies_within_the_budget(graph, tmp_path):

@@ -59,6 +59,18 @@ def test_terminal_shows_which_round_is_under_way(tmp_path):
     assert "round 2 of 3  0:00" in out.file.getvalue()
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_run_that_stops_early_is_not_shown_as_under_way(tmp_path, terminal):
+    out = console(terminal=terminal)
+    make_log(tmp_path).round(replace(ROUND, stopped="no better"))
+    done = threading.Event()
+    threading.Timer(0.8, done.set).start()
+    follow_run(tmp_path, is_finished=done.is_set, num_rounds=3, console=out)
+    shown = out.file.getvalue()
+    assert ("finishing after round 1 of 1" if terminal else "stopped early: no better") in shown
+    assert "round 2" not in shown and shown.count("no better") <= 1
+
+
 def test_following_ends_with_its_body_also_on_an_error(tmp_path):
     seen = []
     with pytest.raises(RuntimeError), following(tmp_path, num_rounds=1, console=console(terminal=True)):

@@ -17,7 +17,7 @@ from server.global_model import GlobalModel
 from server.round_replies import check_replies
 from server.run_log import MergeRecord
 from server.run_observer import RunObserver, read_summary
-from tests.tiny_federation import all_equal, packed_change, random_change, save_tiny_graph, tiny_config
+from tests.tiny_federation import all_equal, packed_change, random_change, save_tiny_graph
 
 NUMBERS = {"examples": 3.0, "train-loss": 1.5, "density": 0.5, "valid-nll": 20.0, "valid-tokens": 10.0}
 CLIENT_KEYS = {
@@ -49,8 +49,8 @@ def log_dir(tmp_path) -> Path:
 
 
 @pytest.fixture
-def observer(graph, server, log_dir, tmp_path) -> RunObserver:
-    return RunObserver(log_dir, config=tiny_config(graph, tmp_path, num_rounds=2), server=server)
+def observer(server, log_dir) -> RunObserver:
+    return RunObserver(log_dir, server=server)
 
 
 def answer_of(server: GlobalModel, partition: int, numbers: dict | None = None, **changes) -> Answer:
@@ -77,12 +77,12 @@ def evaluated(server: GlobalModel, partition: int, nll: float, **changes) -> Ans
 
 
 def observe(
-    observer: RunObserver, server: GlobalModel, answers: dict[int, Answer], server_round: int = 1
+    observer: RunObserver, server: GlobalModel, answers: dict[int, Answer], server_round: int = 1, **facts
 ) -> dict:
     """Write a round and return its line."""
     usage = [np.ones((4, 4))] * 2
     replies = check_replies(answers, server)
-    observer.round(server_round, replies, answers, graph=server.graph, usage=usage, seconds=1.5)
+    observer.round(server_round, replies, answers, graph=server.graph, usage=usage, seconds=1.5, **facts)
     return json.loads((observer.log_dir / "rounds.jsonl").read_text().splitlines()[-1])
 
 
@@ -141,10 +141,11 @@ def test_the_summary_takes_everything_together(observer, server, log_dir):
     summary = observer.close(out="/some/where")
     assert summary == read_summary(log_dir)
     assert set(summary) == {
-        "rounds", "clients", "bytes_up", "bytes_down", "bytes_up_dense", "bytes_down_dense", "edits", "graph_hash",
+        "rounds", "stopped", "clients", "bytes_up", "bytes_down", "bytes_up_dense", "bytes_down_dense", "edits", "graph_hash",
         "out", "log_dir",
     }  # fmt: skip
     assert (summary["rounds"], summary["edits"], summary["out"]) == (2, 4, "/some/where")
+    assert summary["stopped"] is None
     assert (summary["bytes_up"], summary["bytes_down"]) == (2 * 21 + 2, 2 * 41 + 4)
     assert summary["bytes_up_dense"] == 4 * server.dense_bytes()
     assert summary["graph_hash"] == server.graph.digest() and summary["log_dir"] == str(log_dir)
@@ -155,6 +156,16 @@ def test_the_summary_takes_everything_together(observer, server, log_dir):
     assert first["perplexity_before"] == pytest.approx(math.exp(2.0))  # of the first round
     assert first["perplexity_after"] == pytest.approx(math.exp(0.3))
     assert first["perplexity_after_personal"] == pytest.approx(math.exp(0.5))
+
+
+def test_a_run_that_stops_early_says_why_and_counts_the_rounds_done(observer, server):
+    answers = {9: answer_of(server, 0)}
+    assert observe(observer, server, answers)["stopped"] is None
+    assert observe(observer, server, answers, 2, stopped="no better")["stopped"] == "no better"
+    observer.finish({9: evaluated(server, 0, 3.0)})
+    summary = observer.close(out="")
+    assert (summary["rounds"], summary["stopped"]) == (2, "no better")
+    assert summary["clients"][0]["perplexity_after_personal"] is None
 
 
 def test_an_answer_to_the_evaluation_that_is_no_good_is_left_out(observer, server):
@@ -194,13 +205,13 @@ def test_curves_text_pictures_and_histograms_reach_tensorboard(observer, server,
     assert "graph/edits/text_summary" in tags["tensors"]
 
 
-def test_a_new_run_replaces_the_files_of_an_earlier_one_and_no_others(graph, server, log_dir, tmp_path):
+def test_a_new_run_replaces_the_files_of_an_earlier_one_and_no_others(server, log_dir):
     log_dir.mkdir()
     stale = ["rounds.jsonl", "summary.json", "merge_round7.json", "tensorboard/old", "checkpoints/round-1/x"]
     for name in [*stale, "flower.log"]:
         (log_dir / name).parent.mkdir(parents=True, exist_ok=True)
         (log_dir / name).write_text("{}")
-    RunObserver(log_dir, config=tiny_config(graph, tmp_path), server=server)
+    RunObserver(log_dir, server=server)
     assert not any((log_dir / name).exists() for name in stale)
     assert (log_dir / "flower.log").read_text() == "{}"
     assert (log_dir / "cluster_stats.txt").read_text() == "how well the clusters separate\n"

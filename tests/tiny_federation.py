@@ -133,7 +133,7 @@ class TinyGrid(InProcessGrid):
 def tiny_federation(grid: TinyGrid, config: RunConfig) -> Federation:
     """The parts of ``server.app.run_federation``, so that a test can look at them while it runs."""
     server = open_global_model(config)
-    observer = RunObserver(Path(config.log_dir), config=config, server=server)
+    observer = RunObserver(Path(config.log_dir), server=server)
     validation = server_text(config, server)
     return Federation(grid=grid, config=config, server=server, observer=observer, validation=validation)
 
@@ -184,7 +184,7 @@ def all_equal(one: FedGraftForCausalLM, other: FedGraftForCausalLM) -> bool:
 def assert_run_succeeded(summary: dict[str, Any], *, logs: Path, out: Path, names: Sequence[str]) -> None:
     """A run went well, by its summary, its logs and its checkpoint."""
     assert set(summary) == {
-        "rounds", "clients", "bytes_up", "bytes_down", "bytes_up_dense", "bytes_down_dense", "edits", "graph_hash",
+        "rounds", "stopped", "clients", "bytes_up", "bytes_down", "bytes_up_dense", "bytes_down_dense", "edits", "graph_hash",
         "out", "log_dir",
     }  # fmt: skip
     assert (summary["out"], summary["log_dir"]) == (str(out), str(logs))
