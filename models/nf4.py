@@ -26,37 +26,29 @@ def compute_dtype(device: torch.device | str) -> torch.dtype:
 def quantised_linear(
     weight: Tensor, *, dtype: torch.dtype, device: torch.device | str, bias: Tensor | None = None
 ) -> nn.Linear:
-    """A frozen ``Linear4bit`` that holds ``weight [out, in]`` as NF4.
+    """A frozen ``NF4Linear`` that holds ``weight [out, in]`` as NF4.
 
     Args:
         weight: in any floating dtype, on any device; not kept.
         dtype: of the matrix product.
         device: where the layer lives.
-        bias: ``[out]``, kept as it is.
+        bias: ``[out]``, not kept.
     """
-    # Imported here: it takes seconds, and most runs quantise nothing.
-    from bitsandbytes.nn import Linear4bit, Params4bit
+    # Imported here and below: it takes seconds, and most runs quantise nothing.
+    from bitsandbytes.nn import Params4bit
 
-    layer = Linear4bit(
-        weight.shape[1], weight.shape[0], bias=False, compute_dtype=dtype, quant_type="nf4", device="meta"
-    )
-    values: Any = Params4bit(weight.detach(), requires_grad=False, quant_type="nf4", module=layer)
-    layer.weight = values.to(device)
-    layer.weight.quant_state.dtype = dtype  # of the dequantised weight in the backward pass
+    from models.nf4_linear import NF4Linear
+
+    values: Any = Params4bit(weight.detach(), requires_grad=False, quant_type="nf4")
     if bias is not None:
-        layer.bias = nn.Parameter(bias.detach().to(device, copy=True), requires_grad=False)
-    _keep_packing(layer)
-    return layer
+        bias = nn.Parameter(bias.detach().to(device, dtype, copy=True), requires_grad=False)
+    return NF4Linear(values.to(device), weight.shape, dtype, bias)
 
 
 def weight_of(linear: nn.Module) -> Tensor:
     """The weight ``[out, in]`` of a linear layer, under LoRA or not; dequantised where it is 4-bit."""
-    weight = base_of(linear).weight
-    if not is_quantised(linear):
-        return weight.detach()
-    from bitsandbytes.functional import dequantize_4bit
-
-    return dequantize_4bit(weight.data, weight.quant_state)
+    base = base_of(linear)
+    return base.dequantised() if is_quantised(base) else base.weight.detach()
 
 
 def is_quantised(linear: nn.Module) -> bool:
@@ -79,17 +71,14 @@ def quantisation_config(dtype: torch.dtype) -> BitsAndBytesConfig:
     )
 
 
-def keep_trainable(model: nn.Module) -> nn.Module:
-    """Let the 4-bit layers of a model be trained after they were evaluated, in place."""
+def replace_linear4bit(model: nn.Module) -> nn.Module:
+    """Turn the 4-bit layers that transformers loads into ``NF4Linear``, in place; the packed weights stay."""
     from bitsandbytes.nn import Linear4bit
 
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            _keep_packing(module)
+    from models.nf4_linear import NF4Linear
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Linear4bit) and not isinstance(module, NF4Linear):
+            shape = torch.Size([module.out_features, module.in_features])
+            model.set_submodule(name, NF4Linear(module.weight, shape, module.compute_dtype, module.bias))
     return model
-
-
-def _keep_packing(layer: Any) -> None:
-    # On CPUs with AVX512-BF16, evaluation would repack the weight for good: its scales rounded to bf16, no gradient
-    # to the layer's input from then on, and an assertion that fails unless 32 divides the output width.
-    layer.support_avx512bf16_for_cpu = False

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from bitsandbytes.nn import Linear4bit
 
 from models.attention import (
     add_to_attention,
@@ -14,6 +13,7 @@ from models.attention import (
     write_attention,
 )
 from models.checkpoint import cast_weights
+from models.nf4_linear import NF4Linear
 from tests.conftest import tiny_llama
 from tests.tiny_graphs import graph_of, logit_difference, random_ids
 
@@ -72,7 +72,7 @@ def test_attention_is_quantised_in_place():
     start = [read_attention(model, layer) for layer in range(2)]
     quantise_attention(model, torch.float32)
     for layer in range(2):
-        assert all(type(linear) is Linear4bit for linear in projections(model, layer))
+        assert all(type(linear) is NF4Linear for linear in projections(model, layer))
         assert attention_count(model, layer) == SIZE
         error = (read_attention(model, layer) - start[layer]).norm() / start[layer].norm()
         assert 0.05 < error < 0.12

@@ -1,0 +1,64 @@
+"""A 4-bit linear layer that computes the same on every device: bitsandbytes' own, but for two faults on CPUs."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit, Params4bit
+from torch import Tensor
+
+_BLOCK = 64  # entries that share a scale
+
+
+class NF4Linear(Linear4bit):
+    """``Linear4bit`` with a frozen NF4 weight.
+
+    On a CPU, bitsandbytes 0.50 unpacks the weight with the wrong scales where 64 does not divide its input width (the
+    scales belong to blocks of the flattened weight, its kernel starts a new block in every row); and, on CPUs with
+    AVX512-BF16, evaluation repacks the weight for good, after which no gradient reaches the layer's input. So there,
+    and wherever blocks and rows do not fit, this layer unpacks the flattened weight and multiplies itself.
+
+    Args:
+        weight: quantised.
+        shape: ``(out, in)`` of the weight.
+        dtype: of the matrix product.
+        bias: ``[out]``, or None.
+    """
+
+    def __init__(
+        self, weight: Params4bit, shape: torch.Size, dtype: torch.dtype, bias: torch.nn.Parameter | None
+    ):
+        super().__init__(shape[1], shape[0], bias=False, compute_dtype=dtype, quant_type="nf4", device="meta")
+        self.weight, self.quant_state = weight, weight.quant_state
+        self.register_parameter("bias", bias)
+        weight.module = self
+
+    def dequantised(self) -> Tensor:
+        """The weight ``[out, in]`` in the dtype of the matrix product."""
+        state = copy.copy(self.weight.quant_state)
+        rows = state.shape.numel() // _BLOCK if state.shape.numel() % _BLOCK == 0 else 1
+        state.shape, state.dtype = torch.Size([rows, state.shape.numel() // rows]), self.compute_dtype
+        return dequantize_4bit(self.weight.data, state).view(self.out_features, self.in_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., in] -> [..., out]``, in the dtype of ``x``; gradients reach ``x`` alone."""
+        if x.device.type != "cpu" and self.in_features % _BLOCK == 0:
+            return super().forward(x)
+        return _Product.apply(x.to(self.compute_dtype), self).to(x.dtype)
+
+
+class _Product(torch.autograd.Function):
+    """``x W^T + bias``, whose backward unpacks ``W`` again: between the passes only the packed weight is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: NF4Linear) -> Tensor:
+        ctx.layer = layer
+        return F.linear(x, layer.dequantised(), layer.bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad @ ctx.layer.dequantised().to(grad.dtype), None
