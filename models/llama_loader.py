@@ -27,7 +27,7 @@ from models.fingerprint import fingerprint as fingerprint
 from models.fingerprint import first_line
 from models.mapped_experts import open_mapped
 from models.modeling_fedgraft import FedGraftForCausalLM
-from models.nf4 import compute_dtype, keep_trainable, quantisation_config
+from models.nf4 import compute_dtype, quantisation_config, replace_linear4bit
 
 WEIGHT_PRECISIONS = ("fp32", "bf16", "nf4")
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -144,7 +144,7 @@ def _load(
             f"expected every weight that config.json describes in {source}, got none or another shape for {named}; "
             "the checkpoint is incomplete"
         )
-    return (keep_trainable(model) if precision == "nf4" else model.to(device)).eval()
+    return (replace_linear4bit(model) if precision == "nf4" else model.to(device)).eval()
 
 
 def _dtype_options(

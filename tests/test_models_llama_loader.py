@@ -14,7 +14,10 @@ from models.config_file import read_config
 from models.fingerprint import fingerprint
 from models.llama_loader import check_weights, load_causal_lm, load_dense, load_graph, load_tokenizer
 from models.modeling_fedgraft import FedGraftForCausalLM
+from models.nf4 import weight_of
+from models.nf4_linear import NF4Linear
 from tests.conftest import tiny_llama
+from tests.tiny_graphs import logit_difference, random_ids
 
 
 @pytest.fixture
@@ -165,3 +168,83 @@ def test_a_tokenizer_is_wanted_beside_the_model(tmp_path, damaged, tiny_llama_di
     assert "tokenizer" in refusal(load_tokenizer, damaged)
     (damaged / "tokenizer.json").write_text("{")
     assert "tokenizer" in refusal(load_tokenizer, damaged)
+
+
+@pytest.mark.parametrize("load", [load_dense, load_graph, load_causal_lm])
+@pytest.mark.parametrize("precision, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_a_precision_is_a_dtype(tiny_llama_dir, tiny_graph_dir, load, precision, dtype):
+    model = load(str(tiny_llama_dir if load is load_dense else tiny_graph_dir), precision=precision)
+    exact = ("router", "edge_gain", "edge_affinity", "output_gain")
+    assert {value.dtype for name, value in model.named_parameters() if not name.endswith(exact)} == {dtype}
+    assert all(
+        value.dtype == torch.float32 for name, value in model.named_parameters() if name.endswith(exact)
+    )
+
+
+def four_bit(model) -> set[str]:
+    return {name for name, module in model.named_modules() if isinstance(module, NF4Linear)}
+
+
+def dequantised(model) -> dict[str, torch.Tensor]:
+    """The state of a dense 4-bit model, its weights dequantised."""
+    packed = {f"{name}.weight": weight_of(model.get_submodule(name)) for name in four_bit(model)}
+    return {
+        name: packed.get(name, value) for name, value in model.state_dict().items() if "weight." not in name
+    }
+
+
+@pytest.mark.parametrize("load", [load_dense, load_causal_lm])
+def test_a_dense_model_in_four_bits(tmp_path, load):
+    # 96 is no multiple of the 64 entries that share a scale, 16 rows of keys and values none of 32.
+    dense = tiny_llama(intermediate_size=96)
+    dense.save_pretrained(tmp_path)
+    model = load(str(tmp_path), precision="nf4", dtype=torch.float32)
+    assert len(four_bit(model)) == 2 * 7 and not model.training
+    assert not any("lm_head" in name for name in four_bit(model))
+    ids = random_ids(model)
+    assert logit_difference(model, dense, ids) > 1e-2
+    error = (
+        weight_of(model.model.layers[0].mlp.down_proj) - dense.model.layers[0].mlp.down_proj.weight
+    ).norm()
+    assert error < 0.1 * dense.model.layers[0].mlp.down_proj.weight.norm()
+    dense.load_state_dict(dequantised(model))
+    assert logit_difference(model, dense, ids) < 1e-4
+
+
+def test_a_dense_model_in_four_bits_names_what_is_missing(damaged):
+    tensors = load_file(damaged / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, damaged / "model.safetensors", metadata={"format": "pt"})
+    assert "model.layers.1.mlp.up_proj.weight" in refusal(lambda s: load_dense(s, precision="nf4"), damaged)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_graph_in_four_bits(tiny_graph_dir, dtype):
+    model, graph = load_graph(str(tiny_graph_dir), precision="nf4", dtype=dtype), load_graph(
+        str(tiny_graph_dir)
+    )
+    assert type(model) is FedGraftForCausalLM and not model.training
+    assert len(four_bit(model)) == 2 * (4 * 2 + 4)
+    assert model.model.embed_tokens.weight.dtype == dtype
+    layer = model.expert_layers()[0]
+    assert layer.router.dtype == torch.float32 and layer.gate_up_proj.numel() == 0
+    for one, other in zip(layer.read_expert(1), graph.expert_layers()[0].read_expert(1), strict=True):
+        assert (one - other).norm() < 0.12 * other.norm()
+    assert torch.isfinite(model(input_ids=random_ids(graph)).logits).all()
+    assert load_causal_lm(str(tiny_graph_dir), precision="nf4").expert_layers()[1].storage.held == [
+        0,
+        1,
+        2,
+        3,
+    ]
+
+
+def test_what_four_bits_compute_in_suits_the_device(monkeypatch, tiny_graph_dir):
+    monkeypatch.setattr("models.llama_loader.compute_dtype", lambda device: torch.bfloat16)
+    assert load_graph(str(tiny_graph_dir), precision="nf4").expert_layers()[0].storage.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("precision", ["int8", "nf", ""])
+def test_a_precision_that_is_not_known(tiny_llama_dir, tiny_graph_dir, precision):
+    for load, source in ((load_dense, tiny_llama_dir), (load_graph, tiny_graph_dir)):
+        assert "fp32, bf16, nf4" in refusal(lambda s, load=load: load(s, precision=precision), source)
