@@ -67,15 +67,17 @@ def make_schedule(
     Args:
         optimizer: fresh.
         name: one of ``SCHEDULES``.
-        warmup_steps: steps of the run in which the rate rises from 0.
+        warmup_steps: steps of the run before the one that first has the full rate.
         first_step: steps of the run before these.
         total_steps: steps of the run, after which linear and cosine reach 0.
     """
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]  # a schedule that starts at a later step asks for it
-    last = first_step - 1
+    # One step into schedules one step longer: their first warm-up step has a rate of zero, and a client that takes no
+    # other step in its round would have trained for nothing.
+    warmup, total = warmup_steps + 1, total_steps + 1
     if name == "linear":
-        return get_linear_schedule_with_warmup(optimizer, warmup_steps, total_steps, last_epoch=last)
+        return get_linear_schedule_with_warmup(optimizer, warmup, total, last_epoch=first_step)
     if name == "cosine":
-        return get_cosine_schedule_with_warmup(optimizer, warmup_steps, total_steps, last_epoch=last)
-    return get_constant_schedule_with_warmup(optimizer, warmup_steps, last_epoch=last)
+        return get_cosine_schedule_with_warmup(optimizer, warmup, total, last_epoch=first_step)
+    return get_constant_schedule_with_warmup(optimizer, warmup, last_epoch=first_step)

@@ -44,7 +44,7 @@ class LocalTraining:
         momentum: of sgd.
         gain_learning_rate: of ``GAINS``, as a multiple of ``learning_rate``.
         schedule: ``constant``, ``linear`` or ``cosine``.
-        warmup_steps: steps of the run in which the learning rate rises from 0.
+        warmup_steps: steps of the run before the one that first has the full learning rate.
         first_step: steps of the run before these.
         total_steps: steps of the run; 0 where these are its last.
         accumulation_steps: batches per optimizer step.

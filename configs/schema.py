@@ -118,7 +118,7 @@ class RunConfig(BaseModel):
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Learning rate over all rounds: constant, linear or cosine; the latter two fall to 0."""
     warmup_steps: Whole = 0
-    """Optimizer steps, from the first of the run, in which the learning rate rises from 0."""
+    """Optimizer steps, from the first of the run, in which the learning rate rises to its full height."""
     max_grad_norm: NonNegative = 1.0
     """Gradient norm a step is clipped to; 0: no clipping."""
     gradient_checkpointing: bool = False
