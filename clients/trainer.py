@@ -21,7 +21,8 @@ from models.router_losses import Routing, collect_routing, router_loss
 from models.settings import checkpointing, residents
 from models.units import Unit, read_unit, unit_sizes, write_unit
 
-# The parameters of a layer that decide where tokens go and what passes; all others are its experts.
+# The parameters of a layer: the experts' own, and those that decide where tokens go and what passes.
+MATRICES = ("gate_up_proj", "down_proj")
 ROUTING = ("router", "edge_gain", "edge_affinity", "output_gain")
 # Those that start at zero and scale outputs. One number stands for a whole vector, so it may move faster than weights.
 GAINS = ("edge_gain", "output_gain")
@@ -130,22 +131,23 @@ def resident_units(model: FedGraftForCausalLM) -> list[Unit]:
 
 
 def expert_parameters(model: FedGraftForCausalLM, train: str = "all") -> list[nn.Parameter]:
-    """The parameters of the expert graphs that train; all others of the model are frozen by this call.
+    """The parameters that train; all others of the model are frozen by this call.
+
+    Where the model carries LoRA factors, on experts and maybe attention, these train in place of the experts' matrices.
 
     Args:
         model: its ``requires_grad`` flags are set.
         train: ``all``, ``experts`` (all but ``ROUTING``) or ``routing``.
     """
     model.requires_grad_(False)
-    parameters = [
-        parameter
-        for layer in model.expert_layers()
-        for name, parameter in layer.named_parameters()
-        if parameter.is_floating_point() and (train == "all" or (name in ROUTING) == (train == "routing"))
-    ]
-    for parameter in parameters:
+    named = [item for layer in model.expert_layers() for item in layer.named_parameters()]
+    routing = [parameter for name, parameter in named if name in ROUTING]
+    matrices = [parameter for name, parameter in named if name in MATRICES]
+    factors = [parameter for name, parameter in model.named_parameters() if ".lora_" in name]
+    chosen = {"all": [*(factors or matrices), *routing], "experts": factors or matrices, "routing": routing}
+    for parameter in chosen[train]:
         parameter.requires_grad_(True)
-    return parameters
+    return chosen[train]
 
 
 def _take_steps(
@@ -153,7 +155,7 @@ def _take_steps(
 ) -> tuple[list[float], int]:
     """Losses of the optimizer steps, and the tokens they were taken on."""
     parameters = expert_parameters(model, training.train)
-    optimizer, schedule = _optimisation(_groups(model, training), training)
+    optimizer, schedule = _optimisation(_groups(model, parameters, training), training)
     losses, tokens = [], 0
     model.train()
     with _collecting(model, training) as routings, _checkpointing(model, training):
@@ -171,15 +173,18 @@ def _take_steps(
     return losses, tokens
 
 
-def _groups(model: FedGraftForCausalLM, training: LocalTraining) -> list[dict[str, Any]]:
+def _groups(
+    model: FedGraftForCausalLM, parameters: Sequence[nn.Parameter], training: LocalTraining
+) -> list[dict[str, Any]]:
     """What trains, gains apart from the rest, each with its learning rate."""
-    named = [item for layer in model.expert_layers() for item in layer.named_parameters()]
-    gains = [parameter for name, parameter in named if name in GAINS and parameter.requires_grad]
-    others = [parameter for name, parameter in named if name not in GAINS and parameter.requires_grad]
+    gains = {id(getattr(layer, name)) for layer in model.expert_layers() for name in GAINS}
     rate = training.learning_rate
     groups = [
-        {"params": others, "lr": rate},
-        {"params": gains, "lr": rate * training.gain_learning_rate},
+        {"params": [each for each in parameters if id(each) not in gains], "lr": rate},
+        {
+            "params": [each for each in parameters if id(each) in gains],
+            "lr": rate * training.gain_learning_rate,
+        },
     ]
     return [group for group in groups if group["params"]]
 

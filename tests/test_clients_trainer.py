@@ -8,7 +8,12 @@ import torch
 
 from clients.trainer import LocalTraining, expert_parameters, resident_units, train_locally
 from configs.errors import UserError
-from models.settings import set_residents
+from federated.usage import UsageCounter
+from models.checkpoint import read_graph
+from models.expert_modules import materialise_modules
+from models.lora import attach_lora
+from models.router_losses import collect_routing, load_balance_loss, router_loss
+from models.settings import residents, set_residents
 from models.units import read_unit, unit_sizes
 from tests.tiny_graphs import graph_of, random_ids, with_random_gains
 
@@ -169,3 +174,193 @@ def test_expert_parameters_freeze_all_others(model):
     assert {id(p) for p in parameters} == {id(p) for p in model.parameters() if p.requires_grad}
     assert {name.split(".")[3] for name, p in model.named_parameters() if p.requires_grad} == {"mlp"}
     assert not model.training
+
+
+ROUTING_NAMES = {"router", "edge_gain", "edge_affinity", "output_gain"}
+MATRIX_NAMES = {"gate_up_proj", "down_proj"}
+
+
+@pytest.mark.parametrize(
+    ("part", "names"),
+    [("all", ROUTING_NAMES | MATRIX_NAMES), ("experts", MATRIX_NAMES), ("routing", ROUTING_NAMES)],
+)
+def test_only_the_part_that_trains_moves_or_has_a_gradient_or_optimizer_state(
+    model, ids, part, names, monkeypatch
+):
+    held, step = [], torch.optim.AdamW.step
+
+    def watch(self, *_):
+        step(self)
+        named = {id(p): name.rpartition(".")[2] for name, p in model.named_parameters()}
+        held.append({named[id(p)] for p in self.state})
+        held.append({name.rpartition(".")[2] for name, p in model.named_parameters() if p.grad is not None})
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watch)
+    before = copy.deepcopy(model.state_dict())
+    train(model, ids, steps=2, train=part)
+    assert held == [names] * 4
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert {name.rpartition(".")[2] for name in moved} == names
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_gains_have_a_learning_rate_of_their_own(ids):
+    moved = {}
+    for factor in (1.0, 5.0):
+        graph = with_held()
+        before = copy.deepcopy(graph.state_dict())
+        train(graph, ids, steps=1, gain_learning_rate=factor, max_grad_norm=0.0)
+        moved[factor] = {
+            name.rpartition(".")[2]: (value - before[name]).abs().max().item()
+            for name, value in graph.state_dict().items()
+            if ".layers.0.mlp." in name and value.is_floating_point()
+        }
+    for name, change in moved[1.0].items():
+        expected = 5.0 if name in ("edge_gain", "output_gain") else 1.0
+        assert moved[5.0][name] == pytest.approx(expected * change, rel=1e-3)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "sgd"])
+def test_every_optimizer_learns(model, ids, optimizer):
+    rate = 0.5 if optimizer == "sgd" else 0.01
+    losses = train(model, ids, steps=20, optimizer=optimizer, learning_rate=rate).losses
+    assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "sgd"])
+def test_no_optimizer_moves_what_is_not_held(model, ids, optimizer):
+    before = vectors(model)
+    train(model, ids, optimizer=optimizer)
+    assert all(torch.equal(v, before[unit]) for unit, v in vectors(model).items() if unit not in TRAINED)
+
+
+def test_a_schedule_spans_the_rounds(ids):
+    """Two rounds of sgd without momentum, which has no state, are one run of twice the steps."""
+    options = {
+        "optimizer": "sgd",
+        "momentum": 0.0,
+        "learning_rate": 0.2,
+        "schedule": "cosine",
+        "warmup_steps": 2,
+    }
+    whole, halves = with_held(), with_held()
+    train(whole, ids, steps=6, total_steps=6, **options)
+    for first in (0, 3):
+        train(halves, ids, steps=3, first_step=first, total_steps=6, **options)
+    for unit, vector in vectors(whole).items():
+        torch.testing.assert_close(vectors(halves)[unit], vector)
+
+
+def test_a_schedule_that_has_ended_changes_nothing(model, ids):
+    result = train(model, ids, schedule="linear", first_step=6, total_steps=6)
+    assert not any(delta.any() for delta in result.deltas.values())
+
+
+@pytest.mark.parametrize("labelled", [15, 3])
+def test_accumulated_batches_are_one_larger_batch(ids, labelled):
+    labels = ids.clone()
+    labels[2:, labelled + 1 :] = -100  # batches that predict fewer tokens weigh less
+    one, two = with_held(), with_held()
+    large = train(one, ids, labels=labels, steps=2)
+    halves = [(ids[:2], labels[:2]), (ids[2:], labels[2:])] * 2
+    training = LocalTraining(steps=2, learning_rate=0.01, autocast=False, accumulation_steps=2)
+    small = train_locally(two, iter(halves), training)
+    assert small.losses == pytest.approx(large.losses, rel=1e-5) and small.tokens == large.tokens
+    for unit in TRAINED:
+        torch.testing.assert_close(small.deltas[unit], large.deltas[unit], atol=2e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_checkpointed_layers_learn_the_same_and_are_counted_once(ids, autocast):
+    counts, results, models = [], [], []
+    for checkpointing in (False, True):
+        graph = with_held()
+        counter = UsageCounter(read_graph(graph).masks)
+        with counter.counting(graph):
+            results.append(
+                train(
+                    graph,
+                    ids,
+                    gradient_checkpointing=checkpointing,
+                    load_balance_weight=0.1,
+                    z_loss_weight=0.1,
+                    autocast=autocast,
+                )
+            )
+        counts.append(counter.counts())
+        models.append(graph)
+    assert results[0].losses == results[1].losses
+    for unit in TRAINED:
+        assert torch.equal(results[0].deltas[unit], results[1].deltas[unit])
+    assert all((one == other).all() and one.any() for one, other in zip(*counts, strict=True))
+    again = models[1]
+    assert not again.is_activation_checkpointing and all(
+        layer.observers == [] for layer in again.expert_layers()
+    )
+    assert not getattr(again, "_require_grads_hooks", None)
+
+
+def test_checkpointing_keeps_fewer_activations(ids):
+    kept = []
+    for checkpointing in (False, True):
+        sizes: list[int] = []
+
+        def keep(tensor, sizes=sizes):
+            sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            train(with_held(), ids, steps=1, gradient_checkpointing=checkpointing)
+        kept.append(sum(sizes))
+    assert kept[1] < kept[0]
+
+
+def test_router_losses_are_added_to_what_is_descended_but_not_to_what_is_reported(ids):
+    plain = train(with_held(), ids, steps=1)
+    weighted = train(with_held(), ids, steps=1, z_loss_weight=0.5)
+    assert weighted.losses == plain.losses
+    graph = with_held()
+    parameters = expert_parameters(graph)
+    with collect_routing(graph) as routings:
+        loss = graph(input_ids=ids, labels=ids).loss
+        (loss + router_loss(routings, z_loss_weight=0.5)).backward()
+    expected = {id(p): p.grad for p in parameters if p.grad is not None}
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimizer.step()
+    mine = with_held()
+    options = {"optimizer": "sgd", "momentum": 0.0, "learning_rate": 0.1, "z_loss_weight": 0.5}
+    train(mine, ids, steps=1, **options)
+    assert expected
+    for unit, vector in vectors(graph).items():
+        torch.testing.assert_close(vectors(mine)[unit], vector)
+
+
+def test_the_load_balance_loss_spreads_the_load(ids):
+    balances = []
+    for weight in (0.0, 5.0):
+        graph = graph_of(num_experts=8, visits=2)
+        train(graph, ids, steps=30, load_balance_weight=weight, train="routing")
+        with torch.no_grad(), collect_routing(graph) as routings:
+            graph(input_ids=ids, use_cache=False)
+        balances.append(sum(float(load_balance_loss(routing)) for routing in routings))
+    assert balances[1] < balances[0]
+
+
+def test_a_gradient_that_is_not_finite_is_the_users_affair(model, ids, monkeypatch):
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(float("inf")))
+    with pytest.raises(UserError, match="finite gradient.*lower learning-rate"):
+        train(model, ids)
+
+
+def test_lora_factors_train_in_place_of_the_matrices(ids):
+    graph = with_random_gains(graph_of(visits=2))
+    materialise_modules(graph, residents(graph), kind="plain", dtype=torch.float32)
+    factors = attach_lora(graph, rank=2, alpha=4.0, attention=True)
+    chosen = {id(parameter) for parameter in expert_parameters(graph)}
+    assert chosen == {id(parameter) for parameter in factors}
+    assert not {id(p) for p in expert_parameters(graph, "routing")} - chosen
+    names = {name for name, p in graph.named_parameters() if p.requires_grad}
+    assert {name.rpartition(".")[2] for name in names} == ROUTING_NAMES
+    expert_parameters(graph, "experts")
+    assert all(".lora_" in name for name, p in graph.named_parameters() if p.requires_grad)
