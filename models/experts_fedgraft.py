@@ -5,7 +5,7 @@ Shape suffixes: T tokens, D hidden width, E experts, K visits per token, H neuro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import torch
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
+from .execution_fedgraft import FusedExperts, Visits, find_links, gated, run_visits, sort_visits
 from .routing_fedgraft import Walk, walk_graph
 
 
@@ -47,8 +48,8 @@ class ExpertGraphMLP(nn.Module):
         resident: bool ``[E]`` on the layer's device, the experts that may be visited; None for all.
         residency_gate: ``[E]``, or None. While a mask is learned: multiplies each expert's output and lets every token
             also compute its best non-resident expert, so that both sides of the budget receive a gradient.
-        observers: called in turn with ``(layer, scores [T, E], walk, output_weights [T, K])`` in each forward. The scores
-            carry their gradient, for losses on them.
+        observers: called in turn with ``(layer, scores [T, E], walk, output_weights [T, K])`` in each forward. The
+            scores carry their gradient, for losses on them.
     """
 
     def __init__(
@@ -172,45 +173,30 @@ class ExpertGraphMLP(nn.Module):
 
     def _execute(self, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """Weighted sum of the visited experts' outputs, ``[T, D]``."""
-        order_N, counts = _by_expert(experts_TK, self.num_experts)
-        tokens = (order_N // experts_TK.shape[-1]).split(counts)
-        outputs_ND = torch.cat(self._run_in_order(x_TD, tokens))
-        weighted_ND = outputs_ND * weights_TK.flatten()[order_N, None].to(outputs_ND.dtype)
-        # A place for every visit, then a sum over places: unlike atomic additions the result is the same every time.
-        places = weighted_ND.new_zeros(experts_TK.numel(), x_TD.shape[-1]).index_copy(0, order_N, weighted_ND)
-        return places.view(*experts_TK.shape, x_TD.shape[-1]).sum(1).to(x_TD.dtype)
-
-    def _run_in_order(self, x_TD: Tensor, tokens: Sequence[Tensor]) -> list[Tensor]:
-        """Outputs of each expert for the tokens that visit it, ``[N_e, D]``.
-
-        Index order is a topological order: when an expert runs, all that could pass something to it have run. Measured
-        on a CPU this beats one step per link of the longest chain, which runs each expert many times on few rows.
-        """
-        parents = self._passing_parents()
-        run = self._runners()
-        outputs: list[Tensor] = []
-        rows = {source: _rows_of(tokens[source], len(x_TD)) for sources in parents for source in sources}
-        for expert, visitors in enumerate(tokens):
-            inputs_ND = x_TD[visitors]
-            for source in parents[expert]:
-                row_N = rows[source][visitors]
-                both_N = (row_N >= 0).nonzero().flatten()
-                passed_ND = self.edge_gain[source, expert] * outputs[source][row_N[both_N]]
-                inputs_ND = inputs_ND.index_add(0, both_N, passed_ND.to(inputs_ND.dtype))
-            outputs.append(run(expert, inputs_ND) if len(visitors) else inputs_ND)
-        return outputs
-
-    def _runners(self) -> Callable[[int, Tensor], Tensor]:
-        """What runs an expert on its rows: the storage, or the fused weights."""
+        visits = sort_visits(experts_TK, self.num_experts)
+        links = find_links(visits, self._passing_edges(), len(x_TD))
         if self.storage is not None:
-            return self.storage.run
-        # One unbind: the gradient of each single row taken by index would be a tensor of the whole size.
-        rows = zip(self.gate_up_proj.unbind(), self.down_proj.unbind(), strict=True)
-        weights = dict(zip(self.held, rows, strict=True))
-        return lambda expert, rows_ND: gated_ffn(self.act_fn, rows_ND, *weights[expert])
+            return run_visits(x_TD, weights_TK, self.edge_gain, visits, links, self.storage.run)
+        self._check_held(visits)
+        return FusedExperts.apply(
+            x_TD,
+            weights_TK,
+            self.edge_gain,
+            self.gate_up_proj,
+            self.down_proj,
+            visits,
+            links,
+            self.act_fn,
+            self.held,
+        )
 
-    def _passing_parents(self) -> list[list[int]]:
-        """For each expert, those that pass something to it.
+    def _check_held(self, visits: Visits) -> None:
+        for expert, tokens in enumerate(visits.tokens):
+            if len(tokens):
+                self._row(expert)
+
+    def _passing_edges(self) -> Tensor:
+        """The edges ``[E, E]`` that may pass something.
 
         Edges whose gain is zero count while gains are trained: otherwise they could never leave zero.
         """
@@ -219,24 +205,9 @@ class ExpertGraphMLP(nn.Module):
             edges_EE = edges_EE & self.resident & self.resident[:, None]
         if not (self.edge_gain.requires_grad and torch.is_grad_enabled()):
             edges_EE = edges_EE & (self.edge_gain != 0)
-        return [[p for p, passes in enumerate(column) if passes] for column in edges_EE.T.tolist()]
+        return edges_EE
 
 
 def gated_ffn(act_fn: nn.Module, rows_ND: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """Output ``[N, D]`` of one expert: ``down(act(gate x) * up x)``."""
-    gate_NH, up_NH = F.linear(rows_ND, gate_up).chunk(2, -1)
-    return F.linear(act_fn(gate_NH) * up_NH, down)
-
-
-def _by_expert(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, list[int]]:
-    """Visits (indices into the flattened ``[T, K]``) sorted by expert, and how many each expert has."""
-    flat = experts_TK.flatten() + 1  # 0: a visit that is not made
-    unmade, *counts = torch.bincount(flat, minlength=num_experts + 1).tolist()
-    return flat.argsort(stable=True)[unmade:], counts
-
-
-def _rows_of(tokens_N: Tensor, num_tokens: int) -> Tensor:
-    """For every token its row among ``tokens_N``, ``[T]``; -1 where it is not there."""
-    rows_T = torch.full((num_tokens,), -1, device=tokens_N.device)
-    rows_T[tokens_N] = torch.arange(len(tokens_N), device=tokens_N.device)
-    return rows_T
+    return F.linear(gated(act_fn, F.linear(rows_ND, gate_up)), down)

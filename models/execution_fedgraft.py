@@ -1,0 +1,243 @@
+"""Running the experts that tokens visit: each expert once, in index order, on the rows of its own tokens only.
+
+Index order is a topological order of the graph: when an expert runs, all that could pass something to it have run.
+
+Shape suffixes: T tokens, D hidden width, E experts, K visits per token, H neurons per expert, N (token, visit) pairs,
+of which an expert has its own ``N_e``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+class Visits(NamedTuple):
+    """The visits of all tokens, sorted by expert.
+
+    Attributes:
+        places: per expert, positions of its visits in the flattened ``[T, K]``, ascending.
+        tokens: per expert, the tokens that visit it, ascending.
+    """
+
+    places: Sequence[Tensor]
+    tokens: Sequence[Tensor]
+
+
+class Link(NamedTuple):
+    """An edge along which at least one token passes information.
+
+    Attributes:
+        source: expert that passes its output.
+        target: expert that receives it.
+        source_rows: rows among the source's tokens, of the tokens that visit both.
+        target_rows: rows of the same tokens among the target's.
+    """
+
+    source: int
+    target: int
+    source_rows: Tensor
+    target_rows: Tensor
+
+
+def sort_visits(experts_TK: Tensor, num_experts: int) -> Visits:
+    """Sort visits by expert; ``-1`` in ``experts_TK`` marks a visit that is not made."""
+    flat = experts_TK.flatten() + 1
+    unmade, *counts = torch.bincount(flat, minlength=num_experts + 1).tolist()
+    places_N = flat.argsort(stable=True)[unmade:]
+    return Visits(places_N.split(counts), (places_N // experts_TK.shape[-1]).split(counts))
+
+
+def find_links(visits: Visits, edges_EE: Tensor, num_tokens: int) -> list[Link]:
+    """The edges (bool, strictly upper-triangular) that join two experts of the same token, by source, then target."""
+    edges = edges_EE.nonzero()
+    if not len(edges):
+        return []
+    rows_ET = torch.full((len(edges_EE), num_tokens), -1, device=edges_EE.device)
+    for expert, tokens in enumerate(visits.tokens):
+        rows_ET[expert, tokens] = torch.arange(len(tokens), device=tokens.device)
+    sources_LT, targets_LT = rows_ET[edges[:, 0]], rows_ET[edges[:, 1]]
+    joined_LT = (sources_LT >= 0) & (targets_LT >= 0)
+    counts = joined_LT.sum(-1).tolist()
+    rows = zip(sources_LT[joined_LT].split(counts), targets_LT[joined_LT].split(counts), strict=True)
+    return [
+        Link(*edge, *both) for edge, both, count in zip(edges.tolist(), rows, counts, strict=True) if count
+    ]
+
+
+def run_visits(
+    x_TD: Tensor,
+    weights_TK: Tensor,
+    edge_gain_EE: Tensor,
+    visits: Visits,
+    links: Sequence[Link],
+    run: Callable[[int, Tensor], Tensor],
+) -> Tensor:
+    """Weighted sum of the outputs of the visited experts, ``[T, D]``, whatever runs an expert.
+
+    Args:
+        x_TD: input of the layer.
+        weights_TK: output weight of each visit.
+        edge_gain_EE: what an edge passes of its source's output.
+        visits: as ``sort_visits`` gives them.
+        links: as ``find_links`` gives them.
+        run: from an expert and its rows ``[N_e, D]`` to their outputs.
+    """
+    outputs: dict[int, Tensor] = {}
+    result_TD = torch.zeros_like(x_TD)
+    for expert, (places, tokens) in enumerate(zip(*visits, strict=True)):
+        if not len(tokens):
+            continue
+        rows_ND = x_TD[tokens]
+        for link in _into(links, expert):
+            passed_ND = edge_gain_EE[link.source, expert] * outputs[link.source][link.source_rows]
+            rows_ND = rows_ND.index_add(0, link.target_rows, passed_ND.to(rows_ND.dtype))
+        outputs[expert] = run(expert, rows_ND)
+        weighted_ND = weights_TK.flatten()[places, None] * outputs[expert]
+        # Each token is at most once among the rows of an expert, so that the sums have one order on every device.
+        result_TD = result_TD.index_add(0, tokens, weighted_ND.to(x_TD.dtype))
+    return result_TD
+
+
+class FusedExperts(torch.autograd.Function):
+    """``run_visits`` for experts in fused tensors, with a backward pass of its own.
+
+    Apply to ``(x_TD, weights_TK, edge_gain_EE, gate_up_RHD, down_RDH, visits, links, act_fn, held)``, where row r of
+    the fused tensors is expert ``held[r]``. No tensor of all ``[N, D]`` is ever moved, only the rows of one expert at a
+    time, and the gradients of the matrices are computed in place.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_TD, weights_TK, edge_gain_EE, gate_up_RHD, down_RDH, visits, links, act_fn, held):
+        dtype, gains = _compute_dtype(x_TD), edge_gain_EE.tolist() if links else []
+        result_TD, weights, runs = torch.zeros_like(x_TD), weights_TK.flatten(), {}
+        with torch.autocast(x_TD.device.type, enabled=False):
+            for row, expert in _visited(held, visits):
+                rows_ND = x_TD.index_select(0, visits.tokens[expert]).to(dtype)
+                for link in _into(links, expert):
+                    passed_ND = runs[link.source].output.index_select(0, link.source_rows)
+                    rows_ND.index_add_(0, link.target_rows, passed_ND, alpha=gains[link.source][expert])
+                gate_up_NH = rows_ND @ gate_up_RHD[row].to(dtype).T
+                output_ND = gated(act_fn, gate_up_NH) @ down_RDH[row].to(dtype).T
+                runs[expert] = _Run(rows_ND, gate_up_NH, output_ND)
+                weighted_ND = output_ND * weights[visits.places[expert], None]
+                result_TD.index_add_(0, visits.tokens[expert], weighted_ND.to(x_TD.dtype))
+        ctx.plan, ctx.gains, ctx.experts = (visits, links, act_fn, held), gains, list(runs)
+        kept = [tensor for run in runs.values() for tensor in run]
+        ctx.save_for_backward(weights_TK, edge_gain_EE, gate_up_RHD, down_RDH, *kept)
+        return result_TD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_result_TD: Tensor):
+        visits, links, _, held = ctx.plan
+        back, d_x_TD, d_inputs = _BackwardPass(ctx, d_result_TD), torch.zeros_like(d_result_TD), {}
+        for row, expert in reversed(_visited(held, visits)):
+            d_output_ND = back.through_output_weight(expert)
+            for link in links:
+                if link.source == expert:
+                    back.through_link(link, d_inputs[link.target], d_output_ND)
+            d_inputs[expert] = back.through_ffn(row, expert, d_output_ND)
+            d_x_TD.index_add_(0, visits.tokens[expert], d_inputs[expert].to(d_x_TD.dtype))
+        return (d_x_TD, back.d_weights, back.d_gain, back.d_gate_up, back.d_down) + (None,) * 4
+
+
+class _Run(NamedTuple):
+    """What the backward pass needs of an expert: input ``[N_e, D]``, gate and up ``[N_e, 2H]``, output ``[N_e, D]``."""
+
+    rows: Tensor
+    gate_up: Tensor
+    output: Tensor
+
+
+class _BackwardPass:
+    """Gradients of ``FusedExperts`` while experts are gone through from the last to the first.
+
+    ``d_weights``, ``d_gain``, ``d_gate_up`` and ``d_down`` are None where no gradient is asked for.
+    """
+
+    def __init__(self, ctx: Any, d_result_TD: Tensor) -> None:
+        weights_TK, edge_gain_EE, self._gate_up, self._down, *kept = ctx.saved_tensors
+        self._runs = {
+            expert: _Run(*kept[3 * index : 3 * index + 3]) for index, expert in enumerate(ctx.experts)
+        }
+        self._visits, _, self._act_fn, held = ctx.plan
+        self._gains, self._weights, self._d_result = ctx.gains, weights_TK.flatten(), d_result_TD
+        needed = ctx.needs_input_grad
+        idle = [row for row, expert in enumerate(held) if expert not in self._runs]
+        self.d_weights = torch.zeros_like(weights_TK) if needed[1] else None
+        self.d_gain = torch.zeros_like(edge_gain_EE) if needed[2] else None
+        self.d_gate_up = _empty_but(self._gate_up, idle) if needed[3] else None
+        self.d_down = _empty_but(self._down, idle) if needed[4] else None
+
+    def through_output_weight(self, expert: int) -> Tensor:
+        """Gradient of an expert's output, as far as the layer's result goes."""
+        places, output_ND = self._visits.places[expert], self._runs[expert].output
+        d_weighted_ND = self._d_result.index_select(0, self._visits.tokens[expert])
+        if self.d_weights is not None:
+            self.d_weights.view(-1)[places] = (d_weighted_ND * output_ND).sum(-1).to(self.d_weights.dtype)
+        return (d_weighted_ND * self._weights[places, None]).to(output_ND.dtype)
+
+    def through_link(self, link: Link, d_input_ND: Tensor, d_output_ND: Tensor) -> None:
+        """Add to the gradient of the source's output what comes back along a link from the target's input."""
+        d_passed_ND = d_input_ND.index_select(0, link.target_rows)
+        if self.d_gain is not None:
+            passed_ND = self._runs[link.source].output.index_select(0, link.source_rows)
+            self.d_gain[link.source, link.target] = torch.dot(passed_ND.view(-1), d_passed_ND.view(-1))
+        gain = self._gains[link.source][link.target]
+        d_output_ND.index_add_(0, link.source_rows, d_passed_ND, alpha=gain)
+
+    def through_ffn(self, row: int, expert: int, d_output_ND: Tensor) -> Tensor:
+        """Gradient of an expert's input, ``[N_e, D]``."""
+        run, dtype = self._runs[expert], d_output_ND.dtype
+        with torch.enable_grad():
+            gate_up_NH = run.gate_up.detach().requires_grad_()
+            hidden_NH = gated(self._act_fn, gate_up_NH)
+        (d_gate_up_NH,) = torch.autograd.grad(hidden_NH, gate_up_NH, d_output_ND @ self._down[row].to(dtype))
+        if self.d_down is not None:
+            _multiply_into(self.d_down[row], d_output_ND.T, hidden_NH.detach())
+        if self.d_gate_up is not None:
+            _multiply_into(self.d_gate_up[row], d_gate_up_NH.T, run.rows)
+        return d_gate_up_NH @ self._gate_up[row].to(dtype)
+
+
+def gated(act_fn: Callable[[Tensor], Tensor], gate_up_NH: Tensor) -> Tensor:
+    """``act(gate) * up`` of ``[N, 2H]``."""
+    gate_NH, up_NH = gate_up_NH.chunk(2, -1)
+    return act_fn(gate_NH) * up_NH
+
+
+def _into(links: Iterable[Link], expert: int) -> list[Link]:
+    return [link for link in links if link.target == expert]
+
+
+def _visited(held: Sequence[int], visits: Visits) -> list[tuple[int, int]]:
+    """Row in the fused tensors and index of every expert that some token visits, by index."""
+    return sorted(
+        ((row, expert) for row, expert in enumerate(held) if len(visits.tokens[expert])),
+        key=lambda pair: pair[1],
+    )
+
+
+def _compute_dtype(x_TD: Tensor) -> torch.dtype:
+    """Of the matrix products: that of autocast where it is on."""
+    device = x_TD.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_TD.dtype
+
+
+def _empty_but(weight: Tensor, zero_rows: list[int]) -> Tensor:
+    """An uninitialised tensor like ``weight``, with some rows of zeros."""
+    empty = torch.empty_like(weight)
+    empty[zero_rows] = 0
+    return empty
+
+
+def _multiply_into(target: Tensor, left: Tensor, right: Tensor) -> None:
+    if target.dtype == left.dtype:
+        torch.mm(left, right, out=target)
+    else:
+        target.copy_(left @ right)
