@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import time
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
-from k_means_constrained import KMeansConstrained
+from ortools.graph.python.min_cost_flow import SimpleMinCostFlow
+from scipy.cluster.vq import kmeans2
 
 from configs.errors import UserError
+
+# Width of the sketch on which plain k-means finds the first centres, and the steps that it takes there.
+_SKETCH_WIDTH, _PLAIN_STEPS = 64, 10
+# Flow costs are integers; this many of them make up the mean cost of a place.
+_COST_UNITS = 10_000
+# A step that lowers the inertia by less than this share is the last one.
+_TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True)
@@ -57,14 +66,16 @@ def check_expert_count(num_neurons: int, num_experts: int) -> None:
 def balanced_clusters(
     features: np.ndarray, num_experts: int, *, seed: int = 0, restarts: int = 1, max_iterations: int = 30
 ) -> Clusters:
-    """Cluster neurons into experts of exactly ``m / E`` with minimum-cost-flow k-means.
+    """Cluster neurons into experts of exactly ``m / E`` with k-means whose assignments are minimum-cost flows.
+
+    The method is constrained k-means (Bradley, Bennett and Demiriz, 2000, MSR-TR-2000-65) on squared distances.
 
     Args:
         features: ``[m, F]``, one row a neuron.
         num_experts: E; must divide m.
-        seed: of the k-means++ initialisation.
+        seed: of the sketch and the k-means++ initialisation.
         restarts: independent initialisations, of which the best is kept.
-        max_iterations: of one k-means run.
+        max_iterations: balanced steps of one run; it ends earlier where they gain nothing.
 
     Raises:
         UserError: E does not divide m, or a feature is not finite.
@@ -99,16 +110,84 @@ def _labels(
     size = len(features) // num_experts
     if num_experts == 1 or size == 1:
         return np.arange(len(features)) // size
-    model = KMeansConstrained(
-        n_clusters=num_experts,
-        size_min=size,
-        size_max=size,
-        n_init=restarts,
-        max_iter=max_iterations,
-        random_state=seed,
-        n_jobs=1,
+    centred = features - features.mean(axis=0)
+    rng = np.random.default_rng(seed)
+    runs = [
+        _balance(centred, _plain_labels(centred, num_experts, rng), num_experts, max_iterations)
+        for _ in range(restarts)
+    ]
+    return min(runs, key=lambda run: run[0])[1]
+
+
+def _plain_labels(centred: np.ndarray, num_experts: int, rng: np.random.Generator) -> np.ndarray:
+    """Labels ``[m]`` of unbalanced k-means on a sketch: quick, and the balanced steps have little left to do."""
+    # Neurons that are all alike leave nothing to draw centres by, and the balanced steps fill empty clusters.
+    with warnings.catch_warnings(), np.errstate(invalid="ignore"):
+        warnings.filterwarnings("ignore", "One of the clusters is empty")
+        return kmeans2(_sketch(centred, rng), num_experts, iter=_PLAIN_STEPS, minit="++", rng=rng)[1]
+
+
+def _sketch(centred: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Project on the leading directions, by one power iteration of the randomised range finder (arXiv:0909.4061)."""
+    if centred.shape[1] <= _SKETCH_WIDTH:
+        return centred
+    probe = rng.standard_normal((centred.shape[1], _SKETCH_WIDTH)).astype(centred.dtype)
+    return centred @ np.linalg.qr(centred.T @ (centred @ probe))[0]
+
+
+def _balance(
+    centred: np.ndarray, labels: np.ndarray, num_experts: int, max_iterations: int
+) -> tuple[float, np.ndarray]:
+    """Lloyd's algorithm with balanced assignments: the inertia, and the labels ``[m]``."""
+    size = len(centred) // num_experts
+    spread = float(np.einsum("mf,mf->", centred, centred, dtype=np.float64))
+    lowest, best = np.inf, labels
+    centres = _centres(centred, labels, num_experts)
+    for _ in range(max_iterations):
+        # Squared distances but for the neurons' own norms, which no assignment depends on.
+        labels = balanced_assignment(np.square(centres).sum(axis=1) - 2 * (centred @ centres.T))
+        centres = _centres(centred, labels, num_experts)
+        inertia = spread - size * float(np.square(centres, dtype=np.float64).sum())
+        settled = inertia >= lowest * (1 - _TOLERANCE)
+        if inertia < lowest:
+            lowest, best = inertia, labels
+        if settled:
+            break
+    return lowest, best
+
+
+def _centres(centred: np.ndarray, labels: np.ndarray, num_experts: int) -> np.ndarray:
+    """Mean of each cluster's neurons, ``[E, F]``; zero, the mean of all, where a cluster has none."""
+    member = np.eye(num_experts, dtype=centred.dtype)[labels]
+    return (member.T @ centred) / np.maximum(member.sum(axis=0), 1)[:, None]
+
+
+def balanced_assignment(costs: np.ndarray) -> np.ndarray:
+    """Give every expert equally many neurons at the least total cost, as a minimum-cost flow.
+
+    Args:
+        costs: ``[m, E]``, finite; E divides m. Resolved to a ten-thousandth of the mean cost above a neuron's least.
+
+    Returns:
+        int64 ``[m]``, the expert of each neuron.
+    """
+    num_neurons, num_experts = costs.shape
+    above = costs - costs.min(axis=1, keepdims=True)
+    units = np.rint(above * (_COST_UNITS / max(float(above.mean()), 1e-30))).astype(np.int64)
+    neurons = np.arange(num_neurons, dtype=np.int32)
+    experts = np.arange(num_neurons, num_neurons + num_experts, dtype=np.int32)
+    flow = SimpleMinCostFlow()
+    arcs = flow.add_arcs_with_capacity_and_unit_cost(
+        neurons.repeat(num_experts),
+        np.tile(experts, num_neurons),
+        np.ones(costs.size, np.int64),
+        units.ravel(),
     )
-    return model.fit_predict(features.astype(np.float64))
+    flow.set_nodes_supplies(neurons, np.ones(num_neurons, np.int64))
+    flow.set_nodes_supplies(experts, np.full(num_experts, -(num_neurons // num_experts)))
+    if flow.solve() != flow.OPTIMAL:
+        raise RuntimeError(f"no balanced assignment of {num_neurons} neurons to {num_experts} experts")
+    return flow.flows(arcs).reshape(costs.shape).argmax(axis=1)
 
 
 def _describe(features: np.ndarray, labels: np.ndarray, num_experts: int) -> Clusters:

@@ -25,7 +25,7 @@ from models.modeling_fedgraft import FedGraftForCausalLM
 from models.router_init import ROUTERS, centroid_router, ridge_routers
 
 # Weights of a projection from which on the clustering of a layer takes longer than the start of a process.
-_PARALLEL_WEIGHTS = 2_000_000
+_PARALLEL_WEIGHTS = 16_000_000
 
 FEATURES = ("gate", "up", "down", "gate+up", "joint", "activation")
 

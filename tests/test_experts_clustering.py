@@ -4,9 +4,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from k_means_constrained import KMeansConstrained
+from scipy.optimize import linear_sum_assignment
 
 from configs.errors import UserError
 from experts.clustering import (
+    balanced_assignment,
     balanced_clusters,
     check_expert_count,
     random_clusters,
@@ -70,6 +73,45 @@ def test_one_expert_holds_all_and_an_expert_each_costs_nothing():
     assert balanced_clusters(features, 1).members.tolist() == [[0, 1, 2, 3, 4, 5]]
     alone = balanced_clusters(features, 6)
     assert alone.sizes == [1] * 6 and alone.inertia == 0 == alone.variance_within
+
+
+@pytest.mark.parametrize("neurons, width, experts", [(512, 8, 16), (256, 100, 16)])
+def test_the_inertia_is_near_that_of_the_reference_implementation(neurons, width, experts):
+    rng = np.random.default_rng(0)
+    features = (rng.normal(size=(neurons, 6)) @ rng.normal(size=(6, width))).astype(np.float32)
+    features += 0.5 * rng.normal(size=features.shape)
+    size = neurons // experts
+    reference = KMeansConstrained(experts, size_min=size, size_max=size, n_init=3, random_state=0)
+    labels = reference.fit_predict(features.astype(np.float64))
+    members = np.stack([np.flatnonzero(labels == expert) for expert in range(experts)])
+    found = balanced_clusters(features, experts, restarts=3).inertia
+    assert found <= 1.02 * inertia_of(features.astype(np.float64), members)
+
+
+@given(st.sampled_from([(6, 2), (6, 3), (4, 4), (6, 1)]), st.integers(0, 99), st.booleans())
+@settings(deadline=None, max_examples=40)
+def test_a_balanced_assignment_costs_the_least_of_all(shape, seed, ties):
+    neurons, experts = shape
+    costs = np.random.default_rng(seed).normal(size=shape)
+    costs = np.round(costs) if ties else costs
+    labels = balanced_assignment(costs)
+    slots, columns = linear_sum_assignment(costs.repeat(neurons // experts, axis=1))
+    assert np.bincount(labels, minlength=experts).tolist() == [neurons // experts] * experts
+    found = costs[np.arange(neurons), labels].sum()
+    assert found == pytest.approx(costs.repeat(neurons // experts, axis=1)[slots, columns].sum(), abs=1e-2)
+
+
+def test_more_restarts_are_never_worse():
+    features = np.random.default_rng(3).normal(size=(64, 5))
+    one, five = (balanced_clusters(features, 8, restarts=count).inertia for count in (1, 5))
+    assert five <= one
+
+
+def test_the_scale_and_the_place_of_the_features_do_not_matter():
+    features = blobs(4, 8)
+    for moved in (features * 1e-4, features + 50):
+        same, found = (balanced_clusters(rows, 4, restarts=3).members for rows in (moved, features))
+        assert {tuple(rows) for rows in same.tolist()} == {tuple(rows) for rows in found.tolist()}
 
 
 def test_the_seed_decides():
