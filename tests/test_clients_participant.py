@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -113,6 +114,27 @@ def test_only_the_last_round_measures_the_clients_own_model(config_of, graph, mo
     # The client's own model, after training, is better on its text than the one that came.
     assert reply.numbers["personal-tokens"] == reply.numbers["valid-tokens"]
     assert reply.numbers["personal-nll"] < reply.numbers["valid-nll"]
+
+
+def test_every_training_option_of_the_run_reaches_local_training(config_of, graph, model, monkeypatch):
+    options = {
+        "local_steps": 5, "learning_rate": 0.5, "weight_decay": 0.25, "max_grad_norm": 2.0, "train": "routing",
+        "optimizer": "sgd", "momentum": 0.5, "gain_learning_rate": 3.0, "schedule": "cosine", "warmup_steps": 4,
+        "accumulation_steps": 2, "gradient_checkpointing": True, "load_balance_weight": 0.125, "z_loss_weight": 0.75,
+    }  # fmt: skip
+    seen = []
+
+    def stop(model, stream, training):
+        seen.append(training)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("clients.participant.train_locally", stop)
+    request = request_at(graph, model, server_round=3)
+    client = Participant.open(config_of(num_rounds=4, **options), node_context(), request)
+    with pytest.raises(KeyboardInterrupt):
+        client.train_round(request)
+    expected = {"steps": options.pop("local_steps"), "first_step": 10, "total_steps": 20, "autocast": False}
+    assert dataclasses.asdict(seen[0]) == expected | options
 
 
 @pytest.mark.parametrize(
