@@ -57,9 +57,7 @@ def find_links(visits: Visits, edges_EE: Tensor, num_tokens: int) -> list[Link]:
     edges = edges_EE.nonzero()
     if not len(edges):
         return []
-    rows_ET = torch.full((len(edges_EE), num_tokens), -1, device=edges_EE.device)
-    for expert, tokens in enumerate(visits.tokens):
-        rows_ET[expert, tokens] = torch.arange(len(tokens), device=tokens.device)
+    rows_ET = _rows_by_token(visits, len(edges_EE), num_tokens)
     sources_LT, targets_LT = rows_ET[edges[:, 0]], rows_ET[edges[:, 1]]
     joined_LT = (sources_LT >= 0) & (targets_LT >= 0)
     counts = joined_LT.sum(-1).tolist()
@@ -67,6 +65,17 @@ def find_links(visits: Visits, edges_EE: Tensor, num_tokens: int) -> list[Link]:
     return [
         Link(*edge, *both) for edge, both, count in zip(edges.tolist(), rows, counts, strict=True) if count
     ]
+
+
+def _rows_by_token(visits: Visits, num_experts: int, num_tokens: int) -> Tensor:
+    """Row of each token among those of each expert, ``[E, T]``; -1 where it does not visit the expert."""
+    tokens_N = torch.cat(list(visits.tokens))
+    counts_E = torch.tensor([len(tokens) for tokens in visits.tokens])
+    experts_N = torch.arange(num_experts).repeat_interleave(counts_E)
+    rows_N = torch.arange(len(tokens_N)) - (counts_E.cumsum(0) - counts_E)[experts_N]
+    rows_ET = torch.full((num_experts, num_tokens), -1, device=tokens_N.device)
+    rows_ET[experts_N.to(tokens_N.device), tokens_N] = rows_N.to(tokens_N.device)
+    return rows_ET
 
 
 def run_visits(
@@ -116,14 +125,16 @@ class FusedExperts(torch.autograd.Function):
         dtype, gains = _compute_dtype(x_TD), edge_gain_EE.tolist() if links else []
         result_TD, weights, runs = torch.zeros_like(x_TD), weights_TK.flatten(), {}
         with torch.autocast(x_TD.device.type, enabled=False):
+            inputs_TD = x_TD.to(dtype)
             for row, expert in _visited(held, visits):
-                rows_ND = x_TD.index_select(0, visits.tokens[expert]).to(dtype)
+                gate_up, down = gate_up_RHD[row].to(dtype), down_RDH[row].to(dtype)
+                rows_ND = inputs_TD.index_select(0, visits.tokens[expert])
                 for link in _into(links, expert):
                     passed_ND = runs[link.source].output.index_select(0, link.source_rows)
                     rows_ND.index_add_(0, link.target_rows, passed_ND, alpha=gains[link.source][expert])
-                gate_up_NH = rows_ND @ gate_up_RHD[row].to(dtype).T
-                output_ND = gated(act_fn, gate_up_NH) @ down_RDH[row].to(dtype).T
-                runs[expert] = _Run(rows_ND, gate_up_NH, output_ND)
+                gate_up_NH = rows_ND @ gate_up.T
+                output_ND = gated(act_fn, gate_up_NH) @ down.T
+                runs[expert] = _Run(rows_ND, gate_up_NH, output_ND, gate_up, down)
                 weighted_ND = output_ND * weights[visits.places[expert], None]
                 result_TD.index_add_(0, visits.tokens[expert], weighted_ND.to(x_TD.dtype))
         ctx.plan, ctx.gains, ctx.experts = (visits, links, act_fn, held), gains, list(runs)
@@ -147,11 +158,17 @@ class FusedExperts(torch.autograd.Function):
 
 
 class _Run(NamedTuple):
-    """What the backward pass needs of an expert: input ``[N_e, D]``, gate and up ``[N_e, 2H]``, output ``[N_e, D]``."""
+    """What the backward pass needs of an expert.
+
+    Its input ``[N_e, D]``, gate and up ``[N_e, 2H]`` and output ``[N_e, D]``, and its matrices in the dtype of the
+    products, to which they would have to be cast a second time.
+    """
 
     rows: Tensor
-    gate_up: Tensor
+    hidden: Tensor
     output: Tensor
+    gate_up: Tensor
+    down: Tensor
 
 
 class _BackwardPass:
@@ -161,25 +178,27 @@ class _BackwardPass:
     """
 
     def __init__(self, ctx: Any, d_result_TD: Tensor) -> None:
-        weights_TK, edge_gain_EE, self._gate_up, self._down, *kept = ctx.saved_tensors
+        weights_TK, edge_gain_EE, gate_up, down, *kept = ctx.saved_tensors
+        size = len(_Run._fields)
         self._runs = {
-            expert: _Run(*kept[3 * index : 3 * index + 3]) for index, expert in enumerate(ctx.experts)
+            expert: _Run(*kept[size * index : size * (index + 1)]) for index, expert in enumerate(ctx.experts)
         }
         self._visits, _, self._act_fn, held = ctx.plan
-        self._gains, self._weights, self._d_result = ctx.gains, weights_TK.flatten(), d_result_TD
+        self._gains, self._weights = ctx.gains, weights_TK.flatten()
+        self._d_result = d_result_TD.to(kept[0].dtype) if kept else d_result_TD
         needed = ctx.needs_input_grad
         idle = [row for row, expert in enumerate(held) if expert not in self._runs]
         self.d_weights = torch.zeros_like(weights_TK) if needed[1] else None
         self.d_gain = torch.zeros_like(edge_gain_EE) if needed[2] else None
-        self.d_gate_up = _empty_but(self._gate_up, idle) if needed[3] else None
-        self.d_down = _empty_but(self._down, idle) if needed[4] else None
+        self.d_gate_up = _empty_but(gate_up, idle) if needed[3] else None
+        self.d_down = _empty_but(down, idle) if needed[4] else None
 
     def through_output_weight(self, expert: int) -> Tensor:
         """Gradient of an expert's output, as far as the layer's result goes."""
         places, output_ND = self._visits.places[expert], self._runs[expert].output
         d_weighted_ND = self._d_result.index_select(0, self._visits.tokens[expert])
         if self.d_weights is not None:
-            self.d_weights.view(-1)[places] = (d_weighted_ND * output_ND).sum(-1).to(self.d_weights.dtype)
+            self.d_weights.view(-1)[places] = (d_weighted_ND * output_ND).sum(-1, dtype=self.d_weights.dtype)
         return (d_weighted_ND * self._weights[places, None]).to(output_ND.dtype)
 
     def through_link(self, link: Link, d_input_ND: Tensor, d_output_ND: Tensor) -> None:
@@ -193,16 +212,16 @@ class _BackwardPass:
 
     def through_ffn(self, row: int, expert: int, d_output_ND: Tensor) -> Tensor:
         """Gradient of an expert's input, ``[N_e, D]``."""
-        run, dtype = self._runs[expert], d_output_ND.dtype
+        run = self._runs[expert]
         with torch.enable_grad():
-            gate_up_NH = run.gate_up.detach().requires_grad_()
+            gate_up_NH = run.hidden.detach().requires_grad_()
             hidden_NH = gated(self._act_fn, gate_up_NH)
-        (d_gate_up_NH,) = torch.autograd.grad(hidden_NH, gate_up_NH, d_output_ND @ self._down[row].to(dtype))
+        (d_gate_up_NH,) = torch.autograd.grad(hidden_NH, gate_up_NH, d_output_ND @ run.down)
         if self.d_down is not None:
             _multiply_into(self.d_down[row], d_output_ND.T, hidden_NH.detach())
         if self.d_gate_up is not None:
             _multiply_into(self.d_gate_up[row], d_gate_up_NH.T, run.rows)
-        return d_gate_up_NH @ self._gate_up[row].to(dtype)
+        return d_gate_up_NH @ run.gate_up
 
 
 def gated(act_fn: Callable[[Tensor], Tensor], gate_up_NH: Tensor) -> Tensor:

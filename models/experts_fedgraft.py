@@ -135,7 +135,7 @@ class ExpertGraphMLP(nn.Module):
             num_visits=self.num_visits,
             order=self.order,
         )
-        weights_TK = self._output_weights(walk)
+        weights_TK = self.output_weights(walk)
         for observer in self.observers:
             observer(self, scores_TE, walk, weights_TK.detach())
         experts_TK = walk.experts_TK
@@ -154,7 +154,8 @@ class ExpertGraphMLP(nn.Module):
             )
         return scores_TE
 
-    def _output_weights(self, walk: Walk) -> Tensor:
+    def output_weights(self, walk: Walk) -> Tensor:
+        """``w [T, K]``: one plus the expert's output gain times its share among the visited; 1 for visits not made."""
         made_TK = walk.experts_TK >= 0
         lowest = torch.finfo(walk.scores_TK.dtype).min
         share_TK = torch.softmax(walk.scores_TK.masked_fill(~made_TK, lowest), -1) * made_TK

@@ -26,16 +26,6 @@ class Walk(NamedTuple):
     scores_TK: Tensor
 
 
-class _State(NamedTuple):
-    """What one walk knows between two visits; every tensor is ``[T, E]``."""
-
-    visited: Tensor  # bool
-    bonus: Tensor  # largest affinity along an edge from a visited parent; -inf where unreached
-    bonus_parent: Tensor  # the parent that gives this affinity
-    parent: Tensor  # the visited parent with the highest effective score
-    parent_score: Tensor
-
-
 def walk_graph(
     *,
     scores_TE: Tensor,
@@ -56,61 +46,69 @@ def walk_graph(
         order: ``best-first`` visits the best candidate anywhere; ``depth-first`` the best child of the latest
             visit that has one, backtracks when a branch is exhausted, and enters the next root when all are.
     """
-    num_experts = scores_TE.shape[-1]
     with torch.no_grad():
         resident_E = torch.ones_like(edges_EE[0]) if resident_E is None else resident_E
-        edges_EE = edges_EE & resident_E & resident_E[:, None]
         raw_TE = scores_TE.detach().masked_fill(~resident_E, float("-inf"))
-        visits, parents, bonus_parents = _visit(
-            raw_TE, edges_EE, affinity_EE.detach(), min(num_visits, num_experts), order
-        )
-    return Walk(visits, parents, _effective_scores(scores_TE, affinity_EE, visits, bonus_parents))
+        edges_EE = edges_EE & resident_E & resident_E[:, None]
+        children_EE = edges_EE.triu(1)
+        along_EE = affinity_EE.detach().to(raw_TE.dtype).masked_fill(~children_EE, float("-inf"))
+        num_visits = min(num_visits, scores_TE.shape[-1])
+        if order == "best-first" and _is_top_k(edges_EE, resident_E, along_EE):
+            visits_TK, made_TK = _best(raw_TE, num_visits)
+        else:
+            visits_TK, made_TK = _visit(raw_TE, edges_EE.diagonal(), along_EE, num_visits, order)
+        parents_TK = _best_earlier(made_TK[:, :, None].expand(-1, -1, num_visits), children_EE, visits_TK)
+        offered_TKK = along_EE[visits_TK[:, :, None], visits_TK[:, None]]
+        openers_TK = _best_earlier(offered_TKK, children_EE, visits_TK)
+    return Walk(visits_TK, parents_TK, _effective_scores(scores_TE, affinity_EE, visits_TK, openers_TK))
+
+
+def _is_top_k(edges_EE: Tensor, resident_E: Tensor, along_EE: Tensor) -> bool:
+    """Whether edges cannot change what is visited: every resident is a root, and no edge adds to a score."""
+    return bool((edges_EE.diagonal() == resident_E).all() & ((along_EE == 0) | along_EE.isneginf()).all())
+
+
+def _best(raw_TE: Tensor, num_visits: int) -> tuple[Tensor, Tensor]:
+    """The best-scored experts, the lower one first on ties, and their scores; -1 and -inf where there are fewer."""
+    scores_TE, experts_TE = raw_TE.sort(dim=-1, descending=True, stable=True)
+    scores_TK = scores_TE[:, :num_visits]
+    return experts_TE[:, :num_visits].where(scores_TK > float("-inf"), -1), scores_TK
 
 
 def _visit(
-    raw_TE: Tensor, edges_EE: Tensor, affinity_EE: Tensor, num_visits: int, order: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    roots_E = edges_EE.diagonal()
-    children_EE = edges_EE.triu(1)
-    along_EE = affinity_EE.to(raw_TE.dtype).masked_fill(~children_EE, float("-inf"))
-    state = _start(raw_TE)
+    raw_TE: Tensor, roots_E: Tensor, along_EE: Tensor, num_visits: int, order: str
+) -> tuple[Tensor, Tensor]:
+    """Visit by visit: experts ``[T, K]`` and their effective scores at that time; -1 and -inf where there is none."""
+    unreached_E = torch.zeros_like(along_EE[0]).masked_fill(~roots_E, float("-inf"))
+    # Row -1, of a visit that is not made, opens nothing.
+    opened_EE = torch.cat([along_EE, torch.full_like(along_EE[:1], float("-inf"))])
+    bonus_TE = torch.full_like(raw_TE, float("-inf"))
+    left_TE = raw_TE.clone()
     visits: list[Tensor] = []
-    parents: list[Tensor] = []
-    bonus_parents: list[Tensor] = []
+    scores: list[Tensor] = []
     for _ in range(num_visits):
-        reached = state.bonus > float("-inf")
-        effective = torch.where(reached, raw_TE + state.bonus, raw_TE.masked_fill(~roots_E, float("-inf")))
-        effective = effective.masked_fill(state.visited, float("-inf"))
+        effective_TE = left_TE + torch.where(bonus_TE.isneginf(), unreached_E, bonus_TE)
         if order == "depth-first" and visits:
-            effective = _keep_latest_branch(effective, children_EE, visits)
-        choice = effective.argmax(-1, keepdim=True)
-        score = effective.gather(-1, choice)
-        made = score > float("-inf")
-        visits.append(torch.where(made, choice, -1))
-        parents.append(torch.where(made, state.parent.gather(-1, choice), -1))
-        bonus_parents.append(torch.where(made, state.bonus_parent.gather(-1, choice), -1))
-        state = _advance(state, choice, score, made, along_EE)
-    return torch.cat(visits, -1), torch.cat(parents, -1), torch.cat(bonus_parents, -1)
+            effective_TE = _keep_latest_branch(effective_TE, ~along_EE.isneginf(), visits)
+        score, choice = effective_TE.max(-1, keepdim=True)
+        visit = choice.where(score > float("-inf"), -1)
+        left_TE.scatter_(-1, choice, float("-inf"))
+        bonus_TE = torch.maximum(bonus_TE, opened_EE[visit.squeeze(-1)])
+        visits.append(visit)
+        scores.append(score)
+    return torch.cat(visits, -1), torch.cat(scores, -1)
 
 
-def _start(raw_TE: Tensor) -> _State:
-    nowhere = torch.full_like(raw_TE, float("-inf"))
-    nobody = torch.full(raw_TE.shape, -1, dtype=torch.int64, device=raw_TE.device)
-    return _State(torch.zeros_like(raw_TE, dtype=torch.bool), nowhere, nobody, nobody, nowhere)
+def _best_earlier(value_TKK: Tensor, children_EE: Tensor, visits_TK: Tensor) -> Tensor:
+    """For every visit the parent visited before it with the largest ``value[t, parent, visit]``, ``[T, K]``.
 
-
-def _advance(state: _State, choice: Tensor, score: Tensor, made: Tensor, along_EE: Tensor) -> _State:
-    """Open the children of the expert just visited; on ties the earlier parent keeps the credit."""
-    offered = along_EE[choice.squeeze(-1)].masked_fill(~made, float("-inf"))
-    better_bonus = offered > state.bonus
-    better_parent = (offered > float("-inf")) & (score > state.parent_score)
-    return _State(
-        visited=state.visited.scatter(-1, choice, state.visited.gather(-1, choice) | made),
-        bonus=torch.where(better_bonus, offered, state.bonus),
-        bonus_parent=torch.where(better_bonus, choice, state.bonus_parent),
-        parent=torch.where(better_parent, choice, state.parent),
-        parent_score=torch.where(better_parent, score, state.parent_score),
-    )
+    The earlier parent on ties; -1 where no edge leads from an earlier visit to it.
+    """
+    joined_TKK = children_EE[visits_TK[:, :, None], visits_TK[:, None]]
+    made_TK = visits_TK >= 0
+    joined_TKK = (joined_TKK & made_TK[:, :, None] & made_TK[:, None]).triu(1)
+    best = value_TKK.masked_fill(~joined_TKK, float("-inf")).max(1)
+    return visits_TK.gather(-1, best.indices).where(joined_TKK.any(1), -1)
 
 
 def _keep_latest_branch(effective_TE: Tensor, children_EE: Tensor, visits: list[Tensor]) -> Tensor:
