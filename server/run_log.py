@@ -47,8 +47,8 @@ class ClientRecord:
 class RoundRecord:
     """One server round. Bytes are totals over clients; ``*_dense`` is dense FedAvg of the same round in bf16.
 
-    ``perplexity`` is token-weighted over the clients, ``edges`` holds one count per layer. ``stopped``
-    says why the run ended after this round, before those planned.
+    ``perplexity`` is token-weighted over the clients, ``edges`` holds one count per layer, and ``stopped``
+    says why the run ended after this round although more were planned.
     """
 
     round: int

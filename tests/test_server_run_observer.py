@@ -141,8 +141,8 @@ def test_the_summary_takes_everything_together(observer, server, log_dir):
     summary = observer.close(out="/some/where")
     assert summary == read_summary(log_dir)
     assert set(summary) == {
-        "rounds", "stopped", "clients", "bytes_up", "bytes_down", "bytes_up_dense", "bytes_down_dense", "edits", "graph_hash",
-        "out", "log_dir",
+        "rounds", "stopped", "clients", "bytes_up", "bytes_down", "bytes_up_dense", "bytes_down_dense", "edits",
+        "graph_hash", "out", "log_dir",
     }  # fmt: skip
     assert (summary["rounds"], summary["edits"], summary["out"]) == (2, 4, "/some/where")
     assert summary["stopped"] is None

@@ -184,8 +184,8 @@ def all_equal(one: FedGraftForCausalLM, other: FedGraftForCausalLM) -> bool:
 def assert_run_succeeded(summary: dict[str, Any], *, logs: Path, out: Path, names: Sequence[str]) -> None:
     """A run went well, by its summary, its logs and its checkpoint."""
     assert set(summary) == {
-        "rounds", "stopped", "clients", "bytes_up", "bytes_down", "bytes_up_dense", "bytes_down_dense", "edits", "graph_hash",
-        "out", "log_dir",
+        "rounds", "stopped", "clients", "bytes_up", "bytes_down", "bytes_up_dense", "bytes_down_dense", "edits",
+        "graph_hash", "out", "log_dir",
     }  # fmt: skip
     assert (summary["out"], summary["log_dir"]) == (str(out), str(logs))
     assert [client["name"] for client in summary["clients"]] == list(names)
