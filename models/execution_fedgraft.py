@@ -125,9 +125,10 @@ class FusedExperts(torch.autograd.Function):
         dtype, gains = _compute_dtype(x_TD), edge_gain_EE.tolist() if links else []
         result_TD, weights, runs = torch.zeros_like(x_TD), weights_TK.flatten(), {}
         with torch.autocast(x_TD.device.type, enabled=False):
-            inputs_TD = x_TD.to(dtype)
-            for row, expert in _visited(held, visits):
-                gate_up, down = gate_up_RHD[row].to(dtype), down_RDH[row].to(dtype)
+            inputs_TD, rows = x_TD.to(dtype), _visited(held, visits)
+            gate_ups, downs = (_cast_rows(weight, rows, dtype) for weight in (gate_up_RHD, down_RDH))
+            for row, expert in rows:
+                gate_up, down = gate_ups[row], downs[row]
                 rows_ND = inputs_TD.index_select(0, visits.tokens[expert])
                 for link in _into(links, expert):
                     passed_ND = runs[link.source].output.index_select(0, link.source_rows)
@@ -154,7 +155,7 @@ class FusedExperts(torch.autograd.Function):
                     back.through_link(link, d_inputs[link.target], d_output_ND)
             d_inputs[expert] = back.through_ffn(row, expert, d_output_ND)
             d_x_TD.index_add_(0, visits.tokens[expert], d_inputs[expert].to(d_x_TD.dtype))
-        return (d_x_TD, back.d_weights, back.d_gain, back.d_gate_up, back.d_down) + (None,) * 4
+        return (d_x_TD, back.d_weights, back.d_gain, *back.d_matrices()) + (None,) * 4
 
 
 class _Run(NamedTuple):
@@ -174,7 +175,8 @@ class _Run(NamedTuple):
 class _BackwardPass:
     """Gradients of ``FusedExperts`` while experts are gone through from the last to the first.
 
-    ``d_weights``, ``d_gain``, ``d_gate_up`` and ``d_down`` are None where no gradient is asked for.
+    ``d_weights``, ``d_gain``, ``d_gate_up`` and ``d_down`` are None where no gradient is asked for; the last two have
+    the dtype of the products until all experts are through.
     """
 
     def __init__(self, ctx: Any, d_result_TD: Tensor) -> None:
@@ -190,8 +192,10 @@ class _BackwardPass:
         idle = [row for row, expert in enumerate(held) if expert not in self._runs]
         self.d_weights = torch.zeros_like(weights_TK) if needed[1] else None
         self.d_gain = torch.zeros_like(edge_gain_EE) if needed[2] else None
-        self.d_gate_up = _empty_but(gate_up, idle) if needed[3] else None
-        self.d_down = _empty_but(down, idle) if needed[4] else None
+        dtype = self._d_result.dtype
+        self.d_gate_up = _empty_but(gate_up, idle, dtype) if needed[3] else None
+        self.d_down = _empty_but(down, idle, dtype) if needed[4] else None
+        self._dtypes = gate_up.dtype, down.dtype
 
     def through_output_weight(self, expert: int) -> Tensor:
         """Gradient of an expert's output, as far as the layer's result goes."""
@@ -199,14 +203,16 @@ class _BackwardPass:
         d_weighted_ND = self._d_result.index_select(0, self._visits.tokens[expert])
         if self.d_weights is not None:
             self.d_weights.view(-1)[places] = (d_weighted_ND * output_ND).sum(-1, dtype=self.d_weights.dtype)
-        return (d_weighted_ND * self._weights[places, None]).to(output_ND.dtype)
+        d_output_ND = torch.empty_like(output_ND)
+        return torch.mul(d_weighted_ND, self._weights[places, None], out=d_output_ND)
 
     def through_link(self, link: Link, d_input_ND: Tensor, d_output_ND: Tensor) -> None:
         """Add to the gradient of the source's output what comes back along a link from the target's input."""
         d_passed_ND = d_input_ND.index_select(0, link.target_rows)
         if self.d_gain is not None:
             passed_ND = self._runs[link.source].output.index_select(0, link.source_rows)
-            self.d_gain[link.source, link.target] = torch.dot(passed_ND.view(-1), d_passed_ND.view(-1))
+            dtype = self.d_gain.dtype
+            self.d_gain[link.source, link.target] = (passed_ND * d_passed_ND).sum(dtype=dtype)
         gain = self._gains[link.source][link.target]
         d_output_ND.index_add_(0, link.source_rows, d_passed_ND, alpha=gain)
 
@@ -218,10 +224,15 @@ class _BackwardPass:
             hidden_NH = gated(self._act_fn, gate_up_NH)
         (d_gate_up_NH,) = torch.autograd.grad(hidden_NH, gate_up_NH, d_output_ND @ run.down)
         if self.d_down is not None:
-            _multiply_into(self.d_down[row], d_output_ND.T, hidden_NH.detach())
+            torch.mm(d_output_ND.T, hidden_NH.detach(), out=self.d_down[row])
         if self.d_gate_up is not None:
-            _multiply_into(self.d_gate_up[row], d_gate_up_NH.T, run.rows)
+            torch.mm(d_gate_up_NH.T, run.rows, out=self.d_gate_up[row])
         return d_gate_up_NH @ run.gate_up
+
+    def d_matrices(self) -> tuple[Tensor | None, ...]:
+        """Gradients of the fused tensors, in their own dtypes."""
+        both = zip((self.d_gate_up, self.d_down), self._dtypes, strict=True)
+        return tuple(None if gradient is None else gradient.to(dtype) for gradient, dtype in both)
 
 
 def gated(act_fn: Callable[[Tensor], Tensor], gate_up_NH: Tensor) -> Tensor:
@@ -248,15 +259,18 @@ def _compute_dtype(x_TD: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_TD.dtype
 
 
-def _empty_but(weight: Tensor, zero_rows: list[int]) -> Tensor:
-    """An uninitialised tensor like ``weight``, with some rows of zeros."""
-    empty = torch.empty_like(weight)
-    empty[zero_rows] = 0
+def _cast_rows(
+    weight: Tensor, rows: Sequence[tuple[int, int]], dtype: torch.dtype
+) -> Tensor | dict[int, Tensor]:
+    """The matrices of the visited experts in ``dtype``, by row; all at once where all are visited."""
+    if len(rows) == len(weight):
+        return weight.to(dtype)
+    return {row: weight[row].to(dtype) for row, _ in rows}
+
+
+def _empty_but(weight: Tensor, zero_rows: list[int], dtype: torch.dtype) -> Tensor:
+    """An uninitialised tensor of the shape of ``weight``, with some rows of zeros."""
+    empty = torch.empty_like(weight, dtype=dtype)
+    for row in zero_rows:
+        empty[row].zero_()
     return empty
-
-
-def _multiply_into(target: Tensor, left: Tensor, right: Tensor) -> None:
-    if target.dtype == left.dtype:
-        torch.mm(left, right, out=target)
-    else:
-        target.copy_(left @ right)
