@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from models.memory import return_freed_memory
 from models.modeling_fedgraft import FedGraftForCausalLM
 from models.nf4 import base_of, is_quantised, quantised_linear, weight_of
 
@@ -78,6 +79,7 @@ def quantise_attention(model: FedGraftForCausalLM, dtype: torch.dtype) -> None:
                 linear.weight, bias=linear.bias, dtype=dtype, device=linear.weight.device
             )
             setattr(layer.self_attn, name, quantised)
+        return_freed_memory()
 
 
 def _size(linear: Any) -> int:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from models.attention import quantise_attention
 from models.experts_fedgraft import ExpertGraphMLP
+from models.memory import return_freed_memory
 from models.modeling_fedgraft import FedGraftForCausalLM
 from models.nf4 import compute_dtype, quantised_linear, weight_of
 
@@ -118,6 +119,7 @@ def materialise_modules(
         _store_in_modules(layer, ExpertModules(experts, dtype))
         layer.resident = None if resident is None else resident.to(model.device)
         layer.residency_gate = None
+        return_freed_memory()
     if kind == "nf4":
         quantise_attention(model, dtype)
         vars(model)["is_loaded_in_4bit"] = True  # where peft and transformers look
