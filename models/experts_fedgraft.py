@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from .execution_fedgraft import FusedExperts, Visits, find_links, gated, run_visits, sort_visits
+from .one_token_fedgraft import run_one_token, walk_one_token
 from .routing_fedgraft import Walk, walk_graph
 
 
@@ -127,6 +128,8 @@ class ExpertGraphMLP(nn.Module):
         """
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
         scores_TE = self.score(x_TD)
+        if len(x_TD) == 1 and self._walks_plainly():
+            return self._one_token(x_TD, scores_TE).view_as(hidden_states)
         walk = walk_graph(
             scores_TE=scores_TE,
             edges_EE=self.edges,
@@ -136,12 +139,42 @@ class ExpertGraphMLP(nn.Module):
             order=self.order,
         )
         weights_TK = self.output_weights(walk)
-        for observer in self.observers:
-            observer(self, scores_TE, walk, weights_TK.detach())
+        self._observe(scores_TE, walk, weights_TK)
         experts_TK = walk.experts_TK
         if self.residency_gate is not None:
             experts_TK, weights_TK = self._with_runner_up(scores_TE, experts_TK, weights_TK)
         return self._execute(x_TD, experts_TK, weights_TK).view_as(hidden_states)
+
+    def _walks_plainly(self) -> bool:
+        return self.order == "best-first" and self.residency_gate is None and not torch.is_grad_enabled()
+
+    def _one_token(self, x_TD: Tensor, scores_TE: Tensor) -> Tensor:
+        walk = walk_one_token(
+            scores_E=scores_TE[0],
+            edges_EE=self.edges,
+            affinity_EE=self.edge_affinity,
+            resident_E=self.resident,
+            num_visits=self.num_visits,
+        )
+        weights_TK = self.output_weights(walk)
+        self._observe(scores_TE, walk, weights_TK)
+        return run_one_token(
+            x_TD[0],
+            weights_TK[0].tolist(),
+            walk.experts_TK[0].tolist(),
+            (self.edge_gain * self._passing_edges()).tolist(),
+            self._run_expert,
+        )[None]
+
+    def _run_expert(self, expert: int, rows_ND: Tensor) -> Tensor:
+        if self.storage is not None:
+            return self.storage.run(expert, rows_ND)
+        row = self._row(expert)
+        return gated_ffn(self.act_fn, rows_ND, self.gate_up_proj[row], self.down_proj[row])
+
+    def _observe(self, scores_TE: Tensor, walk: Walk, weights_TK: Tensor) -> None:
+        for observer in self.observers:
+            observer(self, scores_TE, walk, weights_TK.detach())
 
     def score(self, x_TD: Tensor) -> Tensor:
         """Router scores ``[T, E]``, at least in fp32: rounding must not decide which expert is visited."""

@@ -1,0 +1,81 @@
+"""A single token through a layer, as in generation: the same walk and sum in plain numbers and vectors.
+
+With one token each tensor operation costs more to start than to compute, and the walk alone has dozens of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import inf
+
+import torch
+from torch import Tensor
+
+from .routing_fedgraft import Walk
+
+
+def walk_one_token(
+    *, scores_E: Tensor, edges_EE: Tensor, affinity_EE: Tensor, resident_E: Tensor | None, num_visits: int
+) -> Walk:
+    """``walk_graph`` for one token, best first, without gradients; K of the result is ``num_visits`` or E."""
+    scores, edges, affinity = scores_E.tolist(), edges_EE.tolist(), affinity_EE.tolist()
+    if resident_E is not None:
+        scores = [score if held else -inf for score, held in zip(scores, resident_E.tolist(), strict=True)]
+    now = [score if edges[expert][expert] else -inf for expert, score in enumerate(scores)]
+    bonus: dict[int, float] = {}
+    visited: dict[int, float] = {}
+    for _ in range(min(num_visits, len(scores))):
+        expert = max(range(len(now)), key=now.__getitem__)
+        if now[expert] == -inf:
+            break
+        visited[expert] = now[expert]
+        now[expert] = -inf
+        for child in range(expert + 1, len(scores)):
+            if edges[expert][child] and child not in visited and scores[child] > -inf:
+                bonus[child] = max(bonus.get(child, -inf), affinity[expert][child])
+                now[child] = scores[child] + bonus[child]
+    return _as_walk(visited, edges, min(num_visits, len(scores)), scores_E)
+
+
+def run_one_token(
+    x_D: Tensor,
+    weights: Sequence[float],
+    experts: Sequence[int],
+    passing: Sequence[Sequence[float]],
+    run: Callable[[int, Tensor], Tensor],
+) -> Tensor:
+    """Weighted sum of the outputs of the visited experts for one token, ``[D]``.
+
+    Args:
+        x_D: input of the layer.
+        weights: output weight of each visit.
+        experts: visited, -1 for visits that are not made.
+        passing: ``[E, E]``, gain of each edge that passes something, else 0.
+        run: from an expert and one row ``[1, D]`` to its output.
+    """
+    outputs: dict[int, Tensor] = {}
+    result_D = torch.zeros_like(x_D)
+    for expert, weight in sorted(zip(experts, weights, strict=True)):
+        if expert < 0:
+            continue
+        row_D = x_D
+        for source, output_D in outputs.items():
+            if passing[source][expert]:
+                row_D = torch.add(row_D, output_D, alpha=passing[source][expert])
+        outputs[expert] = run(expert, row_D[None])[0]
+        result_D.add_(outputs[expert], alpha=weight)
+    return result_D
+
+
+def _as_walk(visited: dict[int, float], edges: list[list[bool]], num_visits: int, scores_E: Tensor) -> Walk:
+    experts, parents = list(visited), []
+    for place, expert in enumerate(experts):
+        earlier = [source for source in experts[:place] if source < expert and edges[source][expert]]
+        parents.append(max(earlier, key=visited.__getitem__, default=-1))
+    unmade = num_visits - len(experts)
+    rows = [experts + [-1] * unmade, parents + [-1] * unmade]
+    integers = torch.tensor(rows, device=scores_E.device, dtype=torch.int64)
+    values = torch.tensor(
+        [list(visited.values()) + [-inf] * unmade], device=scores_E.device, dtype=scores_E.dtype
+    )
+    return Walk(integers[:1], integers[1:], values)
