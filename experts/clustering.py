@@ -17,7 +17,7 @@ _SKETCH_WIDTH, _PLAIN_STEPS = 64, 10
 # Flow costs are integers; this many of them make up the mean cost of a place.
 _COST_UNITS = 10_000
 # A step that lowers the inertia by less than this share is the last one.
-_TOLERANCE = 1e-5
+_TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,10 @@ def balanced_assignment(costs: np.ndarray) -> np.ndarray:
 
 def _describe(features: np.ndarray, labels: np.ndarray, num_experts: int) -> Clusters:
     members = np.stack([np.flatnonzero(labels == expert) for expert in range(num_experts)])
-    centres = features[members].mean(axis=1)
-    within = ((features[members] - centres[:, None]) ** 2).sum(axis=-1)
+    # Expert by expert: copies of all features would double the memory.
+    centres = np.stack([features[rows].mean(axis=0) for rows in members])
+    within = sum(
+        float(((features[rows] - centre) ** 2).sum()) for rows, centre in zip(members, centres, strict=True)
+    )
     between = ((centres - features.mean(axis=0)) ** 2).sum(axis=-1)
-    return Clusters(members, float(within.sum()), float(within.mean()), float(between.mean()))
+    return Clusters(members, within, within / len(features), float(between.mean()))

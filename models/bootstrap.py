@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from configs.errors import UserError
 from experts.clustering import Clusters, check_expert_count, timed_clusters
 from experts.graph import edges_by_lift
-from models.calibration import NeuronStatistics, neuron_statistics, visit_ffn_inputs
+from models.calibration import Calibration, NeuronStatistics, visit_ffn_inputs
 from models.checkpoint import cast_weights
 from models.configuration_fedgraft import FedGraftConfig
 from models.modeling_fedgraft import FedGraftForCausalLM
@@ -95,6 +95,7 @@ def plan_experts(
     input_ids: Tensor,
     plan: BootstrapPlan,
     *,
+    measured: Calibration | None = None,
     on_layer: Callable[[int], None] = lambda layer: None,
 ) -> list[LayerExperts]:
     """Cluster the neurons of each layer, order the experts, fit the routers, and draw the first edges.
@@ -103,13 +104,15 @@ def plan_experts(
         model: a dense Llama.
         input_ids: calibration text, ``[N, S]``.
         plan: how.
+        measured: of this model on this text, where others use it too; None to measure here.
         on_layer: called with the index of each layer when its clustering is done.
 
     Raises:
         UserError: E does not divide the FFN width; weights that are not finite.
     """
     check_expert_count(model.config.intermediate_size, plan.num_experts)
-    statistics = neuron_statistics(model, input_ids)
+    measured = measured or Calibration(model, input_ids)
+    statistics = measured.statistics
     layers = [layer.mlp for layer in model.model.layers]
     features = (
         neuron_features(mlp, plan.features, profile)
@@ -123,7 +126,7 @@ def plan_experts(
         clustered.append((order_by_activation(clusters, statistics, index), seconds))
         on_layer(index)
     members = [torch.from_numpy(clusters.members) for clusters, _ in clustered]
-    routers = fit_routers(model, input_ids, members, plan.router)
+    routers = fit_routers(measured, members, plan.router)
     edges = first_edges(model, input_ids, routers, plan.visits, plan.edges_per_expert)
     return [
         LayerExperts(clusters, router, mask, seconds)
@@ -148,12 +151,11 @@ def neuron_features(mlp: nn.Module, kind: str, profile: Tensor) -> np.ndarray:
     return torch.cat([weights[name].detach().float().cpu() for name in names], dim=-1).numpy()
 
 
-def fit_routers(
-    model: PreTrainedModel, input_ids: Tensor, members: Sequence[Tensor], kind: str
-) -> list[Tensor]:
+def fit_routers(measured: Calibration, members: Sequence[Tensor], kind: str) -> list[Tensor]:
     """Routers ``[E, D]`` of every layer; ``kind`` is ``ridge`` or ``centroid``."""
+    model = measured.model
     if kind == "ridge":
-        return ridge_routers(model, input_ids, members)
+        return ridge_routers(model, measured.input_ids, members, metrics=measured.metrics)
     return [centroid_router(layer.mlp, rows) for layer, rows in zip(model.model.layers, members, strict=True)]
 
 

@@ -13,7 +13,7 @@ from configs.errors import UserError
 from configs.output import check_output_directory, new_directory
 from experts.clustering import check_expert_count
 from models.bootstrap import BootstrapPlan, LayerExperts, build_graph, plan_experts
-from models.calibration import sample_text
+from models.calibration import Calibration, sample_text
 from models.checkpoint import cast_weights, cluster_table, save_graph
 from models.config_file import read_config
 from models.fingerprint import fingerprint
@@ -71,11 +71,16 @@ def bootstrap_checkpoint(
     calibration, held_out = split_tokens(ids, calibration_tokens, evaluation_tokens)
     on_step("calibration text", 1, 1)
     total = dense.config.num_hidden_layers
+    measured = Calibration(dense, calibration)
     experts = plan_experts(
-        dense, calibration, plan, on_layer=lambda layer: on_step("clustering layers", layer + 1, total)
+        dense,
+        calibration,
+        plan,
+        measured=measured,
+        on_layer=lambda layer: on_step("clustering layers", layer + 1, total),
     )
     graph = build_graph(dense, experts, plan.visits, base_fingerprint=base)
-    report = _report(dense, graph, experts, calibration, held_out, on_step)
+    report = _report(measured, graph, experts, held_out, on_step)
     with new_directory(out, overwrite=overwrite) as directory:
         save_graph(cast_weights(graph, dtype), tokenizer, directory)
         (directory / "cluster_stats.txt").write_text(cluster_table([layer.clusters for layer in experts]))
@@ -113,10 +118,9 @@ def split_tokens(ids: Tensor, calibration_tokens: int, evaluation_tokens: int) -
 
 
 def _report(
-    dense: PreTrainedModel,
+    measured: Calibration,
     graph: FedGraftForCausalLM,
     experts: list[LayerExperts],
-    calibration: Tensor,
     held_out: Tensor,
     on_step: Step,
 ) -> dict[str, Any]:
@@ -127,4 +131,12 @@ def _report(
         done += 1
         on_step("comparing routers", done, total)
 
-    return selection_report(dense, graph, experts, calibration, (held_out, held_out), on_step=count)
+    return selection_report(
+        measured.model,
+        graph,
+        experts,
+        measured.input_ids,
+        (held_out, held_out),
+        measured=measured,
+        on_step=count,
+    )

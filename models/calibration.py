@@ -4,33 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from models.output_metric import output_metrics
+
 
 @torch.no_grad()
-def sample_text(model: PreTrainedModel, *, blocks: int, block_size: int, seed: int) -> Tensor:
+def sample_text(
+    model: PreTrainedModel, *, blocks: int, block_size: int, seed: int, batch_size: int = 64
+) -> Tensor:
     """Token blocks ``[blocks, block_size]`` sampled from the model itself at temperature 1, starting from BOS.
 
-    The caller's random state is left as it was.
+    At most ``batch_size`` blocks are sampled at once. The caller's random state is left as it was.
     """
     bos = model.config.bos_token_id if model.config.bos_token_id is not None else 0
-    start = torch.full((blocks, 1), bos, device=model.device)
+    starts = torch.full((blocks, 1), bos, device=model.device).split(batch_size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return model.generate(
-            start,
-            attention_mask=torch.ones_like(start),
-            do_sample=True,
-            top_k=0,
-            top_p=1.0,
-            temperature=1.0,
-            min_new_tokens=block_size - 1,
-            max_new_tokens=block_size - 1,
-            pad_token_id=bos,
-        )
+        return torch.cat([_sample(model, start, block_size - 1, bos) for start in starts])
+
+
+def _sample(model: PreTrainedModel, start: Tensor, new_tokens: int, padding: int) -> Tensor:
+    return model.generate(
+        start,
+        attention_mask=torch.ones_like(start),
+        do_sample=True,
+        top_k=0,
+        top_p=1.0,
+        temperature=1.0,
+        min_new_tokens=new_tokens,
+        max_new_tokens=new_tokens,
+        pad_token_id=padding,
+    )
 
 
 @torch.no_grad()
@@ -101,3 +110,26 @@ def neuron_statistics(
         mean_activation=means,
         profiles=[torch.cat(parts).T.contiguous() for parts in profiles],
     )
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """A dense Llama on its calibration text: each statistic is collected when it is first asked for, and once.
+
+    Attributes:
+        model: a dense Llama.
+        input_ids: ``[N, S]``.
+    """
+
+    model: PreTrainedModel
+    input_ids: Tensor
+
+    @cached_property
+    def statistics(self) -> NeuronStatistics:
+        """Of the neurons of every FFN."""
+        return neuron_statistics(self.model, self.input_ids)
+
+    @cached_property
+    def metrics(self) -> list[Tensor]:
+        """Of every FFN's output, per layer ``[D, D]``."""
+        return output_metrics(self.model, self.input_ids)

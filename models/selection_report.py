@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from experts.clustering import random_clusters
-from models.bootstrap import LayerExperts
-from models.calibration import hidden_activations, neuron_statistics
+from models.bootstrap import LayerExperts, fit_routers
+from models.calibration import Calibration, hidden_activations
 from models.modeling_fedgraft import FedGraftForCausalLM
 from models.perplexity import LossSum, evaluate_loss
-from models.router_init import centroid_router, expert_contributions, ridge_routers
+from models.router_init import centroid_router, expert_contributions
 from models.settings import visiting
 
 SHARES = (75, 50, 25)
@@ -43,6 +43,7 @@ def selection_report(
     calibration_ids: Tensor,
     held_out: tuple[Tensor, Tensor],
     *,
+    measured: Calibration | None = None,
     on_step: Callable[[], None] = lambda: None,
 ) -> dict:
     """Held-out perplexity of the graph's router beside four other ways to choose as many neurons.
@@ -56,12 +57,16 @@ def selection_report(
         experts: of ``graph``.
         calibration_ids: ``[N, S]``, to fit the baselines.
         held_out: ``input_ids`` and ``labels``, each ``[N, S]``.
+        measured: of ``dense`` on ``calibration_ids``, where it was used before; None to measure here.
         on_step: called after each of the ``1 + 5 * len(SHARES)`` evaluations.
 
     Returns:
         ``{"dense": float, "75": {"router", "centroid", "static", "oracle", "random"}, "50": ..., "25": ...}``.
     """
-    selections = _selections(dense, experts, calibration_ids)
+    selections = baselines(
+        measured or Calibration(dense, calibration_ids),
+        [torch.from_numpy(layer.clusters.members) for layer in experts],
+    )
     report: dict = {"dense": evaluate_loss(dense, *held_out).perplexity}
     on_step()
     for share in SHARES:
@@ -115,24 +120,28 @@ def _graph_loss(graph: FedGraftForCausalLM, share: int, held_out: tuple[Tensor, 
         return evaluate_loss(graph, *held_out)
 
 
-def _selections(
-    dense: PreTrainedModel, experts: Sequence[LayerExperts], calibration_ids: Tensor
-) -> dict[str, Selection]:
-    layers = [layer.mlp for layer in dense.model.layers]
-    members = [torch.from_numpy(layer.clusters.members) for layer in experts]
+def baselines(measured: Calibration, members: Sequence[Tensor]) -> dict[str, Selection]:
+    """The ways that ``selection_report`` compares a router with, by name; ``members`` is ``[E, H]`` per layer."""
+    layers = [layer.mlp for layer in measured.model.model.layers]
     shuffled = [
         torch.from_numpy(random_clusters(rows.numel(), len(rows), seed=index))
         for index, rows in enumerate(members)
     ]
-    means = neuron_statistics(dense, calibration_ids).mean_contribution
+    means = measured.statistics.mean_contribution
     neurons = [torch.arange(len(mean))[:, None] for mean in means]
     centroids = [centroid_router(mlp, rows) for mlp, rows in zip(layers, members, strict=True)]
+    random = fit_routers(measured, shuffled, "ridge")
     return {
-        "centroid": Selection(members, [_linear(weight) for weight in centroids]),
+        "centroid": linear_selection(members, centroids),
         "static": Selection(neurons, [_constant(mean) for mean in means]),
         "oracle": Selection(members, [_contribution(rows) for rows in members]),
-        "random": Selection(shuffled, [_linear(w) for w in ridge_routers(dense, calibration_ids, shuffled)]),
+        "random": linear_selection(shuffled, random),
     }
+
+
+def linear_selection(members: Sequence[Tensor], routers: Sequence[Tensor]) -> Selection:
+    """Select by routers ``[E, D]``, one a layer."""
+    return Selection(list(members), [_linear(weight) for weight in routers])
 
 
 def _linear(weight_ED: Tensor) -> Score:

@@ -19,7 +19,7 @@ from models.bootstrap import (
     order_by_activation,
     plan_experts,
 )
-from models.calibration import neuron_statistics
+from models.calibration import Calibration, neuron_statistics
 from models.router_init import centroid_router, ridge_routers
 from tests.conftest import tiny_llama
 from tests.tiny_graphs import ffn_inputs, graph_of, random_ids
@@ -107,7 +107,7 @@ def test_routers_are_fitted_to_the_numbered_experts(dense, ids, experts):
             [centroid_router(at.mlp, rows) for at, rows in zip(dense.model.layers, members, strict=True)],
         ),
     ):
-        for got, expected in zip(fit_routers(dense, ids, members, kind), reference, strict=True):
+        for got, expected in zip(fit_routers(Calibration(dense, ids), members, kind), reference, strict=True):
             assert torch.equal(got, expected)
 
 

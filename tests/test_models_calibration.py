@@ -6,13 +6,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from models import calibration
 from models.calibration import (
+    Calibration,
     contributions,
     hidden_activations,
     neuron_statistics,
     sample_text,
     visit_ffn_inputs,
 )
+from models.output_metric import output_metrics
 from tests.conftest import tiny_llama
 from tests.tiny_graphs import ffn_inputs, random_ids
 
@@ -110,3 +113,26 @@ def test_statistics_are_those_of_a_direct_computation(dense):
 
 def test_fewer_tokens_than_profile_places_are_all_kept(dense):
     assert neuron_statistics(dense, random_ids(dense, 2, 5)).profiles[0].shape == (64, 10)
+
+
+def test_a_calibration_measures_each_statistic_once(dense, monkeypatch):
+    ids, passes = random_ids(dense, 4, 8), []
+    expected = neuron_statistics(dense, ids), output_metrics(dense, ids)
+    for name in ("neuron_statistics", "output_metrics"):
+        original = getattr(calibration, name)
+        monkeypatch.setattr(
+            calibration,
+            name,
+            lambda *args, original=original, name=name: passes.append(name) or original(*args),
+        )
+    measured = Calibration(dense, ids)
+    assert passes == []
+    for _ in range(2):
+        torch.testing.assert_close(measured.statistics.mean_contribution, expected[0].mean_contribution)
+        torch.testing.assert_close(measured.metrics, expected[1])
+    assert passes == ["neuron_statistics", "output_metrics"]
+
+
+def test_text_is_sampled_in_batches(dense):
+    ids = sample_text(dense, blocks=5, block_size=6, seed=3, batch_size=2)
+    assert ids.shape == (5, 6) and torch.equal(ids[:2], sample_text(dense, blocks=2, block_size=6, seed=3))

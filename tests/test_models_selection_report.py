@@ -5,9 +5,18 @@ import math
 import pytest
 import torch
 
+from models import calibration as module
 from models.bootstrap import BootstrapPlan, build_graph, plan_experts
+from models.calibration import Calibration
 from models.perplexity import evaluate_loss
-from models.selection_report import SHARES, Selection, active_count, select_neurons, selection_report
+from models.selection_report import (
+    SHARES,
+    Selection,
+    active_count,
+    linear_selection,
+    select_neurons,
+    selection_report,
+)
 from models.settings import visiting
 from tests.conftest import tiny_llama
 from tests.tiny_graphs import ffn_inputs, random_ids
@@ -29,15 +38,20 @@ def report(made):
     return selection_report(*made)
 
 
-def linear(weight):
-    return lambda mlp, x_TD: x_TD @ weight.T
-
-
 def test_the_report_has_every_way_at_every_share(made, report):
     assert set(report) == {"dense", "75", "50", "25"} and SHARES == (75, 50, 25)
     assert all(set(report[str(share)]) == NAMES for share in SHARES)
     assert all(math.isfinite(value) for share in SHARES for value in report[str(share)].values())
     assert report["dense"] == evaluate_loss(made[0], *made[4]).perplexity
+
+
+def test_what_was_measured_before_is_not_measured_again(made, report, monkeypatch):
+    dense, _, _, calibration, _ = made
+    measured = Calibration(dense, calibration)
+    assert measured.statistics and measured.metrics
+    for name in ("neuron_statistics", "output_metrics"):
+        monkeypatch.setattr(module, name, lambda *args: pytest.fail("measured again"))
+    assert selection_report(*made, measured=measured) == report
 
 
 def test_each_evaluation_is_announced(made):
@@ -50,7 +64,7 @@ def test_each_evaluation_is_announced(made):
 def test_the_router_column_is_the_dense_model_masked_by_the_same_router(made, report, share, active):
     dense, _, experts, _, held_out = made
     members = [torch.from_numpy(layer.clusters.members) for layer in experts]
-    selection = Selection(members, [linear(layer.router) for layer in experts])
+    selection = linear_selection(members, [layer.router for layer in experts])
     assert active_count(8, share) == active
     with select_neurons(dense, selection, share):
         masked = evaluate_loss(dense, *held_out).perplexity
@@ -74,7 +88,7 @@ def test_the_static_column_keeps_the_neurons_of_largest_mean_contribution(made, 
 def test_all_neurons_selected_is_the_dense_model(made):
     dense, graph, experts, _, held_out = made
     members = [torch.from_numpy(layer.clusters.members) for layer in experts]
-    selection = Selection(members, [linear(layer.router) for layer in experts])
+    selection = linear_selection(members, [layer.router for layer in experts])
     whole = evaluate_loss(dense, *held_out).perplexity
     with select_neurons(dense, selection, 100):
         assert evaluate_loss(dense, *held_out).perplexity == pytest.approx(whole, rel=1e-5)
@@ -107,7 +121,7 @@ def test_the_dense_model_is_given_back_even_after_an_error(made):
     dense, _, experts, _, held_out = made
     whole = evaluate_loss(dense, *held_out).nll
     members = [torch.from_numpy(layer.clusters.members) for layer in experts]
-    selection = Selection(members, [linear(layer.router) for layer in experts])
+    selection = linear_selection(members, [layer.router for layer in experts])
     with pytest.raises(RuntimeError), select_neurons(dense, selection, 25):
         assert evaluate_loss(dense, *held_out).nll != whole
         raise RuntimeError
