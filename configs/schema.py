@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from configs.conflicts import check_conflicts
 from configs.errors import UserError, nearest
 from configs.values import parse_assignments, parse_budgets, parse_partition, read_config_file, split_list
 
@@ -65,6 +66,8 @@ class RunConfig(BaseModel):
     """Experts per layer each client holds, separated by ','; empty: expert-budget."""
     expert_budget: Whole = 0
     """Experts per layer that every client holds and trains; 0: all."""
+    memory_budget_mb: Whole = 0
+    """MiB that a client's process may occupy while it trains, from which its expert budget follows; 0: no limit."""
     experts_per_token: Whole = 0
     """Experts a token visits per layer; 0: the graph's, by budget."""
     walk: Literal["", "best-first", "depth-first"] = ""
@@ -97,6 +100,14 @@ class RunConfig(BaseModel):
     """Seed of every random choice in the run."""
     train: Literal["all", "experts", "routing"] = "all"
     """What trains: all, experts (their matrices only) or routing (routers, gains and affinities only)."""
+    weights: Literal["fp32", "bf16", "nf4"] = "fp32"
+    """How a client holds its experts: fp32, bf16 or nf4 (4-bit QLoRA, attention too); the latter two need lora-rank."""
+    lora_rank: Whole = 0
+    """Rank of the LoRA factors that train in place of the experts' matrices; 0: the matrices train."""
+    lora_alpha: Positive = 16.0
+    """Scale of the LoRA factors' product, times lora-rank."""
+    attention_lora: bool = False
+    """Whether attention projections train too, through LoRA factors of the same rank."""
     local_steps: Count = 20
     """Optimizer steps a client takes per round."""
     batch_size: Count = 8
@@ -181,39 +192,8 @@ class RunConfig(BaseModel):
 
     @model_validator(mode="after")
     def _refuse_conflicts(self) -> RunConfig:
-        given = parse_budgets(self.budgets)
-        if not self.sources:
-            raise UserError("expected data to name at least one source, got none; set data to e.g. 'wikimix'")
-        if given and len(given) != self.num_clients:
-            raise UserError(
-                f"expected budgets to hold one number per client (num-clients is {self.num_clients}), "
-                f"got {len(given)}: {self.budgets!r}"
-            )
-        if given and self.expert_budget:
-            raise UserError("expected either budgets or expert-budget, got both; drop one of them")
-        smallest = min((budget for budget in self.client_budgets if budget), default=None)
-        for key, value in (
-            ("ship-experts", self.ship_experts),
-            ("experts-per-token", self.experts_per_token),
-        ):
-            if smallest is not None and value > smallest:
-                raise UserError(
-                    f"expected {key} to be at most the smallest client budget {smallest}, got {value}"
-                )
-        self._check_training()
+        check_conflicts(self)
         return self
-
-    def _check_training(self) -> None:
-        if self.warmup_steps and self.warmup_steps >= self.total_steps:
-            raise UserError(
-                f"expected warmup-steps to be below the run's {self.total_steps} optimizer steps "
-                f"(num-rounds x local-steps), got {self.warmup_steps}"
-            )
-        if self.train == "experts" and (self.load_balance_weight or self.z_loss_weight):
-            raise UserError(
-                "expected train to be all or routing with load-balance-weight or z-loss-weight, got experts; "
-                "these losses train routers"
-            )
 
     @property
     def client_budgets(self) -> tuple[int, ...]:

@@ -51,10 +51,13 @@ def parse_partition(text: str) -> tuple[str, str]:
 
 
 def parse_budgets(text: str) -> tuple[int, ...]:
-    """Whole numbers separated by ``,``; empty text gives none."""
+    """Whole numbers above 0 separated by ``,``; empty text gives none."""
     parts = split_list(text, ",")
-    if not all(part.isdecimal() for part in parts):
-        raise UserError(f"expected budgets to be whole numbers separated by ',', got {text!r}")
+    if not all(part.isdecimal() and int(part) for part in parts):
+        raise UserError(
+            f"expected budgets to be whole numbers above 0 separated by ',', got {text!r}; "
+            "a client that can hold all experts has their number"
+        )
     return tuple(int(part) for part in parts)
 
 

@@ -43,8 +43,8 @@ def test_keys_are_hyphenated_scalars():
 
 
 def test_values_round_trip_and_the_configuration_is_frozen():
-    config = load_run_config({"budgets": "8, 4,0", "num-clients": 3, "data": "wikimix;a b.txt ; "})
-    assert config.client_budgets == (8, 4, 0)
+    config = load_run_config({"budgets": "8, 4,1", "num-clients": 3, "data": "wikimix;a b.txt ; "})
+    assert config.client_budgets == (8, 4, 1)
     assert config.sources == ("wikimix", "a b.txt") and config.server_sources == ()
     assert load_run_config(config.values()) == config
     with pytest.raises(ValueError, match="frozen"):
@@ -83,7 +83,7 @@ def test_integers_are_taken_for_floats():
         ({"walk": "breadth-first"}, "'best-first' or 'depth-first', got 'breadth-first'"),
         ({"usage-decay": 1.0}, "expected usage-decay to be a value less than 1, got 1.0"),
         ({"graph": {"a": 1}}, "expected graph to be a valid string"),
-        ({"budgets": "8,x"}, "expected budgets to be whole numbers separated by ',', got '8,x'"),
+        ({"budgets": "8,x"}, "expected budgets to be whole numbers above 0 separated by ',', got '8,x'"),
         ({"budgets": "8,4,2"}, "num-clients is 2), got 3: '8,4,2'"),
         ({"budgets": "8,4", "expert-budget": 2}, "either budgets or expert-budget"),
         (
@@ -113,8 +113,38 @@ def test_bad_values_are_refused_in_one_line(values, message):
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_budget_of_zero_holds_every_expert():
-    assert load_run_config({"budgets": "0,8", "ship-experts": 8}).ship_experts == 8
+def test_without_a_budget_every_expert_is_held_and_many_may_be_shipped():
+    assert load_run_config({"expert-budget": 0, "ship-experts": 64}).ship_experts == 64
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"weights": "nf4"}, "expected lora-rank above 0 with weights nf4"),
+        ({"weights": "bf16"}, "expected lora-rank above 0 with weights bf16"),
+        ({"attention-lora": True}, "expected lora-rank above 0 with attention-lora"),
+        ({"lora-rank": 8, "train": "routing"}, "expected train to be all or experts with lora-rank"),
+        ({"memory-budget-mb": 900, "budgets": "8,4"}, "either budgets or memory-budget-mb"),
+        ({"memory-budget-mb": 900, "expert-budget": 4}, "either expert-budget or memory-budget-mb"),
+        ({"budgets": "8,0"}, "expected budgets to be whole numbers above 0"),
+        ({"weights": "int8"}, "expected weights to be"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(values, words):
+    with pytest.raises(UserError, match=words):
+        load_run_config(values)
+
+
+def test_lora_on_experts_and_attention_in_4_bits_goes_together():
+    config = load_run_config(
+        {"weights": "nf4", "lora-rank": 8, "attention-lora": True, "memory-budget-mb": 900}
+    )
+    assert (config.weights, config.lora_rank, config.lora_alpha, config.attention_lora) == (
+        "nf4",
+        8,
+        16.0,
+        True,
+    )
 
 
 def test_steps_of_a_run_are_those_of_all_rounds():

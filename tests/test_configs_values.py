@@ -94,7 +94,7 @@ def test_malformed_partitions(text):
 
 
 def test_budgets_and_lists():
-    assert parse_budgets(" 16, 8,0") == (16, 8, 0) and parse_budgets("") == ()
+    assert parse_budgets(" 16, 8,1") == (16, 8, 1) and parse_budgets("") == ()
     for text in ("-1", "1.5", "a", "8;4"):
         with pytest.raises(UserError, match="whole numbers"):
             parse_budgets(text)

@@ -1,0 +1,80 @@
+"""Keys of a run configuration that do not go together."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from configs.errors import UserError
+from configs.values import parse_budgets
+
+if TYPE_CHECKING:
+    from configs.schema import RunConfig
+
+
+def check_conflicts(config: RunConfig) -> None:
+    """Refuse a configuration whose keys contradict each other.
+
+    Raises:
+        UserError: names the keys, and which of them to change.
+    """
+    if not config.sources:
+        raise UserError("expected data to name at least one source, got none; set data to e.g. 'wikimix'")
+    _check_budgets(config)
+    _check_training(config)
+    _check_lora(config)
+
+
+def _check_budgets(config: RunConfig) -> None:
+    given = parse_budgets(config.budgets)
+    if given and len(given) != config.num_clients:
+        raise UserError(
+            f"expected budgets to hold one number per client (num-clients is {config.num_clients}), "
+            f"got {len(given)}: {config.budgets!r}"
+        )
+    sized = {
+        "budgets": given,
+        "expert-budget": config.expert_budget,
+        "memory-budget-mb": config.memory_budget_mb,
+    }
+    set_keys = [key for key, value in sized.items() if value]
+    if len(set_keys) > 1:
+        raise UserError(f"expected either {' or '.join(set_keys)}, got both; drop one of them")
+    smallest = min((budget for budget in config.client_budgets if budget), default=None)
+    for key, value in (
+        ("ship-experts", config.ship_experts),
+        ("experts-per-token", config.experts_per_token),
+    ):
+        if smallest is not None and value > smallest:
+            raise UserError(
+                f"expected {key} to be at most the smallest client budget {smallest}, got {value}"
+            )
+
+
+def _check_training(config: RunConfig) -> None:
+    if config.warmup_steps and config.warmup_steps >= config.total_steps:
+        raise UserError(
+            f"expected warmup-steps to be below the run's {config.total_steps} optimizer steps "
+            f"(num-rounds x local-steps), got {config.warmup_steps}"
+        )
+    if config.train == "experts" and (config.load_balance_weight or config.z_loss_weight):
+        raise UserError(
+            "expected train to be all or routing with load-balance-weight or z-loss-weight, got experts; "
+            "these losses train routers"
+        )
+
+
+def _check_lora(config: RunConfig) -> None:
+    if config.lora_rank:
+        if config.train == "routing":
+            raise UserError(
+                "expected train to be all or experts with lora-rank, got routing; set lora-rank to 0"
+            )
+        return
+    if config.weights != "fp32":
+        raise UserError(
+            f"expected lora-rank above 0 with weights {config.weights}, got 0; such weights are fixed"
+        )
+    if config.attention_lora:
+        raise UserError(
+            "expected lora-rank above 0 with attention-lora, got 0; attention trains through factors only"
+        )
