@@ -53,7 +53,7 @@ def ridge_routers(
         targets ``c`` are taken relative to their mean over experts, which no ranking depends on.
     """
     layers = [layer.mlp for layer in model.model.layers]
-    factors = [_root(metric) for metric in metrics or output_metrics(model, input_ids)]
+    factors = [metric_root(metric) for metric in metrics or output_metrics(model, input_ids)]
     width = model.config.hidden_size
     gram = [torch.zeros(width, width, dtype=torch.float64) for _ in layers]
     moment = [torch.zeros(width, len(rows), dtype=torch.float64) for rows in members]
@@ -108,7 +108,7 @@ def _places(gram_TEE: Tensor) -> Tensor:
     return places_TE
 
 
-def _root(metric: Tensor) -> Tensor:
+def metric_root(metric: Tensor) -> Tensor:
     """``R [D, D]`` fp32 with ``R R'`` the metric."""
     return torch.linalg.cholesky(metric.double()).float()
 

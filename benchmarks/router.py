@@ -1,0 +1,156 @@
+"""What the first router keeps of the dense model's quality, beside other ways to choose as many neurons.
+
+A trained Llama is cut into 16 experts a layer, and the router is fitted on text of domains that the model knows and
+does not know, or on text sampled from the model itself. Perplexity is that of held-out text of the same domains.
+
+``gap_closed`` is ``(log ppl centroid - log ppl router) / (log ppl centroid - log ppl oracle)``, and
+``static_over_router`` a ratio of perplexities: both with half of the experts active and a router fitted on text, averaged
+over seeds (of the choice of documents, the sampled text and the clusters). The oracle knows what every expert contributes
+to the token at hand.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from benchmarks.material import data_sources, domain_blocks, model_path
+from benchmarks.runner import Measured, OnStep, run_benchmark
+from benchmarks.statistics import interval
+from models.bootstrap import BootstrapPlan, plan_experts
+from models.bootstrap_checkpoint import sample_calibration
+from models.calibration import Calibration
+from models.llama_loader import load_dense
+from models.perplexity import evaluate_loss
+from models.router_init import elimination_places, metric_root
+from models.selection_report import (
+    SHARES,
+    Selection,
+    baselines,
+    linear_selection,
+    select_neurons,
+)
+
+DOMAINS = (
+    "shakespeare",
+    "code_algos",
+    "dolly_shepherd",
+    "stories",
+    "law_dc",
+    "medical_qa",
+    "math_gsm8k",
+    "recipes",
+)
+_EXPERTS, _SEEDS, _BLOCK = 16, (0, 1, 2), 256
+
+# Perplexity by name, one a share ("75", "50", "25").
+Table = dict[str, dict[str, float]]
+
+
+def measure(quick: bool, on_step: OnStep) -> Measured:
+    """Perplexity of every way to choose experts, at every share, for routers fitted on text and on sampled text.
+
+    Args:
+        quick: the embedded model, one seed, little text.
+        on_step: called with the stage, the steps done and their total.
+    """
+    seeds = _SEEDS[:1] if quick else _SEEDS
+    model = model_path("mix7M", quick=quick)
+    dense = load_dense(model).float()
+    runs = []
+    for index, seed in enumerate(seeds):
+        calibration, held_out = (mixed_text(model, split, seed, quick=quick) for split in ("train", "valid"))
+        runs.append(seed_tables(dense, calibration[0], held_out, seed))
+        on_step("seeds", index + 1, len(seeds))
+    return summary(runs)
+
+
+def mixed_text(model: str, split: str, seed: int, *, quick: bool) -> tuple[Tensor, Tensor]:
+    """As many blocks of every domain: ``input_ids`` and ``labels``, each ``[N, S]``."""
+    size, count = (64, 1) if quick else (_BLOCK, 4)
+    parts = [
+        domain_blocks(source, model, split=split, block_size=size, max_blocks=count, seed=seed)
+        for source in data_sources(DOMAINS, quick=quick)
+    ]
+    return torch.cat([part.input_ids for part in parts]), torch.cat([part.labels for part in parts])
+
+
+def seed_tables(dense: PreTrainedModel, text: Tensor, held_out: tuple[Tensor, Tensor], seed: int) -> dict:
+    """``{"dense": perplexity, "text": Table, "sampled": Table}``: by what the routers were fitted on."""
+    plan = BootstrapPlan(num_experts=_EXPERTS, seed=seed)
+    tables: dict = {"dense": evaluate_loss(dense, *held_out).perplexity}
+    for kind, ids in (("text", text), ("sampled", sample_calibration(dense, text.numel(), seed))):
+        measured = Calibration(dense, ids)
+        experts = plan_experts(dense, ids, plan, measured=measured)
+        members = [torch.from_numpy(layer.clusters.members) for layer in experts]
+        selections = {
+            "router": linear_selection(members, [layer.router for layer in experts]),
+            **baselines(measured, members),
+            "elimination": elimination_selection(measured, members),
+        }
+        tables[kind] = perplexity_table(dense, selections, held_out)
+    return tables
+
+
+def elimination_selection(measured: Calibration, members: list[Tensor]) -> Selection:
+    """What the ridge router predicts, known exactly: the experts that are dropped last."""
+
+    def score(rows: Tensor, root: Tensor) -> Callable:
+        return lambda mlp, x_TD: -elimination_places(mlp, x_TD, rows, root)
+
+    return Selection(
+        members,
+        [score(rows, metric_root(metric)) for rows, metric in zip(members, measured.metrics, strict=True)],
+    )
+
+
+def perplexity_table(
+    dense: PreTrainedModel, selections: Mapping[str, Selection], held_out: tuple[Tensor, Tensor]
+) -> Table:
+    """Perplexity of ``held_out`` per share and selection."""
+    table: Table = {}
+    for share in SHARES:
+        table[str(share)] = {}
+        for name, selection in selections.items():
+            with select_neurons(dense, selection, share):
+                table[str(share)][name] = evaluate_loss(dense, *held_out).perplexity
+    return table
+
+
+def gap_closed(perplexity: Mapping[str, float]) -> float:
+    """Share of the way from the centroid router to the oracle, in log perplexity; above 1 is better than the oracle."""
+    router, centroid, oracle = (math.log(perplexity[name]) for name in ("router", "centroid", "oracle"))
+    return (centroid - router) / (centroid - oracle)
+
+
+def summary(runs: list[dict]) -> Measured:
+    """Figures at half of the experts, and every table; intervals where there are several seeds."""
+    gaps = {kind: [gap_closed(run[kind]["50"]) for run in runs] for kind in ("text", "sampled")}
+    statics = [run["text"]["50"]["static"] / run["text"]["50"]["router"] for run in runs]
+    spread = {
+        "gap_closed": gaps["text"],
+        "gap_closed_sampled": gaps["sampled"],
+        "static_over_router": statics,
+    }
+    intervals = {name: interval(values) for name, values in spread.items() if len(values) > 1}
+    return Measured(
+        figures={name: statistics.fmean(values) for name, values in spread.items()},
+        peers={"seeds": runs, "mean": _mean(runs), "intervals_95": intervals},
+        notes={name: f"95 % interval {low:.3f} to {high:.3f}" for name, (low, high) in intervals.items()},
+    )
+
+
+def _mean(runs: list[dict]) -> dict:
+    """Geometric means over seeds, in the shape of one run."""
+    if isinstance(runs[0], dict):
+        return {key: _mean([run[key] for run in runs]) for key in runs[0]}
+    return statistics.geometric_mean(runs)
+
+
+if __name__ == "__main__":
+    run_benchmark("router", measure)
