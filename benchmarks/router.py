@@ -4,9 +4,9 @@ A trained Llama is cut into 16 experts a layer, and the router is fitted on text
 does not know, or on text sampled from the model itself. Perplexity is that of held-out text of the same domains.
 
 ``gap_closed`` is ``(log ppl centroid - log ppl router) / (log ppl centroid - log ppl oracle)``, and
-``static_over_router`` a ratio of perplexities: both with half of the experts active and a router fitted on text, averaged
-over seeds (of the choice of documents, the sampled text and the clusters). The oracle knows what every expert contributes
-to the token at hand.
+``static_over_router`` a ratio of perplexities: both with half of the experts active and a router fitted on text,
+averaged over seeds (of the choice of documents, the sampled text and the clusters). The oracle knows what every expert
+contributes to the token at hand.
 """
 
 from __future__ import annotations

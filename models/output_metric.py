@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from configs.errors import UserError
+
 # Share of the metric that is the same in every direction, for directions that the calibration text says nothing about.
 _ISOTROPIC = 0.01
 
@@ -30,6 +32,9 @@ def output_metrics(
 
     Returns:
         Per layer ``[D, D]``, fp32, symmetric and positive definite, with mean diagonal 1.01.
+
+    Raises:
+        UserError: weights that make the logits NaN or infinite.
     """
     width = model.config.hidden_size
     moments = [torch.zeros(width, width, device=model.device) for _ in model.model.layers]
@@ -58,6 +63,10 @@ def _gradients(model: PreTrainedModel, ids: Tensor, generator: torch.Generator) 
     finally:
         for handle in handles:
             handle.remove()
+    if not torch.isfinite(logits).all():
+        raise UserError(
+            "expected finite logits on the calibration text, got NaN or Inf; check the checkpoint's weights"
+        )
     labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).squeeze(-1)
     return torch.autograd.grad(F.cross_entropy(logits, labels, reduction="sum"), outputs)
 

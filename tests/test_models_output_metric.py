@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from configs.errors import UserError
 from models.output_metric import output_metrics
 from tests.conftest import tiny_llama
 from tests.tiny_graphs import random_ids
@@ -57,3 +58,12 @@ def test_a_layer_that_the_loss_does_not_depend_on_is_measured_by_the_norm(dense)
     torch.nn.init.zeros_(deaf.lm_head.weight)
     for metric in output_metrics(deaf, random_ids(dense, 2, 8)):
         torch.testing.assert_close(metric, 1.01 * torch.eye(32))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(dense, bad):
+    damaged = tiny_llama()
+    with torch.no_grad():
+        damaged.model.layers[1].mlp.up_proj.weight[3, 4] = bad
+    with pytest.raises(UserError, match="finite"):
+        output_metrics(damaged, random_ids(dense, 2, 8))
