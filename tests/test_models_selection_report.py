@@ -54,6 +54,18 @@ def test_what_was_measured_before_is_not_measured_again(made, report, monkeypatc
     assert selection_report(*made, measured=measured) == report
 
 
+def test_a_model_in_bf16_is_bootstrapped_and_reported_as_it_is(report):
+    dense = tiny_llama().to(torch.bfloat16)
+    calibration, held_out = random_ids(dense, 12, 40), random_ids(dense, 4, 40, seed=1)
+    experts = plan_experts(dense, calibration, BootstrapPlan(num_experts=8))
+    assert all(layer.router.dtype == torch.float32 for layer in experts)
+    found = selection_report(
+        dense, build_graph(dense, experts, 4), experts, calibration, (held_out, held_out)
+    )
+    assert found["dense"] == pytest.approx(report["dense"], rel=0.05)
+    assert found["50"]["router"] == pytest.approx(report["50"]["router"], rel=0.1)
+
+
 def test_each_evaluation_is_announced(made):
     steps = []
     selection_report(*made, on_step=lambda: steps.append(1))
