@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +13,10 @@ from torch import Tensor
 
 from clients.checked_file import read_checked, write_checked
 from experts.graph import ExpertGraph
+from models.attention import attention_count, read_attention, write_attention
 from models.checkpoint import read_graph, write_graph
 from models.modeling_fedgraft import FedGraftForCausalLM
-from models.units import Unit, weight_count
+from models.units import OTHERS, Unit, weight_count
 
 _ROUTING = ("router", "output_gain", "edge_gain", "edge_affinity")
 
@@ -34,6 +35,7 @@ class GlobalCopy:
         self._state = Path(folder) / "global.safetensors"
         self._experts = Path(folder) / "experts"
         self._files: dict[Unit, str] = {}
+        self._attention: set[int] = set()
         self._generation = 0
 
     def read(self, unit: Unit) -> Tensor | None:
@@ -54,7 +56,7 @@ class GlobalCopy:
 
         Without files that are whole and fit the model, it stays as it is, at version 0.
         """
-        self._files, self._generation = {}, 0
+        self._files, self._attention, self._generation = {}, set(), 0
         saved = read_checked(self._state)
         if saved is None:
             return 0
@@ -65,13 +67,20 @@ class GlobalCopy:
             return 0
         self._files, self._generation = files, generation
         self._remove_others()
-        _write_routing(model, saved[0])
+        self._attention = _write_rest(model, saved[0])
         write_graph(model, graph)
         return version
 
-    def save(self, model: FedGraftForCausalLM, version: int) -> None:
-        """Make what was written, and the model's routing and graph, the copy of this version."""
+    def save(self, model: FedGraftForCausalLM, version: int, moved: Iterable[Unit] = ()) -> None:
+        """Make what was written, and the model's routing and graph, the copy of this version.
+
+        Args:
+            model: experts that moved were written while it was moved.
+            version: of it.
+            moved: units that moved; of these the attention of layers is kept here.
+        """
         graph = read_graph(model)
+        self._attention |= {layer for layer, expert in moved if expert == OTHERS}
         tensors = {
             f"{name}/{index}": getattr(layer, name).detach().float()
             for index, layer in enumerate(model.expert_layers())
@@ -80,6 +89,7 @@ class GlobalCopy:
         tensors |= {
             f"mask/{index}": torch.from_numpy(mask.astype(np.uint8)) for index, mask in enumerate(graph.masks)
         }
+        tensors |= {f"attention/{index}": read_attention(model, index) for index in self._attention}
         self._generation += 1
         facts = {"version": version, "graph_version": graph.version, "generation": self._generation}
         names = {f"{layer}.{expert}": name for (layer, expert), name in self._files.items()}
@@ -90,7 +100,7 @@ class GlobalCopy:
     def forget(self) -> None:
         """Drop the copy: the next load starts from the checkpoint."""
         self._state.unlink(missing_ok=True)
-        self._files, self._generation = {}, 0
+        self._files, self._attention, self._generation = {}, set(), 0
         self._remove_others()
 
     def _check(
@@ -108,10 +118,13 @@ class GlobalCopy:
             for name in _ROUTING:
                 if tensors[f"{name}/{index}"].shape != getattr(layer, name).shape:
                     raise ValueError(f"{name} of layer {index} has another shape")
-        for (layer, expert), name in files.items():
+            attention = tensors.get(f"attention/{index}")
+            if attention is not None and attention.numel() != attention_count(model, index):
+                raise ValueError(f"attention of layer {index} has another size")
+        for unit, name in files.items():
             saved = read_checked(self._experts / name)
-            if saved is None or saved[0]["weights"].numel() != weight_count(layers[layer]):
-                raise ValueError(f"expert {layer}.{expert} is damaged")
+            if saved is None or saved[0]["weights"].numel() != weight_count(layers[unit[0]]):
+                raise ValueError(f"expert {unit} is damaged")
 
     def _remove_others(self) -> None:
         """Remove experts that no version needs: superseded ones, and those of a process that died."""
@@ -137,7 +150,13 @@ def _parse(
 
 
 @torch.no_grad()
-def _write_routing(model: FedGraftForCausalLM, tensors: Mapping[str, Tensor]) -> None:
-    for index, layer in enumerate(model.expert_layers()):
+def _write_rest(model: FedGraftForCausalLM, tensors: Mapping[str, Tensor]) -> set[int]:
+    """Set routing and attention; returns the layers whose attention has moved."""
+    layers = model.expert_layers()
+    for index, layer in enumerate(layers):
         for name in _ROUTING:
             getattr(layer, name).copy_(tensors[f"{name}/{index}"])
+    moved = {index for index in range(len(layers)) if f"attention/{index}" in tensors}
+    for index in moved:
+        write_attention(model, index, tensors[f"attention/{index}"])
+    return moved

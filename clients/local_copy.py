@@ -60,15 +60,16 @@ def bring_to_version(model: FedGraftForCausalLM, store: ClientStore, request: Re
         step.version != held + number for number, step in enumerate(missing, start=1)
     ):
         raise VersionMismatch(held)
+    moved = set()
     for step in missing:
-        apply_step(model, step)
+        moved |= apply_step(model, step)
     digest = read_graph(model).digest()
     if digest != request.graph_hash:
         raise RefusedUpdate(
             f"expected the graph {request.graph_hash[:12]} after {request.version} steps, got {digest[:12]}"
         )
     if missing:
-        store.copy.save(model, request.version)
+        store.copy.save(model, request.version, moved)
 
 
 def check_base(request: Request, graph: str) -> None:

@@ -8,12 +8,13 @@ import torch
 from flwr.app import Context
 from torch import Tensor
 
+from clients.budget import client_budget
 from clients.data_stream import client_documents, pack_client
 from clients.local_copy import bring_to_version, check_base, client_folder
+from clients.resident_model import changes, hold_residents
 from clients.starting_point import StartingPoint
 from clients.store import ClientStore
 from clients.trainer import LocalTraining, train_locally
-from configs.errors import UserError
 from configs.paths import default_graph
 from configs.schema import RunConfig
 from federated.blocks import Blocks, batches, take
@@ -81,26 +82,25 @@ class Participant:
         if config.experts_per_token:
             set_visits(model, config.experts_per_token)
         bring_to_version(model, store, request)
-        budget = int(node.get("expert-budget", 0)) or config.client_budgets[partition % config.num_clients]
-        _check_budget(budget, model, name)
+        budget = client_budget(config, node, model, partition, name)
         return cls(config, partition, budget, name, store, model, train, valid)
 
     def train_round(self, request: Request) -> Reply:
         """Evaluate the global model, choose residents, train, and pack what is worth shipping."""
-        start = StartingPoint(self.model)
-        if self._holds_all:
-            materialise(self.model, [None] * len(self.model.expert_layers()))
-        before = self.evaluate()
+        start, before = StartingPoint(self.model), self._evaluate_global()
         stream = batches(self.train, self.config.batch_size, generator=self._generator(request, 1))
         if not self._holds_all:
             self._assemble(stream)
-            materialise(self.model, residents(self.model))
+        hold_residents(self.model, self._residents(), self.config, seed=request.server_round)
         counter = UsageCounter(read_graph(self.model).masks)
         with visiting(self.model, self._visits()):
             with counter.counting(self.model):
                 result = train_locally(self.model, stream, self._training(request))
+            start.restore_others(self.model)
             personal = self.evaluate() if request.last else LossSum()
-        packed, shipped_density, inclusion = self._pack(dict(start.changes(self.model)), request)
+        packed, shipped_density, inclusion = self._pack(
+            dict(changes(self.model, start, self.config)), request
+        )
         return self._reply(
             request,
             {
@@ -133,6 +133,15 @@ class Participant:
     @property
     def _autocast(self) -> bool:
         return autocast_to_bf16(self.config.precision)
+
+    def _evaluate_global(self) -> LossSum:
+        """Loss of the global model as it came; read into memory first where the client will hold it like this."""
+        if self._holds_all and not self.config.lora_rank:
+            materialise(self.model, self._residents())
+        return self.evaluate()
+
+    def _residents(self) -> list[Tensor | None]:
+        return [None] * len(self.model.expert_layers()) if self._holds_all else list(residents(self.model))
 
     def _assemble(self, stream) -> None:
         """Choose the round's residents with the client's own assembler, which learns first."""
@@ -181,7 +190,9 @@ class Participant:
         graph, config = read_graph(self.model), self.config
         prepared = prepare_update(
             deltas,
-            self.store.residual.load(graph.version, sizes=unit_sizes(self.model)),
+            self.store.residual.load(
+                graph.version, sizes=unit_sizes(self.model, attention=config.attention_lora)
+            ),
             selection=config.selection,
             per_layer=config.ship_experts,
             density=config.density,
@@ -217,14 +228,6 @@ def _make_blocks(config: RunConfig, node, partition: int, graph: str, model) -> 
         documents, load_tokenizer(graph), config.block_size, model.config.max_position_embeddings
     )
     return documents.name, train, valid
-
-
-def _check_budget(budget: int, model: FedGraftForCausalLM, name: str) -> None:
-    most = max(model.config.num_experts)
-    if budget > most:
-        raise UserError(
-            f"expected a budget of at most the graph's {most} experts for client {name}, got {budget}"
-        )
 
 
 def _loss_numbers(name: str, loss: LossSum) -> dict[str, float]:

@@ -31,6 +31,11 @@ class StartingPoint:
         layer, expert = unit
         return torch.cat([flatten_weights(*self._storages[layer].read(expert)), self._routing[layer][expert]])
 
+    def routing_change(self, model: FedGraftForCausalLM, unit: Unit) -> Tensor:
+        """How far the routing ``[d + 1 + 2E]`` of one expert has moved."""
+        layer, expert = unit
+        return read_routing(model.expert_layers()[layer], expert) - self._routing[layer][expert]
+
     def changes(self, model: FedGraftForCausalLM) -> Iterator[tuple[Unit, Tensor]]:
         """Each resident unit of the trained ``model`` with its change ``[size]``, one at a time."""
         for unit in resident_units(model):

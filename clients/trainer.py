@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -18,8 +18,7 @@ from clients.optimiser import make_optimizer, make_schedule
 from configs.errors import UserError
 from models.modeling_fedgraft import FedGraftForCausalLM
 from models.router_losses import Routing, collect_routing, router_loss
-from models.settings import checkpointing, residents
-from models.units import Unit, read_unit, unit_sizes, write_unit
+from models.settings import checkpointing
 
 # The parameters of a layer: the experts' own, and those that decide where tokens go and what passes.
 MATRICES = ("gate_up_proj", "down_proj")
@@ -78,12 +77,10 @@ class LocalResult:
     """What local training gave.
 
     Attributes:
-        deltas: change of each resident unit, fp32 ``[size]``.
         losses: loss of each step without router losses, nats per token.
         tokens: labelled tokens trained on.
     """
 
-    deltas: dict[Unit, Tensor]
     losses: list[float]
     tokens: int
 
@@ -91,43 +88,33 @@ class LocalResult:
 def train_locally(
     model: FedGraftForCausalLM, batches: Iterator[Batch], training: LocalTraining
 ) -> LocalResult:
-    """Train the experts, routers and gains of ``model`` in place; attention, norms and embeddings stay fixed.
+    """Train the experts, routers and gains of ``model`` in place; all else stays fixed but for LoRA factors it carries.
 
     Args:
-        model: fp32 weights, residency set.
+        model: holds its residents, as fused matrices or as fixed modules with LoRA factors.
         batches: endless ``(input_ids, labels)``, each ``[B, S]``.
         training: how.
 
     Raises:
         UserError: the loss, its gradient or the router scores are not finite.
     """
-    with recorded_changes(model, restore=training.weight_decay > 0) as deltas:
-        losses, tokens = _take_steps(model, batches, training)
-    return LocalResult(deltas, losses, tokens)
-
-
-@contextmanager
-def recorded_changes(model: FedGraftForCausalLM, *, restore: bool) -> Iterator[dict[Unit, Tensor]]:
-    """Fill the given dictionary, at the end of the block, with what it changed in each resident unit, fp32 ``[size]``.
-
-    ``restore`` puts back all other units: weight decay reaches whole tensors, also what the client does not hold.
-    """
-    deltas: dict[Unit, Tensor] = {}
-    before = {unit: read_unit(model, unit) for unit in resident_units(model)}
-    others = {unit: read_unit(model, unit) for unit in unit_sizes(model) if restore and unit not in before}
-    yield deltas
-    for unit, vector in others.items():
-        write_unit(model, unit, vector)
-    deltas.update((unit, read_unit(model, unit) - start) for unit, start in before.items())
-
-
-def resident_units(model: FedGraftForCausalLM) -> list[Unit]:
-    """The units that the model's residency lets it train, in order."""
-    return [
-        (index, int(expert))
-        for index, held in enumerate(residents(model))
-        for expert in held.nonzero().flatten()
-    ]
+    parameters = expert_parameters(model, training.train)
+    optimizer, schedule = _optimisation(_groups(model, parameters, training), training)
+    losses, tokens = [], 0
+    model.train()
+    with _collecting(model, training) as routings, _checkpointing(model, training):
+        for _ in range(training.steps):
+            group = list(islice(batches, training.accumulation_steps))
+            count = sum(_predicted(labels) for _, labels in group)
+            optimizer.zero_grad()
+            losses.append(sum(_backward(model, batch, count, routings, training) for batch in group))
+            _clip(parameters, training.max_grad_norm)
+            optimizer.step()
+            schedule.step()
+            tokens += count
+    optimizer.zero_grad()
+    model.eval()
+    return LocalResult(losses, tokens)
 
 
 def expert_parameters(model: FedGraftForCausalLM, train: str = "all") -> list[nn.Parameter]:
@@ -148,29 +135,6 @@ def expert_parameters(model: FedGraftForCausalLM, train: str = "all") -> list[nn
     for parameter in chosen[train]:
         parameter.requires_grad_(True)
     return chosen[train]
-
-
-def _take_steps(
-    model: FedGraftForCausalLM, batches: Iterator[Batch], training: LocalTraining
-) -> tuple[list[float], int]:
-    """Losses of the optimizer steps, and the tokens they were taken on."""
-    parameters = expert_parameters(model, training.train)
-    optimizer, schedule = _optimisation(_groups(model, parameters, training), training)
-    losses, tokens = [], 0
-    model.train()
-    with _collecting(model, training) as routings, _checkpointing(model, training):
-        for _ in range(training.steps):
-            group = list(islice(batches, training.accumulation_steps))
-            count = sum(_predicted(labels) for _, labels in group)
-            optimizer.zero_grad()
-            losses.append(sum(_backward(model, batch, count, routings, training) for batch in group))
-            _clip(parameters, training.max_grad_norm)
-            optimizer.step()
-            schedule.step()
-            tokens += count
-    optimizer.zero_grad()
-    model.eval()
-    return losses, tokens
 
 
 def _groups(

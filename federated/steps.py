@@ -58,7 +58,10 @@ def apply_step(model: FedGraftForCausalLM, step: ServerStep) -> set[Unit]:
     """
     graph = read_graph(model)
     update = unpack_update(
-        step.packed, sizes=unit_sizes(model), graph_version=graph.version, graph_hash=graph.digest()
+        step.packed,
+        sizes=unit_sizes(model, attention=True),
+        graph_version=graph.version,
+        graph_hash=graph.digest(),
     )
     edited = _edited(graph, step) if step.edits else None
     for unit, vector in update.vectors.items():

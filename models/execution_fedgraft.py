@@ -63,7 +63,9 @@ def find_links(visits: Visits, edges_EE: Tensor, num_tokens: int) -> list[Link]:
     counts = joined_LT.sum(-1).tolist()
     rows = zip(sources_LT[joined_LT].split(counts), targets_LT[joined_LT].split(counts), strict=True)
     return [
-        Link(*edge, *both) for edge, both, count in zip(edges.tolist(), rows, counts, strict=True) if count
+        Link(source, target, *both)
+        for (source, target), both, count in zip(edges.tolist(), rows, counts, strict=True)
+        if count
     ]
 
 
@@ -123,7 +125,8 @@ class FusedExperts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD, weights_TK, edge_gain_EE, gate_up_RHD, down_RDH, visits, links, act_fn, held):
         dtype, gains = _compute_dtype(x_TD), edge_gain_EE.tolist() if links else []
-        result_TD, weights, runs = torch.zeros_like(x_TD), weights_TK.flatten(), {}
+        result_TD, weights = torch.zeros_like(x_TD), weights_TK.flatten()
+        runs: dict[int, _Run] = {}
         with torch.autocast(x_TD.device.type, enabled=False):
             inputs_TD, rows = x_TD.to(dtype), _visited(held, visits)
             gate_ups, downs = (_cast_rows(weight, rows, dtype) for weight in (gate_up_RHD, down_RDH))
@@ -147,7 +150,8 @@ class FusedExperts(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_result_TD: Tensor):
         visits, links, _, held = ctx.plan
-        back, d_x_TD, d_inputs = _BackwardPass(ctx, d_result_TD), torch.zeros_like(d_result_TD), {}
+        back, d_x_TD = _BackwardPass(ctx, d_result_TD), torch.zeros_like(d_result_TD)
+        d_inputs: dict[int, Tensor] = {}
         for row, expert in reversed(_visited(held, visits)):
             d_output_ND = back.through_output_weight(expert)
             for link in links:

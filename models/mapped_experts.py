@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -45,7 +46,7 @@ class GraphFiles:
     """
 
     def __init__(self, source: str) -> None:
-        self._file_of = {}
+        self._file_of: dict[str, Path] = {}
         for path in checkpoint_files(source):
             with safe_open(path, framework="pt") as file:
                 self._file_of |= dict.fromkeys(file.keys(), path)
@@ -155,14 +156,17 @@ def materialise(model: FedGraftForCausalLM, residents: Sequence[Tensor | None]) 
     Each expert is read once, straight into its row.
     """
     for layer, resident in zip(model.expert_layers(), residents, strict=True):
-        held = range(layer.num_experts) if resident is None else resident.nonzero().flatten().tolist()
+        held = list(range(layer.num_experts)) if resident is None else resident.nonzero().flatten().tolist()
+        layer.resident, layer.residency_gate = resident, None
+        if layer.storage is None and layer.held == held:
+            continue
         gate_up = torch.empty(len(held), 2 * layer.expert_size, layer.hidden_size, device=model.device)
         down = torch.empty(len(held), layer.hidden_size, layer.expert_size, device=model.device)
         for row, expert in enumerate(held):
             for target, weight in zip((gate_up[row], down[row]), layer.read_expert(expert), strict=True):
                 target.copy_(weight)
         layer.hold(held, gate_up, down)
-        layer.storage, layer.resident, layer.residency_gate = None, resident, None
+        layer.storage = None
 
 
 def _hold_nothing(layer: ExpertGraphMLP) -> None:

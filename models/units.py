@@ -1,6 +1,7 @@
 """The parameters of one expert as one vector, and back: what clients ship and the server aggregates.
 
-A unit is ``(layer, expert)``. Its vector is ``[3h, d]`` flattened (gate rows, up rows, rows of the transposed
+A unit is ``(layer, expert)``, or ``(layer, OTHERS)`` for the attention projections of a layer (see
+``models.attention``). The vector of an expert is ``[3h, d]`` flattened (gate rows, up rows, rows of the transposed
 down projection), then the router row ``[d]``, the output gain ``[1]``, and the columns of edge gains and edge
 affinities that end in the expert, ``[E]`` each: its routing.
 """
@@ -10,19 +11,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from models.attention import attention_count, read_attention, write_attention
 from models.experts_fedgraft import ExpertGraphMLP
 from models.modeling_fedgraft import FedGraftForCausalLM
 
 Unit = tuple[int, int]
+OTHERS = -1
 
 
-def unit_sizes(model: FedGraftForCausalLM) -> dict[Unit, int]:
-    """Entries of the vector of each unit."""
-    return {
+def unit_sizes(model: FedGraftForCausalLM, *, attention: bool = False) -> dict[Unit, int]:
+    """Entries of the vector of each expert and, if asked for, of the attention of each layer."""
+    layers = model.expert_layers()
+    sizes = {
         (index, expert): weight_count(layer) + routing_count(layer)
-        for index, layer in enumerate(model.expert_layers())
+        for index, layer in enumerate(layers)
         for expert in range(layer.num_experts)
     }
+    if attention:
+        sizes |= {(index, OTHERS): attention_count(model, index) for index in range(len(layers))}
+    return sizes
 
 
 def weight_count(layer: ExpertGraphMLP) -> int:
@@ -43,6 +50,8 @@ def read_unit(model: FedGraftForCausalLM, unit: Unit) -> Tensor:
         ValueError: the model does not hold this expert.
     """
     layer, expert = model.expert_layers()[unit[0]], unit[1]
+    if expert == OTHERS:
+        return read_attention(model, unit[0])
     return torch.cat([flatten_weights(*layer.read_expert(expert)), read_routing(layer, expert)])
 
 
@@ -54,6 +63,9 @@ def write_unit(model: FedGraftForCausalLM, unit: Unit, vector: Tensor) -> None:
         ValueError: the vector has another size, or the model does not hold this expert.
     """
     layer, expert = model.expert_layers()[unit[0]], unit[1]
+    if expert == OTHERS:
+        write_attention(model, unit[0], vector)
+        return
     counts = [weight_count(layer), routing_count(layer)]
     if vector.numel() != sum(counts):
         raise ValueError(f"unit {unit}: expected {sum(counts)} entries, got {vector.numel()}")

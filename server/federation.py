@@ -68,7 +68,7 @@ class Federation:
         """Train, aggregate and, where it is time, merge; whether the run ends early after this round."""
         started, trained_on = time.perf_counter(), self.server.graph
         answers = self._ask(nodes, MessageType.TRAIN, server_round)
-        replies = check_replies(answers, self.server)
+        replies = check_replies(answers, self.server, attention=self.config.attention_lora)
         _raise_if_nobody(replies)
         change = aggregate(
             [accepted.contribution for accepted in replies.accepted],

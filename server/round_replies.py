@@ -14,7 +14,7 @@ from federated.messages import Reply, read_reply
 from federated.update import RefusedUpdate, Unit
 from federated.usage import unpack_usage
 from models.perplexity import LossSum
-from models.units import unit_sizes
+from models.units import OTHERS, unit_sizes
 from server.exchange import Answer
 from server.global_model import GlobalModel
 
@@ -53,14 +53,22 @@ class RoundReplies:
     refused: dict[int, str] = field(default_factory=dict)
 
 
-def check_replies(answers: Mapping[int, Answer], server: GlobalModel) -> RoundReplies:
-    """Sort the answers of a round into those that count and those that are refused, with the reason."""
+def check_replies(
+    answers: Mapping[int, Answer], server: GlobalModel, *, attention: bool = False
+) -> RoundReplies:
+    """Sort the answers of a round into those that count and those that are refused, with the reason.
+
+    Args:
+        answers: by node.
+        server: what they are answers to.
+        attention: whether clients train attention, too.
+    """
     result, seen = RoundReplies(), set()
     for node, answer in sorted(answers.items()):
         try:
             if answer.content is None:
                 raise RefusedUpdate(answer.error)
-            accepted = _check(node, answer, server)
+            accepted = _check(node, answer, server, attention)
             if accepted.reply.partition in seen:
                 raise RefusedUpdate(f"client {accepted.reply.partition} has answered already")
             seen.add(accepted.reply.partition)
@@ -95,7 +103,7 @@ def check_numbers(reply: Reply, required: Iterable[str] = ()) -> None:
             raise RefusedUpdate(f"expected {name} to be a finite number of at least 0, got {value}")
 
 
-def _check(node: int, answer: Answer, server: GlobalModel) -> Accepted:
+def _check(node: int, answer: Answer, server: GlobalModel, attention: bool) -> Accepted:
     graph = server.graph
     assert answer.content is not None
     reply = read_reply(answer.content, graph.num_experts)
@@ -108,10 +116,10 @@ def _check(node: int, answer: Answer, server: GlobalModel) -> Accepted:
         raise RefusedUpdate(
             f"expected the residents of {len(graph.masks)} layers, got {len(reply.residents)}"
         )
-    update = unpack_update(
-        reply.update, sizes=unit_sizes(server.model), graph_version=graph.version, graph_hash=graph.digest()
-    )
+    sizes = unit_sizes(server.model, attention=attention)
+    update = unpack_update(reply.update, sizes=sizes, graph_version=graph.version, graph_hash=graph.digest())
     trained = {(layer, int(e)) for layer, held in enumerate(reply.residents) for e in np.flatnonzero(held)}
+    trained |= {unit for unit in sizes if unit[1] == OTHERS}
     stray = set(update.vectors) - trained
     if stray:
         raise RefusedUpdate(f"expected updates of resident experts only, got {min(stray)}")

@@ -1,0 +1,94 @@
+"""How many experts per layer a client holds: told outright, or as many as its memory takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import psutil
+
+from configs.errors import UserError
+from configs.schema import RunConfig
+from models.modeling_fedgraft import FedGraftForCausalLM
+from models.units import weight_count
+
+_MIB = 2**20
+# Bytes per weight of a resident expert while its matrix trains: fp32 weight and gradient, and what the optimizer keeps.
+_TRAINED = {"adamw": 16.0, "sgd": 12.0, "adafactor": 9.0}
+# A fixed base under LoRA factors: 4-bit blocks carry scales.
+_FIXED = {"fp32": 4.0, "bf16": 2.0, "nf4": 0.6}
+# When an update is packed, fp32: its change, the change with the residual, the residual.
+_PACKED = 12.0
+
+
+def client_budget(
+    config: RunConfig, node: Mapping[str, object], model: FedGraftForCausalLM, partition: int, name: str
+) -> int:
+    """Experts per layer that a client holds; 0 for all.
+
+    ``expert-budget`` or ``memory-budget-mb`` of the node count before those of the run.
+
+    Args:
+        config: of the run.
+        node: configuration of the node.
+        model: opened with its experts on disk.
+        partition: index of the client.
+        name: of the client, for messages.
+
+    Raises:
+        UserError: both are given for a node, a budget below 1 or above the graph's experts, memory for less than one.
+    """
+    if "expert-budget" in node and "memory-budget-mb" in node:
+        raise UserError(
+            f"expected expert-budget or memory-budget-mb for client {name}, got both; drop one from its node-config"
+        )
+    if "expert-budget" in node:
+        return _checked(int(str(node["expert-budget"])), model, name)
+    memory = int(str(node.get("memory-budget-mb", 0))) or config.memory_budget_mb
+    if memory:
+        return budget_of_memory(config, model, memory, name)
+    budget = config.client_budgets[partition % config.num_clients]
+    return _checked(budget, model, name) if budget else 0
+
+
+def budget_of_memory(config: RunConfig, model: FedGraftForCausalLM, memory_mb: int, name: str) -> int:
+    """Experts per layer with which a process that has opened ``model`` stays within ``memory_mb`` MiB while it trains.
+
+    Raises:
+        UserError: not even one expert fits.
+    """
+    left = memory_mb * _MIB - psutil.Process().memory_info().rss - activation_bytes(config, model)
+    each = expert_bytes(config, model)
+    budget = min(int(left // each), max(model.config.num_experts))
+    if budget < 1:
+        needed = memory_mb + -(-(each - left) // _MIB)
+        raise UserError(
+            f"expected memory-budget-mb of at least {needed:.0f} for one expert a layer of client {name}, "
+            f"got {memory_mb}; raise it, or lower batch-size or block-size"
+        )
+    return budget
+
+
+def expert_bytes(config: RunConfig, model: FedGraftForCausalLM) -> float:
+    """Bytes that one resident expert in every layer takes at the peak of a round."""
+    weights = sum(weight_count(layer) for layer in model.expert_layers())
+    held = _FIXED[config.weights] if config.lora_rank else 4.0
+    training = held if config.lora_rank else _TRAINED[config.optimizer]
+    return weights * max(training, held + _PACKED)
+
+
+def activation_bytes(config: RunConfig, model: FedGraftForCausalLM) -> float:
+    """Bytes of activations that a training step keeps: an estimate from above, without gradient checkpointing."""
+    shape, tokens = model.config, config.batch_size * config.block_size
+    visits = max(layer.num_visits for layer in model.expert_layers())
+    experts = visits * (3 * shape.hidden_size + 4 * shape.expert_size)
+    logits = 3 * shape.vocab_size
+    return 4.0 * tokens * (shape.num_hidden_layers * (12 * shape.hidden_size + experts) + logits)
+
+
+def _checked(budget: int, model: FedGraftForCausalLM, name: str) -> int:
+    most = max(model.config.num_experts)
+    if not 1 <= budget <= most:
+        raise UserError(
+            f"expected a budget from 1 to the graph's {most} experts for client {name}, got {budget}"
+        )
+    return budget

@@ -1,0 +1,54 @@
+"""The part of the global model that a client holds and trains, and what training changed in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from clients.starting_point import StartingPoint
+from configs.schema import RunConfig
+from models.expert_modules import materialise_modules
+from models.lora import attach_lora, attention_changes, lora_changes
+from models.mapped_experts import materialise
+from models.modeling_fedgraft import FedGraftForCausalLM
+from models.units import OTHERS, Unit
+
+
+def hold_residents(
+    model: FedGraftForCausalLM, residents: Sequence[Tensor | None], config: RunConfig, *, seed: int
+) -> None:
+    """Read the residents from disk in the form in which they train, and no other expert.
+
+    Args:
+        model: opened with its experts on disk.
+        residents: per layer bool ``[E]``, None for all.
+        config: says whether matrices train or LoRA factors on a base of which precision.
+        seed: of the factors.
+    """
+    if not config.lora_rank:
+        materialise(model, residents)
+        return
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "nf4": None}[config.weights]
+    materialise_modules(model, residents, kind="nf4" if config.weights == "nf4" else "plain", dtype=dtype)
+    attach_lora(
+        model, rank=config.lora_rank, alpha=config.lora_alpha, attention=config.attention_lora, seed=seed
+    )
+
+
+def changes(
+    model: FedGraftForCausalLM, start: StartingPoint, config: RunConfig
+) -> Iterator[tuple[Unit, Tensor]]:
+    """What training changed since ``start``, one unit ``[size]`` at a time.
+
+    Of LoRA factors their product, in the place of the matrices: the server adds up products, which is exact, where a
+    mean of factors is not the factors of the mean.
+    """
+    if not config.lora_rank:
+        yield from start.changes(model)
+        return
+    for unit, weights in lora_changes(model):
+        yield unit, torch.cat([weights, start.routing_change(model, unit)])
+    for layer, change in attention_changes(model):
+        yield (layer, OTHERS), change
