@@ -13,11 +13,13 @@ import pytest
 import torch
 from flwr.app import Error, Message, RecordDict
 
+from clients.client_app import app as client_app
 from clients.store import ClientStore
 from configs.errors import UserError
 from configs.schema import RunConfig
 from federated.messages import RESEND, message_bytes, read_reply, read_request
 from federated.usage import unpack_usage
+from models.attention import read_attention
 from models.checkpoint import read_graph
 from models.llama_loader import load_graph
 from models.mapped_experts import open_mapped
@@ -413,3 +415,53 @@ def test_nothing_but_logs_and_clients_files_is_left(plain):
         "summary.json",
         "tensorboard",
     ]
+
+
+def test_clients_of_very_different_size_train_one_graph_together(graph, tmp_path):
+    """Budgets E, E/2 and E/4 in one federation."""
+    config = tiny_config(graph, tmp_path, num_clients=3, budgets="4,2,1", partition="iid")
+    result = run(config)
+    assert [client["budget"] for client in result.summary["clients"]] == [4, 2, 1]
+    assert all(equal for *_, equal in result.copies)
+    for client in result.summary["clients"]:
+        assert client["perplexity_after"] < client["perplexity_before"]
+    for _, node, _, reply in result.grid.sent:
+        held = read_reply(reply.content, [4, 4]).residents
+        assert [int(bits.sum()) for bits in held] in ([4, 4], [2, 2], [1, 1], [])
+
+
+def test_4_bit_clients_with_lora_on_experts_and_attention_train_the_graph(graph, tmp_path):
+    config = tiny_config(
+        graph,
+        tmp_path,
+        num_rounds=2,
+        budgets="4,2",
+        weights="nf4",
+        lora_rank=4,
+        attention_lora=True,
+        learning_rate=0.03,
+    )
+    result = run(config)
+    assert all(equal for *_, equal in result.copies)
+    base, server = load_graph(config.graph, dtype=torch.float32), result.federation.server.model
+    for layer in (0, 1):
+        assert not torch.equal(read_attention(base, layer), read_attention(server, layer))
+    for client in result.summary["clients"]:
+        assert client["perplexity_after"] < client["perplexity_before"]
+
+
+def test_attention_that_nobody_asked_for_is_refused(graph, tmp_path):
+    """A client that trains attention on its own account does not touch the model."""
+    config = tiny_config(graph, tmp_path, num_rounds=1, lora_rank=2)
+
+    def rogue(message, context):
+        context.run_config["attention-lora"] = context.node_config["partition-id"] == 1
+        return client_app(message, context)
+
+    result = run(config, app=rogue)
+    (row,) = result.rounds
+    refused = {client["name"]: client["refused"] for client in row["clients"]}
+    assert refused["letters"] is None
+    assert len([reason for reason in refused.values() if reason]) == 1
+    base, server = load_graph(config.graph, dtype=torch.float32), result.federation.server.model
+    assert torch.equal(read_attention(base, 0), read_attention(server, 0))
