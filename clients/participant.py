@@ -93,9 +93,9 @@ class Participant:
             self._assemble(stream)
         hold_residents(self.model, self._residents(), self.config, seed=request.server_round)
         counter = UsageCounter(read_graph(self.model).masks)
-        with visiting(self.model, self._visits()):
+        with visiting(self.model, self.visits()):
             with counter.counting(self.model):
-                result = train_locally(self.model, stream, self._training(request))
+                result = train_locally(self.model, stream, self.training(request))
             start.restore_others(self.model)
             personal = self.evaluate() if request.last else LossSum()
         packed, shipped_density, inclusion = self._pack(
@@ -147,7 +147,7 @@ class Participant:
         """Choose the round's residents with the client's own assembler, which learns first."""
         assembler = self.store.load_assembler(self.config.seed + self.partition)
         features = expert_features(self.model, self.train.input_ids[:_FEATURE_BLOCKS])
-        with visiting(self.model, self._visits()):
+        with visiting(self.model, self.visits()):
             train_assembler(
                 assembler,
                 self.model,
@@ -160,11 +160,11 @@ class Participant:
             )
         self.store.save_assembler(assembler)
 
-    def _visits(self) -> list[int]:
+    def visits(self) -> list[int]:
         """Experts per token of this client, per layer: scaled with the budget unless told otherwise."""
         return scaled_visits(self.model, 0 if self.config.experts_per_token else self.budget)
 
-    def _training(self, request: Request) -> LocalTraining:
+    def training(self, request: Request) -> LocalTraining:
         config = self.config
         return LocalTraining(
             steps=config.local_steps,

@@ -1,0 +1,97 @@
+"""One client in a process of its own: what a round takes of memory, and a training step of time.
+
+``python -m benchmarks.budget_client GRAPH BUDGET FOLDER STEPS SETTINGS`` prints one JSON object.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import statistics
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import torch
+from flwr.app import Context, RecordDict
+
+from clients.data_stream import client_documents
+from clients.participant import Participant
+from clients.trainer import train_locally
+from configs.schema import load_run_config
+from federated.blocks import batches
+from federated.messages import Request
+from models.checkpoint import read_graph
+from models.fingerprint import checkpoint_fingerprint
+from models.mapped_experts import open_mapped
+from models.settings import visiting
+
+_MIB = 2**20
+
+
+def open_client(graph: str, budget: int, folder: Path, settings: dict) -> tuple[Participant, Request]:
+    """A client with ``budget`` experts a layer before its first round, and the request for it."""
+    values = {
+        "graph": graph,
+        "log-dir": str(folder),
+        "expert-budget": budget,
+        "precision": "fp32",
+        **settings,
+    }
+    config = load_run_config(values)
+    context = Context(1, 1, {"partition-id": 0, "num-partitions": 2}, RecordDict(), config.values())
+    request = Request(
+        server_round=1,
+        version=0,
+        graph_hash=read_graph(open_mapped(graph)).digest(),
+        base_fingerprint=checkpoint_fingerprint(graph),
+        steps=[],
+    )
+    return Participant.open(config, context, request), request
+
+
+def measure_client(graph: str, budget: int, folder: Path, steps: int, settings: dict) -> dict[str, float]:
+    """Peak MiB of a whole round beyond what imports and data take, and the median seconds of a training step."""
+    # Reading documents brings in libraries that a second message would not need.
+    client_documents(load_run_config({"graph": graph, **settings}), 0)
+    imported = psutil.Process().memory_info().rss / _MIB
+    client, request = open_client(graph, budget, folder, settings)
+    started = time.perf_counter()
+    reply = client.train_round(request)
+    round_seconds = time.perf_counter() - started
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / _MIB
+    return {
+        "imports_mib": imported,
+        "peak_mib": peak - imported,
+        "round_seconds": round_seconds,
+        "step_seconds": statistics.median(step_seconds(client, request, steps)),
+        "residents": float(max(int(held.sum()) for held in reply.residents)),
+        "experts_per_token": float(max(client.visits())),
+    }
+
+
+def step_seconds(client: Participant, request: Request, steps: int) -> list[float]:
+    """Seconds of single optimizer steps of a client that holds its residents."""
+    stream = batches(client.train, client.config.batch_size, generator=torch.Generator().manual_seed(0))
+    training = replace(client.training(request), steps=1)
+    seconds = []
+    with visiting(client.model, client.visits()):
+        for _ in range(steps):
+            started = time.perf_counter()
+            train_locally(client.model, stream, training)
+            seconds.append(time.perf_counter() - started)
+    return seconds
+
+
+def main() -> None:
+    """Measure the client that the command line describes."""
+    graph, budget, folder, steps, settings = sys.argv[1:]
+    values = json.loads(settings)
+    torch.set_num_threads(values.get("num-threads", 1))
+    print(json.dumps(measure_client(graph, int(budget), Path(folder), int(steps), values)))
+
+
+if __name__ == "__main__":
+    main()
