@@ -30,7 +30,7 @@ from models.mapped_experts import materialise, open_mapped
 from models.modeling_fedgraft import FedGraftForCausalLM
 from models.perplexity import LossSum, evaluate_loss
 from models.precision import autocast_to_bf16
-from models.settings import residents, scaled_visits, set_visits, set_walk, visiting
+from models.settings import residents, scaled_visits, set_visits, set_walk, visiting, warn_where_fewer_reside
 from models.units import Unit, unit_sizes
 
 # Blocks of the client's own text from which the assembler takes its features.
@@ -94,6 +94,7 @@ class Participant:
         hold_residents(self.model, self._residents(), self.config, seed=request.server_round)
         counter = UsageCounter(read_graph(self.model).masks)
         with visiting(self.model, self.visits()):
+            warn_where_fewer_reside(self.model)
             with counter.counting(self.model):
                 result = train_locally(self.model, stream, self.training(request))
             start.restore_others(self.model)

@@ -120,7 +120,7 @@ class RunConfig(BaseModel):
     """Optimizer of the clients: adamw, adafactor (needs the least memory) or sgd."""
     learning_rate: Positive = 1e-3
     """Learning rate of the clients' optimizer."""
-    gain_learning_rate: Positive = 10.0
+    gain_learning_rate: Positive = 1.0
     """Learning rate of edge gains and output gains, as a multiple of learning-rate."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Momentum of sgd; the other optimizers ignore it."""

@@ -80,6 +80,20 @@ def reachable(mask: np.ndarray) -> np.ndarray:
     return found
 
 
+def check_reachable(mask: np.ndarray, layer: int) -> None:
+    """Refuse a graph with an expert that no walk can visit.
+
+    Raises:
+        UserError: names the layer and the experts.
+    """
+    lost = np.flatnonzero(~reachable(mask)).tolist()
+    if lost:
+        raise UserError(
+            f"layer {layer}: expected every expert within reach of a root, got none for {', '.join(map(str, lost))}; "
+            "open its root or draw an edge to it"
+        )
+
+
 def edges_by_lift(selected: np.ndarray, edges_per_expert: int) -> np.ndarray:
     """Edges between experts that tokens select together more often than chance.
 

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from experts.clustering import Clusters
-from experts.graph import ExpertGraph
+from experts.graph import ExpertGraph, check_reachable
 from models.configuration_fedgraft import FedGraftConfig
 from models.modeling_fedgraft import FedGraftForCausalLM
 
@@ -36,6 +36,16 @@ def read_graph(model: FedGraftForCausalLM) -> ExpertGraph:
     """The graph that a model holds, as plain data."""
     masks = tuple(layer.edges.cpu().numpy().copy() for layer in model.expert_layers())
     return ExpertGraph(masks, model.config.graph_version)
+
+
+def check_graph(model: FedGraftForCausalLM) -> None:
+    """Refuse a graph whose masks are not upper-triangular or leave an expert out of reach.
+
+    Raises:
+        UserError: names the layer.
+    """
+    for layer, mask in enumerate(read_graph(model).masks):
+        check_reachable(mask, layer)
 
 
 def write_graph(model: FedGraftForCausalLM, graph: ExpertGraph) -> None:

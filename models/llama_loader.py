@@ -15,16 +15,11 @@ from transformers import (
 )
 
 from configs.errors import UserError, nearest
-from models.checkpoint import cast_weights
-from models.config_file import check_is_dense
-from models.config_file import check_is_graph as check_is_graph
-from models.config_file import read_config as read_config
-from models.config_file import read_dtype as read_dtype
+from models.checkpoint import cast_weights, check_graph
+from models.config_file import check_is_dense, check_is_graph, read_config
 from models.configuration_fedgraft import FedGraftConfig
 from models.expert_modules import materialise_modules
-from models.fingerprint import check_file, checkpoint_files
-from models.fingerprint import fingerprint as fingerprint
-from models.fingerprint import first_line
+from models.fingerprint import check_file, checkpoint_files, first_line
 from models.mapped_experts import open_mapped
 from models.modeling_fedgraft import FedGraftForCausalLM
 from models.nf4 import compute_dtype, quantisation_config, replace_linear4bit
@@ -76,11 +71,14 @@ def load_graph(
         device: where to put the model.
 
     Raises:
-        UserError: no such checkpoint, not an expert graph, weights missing or damaged, unknown precision.
+        UserError: no such checkpoint, not an expert graph, weights missing or damaged, masks that are no graph or leave
+            an expert out of reach, unknown precision.
     """
     check_is_graph(read_config(source), source)
     if precision != "nf4":
-        return _load(FedGraftForCausalLM, source, dtype, precision, device)
+        graph = _load(FedGraftForCausalLM, source, dtype, precision, device)
+        check_graph(graph)
+        return graph
     products = _product_dtype(dtype, device)
     model = cast_weights(open_mapped(source), products).to(device)
     materialise_modules(model, [None] * len(model.expert_layers()), kind="nf4", dtype=products)

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig
 
 from configs.errors import UserError
+from models.checkpoint import check_graph
 from models.config_file import check_is_graph, read_config
 from models.experts_fedgraft import ExpertGraphMLP, gated_ffn
 from models.fingerprint import checkpoint_files
@@ -142,6 +143,7 @@ def open_mapped(source: str, moved: MovedExperts | None = None) -> FedGraftForCa
         _hold_nothing(layer)
         layer.storage = MappedExperts(layer, files, moved)
     model.load_state_dict(rest, strict=False, assign=True)
+    check_graph(model)
     # Its frequencies are computed, not stored.
     model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
     model.tie_weights()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
@@ -115,6 +116,18 @@ def set_residents(model: FedGraftForCausalLM, held: Sequence[Tensor | None]) -> 
     """Let tokens visit only the experts ``held``, per layer bool ``[E]``, or None for all."""
     for layer, resident in zip(model.expert_layers(), held, strict=True):
         layer.resident, layer.residency_gate = resident, None
+
+
+def warn_where_fewer_reside(model: FedGraftForCausalLM) -> None:
+    """Warn, once a process, that tokens visit fewer experts than they should because fewer are held."""
+    for layer, held in zip(model.expert_layers(), residents(model), strict=True):
+        if int(held.sum()) < layer.num_visits:
+            warnings.warn(
+                f"expected at least {layer.num_visits} experts to visit in layer {layer.layer_index}, "
+                f"got {int(held.sum())} that are held; tokens visit these",
+                stacklevel=2,
+            )
+            return
 
 
 def scaled_visits(model: FedGraftForCausalLM, budget: int) -> list[int]:

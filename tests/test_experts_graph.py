@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configs.errors import UserError
-from experts.graph import ExpertGraph, check_mask, edges_by_lift, reachable
+from experts.graph import ExpertGraph, check_mask, check_reachable, edges_by_lift, reachable
 
 
 @st.composite
@@ -131,3 +131,15 @@ def test_independent_and_exclusive_experts_get_no_edge():
     assert edges_by_lift(both_ways, 4).tolist() == [[True, False], [False, True]]
     together = np.array([[1, 1], [1, 1], [0, 0], [0, 0]], dtype=bool)
     assert edges_by_lift(together, 4).tolist() == [[True, True], [False, True]]
+
+
+def test_an_expert_out_of_reach_is_named():
+    mask = np.eye(4, dtype=bool)
+    check_reachable(mask, 0)
+    mask[2, 2] = mask[3, 3] = False
+    with pytest.raises(
+        UserError, match="layer 5: expected every expert within reach of a root, got none for 2, 3"
+    ):
+        check_reachable(mask, 5)
+    mask[0, 2] = mask[2, 3] = True
+    check_reachable(mask, 5)

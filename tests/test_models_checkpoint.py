@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from configs.errors import UserError
 from experts.clustering import balanced_clusters
 from experts.graph import ExpertGraph
 from models.checkpoint import (
@@ -14,6 +15,7 @@ from models.checkpoint import (
     write_graph,
 )
 from models.llama_loader import load_graph
+from models.mapped_experts import open_mapped
 from tests.conftest import tiny_llama
 from tests.tiny_graphs import graph_of, random_ids, with_random_gains
 
@@ -109,3 +111,20 @@ def test_the_cluster_table_has_a_line_per_layer_and_the_mean():
         assert [float(field) for field in fields[3:]] == pytest.approx(figures, abs=1e-4)
     mean = (clusters[0].inertia + clusters[1].inertia) / 2
     assert float(lines[3].split()[-1]) == pytest.approx(mean, abs=1e-4) and len(lines) == 4
+
+
+@pytest.mark.parametrize("opener", [load_graph, open_mapped])
+@pytest.mark.parametrize(
+    ("entry", "value", "words"),
+    [((1, 1), False, "layer 1: expected every expert within reach"), ((3, 0), True, "an edge 3 -> 0")],
+)
+def test_a_checkpoint_whose_masks_are_no_graph_is_refused(
+    tmp_path, tiny_tokenizer, opener, entry, value, words
+):
+    graph = graph_of(num_experts=4)
+    mask = graph.expert_layers()[1].edges
+    mask.copy_(torch.eye(4, dtype=torch.bool))
+    mask[entry] = value
+    save_graph(graph, tiny_tokenizer, tmp_path)
+    with pytest.raises(UserError, match=words):
+        opener(str(tmp_path))

@@ -120,7 +120,8 @@ def test_experts_that_no_walk_reaches_are_named_and_measured():
 def test_layers_of_different_width_are_padded_with_neurons_that_do_nothing():
     graph = graph_of()
     layer = graph.expert_layers()[1]
-    for name in ("gate_up_proj", "down_proj", "router", "output_gain"):
+    layer.hold(range(3), layer.gate_up_proj[:3].detach().clone(), layer.down_proj[:3].detach().clone())
+    for name in ("router", "output_gain"):
         setattr(layer, name, torch.nn.Parameter(getattr(layer, name)[:3].clone()))
     layer.edge_gain = torch.nn.Parameter(torch.zeros(3, 3))
     layer.edge_affinity = torch.nn.Parameter(torch.zeros(3, 3))

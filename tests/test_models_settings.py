@@ -13,6 +13,7 @@ from models.settings import (
     set_walk,
     unobserved,
     visiting,
+    warn_where_fewer_reside,
 )
 from tests.conftest import tiny_llama
 from tests.tiny_graphs import graph_of, logit_difference, random_ids, with_random_gains
@@ -146,3 +147,16 @@ def test_visiting_lasts_as_long_as_its_block_even_through_an_error():
     with pytest.raises(ValueError), visiting(model, [1]):
         pass
     assert [layer.num_visits for layer in model.expert_layers()] == [3, 3]
+
+
+def test_a_warning_says_where_fewer_experts_are_held_than_visited(recwarn):
+    graph = graph_of(num_experts=4, visits=3)
+    warn_where_fewer_reside(graph)
+    set_residents(graph, [torch.tensor([True, True, True, False])] * 2)
+    warn_where_fewer_reside(graph)
+    assert not recwarn.list
+    set_residents(graph, [None, torch.tensor([True, True, False, False])])
+    with pytest.warns(UserWarning, match="at least 3 experts to visit in layer 1, got 2"):
+        warn_where_fewer_reside(graph)
+    # And it runs with fewer.
+    assert graph(input_ids=random_ids(graph)).logits.isfinite().all()
