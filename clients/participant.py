@@ -29,7 +29,7 @@ from models.llama_loader import load_tokenizer
 from models.mapped_experts import materialise, open_mapped
 from models.modeling_fedgraft import FedGraftForCausalLM
 from models.perplexity import LossSum, evaluate_loss
-from models.precision import autocast_to_bf16
+from models.precision import autocast_to_bf16, choose_device
 from models.settings import residents, scaled_visits, set_visits, set_walk, visiting, warn_where_fewer_reside
 from models.units import Unit, unit_sizes
 
@@ -75,7 +75,7 @@ class Participant:
         graph = str(node.get("graph") or config.graph or default_graph())
         store = ClientStore(client_folder(config, context) / f"client-{partition}")
         check_base(request, graph)
-        model = open_mapped(graph, store.copy)
+        model = open_mapped(graph, store.copy).to(choose_device(config.device))
         name, train, valid = store.blocks(lambda: _make_blocks(config, node, partition, graph, model))
         if config.walk:
             set_walk(model, config.walk)
@@ -114,7 +114,7 @@ class Participant:
             },
             update=packed,
             usage=pack_usage(counter.counts()),
-            residents=[held.numpy() for held in residents(self.model)],
+            residents=[held.cpu().numpy() for held in residents(self.model)],
             inclusion=inclusion,
         )
 
@@ -133,7 +133,7 @@ class Participant:
 
     @property
     def _autocast(self) -> bool:
-        return autocast_to_bf16(self.config.precision)
+        return autocast_to_bf16(self.config.precision, self.model.device.type)
 
     def _evaluate_global(self) -> LossSum:
         """Loss of the global model as it came; read into memory first where the client will hold it like this."""

@@ -156,6 +156,8 @@ class RunConfig(BaseModel):
     """Validation text of the server, sources as in data; empty: none."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Matrix products of the clients: bf16, fp32, or auto (bf16 where the device is faster with it)."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where clients compute: cpu, cuda, or auto (CUDA if there is a device)."""
     num_threads: Count = 1
     """Torch threads per client process."""
     template: str = "auto"

@@ -7,7 +7,24 @@ from functools import lru_cache
 
 import torch
 
+from configs.errors import UserError
+
 PRECISIONS = ("auto", "bf16", "fp32")
+DEVICES = ("auto", "cpu", "cuda")
+
+
+def choose_device(wanted: str) -> str:
+    """``cpu`` or ``cuda``; ``auto`` is CUDA where there is a device.
+
+    Raises:
+        UserError: another name, or CUDA where there is none.
+    """
+    if wanted not in DEVICES:
+        raise UserError(f"expected device to be one of {', '.join(DEVICES)}, got {wanted!r}")
+    available = torch.cuda.is_available()
+    if wanted == "cuda" and not available:
+        raise UserError("expected a CUDA device, got none on this machine; set device to cpu or auto")
+    return "cuda" if wanted != "cpu" and available else "cpu"
 
 
 def autocast_to_bf16(precision: str, device: str = "cpu") -> bool:

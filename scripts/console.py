@@ -25,6 +25,10 @@ from configs.output import finite
 JsonFlag = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")
 ]
+Precision = Annotated[
+    str | None, typer.Option(help="Weights as fp32, bf16 or nf4 (4-bit); as they are stored where not given.")
+]
+Device = Annotated[str, typer.Option(help="auto (CUDA if there is one), cpu or cuda.")]
 Overwrite = Annotated[bool, typer.Option(help="Replace an output directory that is not empty.")]
 DataSources = Annotated[
     list[str],

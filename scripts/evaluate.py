@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from scripts.console import DataSources, JsonFlag, print_result, progress, quiet_libraries
+from scripts.console import DataSources, Device, JsonFlag, Precision, print_result, progress, quiet_libraries
 
 
 def evaluate(
@@ -23,18 +23,23 @@ def evaluate(
         typer.Option(min=2, help="Tokens per block; 256 or the model's context, if that is smaller."),
     ] = None,
     max_blocks: Annotated[int, typer.Option(min=0, help="Blocks per domain; 0 for all.")] = 0,
+    precision: Precision = None,
+    device: Device = "auto",
     as_json: JsonFlag = False,
 ) -> None:
     """Measure token-weighted perplexity on held-out text, per domain and over all of it."""
     from federated.blocks import pack_blocks
     from models.config_file import read_config
     from models.llama_loader import load_causal_lm, load_tokenizer
+    from models.precision import choose_device
     from models.perplexity import LossSum, evaluate_loss
     from models.settings import set_visits
 
     quiet_libraries()
     texts = _texts_by_domain(data, split)
-    lm, tokenizer = load_causal_lm(model), load_tokenizer(model)
+    lm, tokenizer = load_causal_lm(model, precision=precision, device=choose_device(device)), load_tokenizer(
+        model
+    )
     if experts_per_token is not None:
         set_visits(lm, experts_per_token)
     losses = {}

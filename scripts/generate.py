@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from scripts.console import JsonFlag, print_result, quiet_libraries
+from scripts.console import Device, JsonFlag, Precision, print_result, quiet_libraries
 
 
 def generate(
@@ -17,6 +17,8 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 100,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")] = 0.8,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    precision: Precision = None,
+    device: Device = "auto",
     as_json: JsonFlag = False,
 ) -> None:
     """Continue a prompt; the text streams to stdout as it is made."""
@@ -25,9 +27,12 @@ def generate(
 
     from models.generation import continue_prompt
     from models.llama_loader import load_causal_lm, load_tokenizer
+    from models.precision import choose_device
 
     quiet_libraries()
-    lm, tokenizer = load_causal_lm(model), load_tokenizer(model)
+    lm, tokenizer = load_causal_lm(model, precision=precision, device=choose_device(device)), load_tokenizer(
+        model
+    )
     streamer = None if as_json else TextStreamer(tokenizer, skip_special_tokens=True)
     torch.manual_seed(seed)
     text = continue_prompt(

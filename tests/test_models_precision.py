@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from configs.errors import UserError
 from models import precision
-from models.precision import autocast_to_bf16, bf16_is_faster
+from models.precision import autocast_to_bf16, bf16_is_faster, choose_device
 
 
 @pytest.fixture(autouse=True)
@@ -38,3 +39,15 @@ def test_auto_measures_once(monkeypatch):
 
 def test_matrix_products_are_timed():
     assert 0 < precision._seconds(torch.float32, 16) < 1
+
+
+def test_a_device_is_chosen_by_name_or_by_what_there_is(monkeypatch):
+    for available, expected in ((False, "cpu"), (True, "cuda")):
+        monkeypatch.setattr("torch.cuda.is_available", lambda available=available: available)
+        assert (choose_device("auto"), choose_device("cpu")) == (expected, "cpu")
+    assert choose_device("cuda") == "cuda"
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(UserError, match="expected a CUDA device, got none"):
+        choose_device("cuda")
+    with pytest.raises(UserError, match="expected device to be one of auto, cpu, cuda, got 'tpu'"):
+        choose_device("tpu")

@@ -90,3 +90,17 @@ def test_a_text_that_is_all_one_token_gives_no_number_and_valid_json(tmp_path, c
         capsys, "evaluate", "--model", tiny_llama_dir, "--data", tmp_path, "--block-size", 2, "--json"
     )
     assert outcome.code == 0 and outcome.json()["tokens"] == 1
+
+
+def test_weights_are_read_in_the_precision_asked_for(texts, capsys, tiny_graph_dir):
+    command = ("evaluate", "--model", tiny_graph_dir, "--data", texts / "prose.jsonl", "--json")
+
+    def perplexity(*options: str) -> float:
+        return run(capsys, *command, *options).json()["perplexity"]
+
+    stored, exact, rough = perplexity(), perplexity("--precision", "fp32"), perplexity("--precision", "nf4")
+    assert exact == stored and rough != exact
+    assert rough == pytest.approx(exact, rel=0.2)
+    for options, words in ((("--precision", "int3"), "precision"), (("--device", "tpu"), "device")):
+        refused = run(capsys, *command, *options)
+        assert refused.code == 2 and words in refused.json()["error"]
