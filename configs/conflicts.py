@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 from configs.errors import UserError
 from configs.values import parse_budgets
 
-if TYPE_CHECKING:
-    from configs.schema import RunConfig
 
-
-def check_conflicts(config: RunConfig) -> None:
+def check_conflicts(config: Any) -> None:
     """Refuse a configuration whose keys contradict each other.
+
+    Args:
+        config: a ``configs.schema.RunConfig``, which calls this when it is built.
 
     Raises:
         UserError: names the keys, and which of them to change.
@@ -24,7 +24,7 @@ def check_conflicts(config: RunConfig) -> None:
     _check_lora(config)
 
 
-def _check_budgets(config: RunConfig) -> None:
+def _check_budgets(config: Any) -> None:
     given = parse_budgets(config.budgets)
     if given and len(given) != config.num_clients:
         raise UserError(
@@ -50,7 +50,7 @@ def _check_budgets(config: RunConfig) -> None:
             )
 
 
-def _check_training(config: RunConfig) -> None:
+def _check_training(config: Any) -> None:
     if config.warmup_steps and config.warmup_steps >= config.total_steps:
         raise UserError(
             f"expected warmup-steps to be below the run's {config.total_steps} optimizer steps "
@@ -63,7 +63,7 @@ def _check_training(config: RunConfig) -> None:
         )
 
 
-def _check_lora(config: RunConfig) -> None:
+def _check_lora(config: Any) -> None:
     if config.lora_rank:
         if config.train == "routing":
             raise UserError(
