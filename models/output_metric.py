@@ -11,18 +11,19 @@ from transformers import PreTrainedModel
 
 from configs.errors import UserError
 
-# Share of the metric that is the same in every direction, for directions that the calibration text says nothing about.
-_ISOTROPIC = 0.01
+# Weight of the plain squared norm beside the Fisher information, both of mean diagonal 1: gradients of a few thousand
+# tokens say little about most directions, and where the model is sure of most tokens little at all.
+_ISOTROPIC = 1.0
 
 
 def output_metrics(
     model: PreTrainedModel, input_ids: Tensor, *, seed: int = 0, batch_size: int = 2
 ) -> list[Tensor]:
-    """Fisher information of every FFN's output, averaged over tokens.
+    """Fisher information of every FFN's output, averaged over tokens, and as much of the plain norm.
 
-    An error ``d`` of a layer's output costs about ``d' M d / 2`` nats a token, up to a constant factor: ``M`` is the
-    second moment of the gradient of the loss of labels that the model itself draws (the output factor of K-FAC,
-    arXiv:1503.05671). No parameter changes.
+    An error ``d`` of a layer's output costs about ``d' F d / 2`` nats a token, where ``F`` is the second moment of the
+    gradient of the loss of labels that the model itself draws (the output factor of K-FAC, arXiv:1503.05671). No
+    parameter changes.
 
     Args:
         model: a dense Llama.
@@ -31,7 +32,7 @@ def output_metrics(
         batch_size: blocks per backward pass.
 
     Returns:
-        Per layer ``[D, D]``, fp32, symmetric and positive definite, with mean diagonal 1.01.
+        Per layer ``[D, D]``, fp32, symmetric and positive definite: ``F`` scaled to a mean diagonal of 1, plus the identity.
 
     Raises:
         UserError: weights that make the logits NaN or infinite.
