@@ -159,7 +159,7 @@ class FusedExperts(torch.autograd.Function):
                     back.through_link(link, d_inputs[link.target], d_output_ND)
             d_inputs[expert] = back.through_ffn(row, expert, d_output_ND)
             d_x_TD.index_add_(0, visits.tokens[expert], d_inputs[expert].to(d_x_TD.dtype))
-        return (d_x_TD, back.d_weights, back.d_gain, *back.d_matrices()) + (None,) * 4
+        return (d_x_TD, back.d_weights, back.d_gain, back.d_gate_up, back.d_down) + (None,) * 4
 
 
 class _Run(NamedTuple):
@@ -179,8 +179,7 @@ class _Run(NamedTuple):
 class _BackwardPass:
     """Gradients of ``FusedExperts`` while experts are gone through from the last to the first.
 
-    ``d_weights``, ``d_gain``, ``d_gate_up`` and ``d_down`` are None where no gradient is asked for; the last two have
-    the dtype of the products until all experts are through.
+    ``d_weights``, ``d_gain``, ``d_gate_up`` and ``d_down`` are None where no gradient is asked for.
     """
 
     def __init__(self, ctx: Any, d_result_TD: Tensor) -> None:
@@ -196,10 +195,8 @@ class _BackwardPass:
         idle = [row for row, expert in enumerate(held) if expert not in self._runs]
         self.d_weights = torch.zeros_like(weights_TK) if needed[1] else None
         self.d_gain = torch.zeros_like(edge_gain_EE) if needed[2] else None
-        dtype = self._d_result.dtype
-        self.d_gate_up = _empty_but(gate_up, idle, dtype) if needed[3] else None
-        self.d_down = _empty_but(down, idle, dtype) if needed[4] else None
-        self._dtypes = gate_up.dtype, down.dtype
+        self.d_gate_up = _empty_but(gate_up, idle) if needed[3] else None
+        self.d_down = _empty_but(down, idle) if needed[4] else None
 
     def through_output_weight(self, expert: int) -> Tensor:
         """Gradient of an expert's output, as far as the layer's result goes."""
@@ -228,15 +225,10 @@ class _BackwardPass:
             hidden_NH = gated(self._act_fn, gate_up_NH)
         (d_gate_up_NH,) = torch.autograd.grad(hidden_NH, gate_up_NH, d_output_ND @ run.down)
         if self.d_down is not None:
-            torch.mm(d_output_ND.T, hidden_NH.detach(), out=self.d_down[row])
+            _multiply_into(self.d_down[row], d_output_ND.T, hidden_NH.detach())
         if self.d_gate_up is not None:
-            torch.mm(d_gate_up_NH.T, run.rows, out=self.d_gate_up[row])
+            _multiply_into(self.d_gate_up[row], d_gate_up_NH.T, run.rows)
         return d_gate_up_NH @ run.gate_up
-
-    def d_matrices(self) -> tuple[Tensor | None, ...]:
-        """Gradients of the fused tensors, in their own dtypes."""
-        both = zip((self.d_gate_up, self.d_down), self._dtypes, strict=True)
-        return tuple(None if gradient is None else gradient.to(dtype) for gradient, dtype in both)
 
 
 def gated(act_fn: Callable[[Tensor], Tensor], gate_up_NH: Tensor) -> Tensor:
@@ -272,9 +264,17 @@ def _cast_rows(
     return {row: weight[row].to(dtype) for row, _ in rows}
 
 
-def _empty_but(weight: Tensor, zero_rows: list[int], dtype: torch.dtype) -> Tensor:
-    """An uninitialised tensor of the shape of ``weight``, with some rows of zeros."""
-    empty = torch.empty_like(weight, dtype=dtype)
+def _empty_but(weight: Tensor, zero_rows: list[int]) -> Tensor:
+    """An uninitialised tensor like ``weight``, with some rows of zeros."""
+    empty = torch.empty_like(weight)
     for row in zero_rows:
         empty[row].zero_()
     return empty
+
+
+def _multiply_into(target: Tensor, left: Tensor, right: Tensor) -> None:
+    """``left @ right`` into ``target``, which may have another dtype."""
+    if target.dtype == left.dtype:
+        torch.mm(left, right, out=target)
+    else:
+        target.copy_(left @ right)
