@@ -17,9 +17,10 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from benchmarks.runner import Measured, OnStep, run_benchmark
 from benchmarks.statistics import alternate, median_ratio
-from models.execution_fedgraft import find_links, gated, run_visits, sort_visits
+from models.execution_fedgraft import gated, run_visits
 from models.experts_fedgraft import ExpertGraphMLP, gated_ffn
 from models.routing_fedgraft import Walk, walk_graph
+from models.visits_fedgraft import find_links, sort_visits
 
 THREADS = 2
 EXPERTS, VISITS, DECODE_VISITS, EDGES = 16, 4, 8, 4

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from .execution_fedgraft import FusedExperts, Visits, find_links, gated, run_visits, sort_visits
+from .execution_fedgraft import FusedExperts, gated, run_visits
 from .one_token_fedgraft import run_one_token, walk_one_token
 from .routing_fedgraft import Walk, walk_graph
+from .visits_fedgraft import Visits, find_links, sort_visits
 
 
 class ExpertStorage(Protocol):

@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from models.execution_fedgraft import FusedExperts, find_links, run_visits, sort_visits
+from models.execution_fedgraft import FusedExperts, run_visits
 from models.experts_fedgraft import gated_ffn
+from models.visits_fedgraft import find_links, sort_visits
 
 WIDTH, NEURONS = 5, 3
 
@@ -130,15 +131,3 @@ def test_a_second_run_gives_the_same_bits():
     assert torch.equal(first, second)
     for one, other in zip(*(torch.autograd.grad(run.sum(), case[2]) for run in (first, second)), strict=True):
         assert torch.equal(one, other)
-
-
-def test_visits_and_links_of_a_small_case():
-    chosen = torch.tensor([[2, 0], [1, -1], [0, 1], [2, 0]])
-    visits = sort_visits(chosen, 4)
-    assert [tokens.tolist() for tokens in visits.tokens] == [[0, 2, 3], [1, 2], [0, 3], []]
-    assert [places.tolist() for places in visits.places] == [[1, 4, 7], [2, 5], [0, 6], []]
-    links = find_links(visits, torch.ones(4, 4, dtype=torch.bool).triu(1), 4)
-    assert [(link.source, link.target) for link in links] == [(0, 1), (0, 2)]
-    assert [link.source_rows.tolist() for link in links] == [[1], [0, 2]]
-    assert [link.target_rows.tolist() for link in links] == [[1], [0, 1]]
-    assert find_links(visits, torch.zeros(4, 4, dtype=torch.bool), 4) == []
