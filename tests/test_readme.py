@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 from pathlib import Path
@@ -43,6 +44,17 @@ def test_commands_and_options_exist():
     for verb, rest in shown:
         known = {option for parameter in command.commands[verb].params for option in parameter.opts}
         assert set(re.findall(r"--[a-z-]+", rest)) <= known
+
+
+def test_figures_are_those_of_the_benchmarks_results():
+    quoted = {}
+    for benchmark, figure, shown in re.findall(r"^\| `(\w+)` \| `(\w+)` \| ([\d.]+) \|", README, re.MULTILINE):
+        value = json.loads((ROOT / "benchmarks/results" / f"{benchmark}.json").read_text())["figures"][figure]
+        decimals = len(shown.partition(".")[2])
+        assert f"{value:.{decimals}f}" == shown, figure
+        quoted.setdefault(benchmark, set()).add(figure)
+    results = {path.stem: json.loads(path.read_text()) for path in (ROOT / "benchmarks/results").glob("*.json")}
+    assert quoted == {name: set(result["figures"]) for name, result in results.items()}
 
 
 def test_ci_runs_the_test_command_of_the_readme():
