@@ -31,8 +31,8 @@ def evaluate(
     from federated.blocks import pack_blocks
     from models.config_file import read_config
     from models.llama_loader import load_causal_lm, load_tokenizer
-    from models.precision import choose_device
     from models.perplexity import LossSum, evaluate_loss
+    from models.precision import choose_device
     from models.settings import set_visits
 
     quiet_libraries()

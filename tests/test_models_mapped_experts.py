@@ -3,6 +3,7 @@ from __future__ import annotations
 import gc
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -121,10 +122,9 @@ def test_what_cannot_be_opened_is_said_in_one_line(source, tiny_llama_dir, tmp_p
     if damage == "no such folder":
         shutil.rmtree(source)
     elif damage == "other config":
-        config = json.loads(open(f"{source}/config.json").read())
-        open(f"{source}/config.json", "w").write(
-            json.dumps(config | {"num_experts": [8, 4], "expert_size": 8})
-        )
+        path = Path(source, "config.json")
+        config = json.loads(path.read_text()) | {"num_experts": [8, 4], "expert_size": 8}
+        path.write_text(json.dumps(config))
     elif damage == "missing tensor":
         tensors = load_file(weights)
         del tensors["model.layers.0.mlp.router"]

@@ -425,7 +425,7 @@ def test_clients_of_very_different_size_train_one_graph_together(graph, tmp_path
     assert all(equal for *_, equal in result.copies)
     for client in result.summary["clients"]:
         assert client["perplexity_after"] < client["perplexity_before"]
-    for _, node, _, reply in result.grid.sent:
+    for _, _, _, reply in result.grid.sent:
         held = read_reply(reply.content, [4, 4]).residents
         assert [int(bits.sum()) for bits in held] in ([4, 4], [2, 2], [1, 1], [])
 
