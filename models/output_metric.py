@@ -32,7 +32,7 @@ def output_metrics(
         batch_size: blocks per backward pass.
 
     Returns:
-        Per layer ``[D, D]``, fp32, symmetric and positive definite: ``F`` scaled to a mean diagonal of 1, plus the identity.
+        Per layer ``[D, D]``, fp32, positive definite: ``F`` scaled to a mean diagonal of 1, plus identity.
 
     Raises:
         UserError: weights that make the logits NaN or infinite.
