@@ -23,8 +23,9 @@ from federated.messages import Reply, Request
 from federated.selection import prepare_update
 from federated.update import density
 from federated.usage import UsageCounter, pack_usage
-from models.assembler import expert_features, train_assembler
+from models.assembler import train_assembler
 from models.checkpoint import read_graph
+from models.expert_features import expert_features
 from models.llama_loader import load_tokenizer
 from models.mapped_experts import materialise, open_mapped
 from models.modeling_fedgraft import FedGraftForCausalLM
@@ -146,8 +147,9 @@ class Participant:
 
     def _assemble(self, stream) -> None:
         """Choose the round's residents with the client's own assembler, which learns first."""
-        assembler = self.store.load_assembler(self.config.seed + self.partition)
-        features = expert_features(self.model, self.train.input_ids[:_FEATURE_BLOCKS])
+        seed, known = self.config.seed + self.partition, take(self.train, _FEATURE_BLOCKS)
+        assembler = self.store.load_assembler(seed, self.model.config.num_experts)
+        features = expert_features(self.model, known.input_ids, known.labels, visits=self.visits())
         with visiting(self.model, self.visits()):
             train_assembler(
                 assembler,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -30,11 +30,11 @@ class ClientStore:
         self._assembler = self.folder / "assembler.safetensors"
         self._blocks = self.folder / "blocks.safetensors"
 
-    def load_assembler(self, seed: int) -> Assembler:
-        """The client's own assembler; a fresh one from ``seed`` where there is none yet."""
+    def load_assembler(self, seed: int, num_experts: Sequence[int]) -> Assembler:
+        """The client's own assembler; a fresh one from ``seed`` where there is none for as many experts a layer."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            assembler = Assembler()
+            assembler = Assembler(num_experts)
         saved = read_checked(self._assembler)
         if saved is not None:
             with suppress(RuntimeError):  # of another shape

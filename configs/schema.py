@@ -142,10 +142,10 @@ class RunConfig(BaseModel):
     """Rounds without a better held-out loss of the clients after which the run ends; 0: never."""
     early_stop_delta: NonNegative = 0.0
     """Fall of the held-out loss (nats per token) above which it is better."""
-    assembler_steps: Whole = 4
+    assembler_steps: Whole = 8
     """Assembler steps before local training; 0: it is not trained."""
-    assembler_learning_rate: Positive = 0.01
-    """Learning rate of the assembler."""
+    assembler_learning_rate: Positive = 0.3
+    """Learning rate of an expert's own logit in the assembler; its MLP learns at a thirtieth of it."""
     usage_decay: Annotated[float, Field(ge=0, lt=1)] = 0.5
     """Weight of the past in the usage average over rounds."""
     eval_blocks: Whole = 32

@@ -8,42 +8,43 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from models.experts_fedgraft import ExpertGraphMLP
+from models.expert_features import NUM_FEATURES
 from models.modeling_fedgraft import FedGraftForCausalLM
-from models.routing_fedgraft import Walk
-from models.settings import Observer, observing
+from models.settings import frozen
 
-NUM_FEATURES = 5
+# The MLP, which speaks for all experts at once, learns at this share of the learning rate of an expert's own logit.
+_MLP_RATE = 1 / 30
 
 
 class Assembler(nn.Module):
     """Scores every pair of experts of a layer from features of the single experts.
 
-    One MLP serves all layers; the depth of a layer is a feature. Its last layer starts at zero, so that an untrained
-    assembler ranks experts by how often the client's own tokens select them.
+    One MLP serves all layers; the depth of a layer is a feature. Beside it each expert has a logit of its own, for what
+    features do not tell. All of these start at or near zero, so that an untrained assembler ranks experts by feature 0.
 
     Args:
+        num_experts: experts of each layer.
         hidden_size: width of the MLP.
         embedding_size: width of the source and target embeddings.
     """
 
-    def __init__(self, *, hidden_size: int = 32, embedding_size: int = 8):
+    def __init__(self, num_experts: Sequence[int], *, hidden_size: int = 32, embedding_size: int = 8):
         super().__init__()
         self.encoder = nn.Sequential(nn.Linear(NUM_FEATURES, hidden_size), nn.SiLU())
         self.embed = nn.Linear(hidden_size, 2 * embedding_size)
         self.root = nn.Linear(hidden_size, 1)
+        self.own = nn.ParameterList(torch.zeros(count) for count in num_experts)
         nn.init.zeros_(self.root.weight)
         nn.init.zeros_(self.root.bias)
         nn.init.normal_(self.embed.weight, std=1e-2)
         nn.init.zeros_(self.embed.bias)
 
-    def forward(self, features_EF: Tensor) -> Tensor:
+    def forward(self, features_EF: Tensor, layer: int) -> Tensor:
         """Logits ``Z [E, E]`` of a layer: ``Z[e, e]`` for holding e, ``Z[p, q]`` for the pair along an edge p -> q."""
         hidden = self.encoder(features_EF)
         source, target = self.embed(hidden).chunk(2, -1)
         pair_EE = source @ target.T / math.sqrt(source.shape[-1])
-        # Feature 0 is the log of the selection frequency: the prior that learning moves away from.
-        alone_E = self.root(hidden).squeeze(-1) + features_EF[:, 0]
+        alone_E = self.root(hidden).squeeze(-1) + features_EF[:, 0] + self.own[layer]
         return pair_EE.triu(1) + torch.diag_embed(alone_E)
 
 
@@ -79,34 +80,6 @@ def straight_through(scores_E: Tensor, resident_E: Tensor) -> Tensor:
     return resident_E.to(soft) + (soft - soft.detach())
 
 
-@torch.no_grad()
-def expert_features(model: FedGraftForCausalLM, input_ids: Tensor) -> list[Tensor]:
-    """Features of every expert as the client's own tokens see it, per layer ``[E, NUM_FEATURES]``.
-
-    Log selection frequency, mean router score (standardised over the layer), mean softmax share, mean norm of the
-    down projection (standardised), and depth between 0 and 1.
-
-    Args:
-        model: the global graph, all experts resident.
-        input_ids: some of the client's training blocks, ``[N, S]``.
-    """
-    layers = model.expert_layers()
-    sums = [torch.zeros(3, layer.num_experts) for layer in layers]
-
-    def observer(index: int) -> Observer:
-        def observe(layer: ExpertGraphMLP, scores_TE: Tensor, walk: Walk, weights_TK: Tensor) -> None:
-            picked = walk.experts_TK[walk.experts_TK >= 0]
-            sums[index][0] += torch.bincount(picked, minlength=layer.num_experts)
-            sums[index][1] += scores_TE.sum(0)
-            sums[index][2] += scores_TE.softmax(-1).sum(0)
-
-        return observe
-
-    with observing(model, observer):
-        model(input_ids=input_ids, use_cache=False)
-    return [_layer_features(layers, index, total / input_ids.numel()) for index, total in enumerate(sums)]
-
-
 def train_assembler(
     assembler: Assembler,
     model: FedGraftForCausalLM,
@@ -130,58 +103,44 @@ def train_assembler(
         batches: endless ``(input_ids, labels)`` of the client's training blocks.
         budget: experts per layer the client can hold; 0 for all.
         steps: optimizer steps; 0 leaves the assembler as it is.
-        learning_rate: of AdamW.
+        learning_rate: of Adam, for each expert's own logit; the MLP learns at a thirtieth of it.
         autocast: run matrix products in bf16.
 
     Returns:
         The loss of each step, nats per token.
     """
-    optimizer = torch.optim.AdamW(assembler.parameters(), lr=learning_rate)
+    optimizer = _optimizer(assembler, learning_rate)
     losses = []
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    _require_grad(trainable, False)
-    for _ in range(steps):
-        _set_residency(model, assembler, features, budget, learn=True)
-        input_ids, labels = next(batches)
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-            loss = model(input_ids=input_ids, labels=labels, use_cache=False).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
-    _require_grad(trainable, True)
+    device = model.device.type
+    with frozen(model):
+        for _ in range(steps):
+            _set_residency(model, assembler, features, budget, learn=True)
+            input_ids, labels = (each.to(model.device) for each in next(batches))
+            with torch.autocast(device, dtype=torch.bfloat16, enabled=autocast):
+                loss = model(input_ids=input_ids, labels=labels, use_cache=False).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(float(loss.detach()))
     with torch.no_grad():
         _set_residency(model, assembler, features, budget, learn=False)
     return losses
 
 
+def _optimizer(assembler: Assembler, learning_rate: float) -> torch.optim.Optimizer:
+    own = list(assembler.own.parameters())
+    mlp = [parameter for name, parameter in assembler.named_parameters() if not name.startswith("own.")]
+    groups = [{"params": own, "lr": learning_rate}, {"params": mlp, "lr": learning_rate * _MLP_RATE}]
+    # A handful of steps: moments over many of them would still be near zero at the end.
+    return torch.optim.Adam([group for group in groups if group["params"]], betas=(0.5, 0.9))
+
+
 def _set_residency(
     model: FedGraftForCausalLM, assembler: Assembler, features: Sequence[Tensor], budget: int, *, learn: bool
 ) -> None:
-    for layer, rows in zip(model.expert_layers(), features, strict=True):
-        scores = holding_scores(assembler(rows), layer.edges)
-        layer.resident = choose_residents(scores.detach(), budget)
-        layer.residency_gate = straight_through(scores, layer.resident) if learn else None
-
-
-def _layer_features(layers: Sequence[ExpertGraphMLP], index: int, means: Tensor) -> Tensor:
-    layer = layers[index]
-    frequency = means[0] / max(layer.num_visits, 1) * layer.num_experts
-    columns = [
-        torch.log(frequency + 1e-3),
-        _standardise(means[1]),
-        means[2] * layer.num_experts,
-        _standardise(torch.stack([layer.read_expert(e)[1].float().norm() for e in range(layer.num_experts)])),
-        torch.full_like(means[0], index / max(len(layers) - 1, 1)),
-    ]
-    return torch.stack(columns, -1)
-
-
-def _standardise(values_E: Tensor) -> Tensor:
-    spread = values_E.std(correction=0)
-    return (values_E - values_E.mean()) / spread.clamp(min=1e-6)
-
-
-def _require_grad(parameters: Sequence[nn.Parameter], value: bool) -> None:
-    for parameter in parameters:
-        parameter.requires_grad_(value)
+    for index, (layer, rows) in enumerate(zip(model.expert_layers(), features, strict=True)):
+        scores = holding_scores(assembler(rows, index), layer.edges.to(rows.device))
+        resident = choose_residents(scores.detach(), budget)
+        gate = straight_through(scores, resident) if learn else None
+        layer.resident = resident.to(layer.edges.device)
+        layer.residency_gate = None if gate is None else gate.to(layer.edges.device)

@@ -137,3 +137,16 @@ def scaled_visits(model: FedGraftForCausalLM, budget: int) -> list[int]:
         share = min(budget, layer.num_experts) / layer.num_experts if budget > 0 else 1.0
         visits.append(max(1, round(layer.num_visits * share)))
     return visits
+
+
+@contextmanager
+def frozen(model: FedGraftForCausalLM) -> Iterator[None]:
+    """No parameter of the model requires a gradient within the block."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)

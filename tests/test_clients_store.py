@@ -63,26 +63,34 @@ def test_an_assembler_comes_from_its_seed_then_from_disk(store):
     torch.manual_seed(5)
     expected_next = torch.rand(1)
     torch.manual_seed(5)
-    first, same, other = store.load_assembler(1), store.load_assembler(1), store.load_assembler(2)
+    first, same, other = (
+        store.load_assembler(1, [4, 4]),
+        store.load_assembler(1, [4, 4]),
+        store.load_assembler(2, [4, 4]),
+    )
     assert torch.equal(torch.rand(1), expected_next)  # the caller's random state is left alone
     assert equal_state(first, same) and not equal_state(first, other)
     with torch.no_grad():
         first.root.bias += 1
     store.save_assembler(first)
-    assert equal_state(again(store).load_assembler(9), first)
+    assert equal_state(again(store).load_assembler(9, [4, 4]), first)
 
 
 @pytest.mark.parametrize("damage", ["empty", "half", "garbage", "flipped bit"])
 def test_a_damaged_assembler_starts_afresh(store, damage):
-    store.save_assembler(store.load_assembler(1))
+    store.save_assembler(store.load_assembler(1, [4, 4]))
     path = store.folder / "assembler.safetensors"
     path.write_bytes(damaged(path.read_bytes(), damage))
-    assert equal_state(store.load_assembler(3), ClientStore(store.folder / "none").load_assembler(3))
+    assert equal_state(
+        store.load_assembler(3, [4, 4]), ClientStore(store.folder / "none").load_assembler(3, [4, 4])
+    )
 
 
 def test_an_assembler_of_another_shape_starts_afresh(store):
-    store.save_assembler(Assembler(hidden_size=4))
-    assert equal_state(store.load_assembler(3), ClientStore(store.folder / "none").load_assembler(3))
+    store.save_assembler(Assembler([4, 4], hidden_size=4))
+    assert equal_state(
+        store.load_assembler(3, [4, 4]), ClientStore(store.folder / "none").load_assembler(3, [4, 4])
+    )
 
 
 def equal_state(one: Assembler, other: Assembler) -> bool:
@@ -96,7 +104,7 @@ def test_nothing_is_written_outside_the_folder(tiny_graph_dir, tmp_path, monkeyp
     model = open_mapped(str(tiny_graph_dir), store.copy)
     model.expert_layers()[0].write_expert(1, *model.expert_layers()[0].read_expert(2))
     store.copy.save(model, 1)
-    store.save_assembler(store.load_assembler(0))
+    store.save_assembler(store.load_assembler(0, [4, 4]))
     store.blocks(lambda: ("a", BLOCKS, OTHER))
     store.residual.save({(0, 0): torch.ones(2)}, 0)
     names = ["assembler", "blocks", "experts/0.1.1", "global", "residual"]

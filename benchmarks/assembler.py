@@ -1,0 +1,192 @@
+"""Does the assembler learn? Masks of a client by four rules at the same budget, after the same local training.
+
+Clients hold one domain each. ``learned`` is what the assembler chooses after its steps, ``usage`` the experts that the
+client's tokens select most often, ``random`` any; all train the same number of steps on the same batches. The
+assembler's own steps move no expert; ``usage, more steps`` gives the most-used experts as many steps of training more.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
+
+import torch
+from torch import Tensor
+
+from benchmarks.material import data_sources, domain_blocks, model_path
+from benchmarks.runner import Measured, OnStep, run_benchmark
+from benchmarks.statistics import interval
+from clients.trainer import LocalTraining, train_locally
+from configs.schema import RunConfig
+from federated.blocks import Blocks, batches, take
+from models.assembler import Assembler, choose_residents, train_assembler
+from models.bootstrap import BootstrapPlan, build_graph, plan_experts
+from models.bootstrap_checkpoint import sample_calibration
+from models.expert_features import expert_features
+from models.llama_loader import load_dense
+from models.modeling_fedgraft import FedGraftForCausalLM
+from models.perplexity import evaluate_loss
+from models.settings import residents, scaled_visits, set_residents, visiting
+
+ARMS = ("learned", "usage", "random", "usage, more steps")
+_BATCH = 8
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much is trained and measured.
+
+    Attributes:
+        domains: a client each.
+        experts: E of each layer.
+        budgets: experts a layer that a client holds, with the seeds for which each is measured.
+        train_blocks: of a client.
+        valid_blocks: of a client.
+        block_size: tokens of a block.
+        calibration_tokens: sampled from the model, for the bootstrap.
+        training: of every arm.
+    """
+
+    domains: Sequence[str]
+    experts: int
+    budgets: dict[int, Sequence[int]]
+    train_blocks: int
+    valid_blocks: int
+    block_size: int
+    calibration_tokens: int
+    training: LocalTraining
+
+
+FULL = Settings(
+    ("math_gsm8k", "medical_qa", "recipes", "law_dc"),
+    16,
+    {4: (0, 1, 2), 8: (0, 1, 2)},
+    128,
+    24,
+    256,
+    8192,
+    LocalTraining(steps=20, learning_rate=1e-3, autocast=False),
+)
+QUICK = Settings(("a", "b"), 8, {2: (0, 1)}, 4, 2, 32, 256, replace(FULL.training, steps=1))
+
+
+def measure(quick: bool, on_step: OnStep) -> Measured:
+    """Perplexity of every arm on the clients' held-out text, and its ratios to that of the learned masks."""
+    settings = QUICK if quick else FULL
+    model = bootstrapped(model_path("mix7M", quick=quick), settings)
+    runs = [(budget, seed) for budget, seeds in settings.budgets.items() for seed in seeds]
+    found: dict[int, list[dict]] = {budget: [] for budget in settings.budgets}
+    for done, (budget, seed) in enumerate(runs):
+        clients = [
+            compare_arms(model, *client_text(source, settings, seed, quick), budget, seed, settings.training)
+            for source in data_sources(settings.domains, quick=quick)
+        ]
+        found[budget].append({"seed": seed, "clients": dict(zip(settings.domains, clients, strict=True))})
+        on_step("seeds and budgets", done + 1, len(runs))
+    quarter = {arm: interval(ratios(found[min(found)], arm)) for arm in ARMS[1:]}
+    config = RunConfig()
+    return Measured(
+        figures={
+            "ppl_random_over_learned": quarter["random"][0],
+            "ppl_usage_over_learned": quarter["usage"][0],
+        },
+        peers={
+            "intervals": {
+                f"budget {budget}": {arm: interval(ratios(seeds, arm)) for arm in ARMS[1:]}
+                for budget, seeds in found.items()
+            },
+            "runs": {f"budget {budget}": seeds for budget, seeds in found.items()},
+            "assembler_steps": config.assembler_steps,
+            "assembler_learning_rate": config.assembler_learning_rate,
+            "local_steps": settings.training.steps,
+        },
+        notes={
+            f"ppl_{arm}_over_learned": "geometric mean over clients, lower end of the 95 % interval over seeds"
+            for arm in ("random", "usage")
+        },
+    )
+
+
+def ratios(seeds: Sequence[dict], arm: str) -> list[float]:
+    """For each seed the geometric mean over clients of the perplexity of ``arm`` over that of the learned masks."""
+    return [
+        math.exp(
+            fmean(
+                math.log(client[arm]["after"] / client["learned"]["after"])
+                for client in each["clients"].values()
+            )
+        )
+        for each in seeds
+    ]
+
+
+def bootstrapped(path: str, settings: Settings) -> FedGraftForCausalLM:
+    """The graph that all clients share, calibrated on text of the model itself."""
+    dense = load_dense(path).float()
+    ids = sample_calibration(dense, settings.calibration_tokens, 0)
+    plan = BootstrapPlan(settings.experts)
+    return build_graph(dense, plan_experts(dense, ids, plan), plan.visits)
+
+
+def client_text(source: str, settings: Settings, seed: int, quick: bool) -> tuple[Blocks, Blocks]:
+    """Training and held-out blocks of a client, in an order of ``seed``."""
+    path, size = model_path("mix7M", quick=quick), settings.block_size
+    train = domain_blocks(source, path, block_size=size, max_blocks=settings.train_blocks, seed=seed)
+    valid = domain_blocks(source, path, split="valid", block_size=size, max_blocks=settings.valid_blocks)
+    return train, valid
+
+
+def compare_arms(
+    model: FedGraftForCausalLM, train: Blocks, valid: Blocks, budget: int, seed: int, training: LocalTraining
+) -> dict[str, dict[str, float]]:
+    """Held-out perplexity of one client right after masking and after training, by arm."""
+    masks = choose_masks(model, train, budget, seed)
+    found = {}
+    for arm in ARMS:
+        more = RunConfig().assembler_steps if arm == ARMS[-1] else 0
+        client = copy.deepcopy(model)
+        set_residents(client, masks[arm.partition(",")[0]])
+        with visiting(client, scaled_visits(client, budget)):
+            before = evaluate_loss(client, valid.input_ids, valid.labels).perplexity
+            stream = batches(train, _BATCH, generator=torch.Generator().manual_seed(seed))
+            train_locally(client, stream, replace(training, steps=training.steps + more))
+            after = evaluate_loss(client, valid.input_ids, valid.labels).perplexity
+        found[arm] = {"before": before, "after": after}
+    return found
+
+
+def choose_masks(
+    model: FedGraftForCausalLM, train: Blocks, budget: int, seed: int
+) -> dict[str, list[Tensor]]:
+    """The residents of a client by each rule, per layer bool ``[E]``."""
+    generator, config = torch.Generator().manual_seed(seed + 1), RunConfig()
+    visits, known = scaled_visits(model, budget), take(train, 16)
+    set_residents(model, [None] * len(model.expert_layers()))
+    features = expert_features(model, known.input_ids, known.labels, visits=visits)
+    torch.manual_seed(seed)
+    assembler = Assembler([len(rows) for rows in features])
+    with visiting(model, visits):
+        train_assembler(
+            assembler,
+            model,
+            features,
+            batches(train, _BATCH, generator=generator),
+            budget=budget,
+            steps=config.assembler_steps,
+            learning_rate=config.assembler_learning_rate,
+            autocast=False,
+        )
+    learned = residents(model)
+    set_residents(model, [None] * len(learned))
+    return {
+        "learned": learned,
+        "usage": [choose_residents(rows[:, 1], budget) for rows in features],
+        "random": [choose_residents(torch.rand(len(rows), generator=generator), budget) for rows in features],
+    }
+
+
+if __name__ == "__main__":
+    run_benchmark("assembler", measure)
