@@ -7,16 +7,15 @@ import pytest
 import torch
 
 from models.assembler import (
-    NUM_FEATURES,
     Assembler,
     choose_residents,
-    expert_features,
     holding_scores,
     straight_through,
     train_assembler,
 )
+from models.expert_features import NUM_FEATURES, expert_features
 from models.perplexity import evaluate_loss
-from models.settings import observing, residents, set_residents
+from models.settings import residents, set_residents
 from tests.conftest import tiny_llama
 from tests.tiny_federation import all_equal
 from tests.tiny_graphs import graph_of, random_ids, with_random_gains
@@ -25,7 +24,7 @@ from tests.tiny_graphs import graph_of, random_ids, with_random_gains
 @pytest.fixture
 def assembler() -> Assembler:
     torch.manual_seed(0)
-    return Assembler()
+    return Assembler([6, 6])
 
 
 @pytest.fixture
@@ -37,7 +36,7 @@ def trained(assembler) -> Assembler:
 
 
 def test_logits_run_from_lower_to_higher_experts_only(trained):
-    logits = trained(torch.randn(6, NUM_FEATURES))
+    logits = trained(torch.randn(6, NUM_FEATURES), 0)
     assert logits.shape == (6, 6)
     assert torch.equal(logits, logits.triu())
     assert (logits.triu(1)[torch.triu_indices(6, 6, 1).unbind()] != 0).all()
@@ -50,47 +49,25 @@ def test_holding_scores_add_the_mean_logit_of_the_edges_of_the_graph():
     assert holding_scores(logits, torch.eye(3, dtype=torch.bool)).tolist() == [1, 3, 5]
 
 
-def test_untrained_it_ranks_experts_by_how_often_the_clients_tokens_select_them(assembler):
-    model = with_random_gains(graph_of(num_experts=8, visits=3))
-    ids = random_ids(model, 8, 48, seed=3)
-    picks = [torch.zeros(8) for _ in model.expert_layers()]
-
-    def observer(index):
-        def observe(layer, scores, walk, weights):
-            for expert in walk.experts_TK.flatten().tolist():
-                picks[index][expert] += 1
-
-        return observe
-
-    with torch.no_grad(), observing(model, observer):
-        model(input_ids=ids)
-    features = expert_features(model, ids)
-    for rows, counts, layer in zip(features, picks, model.expert_layers(), strict=True):
-        assert torch.allclose(rows[:, 0], torch.log(counts / counts.sum() * 8 + 1e-3), atol=1e-5)
-        scores = holding_scores(assembler(rows), layer.edges)
-        # Edges count next to nothing yet: experts whose counts differ by a tenth keep their order.
-        for e in range(8):
-            for f in range(8):
-                if counts[e] > 1.1 * counts[f] + 1:
-                    assert scores[e] > scores[f]
+def test_untrained_it_ranks_experts_by_their_first_feature(assembler):
+    for layer, edges in enumerate(
+        (torch.eye(6, dtype=torch.bool), torch.ones(6, 6, dtype=torch.bool).triu())
+    ):
+        rows = torch.randn(6, NUM_FEATURES, generator=torch.Generator().manual_seed(layer))
+        scores = holding_scores(assembler(rows, layer), edges)
+        assert torch.equal(scores.argsort(), rows[:, 0].argsort())
 
 
-def test_features_are_finite_standardised_and_tell_the_depth():
-    model = graph_of(num_experts=4, visits=2)
-    features = expert_features(model, random_ids(model))
-    assert [rows.shape for rows in features] == [(4, NUM_FEATURES)] * 2
-    assert all(torch.isfinite(rows).all() for rows in features)
-    assert [rows[:, 4].tolist() for rows in features] == [[0] * 4, [1] * 4]
-    for rows in features:
-        assert torch.allclose(rows[:, (1, 3)].mean(0), torch.zeros(2), atol=1e-5)
-        assert torch.allclose(rows[:, (1, 3)].std(0, correction=0), torch.ones(2), atol=1e-4)
-        assert rows[:, 2].mean() == pytest.approx(1, abs=1e-5)  # softmax shares, times E
-
-
-def test_a_single_layer_and_a_single_expert_have_features():
-    model = graph_of(tiny_llama(num_hidden_layers=1), num_experts=1, visits=1)
-    (rows,) = expert_features(model, random_ids(model))
-    assert rows.shape == (1, NUM_FEATURES) and torch.isfinite(rows).all()
+def test_what_one_layer_learns_of_its_own_experts_stays_there(assembler):
+    rows = torch.randn(6, NUM_FEATURES)
+    before = [assembler(rows, layer) for layer in (0, 1)]
+    with torch.no_grad():
+        assembler.own[1][2] += 3
+    after = [assembler(rows, layer) for layer in (0, 1)]
+    assert torch.equal(before[0], after[0])
+    moved = torch.zeros(6, 6)
+    moved[2, 2] = 3
+    torch.testing.assert_close(after[1] - before[1], moved)
 
 
 @pytest.mark.parametrize(
@@ -137,53 +114,60 @@ def test_the_runner_up_leaves_the_loss_as_it_is():
     assert model(input_ids=ids, labels=ids).loss.item() == pytest.approx(alone, abs=1e-6)
 
 
-def learn(assembler, model, ids, labels, features=None, **changes):
+def features_of(model, ids) -> list[torch.Tensor]:
+    return expert_features(model, ids, ids, visits=[layer.num_visits for layer in model.expert_layers()])
+
+
+def learn(model, ids, labels, features=None, **changes):
+    """A fresh assembler after its steps, and their losses."""
+    torch.manual_seed(0)
+    assembler = Assembler(model.config.num_experts)
     options = {"budget": 2, "steps": 3, "learning_rate": 0.1, "autocast": False} | changes
-    features = expert_features(model, ids) if features is None else features
-    return train_assembler(assembler, model, features, repeat((ids, labels)), **options)
+    features = features_of(model, ids) if features is None else features
+    return assembler, train_assembler(assembler, model, features, repeat((ids, labels)), **options)
 
 
-def test_only_the_assembler_learns(assembler):
+def test_only_the_assembler_learns():
     model = with_random_gains(graph_of(num_experts=4, visits=2))
     model.lm_head.requires_grad_(False)
     model.train()
-    before, start = copy.deepcopy(model), copy.deepcopy(assembler.state_dict())
-    ids = random_ids(model)
-    losses = learn(assembler, model, ids, ids)
+    before, ids = copy.deepcopy(model), random_ids(model)
+    start, _ = learn(model, ids, ids, steps=0)
+    assembler, losses = learn(model, ids, ids)
     assert len(losses) == 3
     assert all_equal(model, before)
     assert [p.requires_grad for p in model.parameters()] == [p.requires_grad for p in before.parameters()]
     assert all(parameter.grad is None for parameter in model.parameters())
-    moved = [name for name, value in assembler.state_dict().items() if not torch.equal(value, start[name])]
-    assert {"root.weight", "embed.weight"} <= set(moved)
+    old = start.state_dict()
+    moved = {name for name, value in assembler.state_dict().items() if not torch.equal(value, old[name])}
+    assert {"root.weight", "embed.weight", "own.0", "own.1"} <= moved
     assert [int(held.sum()) for held in residents(model)] == [2, 2]
     assert all(layer.residency_gate is None for layer in model.expert_layers())
 
 
-def test_without_steps_the_assembler_stays_and_its_choice_is_made(assembler):
-    model, start = graph_of(num_experts=4, visits=2), copy.deepcopy(assembler.state_dict())
+def test_without_steps_its_choice_is_that_of_the_features():
+    model = graph_of(num_experts=4, visits=2)
     ids = random_ids(model)
-    features = expert_features(model, ids)
-    assert learn(assembler, model, ids, ids, steps=0, budget=1) == []
-    assert all(torch.equal(value, start[name]) for name, value in assembler.state_dict().items())
-    for rows, held, layer in zip(features, residents(model), model.expert_layers(), strict=True):
-        assert torch.equal(held, choose_residents(holding_scores(assembler(rows), layer.edges), 1))
+    features = features_of(model, ids)
+    _, losses = learn(model, ids, ids, features, steps=0, budget=1)
+    assert losses == []
+    for rows, held in zip(features, residents(model), strict=True):
+        assert held.nonzero().flatten().tolist() == [int(rows[:, 0].argmax())]
 
 
-def test_it_finds_an_expert_that_it_would_not_have_held(assembler):
-    """The text is what the model says with expert 3 alone; by frequency another expert is held."""
+def test_it_finds_an_expert_that_it_would_not_have_held():
+    """The text is what the model says with expert 3 alone; by its features another expert is held."""
     model = graph_of(tiny_llama(num_hidden_layers=1), num_experts=4, visits=1)
     layer = model.expert_layers()[0]
     with torch.no_grad():
         layer.down_proj[3] *= 4
     ids = random_ids(model, 8, 32)
-    features = expert_features(model, ids)
-    rows = features[0]
-    rows[:, 0] = torch.tensor([0.5, 0.2, -0.1, -0.3])  # frequencies that speak for expert 0
+    features = features_of(model, ids)
+    features[0][:, 0] = torch.tensor([0.5, 0.2, -0.1, -0.3])
     set_residents(model, [torch.arange(4) == 3])
     with torch.no_grad():
         said = model(input_ids=ids).logits.argmax(-1)
     labels = torch.cat([ids[:, :1], said[:, :-1]], 1)
-    losses = learn(assembler, model, ids, labels, features, budget=1, steps=25)
+    _, losses = learn(model, ids, labels, features, budget=1, steps=25)
     assert residents(model)[0].tolist() == [False, False, False, True]
     assert evaluate_loss(model, ids, labels).mean < 0.9 * losses[0]
