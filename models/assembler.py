@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from models.expert_features import NUM_FEATURES
 from models.modeling_fedgraft import FedGraftForCausalLM
-from models.settings import frozen
+from models.settings import frozen, gating
 
 # The MLP, which speaks for all experts at once, learns at this share of the learning rate of an expert's own logit.
 _MLP_RATE = 1 / 30
@@ -112,7 +112,7 @@ def train_assembler(
     optimizer = _optimizer(assembler, learning_rate)
     losses = []
     device = model.device.type
-    with frozen(model):
+    with frozen(model), gating(model):
         for _ in range(steps):
             _set_residency(model, assembler, features, budget, learn=True)
             input_ids, labels = (each.to(model.device) for each in next(batches))

@@ -10,9 +10,9 @@ from torch import Tensor
 from models.experts_fedgraft import ExpertGraphMLP
 from models.modeling_fedgraft import FedGraftForCausalLM
 from models.routing_fedgraft import Walk
-from models.settings import Observer, frozen, observing, visiting
+from models.settings import Observer, frozen, gating, observing, visiting
 
-NUM_FEATURES = 6
+NUM_FEATURES = 5
 # Blocks of one gradient in the importance of experts.
 _SPLIT = 2
 
@@ -24,8 +24,7 @@ def expert_features(
 
     Feature 0 is what an untrained assembler goes by: the mean of the logarithms of how often the client's tokens
     select the expert, and of how much the loss depends on it. The others: log selection frequency, mean router score
-    (standardised over the layer), mean softmax share, mean norm of the down projection (standardised), and depth
-    between 0 and 1.
+    (standardised over the layer), mean softmax share, and depth between 0 and 1.
 
     Args:
         model: the global graph, all experts resident.
@@ -73,7 +72,7 @@ def gate_importance(
     """
     layers = model.expert_layers()
     total = [torch.zeros(layer.num_experts) for layer in layers]
-    with visiting(model, visits), frozen(model):
+    with visiting(model, visits), frozen(model), gating(model):
         for ids, targets in zip(input_ids.split(_SPLIT), labels.split(_SPLIT), strict=True):
             gates = [
                 torch.ones(layer.num_experts, device=model.device, requires_grad=True) for layer in layers
@@ -85,8 +84,6 @@ def gate_importance(
             ).loss
             for each, gradient in zip(total, torch.autograd.grad(loss, gates), strict=True):
                 each += gradient.square().cpu()
-    for layer in layers:
-        layer.residency_gate = None
     return total
 
 
@@ -101,16 +98,9 @@ def _layer_features(
         frequency,
         _standardise(means[1]),
         means[2] * layer.num_experts,
-        _standardise(_down_norms(layer)),
         torch.full_like(means[0], index / max(len(layers) - 1, 1)),
     ]
     return torch.stack(columns, -1)
-
-
-def _down_norms(layer: ExpertGraphMLP) -> Tensor:
-    return torch.stack(
-        [layer.read_expert(e)[1].detach().float().norm().cpu() for e in range(layer.num_experts)]
-    )
 
 
 def _standardise(values_E: Tensor) -> Tensor:

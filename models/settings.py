@@ -150,3 +150,13 @@ def frozen(model: FedGraftForCausalLM) -> Iterator[None]:
     finally:
         for parameter in trainable:
             parameter.requires_grad_(True)
+
+
+@contextmanager
+def gating(model: FedGraftForCausalLM) -> Iterator[None]:
+    """Gates that are put on experts within the block are taken off after it, also after an error."""
+    try:
+        yield
+    finally:
+        for layer in model.expert_layers():
+            layer.residency_gate = None
