@@ -78,7 +78,7 @@ def test_bad_input_is_an_error_reply_that_names_it(graph, values, tmp_path, kind
         (answer(values, request_for(graph, base_fingerprint="x"), kind), ("UserError", "other weights")),
         (
             answer(values, request, kind, expert_budget=5),
-            ("UserError", "at most the graph's 4 experts", "letters"),
+            ("UserError", "from 1 to the graph's 4 experts", "letters"),
         ),
         (answer(values, request, kind, partition_id=2), ("UserError", "partition-id from 0 to 1")),
         (answer(fresh, request, kind, data_dir=str(tmp_path / "none")), ("UserError", "none")),

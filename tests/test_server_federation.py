@@ -297,7 +297,7 @@ def test_bad_input_that_all_clients_report_is_the_users_affair(graph, tmp_path):
     grid = TinyGrid(config)
     for context in grid.contexts.values():
         context.node_config["expert-budget"] = 9
-    with pytest.raises(UserError, match="^expected a budget of at most the graph's 4 experts for client "):
+    with pytest.raises(UserError, match="^expected a budget from 1 to the graph's 4 experts for client "):
         tiny_federation(grid, config).run()
 
 
