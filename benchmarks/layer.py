@@ -17,9 +17,8 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from benchmarks.runner import Measured, OnStep, run_benchmark
 from benchmarks.statistics import alternate, median_ratio
-from models.execution_fedgraft import gated, run_visits
-from models.experts_fedgraft import ExpertGraphMLP, gated_ffn
-from models.routing_fedgraft import Walk, walk_graph
+from models.execution_fedgraft import gated, gated_ffn, run_visits
+from models.experts_fedgraft import ExpertGraphMLP
 from models.visits_fedgraft import find_links, sort_visits
 
 THREADS = 2
@@ -90,7 +89,7 @@ class ComposedLoop(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """``[..., D] -> [..., D]``."""
         layer, x_TD = self.layer, hidden_states.flatten(0, -2)
-        walk = walk_of(layer, layer.score(x_TD))
+        walk = layer.walk(layer.score(x_TD))
         visits = sort_visits(walk.experts_TK, layer.num_experts)
         links = find_links(visits, layer.edges.triu(1), len(x_TD))
         weights = list(zip(layer.gate_up_proj.unbind(), layer.down_proj.unbind(), strict=True))
@@ -104,25 +103,13 @@ class ComposedLoop(nn.Module):
         ).view_as(hidden_states)
 
 
-def walk_of(layer: ExpertGraphMLP, scores_TE: Tensor) -> Walk:
-    """The walk that ``layer`` makes for these scores."""
-    return walk_graph(
-        scores_TE=scores_TE,
-        edges_EE=layer.edges,
-        affinity_EE=layer.edge_affinity,
-        resident_E=layer.resident,
-        num_visits=layer.num_visits,
-        order=layer.order,
-    )
-
-
 def measure_walk_share(shape: Shape, *, repeats: int, on_repeat: Callable[[int], None]) -> float:
     """Time of scoring and walking over that of the layer, forward and backward."""
     layer, x = random_graph_layer(shape, VISITS), torch.randn(1, shape.tokens, shape.hidden_size)
 
     def route() -> None:
         layer.zero_grad(set_to_none=True)
-        walk = walk_of(layer, layer.score(x[0].detach().requires_grad_()))
+        walk = layer.walk(layer.score(x[0].detach().requires_grad_()))
         layer.output_weights(walk).sum().backward()
 
     seconds = alternate(

@@ -15,10 +15,9 @@ from clients.checked_file import read_checked, write_checked
 from experts.graph import ExpertGraph
 from models.attention import attention_count, read_attention, write_attention
 from models.checkpoint import read_graph, write_graph
+from models.experts_fedgraft import ROUTING
 from models.modeling_fedgraft import FedGraftForCausalLM
 from models.units import OTHERS, Unit, weight_count
-
-_ROUTING = ("router", "output_gain", "edge_gain", "edge_affinity")
 
 
 class GlobalCopy:
@@ -84,7 +83,7 @@ class GlobalCopy:
         tensors = {
             f"{name}/{index}": getattr(layer, name).detach().float()
             for index, layer in enumerate(model.expert_layers())
-            for name in _ROUTING
+            for name in ROUTING
         }
         tensors |= {
             f"mask/{index}": torch.from_numpy(mask.astype(np.uint8)) for index, mask in enumerate(graph.masks)
@@ -115,7 +114,7 @@ class GlobalCopy:
         if graph.num_experts != [layer.num_experts for layer in layers]:
             raise ValueError("a copy of another graph")
         for index, layer in enumerate(layers):
-            for name in _ROUTING:
+            for name in ROUTING:
                 if tensors[f"{name}/{index}"].shape != getattr(layer, name).shape:
                     raise ValueError(f"{name} of layer {index} has another shape")
             attention = tensors.get(f"attention/{index}")
@@ -154,7 +153,7 @@ def _write_rest(model: FedGraftForCausalLM, tensors: Mapping[str, Tensor]) -> se
     """Set routing and attention; returns the layers whose attention has moved."""
     layers = model.expert_layers()
     for index, layer in enumerate(layers):
-        for name in _ROUTING:
+        for name in ROUTING:
             getattr(layer, name).copy_(tensors[f"{name}/{index}"])
     moved = {index for index in range(len(layers)) if f"attention/{index}" in tensors}
     for index in moved:

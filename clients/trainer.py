@@ -16,13 +16,12 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from clients.optimiser import make_optimizer, make_schedule
 from configs.errors import UserError
+from models.experts_fedgraft import ROUTING
 from models.modeling_fedgraft import FedGraftForCausalLM
 from models.router_losses import Routing, collect_routing, router_loss
 from models.settings import checkpointing
 
-# The parameters of a layer: the experts' own, and those that decide where tokens go and what passes.
 MATRICES = ("gate_up_proj", "down_proj")
-ROUTING = ("router", "edge_gain", "edge_affinity", "output_gain")
 # Those that start at zero and scale outputs. One number stands for a whole vector, so it may move faster than weights.
 GAINS = ("edge_gain", "output_gain")
 

@@ -54,17 +54,6 @@ def write_attention(model: FedGraftForCausalLM, layer: int, vector: Tensor) -> N
         weight.copy_(part.view_as(weight))
 
 
-def add_to_attention(model: FedGraftForCausalLM, layer: int, step: Tensor) -> None:
-    """Add ``step [size]`` to the layer's projections, in fp32.
-
-    Server and clients move attention by this one addition, so that they stay equal bit for bit.
-
-    Raises:
-        ValueError: the vector has another size, or the projections are quantised.
-    """
-    write_attention(model, layer, read_attention(model, layer) + step)
-
-
 def flatten_projections(weights: Iterable[Tensor]) -> Tensor:
     """Matrices of the four projections as one fp32 vector on the CPU."""
     return torch.cat([weight.reshape(-1).float().cpu() for weight in weights])

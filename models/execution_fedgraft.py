@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .visits_fedgraft import Link, Visits
@@ -175,6 +176,11 @@ def gated(act_fn: Callable[[Tensor], Tensor], gate_up_NH: Tensor) -> Tensor:
     """``act(gate) * up`` of ``[N, 2H]``."""
     gate_NH, up_NH = gate_up_NH.chunk(2, -1)
     return act_fn(gate_NH) * up_NH
+
+
+def gated_ffn(act_fn: nn.Module, rows_ND: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """Output ``[N, D]`` of one expert: ``down(act(gate x) * up x)``."""
+    return F.linear(gated(act_fn, F.linear(rows_ND, gate_up)), down)
 
 
 def _into(links: Iterable[Link], expert: int) -> list[Link]:

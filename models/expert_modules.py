@@ -17,6 +17,7 @@ from models.experts_fedgraft import ExpertGraphMLP
 from models.memory import return_freed_memory
 from models.modeling_fedgraft import FedGraftForCausalLM
 from models.nf4 import compute_dtype, quantised_linear, weight_of
+from models.settings import held_experts
 
 KINDS = ("plain", "nf4")
 
@@ -114,9 +115,9 @@ def materialise_modules(
         raise ValueError(f"expected experts of kind {' or '.join(KINDS)}, got {kind!r}")
     dtype = dtype or compute_dtype(model.device)
     for layer, resident in zip(model.expert_layers(), residents, strict=True):
-        held = range(layer.num_experts) if resident is None else resident.nonzero().flatten().tolist()
+        held = held_experts(layer, resident)
         experts = {expert: _build_expert(layer, expert, kind, dtype, model.device) for expert in held}
-        _store_in_modules(layer, ExpertModules(experts, dtype))
+        layer.keep_in(ExpertModules(experts, dtype))
         layer.resident = None if resident is None else resident.to(model.device)
         layer.residency_gate = None
         return_freed_memory()
@@ -138,13 +139,3 @@ def _plain_linear(weight: Tensor, *, dtype: torch.dtype, device: torch.device) -
     # A copy: a view would keep the fused tensor of all experts alive.
     linear.weight = nn.Parameter(weight.detach().to(device, dtype, copy=True), requires_grad=False)
     return linear
-
-
-def _store_in_modules(layer: ExpertGraphMLP, storage: ExpertModules) -> None:
-    like = layer.router
-    layer.hold(
-        [],
-        like.new_empty(0, 2 * layer.expert_size, layer.hidden_size),
-        like.new_empty(0, layer.hidden_size, layer.expert_size),
-    )
-    layer.storage = storage

@@ -13,10 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from .execution_fedgraft import FusedExperts, gated, run_visits
+from .execution_fedgraft import FusedExperts, gated_ffn, run_visits
 from .one_token_fedgraft import run_one_token, walk_one_token
 from .routing_fedgraft import Walk, walk_graph
 from .visits_fedgraft import Visits, find_links, sort_visits
+
+# What decides where a token goes and what passes along edges.
+ROUTING = ("router", "edge_gain", "edge_affinity", "output_gain")
 
 
 class ExpertStorage(Protocol):
@@ -93,6 +96,16 @@ class ExpertGraphMLP(nn.Module):
         self.held = list(experts)
         self.gate_up_proj, self.down_proj = nn.Parameter(gate_up_RHD), nn.Parameter(down_RDH)
 
+    def keep_in(self, storage: ExpertStorage) -> None:
+        """Leave all experts to ``storage``, and none in the fused tensors."""
+        like = self.router
+        self.hold(
+            [],
+            like.new_empty(0, 2 * self.expert_size, self.hidden_size),
+            like.new_empty(0, self.hidden_size, self.expert_size),
+        )
+        self.storage = storage
+
     def read_expert(self, expert: int) -> tuple[Tensor, Tensor]:
         """``gate_up [2H, D]`` and ``down [D, H]`` of an expert, wherever it is stored.
 
@@ -131,7 +144,17 @@ class ExpertGraphMLP(nn.Module):
         scores_TE = self.score(x_TD)
         if len(x_TD) == 1 and self._walks_plainly():
             return self._one_token(x_TD, scores_TE).view_as(hidden_states)
-        walk = walk_graph(
+        walk = self.walk(scores_TE)
+        weights_TK = self.output_weights(walk)
+        self._observe(scores_TE, walk, weights_TK)
+        experts_TK = walk.experts_TK
+        if self.residency_gate is not None:
+            experts_TK, weights_TK = self._with_runner_up(scores_TE, experts_TK, weights_TK)
+        return self._execute(x_TD, experts_TK, weights_TK).view_as(hidden_states)
+
+    def walk(self, scores_TE: Tensor) -> Walk:
+        """The experts that tokens with these scores visit."""
+        return walk_graph(
             scores_TE=scores_TE,
             edges_EE=self.edges,
             affinity_EE=self.edge_affinity,
@@ -139,12 +162,6 @@ class ExpertGraphMLP(nn.Module):
             num_visits=self.num_visits,
             order=self.order,
         )
-        weights_TK = self.output_weights(walk)
-        self._observe(scores_TE, walk, weights_TK)
-        experts_TK = walk.experts_TK
-        if self.residency_gate is not None:
-            experts_TK, weights_TK = self._with_runner_up(scores_TE, experts_TK, weights_TK)
-        return self._execute(x_TD, experts_TK, weights_TK).view_as(hidden_states)
 
     def _walks_plainly(self) -> bool:
         return self.order == "best-first" and self.residency_gate is None and not torch.is_grad_enabled()
@@ -241,8 +258,3 @@ class ExpertGraphMLP(nn.Module):
         if not (self.edge_gain.requires_grad and torch.is_grad_enabled()):
             edges_EE = edges_EE & (self.edge_gain != 0)
         return edges_EE
-
-
-def gated_ffn(act_fn: nn.Module, rows_ND: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """Output ``[N, D]`` of one expert: ``down(act(gate x) * up x)``."""
-    return F.linear(gated(act_fn, F.linear(rows_ND, gate_up)), down)

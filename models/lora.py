@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from models.attention import flatten_projections, projections
 from models.expert_modules import ExpertModules
+from models.experts_fedgraft import ROUTING
 from models.modeling_fedgraft import FedGraftForCausalLM
 from models.units import Unit, flatten_weights
 
 _ADAPTER = "default"
 _EXPERTS = r"model\.layers\.\d+\.mlp\.storage\.experts\.\d+\.(gate_up|down)"
 _ATTENTION = r"model\.layers\.\d+\.self_attn\.(q|k|v|o)_proj"
-_ROUTING = ("router", "edge_gain", "edge_affinity", "output_gain")
 
 
 def attach_lora(
@@ -60,7 +60,7 @@ def attach_lora(
         inject_adapter_in_model(config, model, _ADAPTER)
     cast_adapter_dtype(model, _ADAPTER)
     for layer in model.expert_layers():
-        for name in _ROUTING:
+        for name in ROUTING:
             getattr(layer, name).requires_grad_(routing)
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 

@@ -16,9 +16,11 @@ from transformers import GenerationConfig
 from configs.errors import UserError
 from models.checkpoint import check_graph
 from models.config_file import check_is_graph, read_config
-from models.experts_fedgraft import ExpertGraphMLP, gated_ffn
+from models.execution_fedgraft import gated_ffn
+from models.experts_fedgraft import ExpertGraphMLP
 from models.fingerprint import checkpoint_files
 from models.modeling_fedgraft import FedGraftForCausalLM
+from models.settings import held_experts
 from models.units import flatten_weights, unflatten_weights
 
 _EXPERT_WEIGHTS = re.compile(r"model\.layers\.\d+\.mlp\.(gate_up_proj|down_proj)")
@@ -48,9 +50,11 @@ class GraphFiles:
 
     def __init__(self, source: str) -> None:
         self._file_of: dict[str, Path] = {}
+        self._shapes: dict[str, list[int]] = {}
         for path in checkpoint_files(source):
             with safe_open(path, framework="pt") as file:
-                self._file_of |= dict.fromkeys(file.keys(), path)
+                for name in file.keys():  # noqa: SIM118
+                    self._file_of[name], self._shapes[name] = path, file.get_slice(name).get_shape()
 
     def names(self) -> list[str]:
         """Names of all tensors, sorted."""
@@ -69,9 +73,8 @@ class GraphFiles:
         return gate_up, down
 
     def shape(self, name: str) -> list[int]:
-        """Shape of a tensor, read from the header alone."""
-        with safe_open(self._file_of[name], framework="pt") as file:
-            return file.get_slice(name).get_shape()
+        """Shape of a tensor."""
+        return self._shapes[name]
 
     def _row(self, name: str, row: int) -> Tensor:
         with safe_open(self._file_of[name], framework="pt") as file:
@@ -139,10 +142,9 @@ def open_mapped(source: str, moved: MovedExperts | None = None) -> FedGraftForCa
     _check_shapes(model, files, source)
     rest = {name: files.tensor(name) for name in files.names() if not _EXPERT_WEIGHTS.fullmatch(name)}
     rest = {name: value.float() if value.is_floating_point() else value for name, value in rest.items()}
-    for layer in model.expert_layers():
-        _hold_nothing(layer)
-        layer.storage = MappedExperts(layer, files, moved)
     model.load_state_dict(rest, strict=False, assign=True)
+    for layer in model.expert_layers():
+        layer.keep_in(MappedExperts(layer, files, moved))
     check_graph(model)
     # Its frequencies are computed, not stored.
     model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
@@ -158,7 +160,7 @@ def materialise(model: FedGraftForCausalLM, residents: Sequence[Tensor | None]) 
     Each expert is read once, straight into its row.
     """
     for layer, resident in zip(model.expert_layers(), residents, strict=True):
-        held = list(range(layer.num_experts)) if resident is None else resident.nonzero().flatten().tolist()
+        held = held_experts(layer, resident)
         layer.resident, layer.residency_gate = resident, None
         if layer.storage is None and layer.held == held:
             continue
@@ -169,14 +171,6 @@ def materialise(model: FedGraftForCausalLM, residents: Sequence[Tensor | None]) 
                 target.copy_(weight)
         layer.hold(held, gate_up, down)
         layer.storage = None
-
-
-def _hold_nothing(layer: ExpertGraphMLP) -> None:
-    layer.hold(
-        [],
-        torch.empty(0, 2 * layer.expert_size, layer.hidden_size),
-        torch.empty(0, layer.hidden_size, layer.expert_size),
-    )
 
 
 def _check_shapes(model: nn.Module, files: GraphFiles, source: str) -> None:

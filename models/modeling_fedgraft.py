@@ -7,7 +7,7 @@ from transformers import LlamaForCausalLM, LlamaModel
 from transformers import initialization as init
 
 from .configuration_fedgraft import FedGraftConfig
-from .experts_fedgraft import ExpertGraphMLP
+from .experts_fedgraft import ROUTING, ExpertGraphMLP
 
 
 class FedGraftModel(LlamaModel):
@@ -15,7 +15,7 @@ class FedGraftModel(LlamaModel):
 
     config_class = FedGraftConfig
     # What decides where a token goes stays in fp32, whatever the dtype of the experts.
-    _keep_in_fp32_modules_strict = ["router", "edge_gain", "edge_affinity", "output_gain"]
+    _keep_in_fp32_modules_strict = list(ROUTING)
 
     def __init__(self, config: FedGraftConfig):
         super().__init__(config)

@@ -112,6 +112,11 @@ def residents(model: FedGraftForCausalLM) -> list[Tensor]:
     ]
 
 
+def held_experts(layer: ExpertGraphMLP, resident: Tensor | None) -> list[int]:
+    """The experts of a layer that ``resident`` (bool ``[E]``) marks, in order; all for None."""
+    return list(range(layer.num_experts)) if resident is None else resident.nonzero().flatten().tolist()
+
+
 def set_residents(model: FedGraftForCausalLM, held: Sequence[Tensor | None]) -> None:
     """Let tokens visit only the experts ``held``, per layer bool ``[E]``, or None for all."""
     for layer, resident in zip(model.expert_layers(), held, strict=True):

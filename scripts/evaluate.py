@@ -37,9 +37,8 @@ def evaluate(
 
     quiet_libraries()
     texts = _texts_by_domain(data, split)
-    lm, tokenizer = load_causal_lm(model, precision=precision, device=choose_device(device)), load_tokenizer(
-        model
-    )
+    lm = load_causal_lm(model, precision=precision, device=choose_device(device))
+    tokenizer = load_tokenizer(model)
     if experts_per_token is not None:
         set_visits(lm, experts_per_token)
     losses = {}

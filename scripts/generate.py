@@ -30,9 +30,8 @@ def generate(
     from models.precision import choose_device
 
     quiet_libraries()
-    lm, tokenizer = load_causal_lm(model, precision=precision, device=choose_device(device)), load_tokenizer(
-        model
-    )
+    lm = load_causal_lm(model, precision=precision, device=choose_device(device))
+    tokenizer = load_tokenizer(model)
     streamer = None if as_json else TextStreamer(tokenizer, skip_special_tokens=True)
     torch.manual_seed(seed)
     text = continue_prompt(

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from models.attention import (
-    add_to_attention,
     attention_count,
     flatten_projections,
     projections,
@@ -14,6 +13,7 @@ from models.attention import (
 )
 from models.checkpoint import cast_weights
 from models.nf4_linear import NF4Linear
+from models.units import OTHERS, add_to_unit
 from tests.conftest import tiny_llama
 from tests.tiny_graphs import graph_of, logit_difference, random_ids
 
@@ -54,7 +54,7 @@ def test_what_is_written_is_read_again_and_nothing_else_moves(dtype):
 def test_a_step_is_added_in_fp32():
     model = cast_weights(graph_of(), torch.bfloat16)
     start, step = read_attention(model, 0), torch.full((SIZE,), 1 / 3)
-    add_to_attention(model, 0, step)
+    add_to_unit(model, (0, OTHERS), step)
     assert torch.equal(read_attention(model, 0), (start + step).bfloat16().float())
 
 
@@ -86,7 +86,7 @@ def test_quantised_attention_cannot_be_moved():
     model = graph_of()
     quantise_attention(model, torch.float32)
     with pytest.raises(ValueError, match="before it is quantised"):
-        add_to_attention(model, 1, torch.zeros(SIZE))
+        add_to_unit(model, (1, OTHERS), torch.zeros(SIZE))
 
 
 def test_biases_of_attention_are_kept():

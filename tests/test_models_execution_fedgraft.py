@@ -6,8 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from models.execution_fedgraft import FusedExperts, run_visits
-from models.experts_fedgraft import gated_ffn
+from models.execution_fedgraft import FusedExperts, gated_ffn, run_visits
 from models.visits_fedgraft import find_links, sort_visits
 
 WIDTH, NEURONS = 5, 3

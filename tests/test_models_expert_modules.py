@@ -10,8 +10,8 @@ from torch import nn
 
 from models.attention import read_attention, write_attention
 from models.configuration_fedgraft import FedGraftConfig
+from models.execution_fedgraft import gated_ffn
 from models.expert_modules import ExpertFFN, ExpertModules, materialise_modules
-from models.experts_fedgraft import gated_ffn
 from models.modeling_fedgraft import FedGraftForCausalLM
 from models.settings import set_residents
 from models.units import read_unit
