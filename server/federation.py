@@ -49,6 +49,8 @@ class Federation:
         self.usage = UsageAverage(config.usage_decay)
         self.early_stop = EarlyStop(rounds=config.early_stop_rounds, delta=config.early_stop_delta)
         self._held: dict[int, int] = {}
+        # Node -> the last server round of which its update went into the model.
+        self._accepted: dict[int, int] = {}
 
     def run(self) -> None:
         """Run all rounds.
@@ -70,6 +72,7 @@ class Federation:
         answers = self._ask(nodes, MessageType.TRAIN, server_round)
         replies = check_replies(answers, self.server, attention=self.config.attention_lora)
         _raise_if_nobody(replies)
+        self._accepted |= {accepted.node: server_round for accepted in replies.accepted}
         change = aggregate(
             [accepted.contribution for accepted in replies.accepted],
             combine=self.config.combine,
