@@ -12,6 +12,7 @@ from torch import Tensor
 
 from configs.errors import UserError
 from federated.quantise import quantise_update
+from federated.top_entries import top_entries
 from federated.update import SparseUpdate, SparseVector, Unit
 
 
@@ -34,7 +35,7 @@ def sparsify(vector: Tensor, density: float) -> SparseVector:
     values = vector.detach().to(torch.float32).reshape(-1).cpu()
     # The small term keeps 0.07 * 100 = 7.000000000000001 from counting as 8.
     count = min(math.ceil(density * values.numel() - 1e-9), int(torch.count_nonzero(values)))
-    return SparseVector.from_dense(values.numpy(), _largest(values.abs(), count).numpy())
+    return SparseVector.from_dense(values.numpy(), top_entries(values.abs(), count).numpy())
 
 
 def update_energy(vectors: Mapping[Unit, Tensor]) -> dict[Unit, float]:
@@ -160,16 +161,6 @@ def _draw_systematic(probabilities: Mapping[Unit, float], start: float) -> dict[
         if probability == 1.0 or math.ceil(end - start) > math.ceil(begin - start):
             drawn[unit] = probability
     return drawn
-
-
-def _largest(magnitudes: Tensor, count: int) -> Tensor:
-    """Return the increasing indices of the ``count`` largest magnitudes [size], low indices first on ties."""
-    if count == 0:
-        return torch.zeros(0, dtype=torch.int64)
-    threshold = torch.topk(magnitudes, count, sorted=False).values.min()
-    above = torch.nonzero(magnitudes > threshold).reshape(-1)
-    ties = torch.nonzero(magnitudes == threshold).reshape(-1)[: count - above.numel()]
-    return torch.cat([above, ties]).sort().values
 
 
 def _subtract(vector: Tensor, shipped: SparseVector | None) -> Tensor:
