@@ -32,6 +32,7 @@ class Request:
         base_fingerprint: of the bootstrapped checkpoint that both sides start from.
         steps: what the client misses.
         last: whether this is the last round.
+        accepted_round: server round of the last update of this client that went into the model; 0 for none.
     """
 
     server_round: int
@@ -40,6 +41,7 @@ class Request:
     base_fingerprint: str
     steps: Sequence[ServerStep] = ()
     last: bool = False
+    accepted_round: int = 0
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ def write_request(request: Request) -> RecordDict:
         "graph-hash": request.graph_hash,
         "base-fingerprint": request.base_fingerprint,
         "last": request.last,
+        "accepted-round": request.accepted_round,
     }
     config |= {f"edits-{step.version}": step.edits_json() for step in request.steps}
     steps = {str(step.version): _to_array(step.packed) for step in request.steps}
@@ -104,6 +107,7 @@ def read_request(content: RecordDict) -> Request:
             base_fingerprint=str(config["base-fingerprint"]),
             steps=sorted(steps, key=lambda step: step.version),
             last=bool(config["last"]),
+            accepted_round=int(config["accepted-round"]),
         )
     except _UNREADABLE as error:
         raise RefusedUpdate(f"a request cannot be read: {error}") from error

@@ -138,6 +138,7 @@ class Federation:
             base_fingerprint=self.server.fingerprint,
             steps=steps_after(self.server.steps, self._held.get(node, 0)),
             last=server_round == self.config.num_rounds,
+            accepted_round=self._accepted.get(node, 0),
         )
 
 

@@ -36,6 +36,7 @@ REQUEST = Request(
         ServerStep(11, b"x"),
     ],
     last=True,
+    accepted_round=2,
 )
 REPLY = Reply(
     name="client é",
