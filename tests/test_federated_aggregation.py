@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import statistics
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from federated.aggregation import Contribution, aggregate, update_norm
+from federated.aggregation import Contribution, Shipped, aggregate, summarise, unit_factors, update_norm
 from federated.update import SparseUpdate, SparseVector
 
 SIZES = {(0, 0): 6, (0, 1): 6, (1, 0): 9, (1, -1): 3}
@@ -113,19 +114,53 @@ def test_norm_is_over_all_units():
     assert update_norm(SparseUpdate(0, "", {})) == 0.0
 
 
-def test_replies_may_be_unpacked_anew_for_each_pass_or_come_from_a_generator():
-    contributions, passes = random_round(3, 4), []
+def test_updates_may_be_unpacked_anew_for_each_pass_and_come_from_a_generator():
+    contributions, unpacked = random_round(3, 4), []
 
-    class Replies:
-        def __iter__(self):
-            passes.append(1)
-            return iter(contributions)
+    def lazily(one, shipped):
+        def unpack():
+            unpacked.append(one)
+            return one.update
+
+        return replace(one, update=unpack, shipped=shipped)
 
     expected = aggregate(contributions, clip_norm_multiple=1.0)
-    for replies in (Replies(), (c for c in contributions)):
+    for known, passes in ((False, 2), (True, 1)):
+        unpacked.clear()
+        replies = (lazily(c, summarise(c.update) if known else None) for c in contributions)
         result = aggregate(replies, clip_norm_multiple=1.0)
         assert all(torch.equal(result[unit], step) for unit, step in expected.items())
-    assert len(passes) >= 2
+        assert len(unpacked) == passes * len(contributions)
+
+
+def test_only_one_update_is_unpacked_at_a_time():
+    alive, most = [0], [0]
+
+    class Counted(SparseUpdate):
+        def __del__(self):
+            alive[0] -= 1
+
+    def unpack():
+        alive[0] += 1
+        most[0] = max(most[0], alive[0])
+        return Counted(0, "", {(0, 0): SparseVector(6, [1], [2.0])})
+
+    step = aggregate([Contribution(1.0, unpack) for _ in range(9)], clip_norm_multiple=1.0)
+    assert step[(0, 0)].tolist() == [0, 2, 0, 0, 0, 0]
+    assert alive[0] == 0 and most[0] == 1
+
+
+@pytest.mark.parametrize("combine", ["hajek", "horvitz-thompson", "mean"])
+def test_huge_weights_and_values_do_not_overflow(combine):
+    entries = {(0, 0): {0: 1e30, 1: -1e30}}
+    huge = [contribution(1e307, entries), contribution(1e308, entries), contribution(1e308, entries)]
+    assert aggregate(huge, combine=combine)[(0, 0)][:2].tolist() == pytest.approx([1e30, -1e30])
+
+
+def test_hajek_bears_any_probability_that_all_shippers_share():
+    entries = {(0, 0): {0: 3.0}}
+    shared = [contribution(2.0, entries, inclusion={(0, 0): 1e-300}) for _ in range(3)]
+    assert aggregate(shared)[(0, 0)][0] == pytest.approx(3.0)
 
 
 @pytest.mark.parametrize("contributions", [[], iter([])])
@@ -144,9 +179,42 @@ def test_what_cannot_be_is_an_error():
         ([contribution(1.0, entries, inclusion={(0, 0): 1.5})], "probability"),
         ([contribution(1.0, entries, trained=set())], "did not train"),
         ([contribution(1.0, entries), wrong_size], "entries from one client"),
+        ([contribution(1e308, entries), contribution(5e-324, entries)], "vanishes"),
     ]
     for contributions, reason in cases:
         with pytest.raises(ValueError, match=reason):
             aggregate(contributions)
+    tiny = contribution(1.0, entries, inclusion={(0, 0): 1e-300})
+    with pytest.raises(ValueError, match="finite factor"):
+        aggregate([tiny], combine="horvitz-thompson")
+    with pytest.raises(ValueError, match="finite factor"):
+        aggregate([contribution(1.0, entries)], server_learning_rate=1e300)
     with pytest.raises(ValueError, match="combine"):
         aggregate([contribution(1.0, entries)], combine="median")
+
+
+def test_the_summary_holds_units_and_norm():
+    one = contribution(1.0, {(0, 0): {0: 3.0}, (1, 0): {5: 4.0}})
+    assert summarise(one.update) == (frozenset({(0, 0), (1, 0)}), pytest.approx(5.0))
+    assert one.summary() == summarise(one.update)
+    assert replace(one, shipped=Shipped(frozenset(), 1.0)).summary() == (frozenset(), 1.0)
+
+
+def test_factors_of_one_unit_by_hand():
+    unit = (0, 0)
+    clients = [
+        contribution(1.0, {unit: {0: 1.0}}, inclusion={unit: 0.5}),
+        contribution(3.0, {unit: {0: 1.0}}),
+        contribution(4.0, {}, trained={unit}),
+        contribution(8.0, {}, trained=set()),
+    ]
+    shipped = [{unit}, {unit}, set(), set()]
+    expected = {"hajek": (2 / 5, 3 / 5), "horvitz-thompson": (2 / 8, 3 / 8), "mean": (1 / 16, 3 / 16)}
+    for combine, (first, second) in expected.items():
+        factors = unit_factors(clients, shipped, combine)
+        assert [each.get(unit) for each in factors] == [
+            pytest.approx(first),
+            pytest.approx(second),
+            None,
+            None,
+        ]
