@@ -84,10 +84,14 @@ class RunConfig(BaseModel):
     """Experts a client ships: top (most update energy) or sample (known probability)."""
     combine: Literal["hajek", "horvitz-thompson", "mean"] = "hajek"
     """Server weighting of updates: hajek, horvitz-thompson or mean."""
+    client_weight: Literal["examples", "tokens"] = "examples"
+    """What a client weighs: its training blocks (examples) or the tokens it trained on in the round."""
     ship_experts: Whole = 0
     """Experts per layer a client ships each round; 0: all it trained."""
     density: Annotated[float, Field(gt=0, le=1)] = 0.05
     """Kept entries / all entries of an expert's update."""
+    downlink_density: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Kept entries / all entries of each expert's step that the server sends; it keeps the rest for later rounds."""
     value_bits: Literal[16, 8, 4, 2] = 4
     """Bits per shipped value: 16, 8, 4 or 2."""
     residual_decay: Share = 1.0

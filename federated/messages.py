@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 
 from configs.errors import UserError
@@ -16,6 +16,7 @@ from federated.update import RefusedUpdate
 # Error codes of replies; Flower's own are small.
 REFUSED = 100  # the client cannot do what was asked; the reason says why
 RESEND = 101  # the client holds another version than the server thought; the reason is that version
+NEEDS_RECIPE = 102  # the client has the dense base only and asks for the recipe of the graph; see ``clients.local_graph``
 
 # What reading a record of another kind, or a field of another type, ends in.
 _UNREADABLE = (KeyError, TypeError, ValueError, AttributeError, OverflowError)
@@ -29,10 +30,11 @@ class Request:
         server_round: counts from 1.
         version: of the global model after ``steps``.
         graph_hash: of the graph after ``steps``.
-        base_fingerprint: of the bootstrapped checkpoint that both sides start from.
+        base_fingerprint: of the bootstrapped checkpoint that both sides start from (see ``models.recipe``).
         steps: what the client misses.
         last: whether this is the last round.
         accepted_round: server round of the last update of this client that went into the model; 0 for none.
+        recipe: builds the bootstrapped checkpoint from its dense base; empty unless the client asked for it.
     """
 
     server_round: int
@@ -42,6 +44,7 @@ class Request:
     steps: Sequence[ServerStep] = ()
     last: bool = False
     accepted_round: int = 0
+    recipe: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,8 @@ def write_request(request: Request) -> RecordDict:
     }
     config |= {f"edits-{step.version}": step.edits_json() for step in request.steps}
     steps = {str(step.version): _to_array(step.packed) for step in request.steps}
-    return RecordDict({"config": ConfigRecord(config), "steps": ArrayRecord(steps)})
+    recipe = {"recipe": ArrayRecord({"recipe": _to_array(request.recipe)})} if request.recipe else {}
+    return RecordDict({"config": ConfigRecord(config), "steps": ArrayRecord(steps), **recipe})
 
 
 def read_request(content: RecordDict) -> Request:
@@ -108,6 +112,7 @@ def read_request(content: RecordDict) -> Request:
             steps=sorted(steps, key=lambda step: step.version),
             last=bool(config["last"]),
             accepted_round=int(config["accepted-round"]),
+            recipe=_to_bytes(content["recipe"]["recipe"]) if "recipe" in content else b"",
         )
     except _UNREADABLE as error:
         raise RefusedUpdate(f"a request cannot be read: {error}") from error
@@ -164,9 +169,23 @@ def read_reply(content: RecordDict, num_experts: Sequence[int]) -> Reply:
         raise RefusedUpdate(f"a reply cannot be read: {error}") from error
 
 
-def message_bytes(content: RecordDict) -> int:
-    """Bytes of a message's content as Flower serialises it: arrays, config and metric records, and their framing."""
-    return sum(len(part.deflate()) for part in get_all_nested_objects(content).values())
+def message_bytes(message: Message | RecordDict) -> int:
+    """Bytes of a message, or of its content alone, as Flower serialises it.
+
+    Arrays, config and metric records, their framing, and for a message its metadata and error.
+    """
+    return sum(len(part.deflate()) for part in get_all_nested_objects(message).values())
+
+
+def detach_update(content: RecordDict) -> tuple[RecordDict, bytes]:
+    """A reply without its packed update, and that; the content as it is and no bytes where it holds none."""
+    try:
+        arrays = dict(content["arrays"].items())
+        update = _to_bytes(arrays["update"])
+        rest = ArrayRecord(arrays | {"update": _to_array(b"")})
+    except _UNREADABLE:
+        return content, b""
+    return RecordDict(dict(content.items()) | {"arrays": rest}), update
 
 
 def raise_user_error(reason: str) -> None:
