@@ -24,8 +24,8 @@ from configs.schema import load_run_config
 from federated.blocks import batches
 from federated.messages import Request
 from models.checkpoint import read_graph
-from models.fingerprint import checkpoint_fingerprint
 from models.mapped_experts import open_mapped
+from models.recipe import graph_fingerprint
 from models.settings import visiting
 
 _MIB = 2**20
@@ -46,7 +46,7 @@ def open_client(graph: str, budget: int, folder: Path, settings: dict) -> tuple[
         server_round=1,
         version=0,
         graph_hash=read_graph(open_mapped(graph)).digest(),
-        base_fingerprint=checkpoint_fingerprint(graph),
+        base_fingerprint=graph_fingerprint(graph),
         steps=[],
     )
     return Participant.open(config, context, request), request

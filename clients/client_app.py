@@ -11,9 +11,10 @@ from flwr.clientapp import ClientApp
 from transformers.utils.logging import disable_progress_bar
 
 from clients.local_copy import VersionMismatch
+from clients.local_graph import NeedsRecipe
 from clients.participant import Participant
 from configs.schema import RunConfig, load_run_config
-from federated.messages import REFUSED, RESEND, Reply, Request, read_request, write_reply
+from federated.messages import NEEDS_RECIPE, REFUSED, RESEND, Reply, Request, read_request, write_reply
 
 _log = logging.getLogger(__name__)
 
@@ -42,6 +43,8 @@ def _answer(message: Message, context: Context, act: Callable[[Participant, Requ
         return Message(write_reply(reply), reply_to=message)
     except VersionMismatch as error:
         return Message(Error(code=RESEND, reason=str(error.version)), reply_to=message)
+    except NeedsRecipe as error:
+        return Message(Error(code=NEEDS_RECIPE, reason=f"UserError: {error}"), reply_to=message)
     except Exception as error:  # noqa: BLE001 - the boundary to Flower
         _log.exception("the message could not be answered")
         reason = " ".join(f"{type(error).__name__}: {error}".split())

@@ -7,14 +7,12 @@ from pathlib import Path
 from flwr.app import Context
 
 from clients.store import ClientStore
-from configs.errors import UserError
 from configs.paths import cache_folder
 from configs.schema import RunConfig
 from federated.messages import Request
 from federated.steps import apply_step, steps_after
 from federated.update import RefusedUpdate
 from models.checkpoint import read_graph
-from models.fingerprint import checkpoint_fingerprint
 from models.modeling_fedgraft import FedGraftForCausalLM
 
 
@@ -70,16 +68,3 @@ def bring_to_version(model: FedGraftForCausalLM, store: ClientStore, request: Re
         )
     if missing:
         store.copy.save(model, request.version, moved)
-
-
-def check_base(request: Request, graph: str) -> None:
-    """Refuse to start from other weights than the server's.
-
-    Raises:
-        UserError: names the folder ``graph`` that holds them.
-    """
-    if request.base_fingerprint != checkpoint_fingerprint(graph):
-        raise UserError(
-            f"expected the same bootstrapped checkpoint as the server's, got other weights in {graph}; "
-            "copy the server's graph folder to this client"
-        )

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from clients.budget import client_budget
 from clients.data_stream import client_documents, pack_client
-from clients.local_copy import bring_to_version, check_base, client_folder
+from clients.local_copy import bring_to_version, client_folder
+from clients.local_graph import local_graph
 from clients.resident_model import changes, hold_residents
 from clients.starting_point import StartingPoint
 from clients.store import ClientStore
 from clients.trainer import LocalTraining, train_locally
-from configs.paths import default_graph
 from configs.schema import RunConfig
 from federated.blocks import Blocks, batches, take
 from federated.codec import pack_update
@@ -68,14 +68,14 @@ class Participant:
 
         Raises:
             UserError: no such graph, another base than the server's, no data, a budget above the graph's experts.
+            NeedsRecipe: the graph has yet to be built from the dense base.
             VersionMismatch: the request's steps do not start at the version on disk.
             RefusedUpdate: a step that is damaged or leads to another graph than the server's.
         """
         node = context.node_config
         partition = int(node["partition-id"])
-        graph = str(node.get("graph") or config.graph or default_graph())
+        graph = local_graph(config, node, request)
         store = ClientStore(client_folder(config, context) / f"client-{partition}")
-        check_base(request, graph)
         model = open_mapped(graph, store.copy).to(choose_device(config.device))
         name, train, valid = store.blocks(lambda: _make_blocks(config, node, partition, graph, model))
         if config.walk:

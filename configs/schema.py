@@ -48,6 +48,8 @@ class RunConfig(BaseModel):
 
     graph: str = ""
     """Path of the bootstrapped checkpoint folder; empty: the user-cache folder."""
+    base: str = ""
+    """Dense model, path or hub id, from which clients build the graph by the recipe; empty: they have graph."""
     out: str = ""
     """Folder that receives the final checkpoint; empty: none is written."""
     log_dir: str = ""
@@ -178,7 +180,9 @@ class RunConfig(BaseModel):
         separator = "," if info.field_name == "budgets" else ";"
         return separator.join(str(item) for item in value) if isinstance(value, list | tuple) else value
 
-    @field_validator("graph", "out", "log_dir", "data", "budgets", "server_data", "template", mode="before")
+    @field_validator(
+        "graph", "base", "out", "log_dir", "data", "budgets", "server_data", "template", mode="before"
+    )
     @classmethod
     def _integer_as_text(cls, value: Any) -> Any:
         """Accept an integer where text is meant (``budgets = 8``, ``out = 2024``)."""

@@ -16,7 +16,7 @@ from federated.update import RefusedUpdate
 # Error codes of replies; Flower's own are small.
 REFUSED = 100  # the client cannot do what was asked; the reason says why
 RESEND = 101  # the client holds another version than the server thought; the reason is that version
-NEEDS_RECIPE = 102  # the client has the dense base only and asks for the recipe of the graph; see ``clients.local_graph``
+NEEDS_RECIPE = 102  # the client has the dense base only and asks for the recipe of the graph
 
 # What reading a record of another kind, or a field of another type, ends in.
 _UNREADABLE = (KeyError, TypeError, ValueError, AttributeError, OverflowError)

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from configs.errors import UserError
-from configs.output import check_output_directory, new_directory
+from configs.output import check_output_directory, new_directory, write_bytes
 from experts.clustering import check_expert_count
 from models.bootstrap import BootstrapPlan, LayerExperts, build_graph, plan_experts
 from models.calibration import Calibration, sample_text
@@ -19,6 +19,7 @@ from models.config_file import read_config
 from models.fingerprint import fingerprint
 from models.llama_loader import load_dense, load_tokenizer
 from models.modeling_fedgraft import FedGraftForCausalLM
+from models.recipe import RECIPE_NAME, recipe_of, write_recipe
 from models.selection_report import SHARES, selection_report
 
 Step = Callable[[str, int, int], None]
@@ -83,6 +84,7 @@ def bootstrap_checkpoint(
     report = _report(measured, graph, experts, held_out, on_step)
     with new_directory(out, overwrite=overwrite) as directory:
         save_graph(cast_weights(graph, dtype), tokenizer, directory)
+        write_bytes(directory / RECIPE_NAME, write_recipe(recipe_of(graph)))
         (directory / "cluster_stats.txt").write_text(cluster_table([layer.clusters for layer in experts]))
     return {
         "out": str(out),

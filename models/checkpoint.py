@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from experts.clustering import Clusters
@@ -15,11 +16,24 @@ from models.configuration_fedgraft import FedGraftConfig
 from models.modeling_fedgraft import FedGraftForCausalLM
 
 
-def save_graph(graph: FedGraftForCausalLM, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    """Write weights, graph, configuration, modelling code and tokenizer into an existing directory."""
+def save_graph(
+    graph: FedGraftForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: Path,
+    *,
+    weights: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write weights, graph, configuration, modelling code and tokenizer into an existing directory.
+
+    Args:
+        graph: what is written.
+        tokenizer: of the model.
+        directory: receives the files.
+        weights: those to write, by name; None for all that ``graph`` holds.
+    """
     FedGraftConfig.register_for_auto_class()
     FedGraftForCausalLM.register_for_auto_class("AutoModelForCausalLM")
-    graph.save_pretrained(directory)
+    graph.save_pretrained(directory, state_dict=None if weights is None else dict(weights))
     tokenizer.save_pretrained(directory)
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import re
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -11,13 +14,17 @@ import torch
 from huggingface_hub import parse_local_safetensors_file_metadata
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from configs.errors import UserError
+from configs.output import write_bytes
 
 _CHUNK_BYTES = 1 << 20
+# The coarsest clock of a file system in use (FAT).
+_SETTLED_SECONDS = 2.0
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 
 class _Stored(NamedTuple):
@@ -33,10 +40,15 @@ class _Stored(NamedTuple):
 
 def fingerprint(model: nn.Module) -> str:
     """SHA-256 over names, shapes, dtypes and bytes of all parameters, in order of their names."""
+    return fingerprint_of(sorted(model.named_parameters()))
+
+
+def fingerprint_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """``fingerprint`` of parameters that come one at a time, with their names, in order of these."""
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
-        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
+    for name, tensor in tensors:
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -59,6 +71,32 @@ def checkpoint_fingerprint(source: str) -> str:
             for chunk in _bytes_between(file, tensor.start, tensor.stop):
                 digest.update(chunk)
     return digest.hexdigest()
+
+
+def remembered_fingerprint(source: str, memory: Path) -> str:
+    """``checkpoint_fingerprint``, for which files of the same path, size and time of change are read only once.
+
+    Files that changed within the last ``_SETTLED_SECONDS`` are read each time: the next change may bear the same time.
+
+    Args:
+        source: directory or hub id.
+        memory: folder with a small file per checkpoint, made on the first write; where it cannot be written,
+            checkpoints are read each time.
+
+    Raises:
+        UserError: no weights there, or a file that is damaged.
+    """
+    stats = [(str(path.resolve()), path.stat()) for path in checkpoint_files(source)]
+    seen = "\n".join(f"{path} {stat.st_size} {stat.st_mtime_ns}" for path, stat in stats)
+    note = Path(memory) / hashlib.sha256(seen.encode()).hexdigest()
+    with suppress(OSError, UnicodeDecodeError):
+        if _SHA256.fullmatch(known := note.read_text()):
+            return known
+    found = checkpoint_fingerprint(source)
+    if time.time() - max(stat.st_mtime for _, stat in stats) > _SETTLED_SECONDS:
+        with suppress(OSError):
+            write_bytes(note, found.encode())
+    return found
 
 
 def checkpoint_files(source: str) -> list[Path]:

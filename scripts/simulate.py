@@ -96,6 +96,7 @@ def read_run_config(config: Path | None, given: dict[str, Any], assignments: lis
         "data": ";".join(absolute_sources(run.sources)),
         "server-data": ";".join(absolute_sources(run.server_sources)),
         "graph": _absolute(run.graph),
+        "base": _absolute(run.base),
         "template": _absolute(run.template) if run.template.endswith(".json") else run.template,
         "log-dir": _absolute(Path(run.log_dir)),
         "out": _absolute(Path(run.out)) if run.out else "",

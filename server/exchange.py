@@ -10,7 +10,7 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from configs.errors import UserError
-from federated.messages import RESEND, message_bytes
+from federated.messages import NEEDS_RECIPE, RESEND, message_bytes
 
 POLL_SECONDS = 0.2
 _LONGEST_VERSION = 16  # digits
@@ -26,6 +26,7 @@ class Answer:
         held_version: version that the node holds, where it asks for the steps since then; else None.
         bytes_up: of the reply.
         bytes_down: of the request.
+        needs_recipe: whether the node asks for the recipe of the graph.
     """
 
     content: RecordDict | None
@@ -33,6 +34,7 @@ class Answer:
     held_version: int | None
     bytes_up: int
     bytes_down: int
+    needs_recipe: bool = False
 
 
 def wait_for_nodes(grid: Grid, count: int, *, timeout: float) -> list[int]:
@@ -91,7 +93,14 @@ def exchange(
 def _read(reply: Message, bytes_down: int) -> Answer:
     if reply.has_error():
         reason = reply.error.reason or f"Flower error {reply.error.code}"
-        return Answer(None, reason, _held_version(reply, reason), len(reason.encode()), bytes_down)
+        return Answer(
+            None,
+            reason,
+            _held_version(reply, reason),
+            len(reason.encode()),
+            bytes_down,
+            needs_recipe=reply.error.code == NEEDS_RECIPE,
+        )
     return Answer(reply.content, "", None, message_bytes(reply.content), bytes_down)
 
 

@@ -111,8 +111,12 @@ class Federation:
         self.observer.merge(record)
 
     def _ask(self, nodes: Iterable[int], message_type: str, server_round: int) -> dict[int, Answer]:
-        """Exchange with all nodes; those that hold another version than assumed are asked once more."""
+        """Exchange with all nodes; those that lack the graph or hold another version than assumed are asked again."""
         answers = self._exchange(nodes, message_type, server_round)
+        lacking = [node for node, answer in answers.items() if answer.needs_recipe]
+        if lacking and (recipe := self.server.recipe()):
+            again = self._exchange(lacking, message_type, server_round, recipe)
+            answers |= {node: _with_bytes_of(answer, answers[node]) for node, answer in again.items()}
         behind = {
             node: answer.held_version for node, answer in answers.items() if answer.held_version is not None
         }
@@ -125,8 +129,11 @@ class Federation:
                 self._held[node] = self.server.version
         return answers
 
-    def _exchange(self, nodes: Iterable[int], message_type: str, server_round: int) -> dict[int, Answer]:
-        contents = {node: write_request(self._request(node, server_round)) for node in nodes}
+    def _exchange(
+        self, nodes: Iterable[int], message_type: str, server_round: int, recipe: bytes = b""
+    ) -> dict[int, Answer]:
+        requests = {node: replace(self._request(node, server_round), recipe=recipe) for node in nodes}
+        contents = {node: write_request(request) for node, request in requests.items()}
         group = str(server_round)
         return exchange(self.grid, contents, message_type, group=group, timeout=self.config.reply_timeout)
 

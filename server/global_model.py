@@ -18,8 +18,8 @@ from federated.selection import prepare_update
 from federated.steps import ServerStep, apply_step
 from models.checkpoint import cast_weights, read_graph, save_graph, write_graph
 from models.config_file import read_dtype
-from models.fingerprint import checkpoint_fingerprint
 from models.llama_loader import load_graph, load_tokenizer
+from models.recipe import graph_fingerprint, read_recipe_file
 from models.units import Unit, weight_count
 
 
@@ -40,7 +40,7 @@ class GlobalModel:
         self.source = source
         self.model = load_graph(source, dtype=torch.float32)
         self.tokenizer = load_tokenizer(source)
-        self.fingerprint = checkpoint_fingerprint(source)
+        self.fingerprint = graph_fingerprint(source)
         self.version = 0
         self.steps: list[ServerStep] = []
         self._dtype = read_dtype(source)
@@ -50,6 +50,10 @@ class GlobalModel:
     def graph(self) -> ExpertGraph:
         """The graph as it is."""
         return read_graph(self.model)
+
+    def recipe(self) -> bytes:
+        """What builds the bootstrapped graph from its dense base; empty where the checkpoint came without."""
+        return read_recipe_file(self.source)
 
     def advance(self, change: Mapping[Unit, Tensor], *, value_bits: int) -> None:
         """Apply an aggregated change ``[size]`` per unit as the next step."""

@@ -3,9 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from clients.local_copy import VersionMismatch, bring_to_version, check_base, client_folder
+from clients.local_copy import VersionMismatch, bring_to_version, client_folder
 from clients.store import ClientStore
-from configs.errors import UserError
 from configs.schema import load_run_config
 from federated.steps import apply_step
 from federated.update import RefusedUpdate
@@ -84,9 +83,3 @@ def test_a_refused_step_keeps_the_version_before_on_disk(graph, model, tmp_path)
         bad = type(steps[1])(2, steps[1].packed[:-1])
         bring_to_version(open_mapped(str(graph), store.copy), store, request_at(graph, model, 2, steps=[bad]))
     assert store.copy.load(open_mapped(str(graph), store.copy)) == 1
-
-
-def test_other_weights_than_the_servers_are_refused(graph, model):
-    with pytest.raises(UserError, match="other weights in .*graph"):
-        check_base(request_at(graph, model, base_fingerprint="another"), str(graph))
-    check_base(request_at(graph, model), str(graph))

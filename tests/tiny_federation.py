@@ -20,10 +20,10 @@ from federated.quantise import quantise_update
 from federated.steps import ServerStep
 from federated.update import SparseUpdate, SparseVector, Unit
 from models.checkpoint import read_graph, save_graph
-from models.fingerprint import checkpoint_fingerprint
 from models.llama_loader import load_graph
 from models.mapped_experts import materialise
 from models.modeling_fedgraft import FedGraftForCausalLM
+from models.recipe import graph_fingerprint
 from models.units import unit_sizes
 from server.app import open_global_model, server_text
 from server.federation import Federation
@@ -89,7 +89,7 @@ def node_context(partition: int = 0, **node: Any) -> Context:
 
 def request_at(graph: Path, model: FedGraftForCausalLM, version: int = 0, **changes: Any) -> Request:
     """A request that finds ``model``, which came from folder ``graph``, at ``version``."""
-    facts = {"graph_hash": read_graph(model).digest(), "base_fingerprint": checkpoint_fingerprint(str(graph))}
+    facts = {"graph_hash": read_graph(model).digest(), "base_fingerprint": graph_fingerprint(str(graph))}
     return Request(**{"server_round": 1, "version": version, **facts, **changes})
 
 
