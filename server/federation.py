@@ -8,16 +8,19 @@ from dataclasses import replace
 
 from flwr.app import MessageType
 from flwr.serverapp import Grid
+from torch import Tensor
 
 from configs.schema import RunConfig
 from federated.aggregation import aggregate
 from federated.blocks import Blocks, take
 from federated.messages import Request, raise_user_error, write_request
 from federated.steps import steps_after
+from federated.update import Unit
 from server.early_stop import EarlyStop
 from server.exchange import Answer, exchange, wait_for_nodes
 from server.global_model import GlobalModel
 from server.merge import UsageAverage, merge
+from server.reply_spool import ReplySpool
 from server.round_replies import RoundReplies, check_replies, held_out_loss
 from server.run_observer import RunObserver
 
@@ -49,6 +52,8 @@ class Federation:
         self.usage = UsageAverage(config.usage_decay)
         self.early_stop = EarlyStop(rounds=config.early_stop_rounds, delta=config.early_stop_delta)
         self._held: dict[int, int] = {}
+        # Node -> the client that it answers for.
+        self._partitions: dict[int, int] = {}
         # Node -> the last server round of which its update went into the model.
         self._accepted: dict[int, int] = {}
 
@@ -69,17 +74,11 @@ class Federation:
     def _round(self, server_round: int, nodes: list[int]) -> bool:
         """Train, aggregate and, where it is time, merge; whether the run ends early after this round."""
         started, trained_on = time.perf_counter(), self.server.graph
-        answers = self._ask(nodes, MessageType.TRAIN, server_round)
-        replies = check_replies(answers, self.server, attention=self.config.attention_lora)
-        _raise_if_nobody(replies)
-        self._accepted |= {accepted.node: server_round for accepted in replies.accepted}
-        change = aggregate(
-            [accepted.contribution for accepted in replies.accepted],
-            combine=self.config.combine,
-            server_learning_rate=self.config.server_learning_rate,
-            clip_norm_multiple=self.config.clip_norm_multiple,
-        )
-        self.server.advance(change, value_bits=self.config.value_bits)
+        with ReplySpool(self.observer.log_dir) as spool:
+            answers = self._ask(nodes, MessageType.TRAIN, server_round, spool)
+            replies = self._check(answers, server_round)
+            change = self._aggregate(replies)
+        self.server.advance(change, value_bits=self.config.value_bits, density=self.config.downlink_density)
         self.usage.add([accepted.usage for accepted in replies.accepted])
         planned = server_round == self.config.num_rounds
         stopped = None if planned else self.early_stop.after(held_out_loss(replies))
@@ -99,6 +98,28 @@ class Federation:
             self.observer.checkpoint(server_round)
         return stopped is not None
 
+    def _check(self, answers: dict[int, Answer], server_round: int) -> RoundReplies:
+        """What may touch the model; notes who sent it."""
+        replies = check_replies(
+            answers,
+            self.server,
+            attention=self.config.attention_lora,
+            client_weight=self.config.client_weight,
+            partitions=self._partitions,
+        )
+        _raise_if_nobody(replies)
+        self._accepted |= {accepted.node: server_round for accepted in replies.accepted}
+        self._partitions |= {accepted.node: accepted.reply.partition for accepted in replies.accepted}
+        return replies
+
+    def _aggregate(self, replies: RoundReplies) -> dict[Unit, Tensor]:
+        return aggregate(
+            [accepted.contribution for accepted in replies.accepted],
+            combine=self.config.combine,
+            server_learning_rate=self.config.server_learning_rate,
+            clip_norm_multiple=self.config.clip_norm_multiple,
+        )
+
     def _merge(self, server_round: int) -> None:
         record = merge(
             self.server,
@@ -110,19 +131,21 @@ class Federation:
         )
         self.observer.merge(record)
 
-    def _ask(self, nodes: Iterable[int], message_type: str, server_round: int) -> dict[int, Answer]:
+    def _ask(
+        self, nodes: Iterable[int], message_type: str, server_round: int, spool: ReplySpool | None = None
+    ) -> dict[int, Answer]:
         """Exchange with all nodes; those that lack the graph or hold another version than assumed are asked again."""
-        answers = self._exchange(nodes, message_type, server_round)
+        answers = self._exchange(nodes, message_type, server_round, spool)
         lacking = [node for node, answer in answers.items() if answer.needs_recipe]
         if lacking and (recipe := self.server.recipe()):
-            again = self._exchange(lacking, message_type, server_round, recipe)
+            again = self._exchange(lacking, message_type, server_round, spool, recipe)
             answers |= {node: _with_bytes_of(answer, answers[node]) for node, answer in again.items()}
         behind = {
             node: answer.held_version for node, answer in answers.items() if answer.held_version is not None
         }
         if behind:
             self._held |= behind
-            again = self._exchange(behind, message_type, server_round)
+            again = self._exchange(behind, message_type, server_round, spool)
             answers |= {node: _with_bytes_of(answer, answers[node]) for node, answer in again.items()}
         for node, answer in answers.items():
             if answer.content is not None:
@@ -130,12 +153,23 @@ class Federation:
         return answers
 
     def _exchange(
-        self, nodes: Iterable[int], message_type: str, server_round: int, recipe: bytes = b""
+        self,
+        nodes: Iterable[int],
+        message_type: str,
+        server_round: int,
+        spool: ReplySpool | None,
+        recipe: bytes = b"",
     ) -> dict[int, Answer]:
         requests = {node: replace(self._request(node, server_round), recipe=recipe) for node in nodes}
         contents = {node: write_request(request) for node, request in requests.items()}
-        group = str(server_round)
-        return exchange(self.grid, contents, message_type, group=group, timeout=self.config.reply_timeout)
+        return exchange(
+            self.grid,
+            contents,
+            message_type,
+            group=str(server_round),
+            timeout=self.config.reply_timeout,
+            spool=spool,
+        )
 
     def _request(self, node: int, server_round: int) -> Request:
         return Request(

@@ -10,12 +10,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from configs.errors import UserError
 from configs.output import new_directory
 from experts.edits import Edit, apply_edits
 from experts.graph import ExpertGraph
 from federated.codec import pack_update
+from federated.quantise import MAX_MAGNITUDE
 from federated.selection import prepare_update
 from federated.steps import ServerStep, apply_step
+from federated.update import SparseUpdate
 from models.checkpoint import cast_weights, read_graph, save_graph, write_graph
 from models.config_file import read_dtype
 from models.llama_loader import load_graph, load_tokenizer
@@ -55,20 +58,34 @@ class GlobalModel:
         """What builds the bootstrapped graph from its dense base; empty where the checkpoint came without."""
         return read_recipe_file(self.source)
 
-    def advance(self, change: Mapping[Unit, Tensor], *, value_bits: int) -> None:
-        """Apply an aggregated change ``[size]`` per unit as the next step."""
+    def advance(self, change: Mapping[Unit, Tensor], *, value_bits: int, density: float = 1.0) -> None:
+        """Make the next step from an aggregated change ``[size]`` per unit; without any change it moves nothing.
+
+        Args:
+            change: of the units that clients shipped; no other unit moves.
+            value_bits: of the step's values.
+            density: kept entries / all entries of each unit; the residual keeps the rest until the unit is shipped
+                again.
+
+        Raises:
+            UserError: the change is not finite or too large to be sent; the model is left as it was.
+        """
+        _check_finite(change)
         graph = self.graph
-        prepared = prepare_update(
-            change,
-            self._residual,
-            density=1.0,
-            value_bits=value_bits,
-            graph_version=graph.version,
-            graph_hash=graph.digest(),
-        )
-        step = ServerStep(self.version + 1, pack_update(prepared.update, value_bits=value_bits))
+        moving = {unit: vector for unit, vector in change.items() if vector.any()}
+        update = SparseUpdate(graph.version, graph.digest(), {})
+        if moving:
+            prepared = prepare_update(
+                moving,
+                self._residual,
+                density=density,
+                value_bits=value_bits,
+                graph_version=graph.version,
+                graph_hash=graph.digest(),
+            )
+            update, self._residual = prepared.update, dict(prepared.residual)
+        step = ServerStep(self.version + 1, pack_update(update, value_bits=value_bits))
         apply_step(self.model, step)
-        self._residual = prepared.residual
         self.steps.append(step)
         self.version = step.version
 
@@ -103,3 +120,12 @@ class GlobalModel:
         """Write the model as a checkpoint, in the dtype of the one it came from."""
         with new_directory(directory, overwrite=overwrite) as partial:
             save_graph(cast_weights(copy.deepcopy(self.model), self._dtype), self.tokenizer, partial)
+
+
+def _check_finite(change: Mapping[Unit, Tensor]) -> None:
+    for unit, vector in change.items():
+        if vector.numel() and not vector.abs().max() <= MAX_MAGNITUDE:
+            raise UserError(
+                f"expected a finite step of unit {unit}, got NaN, infinity or more than the wire holds; "
+                "lower server-learning-rate"
+            )

@@ -7,8 +7,9 @@ from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from configs.errors import UserError
-from federated.messages import RESEND, message_bytes
+from federated.messages import RESEND, Reply, message_bytes, read_reply, write_reply
 from server.exchange import Answer, exchange, wait_for_nodes
+from server.reply_spool import ReplySpool
 from tests.grid import Drop, InProcessGrid, Late
 
 NODES = [{"partition-id": number} for number in range(3)]
@@ -56,7 +57,64 @@ def test_each_node_answers_its_own_content():
     assert all(answer.error == "" and answer.held_version is None for answer in answers.values())
     for index, answer in answers.items():
         sent, received = (RecordDict({"c": ConfigRecord({"x": x})}) for x in (10 + index, 20 + 2 * index))
-        assert (answer.bytes_down, answer.bytes_up) == (message_bytes(sent), message_bytes(received))
+        # The envelope of the message counts, too.
+        assert 0 < answer.bytes_down - message_bytes(sent) < 300
+        assert 0 < answer.bytes_up - message_bytes(received) < 300
+
+
+def test_bytes_are_those_that_the_grid_sees_errors_included():
+    grid = grid_with(_1=Error(code=2, reason="x" * 500))
+    answers = ask(grid)
+    assert sum(answer.bytes_down for answer in answers.values()) == grid.bytes_down
+    assert sum(answer.bytes_up for answer in answers.values()) == grid.bytes_up
+    assert answers[1].bytes_up > 500
+
+
+def test_packed_updates_go_to_disk_and_the_rest_stays(tmp_path):
+    with ReplySpool(tmp_path) as spool:
+        answers = exchange(*_reply_arguments(update=b"u" * 1000), group="g", timeout=1, spool=spool)
+        (answer,) = answers.values()
+        assert answer.update.read() == b"u" * 1000
+        reply = read_reply(answer.content, [4])
+        assert (reply.update, reply.usage, reply.name) == (b"", b"v", "a")
+    (plain,) = exchange(*_reply_arguments(update=b"u" * 1000), group="g", timeout=1).values()
+    assert plain.update is None and read_reply(plain.content, [4]).update == b"u" * 1000
+    assert plain.bytes_up == answer.bytes_up
+
+
+def test_a_reply_with_much_beside_its_update_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("server.exchange.LARGEST_REST", 5000)
+    for usage, refused in ((b"v" * 100, False), (b"v" * 5000, True)):
+        with ReplySpool(tmp_path) as spool:
+            arguments = _reply_arguments(update=b"u" * 9000, usage=usage)
+            (answer,) = exchange(*arguments, group="g", timeout=1, spool=spool).values()
+        assert (answer.content is None) == refused
+        assert answer.error.startswith("expected at most 5000 bytes beside the update") == refused
+
+
+def _reply_arguments(**arrays):
+    app = ClientApp()
+
+    @app.train()
+    def train(message, context):
+        reply = Reply("a", 0, 0, 0, "", {}, **({"usage": b"v"} | arrays))
+        return Message(write_reply(reply), reply_to=message)
+
+    grid = InProcessGrid(app, NODES[:1], {})
+    return grid, {grid.node_ids[0]: RecordDict({})}, "train"
+
+
+def test_replies_are_pulled_a_few_at_a_time():
+    asked = []
+
+    class Counting(InProcessGrid):
+        def pull_messages(self, message_ids):
+            asked.append(len(message_ids))
+            return super().pull_messages(message_ids)
+
+    grid = Counting(doubling_app(), [{"partition-id": number} for number in range(7)], {})
+    assert len(ask(grid)) == 7
+    assert max(asked) == 2
 
 
 def test_a_reply_that_is_late_but_in_time_counts():
@@ -81,7 +139,6 @@ def test_without_stragglers_nobody_waits():
 def test_error_replies_become_their_reasons():
     answers = ask(grid_with(_0=Error(code=2, reason="café"), _1=Error(code=5, reason=None)))
     assert numbers(answers) == {0: "café", 1: "Flower error 5", 2: 24}
-    assert answers[0].bytes_up == 5
     assert answers[0].held_version is None
 
 

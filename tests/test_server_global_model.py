@@ -76,6 +76,49 @@ def test_units_without_a_change_do_not_move(server):
     assert moved == [(1, 2)]
 
 
+@pytest.mark.parametrize("nothing", [{}, {(0, 1): None}])
+def test_a_step_without_a_change_moves_nothing_and_can_carry_edits(server, graph, nothing):
+    size = unit_sizes(server.model)[0, 1]
+    before = copy.deepcopy(server.model)
+    server.advance({unit: torch.zeros(size) for unit in nothing}, value_bits=4)
+    assert server.version == 1 and all_equal(server.model, before)
+    server.edit([Edit("add-edge", 0, *free_pair(server))])
+    other = load_graph(str(graph), dtype=torch.float32)
+    apply_step(other, server.steps[-1])
+    assert all_equal(other, server.model) and server.graph.version == 1
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e35])
+def test_a_step_that_is_not_finite_never_touches_the_model(server, value):
+    before = copy.deepcopy(server.model)
+    change = random_change(server.model, [(0, 0), (1, 1)])
+    change[1, 1][5] = value
+    with pytest.raises(UserError, match="finite step of unit .1, 1.*server-learning-rate"):
+        server.advance(change, value_bits=4)
+    assert all_equal(server.model, before) and (server.version, server.steps) == (0, [])
+
+
+def test_a_sparse_downlink_sends_the_largest_entries_and_the_rest_later(server):
+    change, start = random_change(server.model, [(0, 0)]), read_unit(server.model, (0, 0))
+    dense = unit_sizes(server.model)[0, 0]
+    server.advance(change, value_bits=16, density=0.1)
+    first = read_unit(server.model, (0, 0)) - start
+    assert int((first != 0).sum()) <= -(-dense // 10)
+    assert first.abs().max() == pytest.approx(float(change[0, 0].abs().max()), rel=1e-2)
+    # The same change again: what was left of the first comes before what is new and small.
+    for _ in range(40):
+        server.advance({(0, 0): torch.full((dense,), 1e-9)}, value_bits=16, density=0.1)
+    left = (read_unit(server.model, (0, 0)) - start - change[0, 0])[:1500]
+    assert left.norm() < 0.01 * change[0, 0].norm()
+
+
+def test_the_residual_of_a_unit_waits_until_clients_ship_it_again(server):
+    server.advance(random_change(server.model, [(0, 0)]), value_bits=4, density=0.1)
+    waiting = read_unit(server.model, (0, 0))
+    server.advance(random_change(server.model, [(1, 1)]), value_bits=4, density=0.1)
+    assert torch.equal(read_unit(server.model, (0, 0)), waiting)
+
+
 def test_trying_edits_leaves_nothing_behind_even_after_an_error(server):
     with_random_gains(server.model)
     before = copy.deepcopy(server.model)

@@ -7,13 +7,15 @@ import pytest
 import torch
 from flwr.app import ConfigRecord, RecordDict
 
+from federated.aggregation import aggregate, summarise
 from federated.codec import packed_stats
-from federated.messages import Reply, write_reply
+from federated.messages import Reply, detach_update, write_reply
 from federated.update import RefusedUpdate
 from federated.usage import pack_usage
 from models.checkpoint import read_graph
 from server.exchange import Answer
 from server.global_model import GlobalModel
+from server.reply_spool import ReplySpool, SpooledBytes
 from server.round_replies import check_numbers, check_replies
 from tests.tiny_federation import packed_change, random_change, save_tiny_graph
 from tests.tiny_graphs import graph_of
@@ -64,7 +66,8 @@ def test_a_good_reply_becomes_a_contribution(server, reply):
     assert replies.refused == {} and accepted.node == 7
     contribution = accepted.contribution
     assert contribution.weight == 12.0
-    assert set(contribution.update.vectors) == {(0, 2), (1, 3)}
+    assert contribution.shipped == summarise(contribution.unpacked())
+    assert contribution.shipped.units == {(0, 2), (1, 3)}
     assert contribution.trained == TRAINED
     assert contribution.inclusion == {(0, 2): 0.25}
     assert accepted.usage[1].tolist() == np.eye(4).tolist()
@@ -82,7 +85,90 @@ def test_clients_come_in_order_of_their_partitions(server, reply):
 def test_a_second_answer_of_the_same_client_is_refused(server, reply):
     replies = check_replies({9: answer(reply), 4: answer(reply)}, server)
     assert [each.node for each in replies.accepted] == [4]
-    assert replies.refused == {9: "client 0 has answered already"}
+    assert replies.refused == {9: "client 0 has answered already, from another node"}
+
+
+def test_a_node_stays_the_client_that_it_was(server, reply):
+    known = {4: 1, 9: 0}
+    replies = check_replies({4: answer(reply), 9: answer(reply)}, server, partitions=known)
+    assert [each.node for each in replies.accepted] == [9]
+    assert replies.refused == {4: "client 0 has answered already, from another node"}
+    replies = check_replies({4: answer(replace(reply, partition=2))}, server, partitions=known)
+    assert replies.refused == {4: "expected an answer of client 1, got one of client 2"}
+    fresh = check_replies({5: answer(replace(reply, partition=2))}, server, partitions=known)
+    assert [each.node for each in fresh.accepted] == [5]
+    assert "number 0 or above" in refusal(server, replace(reply, partition=-1))
+
+
+def test_clients_weigh_by_examples_or_by_tokens(server, reply):
+    spoken = answer(replace(reply, numbers=NUMBERS | {"train-tokens": 640.0}))
+    for client_weight, weight in (("examples", 12.0), ("tokens", 640.0)):
+        (accepted,) = check_replies({7: spoken}, server, client_weight=client_weight).accepted
+        assert accepted.contribution.weight == weight
+    silent = check_replies({7: answer(reply)}, server, client_weight="tokens")
+    assert silent.refused == {7: "expected the number train-tokens, got none"}
+
+
+@pytest.mark.parametrize("examples", [0.0, 0.5, 1e13, 1e300])
+def test_weights_that_no_client_has_are_refused(server, reply, examples):
+    reason = refusal(server, replace(reply, numbers=NUMBERS | {"examples": examples}))
+    assert reason == f"expected examples from 1 to {2**40}, got {examples}"
+
+
+@pytest.mark.parametrize("scale", [1e5, 1e12, 1e29])
+def test_absurd_changes_are_refused_and_the_rest_counts(server, reply, scale):
+    update = packed_change(server.model, random_change(server.model, [(0, 2)], scale=scale))
+    loud, good = replace(reply, update=update, partition=1), answer(reply)
+    replies = check_replies({1: answer(loud), 2: good}, server)
+    assert [each.node for each in replies.accepted] == [2]
+    assert "expected changes of at most 65504" in replies.refused[1]
+
+
+@pytest.mark.parametrize("combine", ["hajek", "horvitz-thompson", "mean"])
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+def test_whatever_is_accepted_gives_a_finite_step(server, reply, combine, clip):
+    """The largest changes, weights and the smallest probabilities that pass, beside an ordinary client."""
+    loudest = random_change(server.model, [(0, 2)], scale=1.0)
+    loudest = {unit: vector.sign() * 65504 for unit, vector in loudest.items()}
+    extreme = replace(
+        reply,
+        partition=1,
+        numbers=NUMBERS | {"examples": 2.0**40},
+        inclusion={"0.2": 2.0**-20},
+        update=packed_change(server.model, loudest, value_bits=16),
+    )
+    replies = check_replies({1: answer(extreme), 2: answer(reply)}, server)
+    assert len(replies.accepted) == 2
+    contributions = [each.contribution for each in replies.accepted]
+    step = aggregate(contributions, combine=combine, clip_norm_multiple=clip)
+    assert all(torch.isfinite(vector).all() for vector in step.values())
+
+
+def test_updates_on_disk_are_unpacked_anew_and_never_held(server, reply, tmp_path):
+    with ReplySpool(tmp_path) as spool:
+        content, update = detach_update(write_reply(reply))
+        kept = spool.put(update)
+        (accepted,) = check_replies({7: Answer(content, "", None, 1, 1, kept)}, server).accepted
+        assert accepted.reply.update == b"" and accepted.stats == packed_stats(reply.update)
+        first, second = accepted.contribution.unpacked(), accepted.contribution.unpacked()
+        assert first is not second and first == second
+        (in_memory,) = check_replies({7: answer(reply)}, server).accepted
+        assert in_memory.contribution.unpacked() == first
+    with pytest.raises(FileNotFoundError):
+        accepted.contribution.unpacked()
+
+
+def test_an_update_larger_than_the_model_is_refused_unread(server, reply, tmp_path):
+    content, _ = detach_update(write_reply(reply))
+    huge = SpooledBytes(tmp_path / "absent", 10**9)
+    replies = check_replies({7: Answer(content, "", None, 1, 1, huge)}, server)
+    assert "expected an update of at most" in replies.refused[7]
+
+
+def test_a_refusal_is_logged(server, reply, caplog):
+    with caplog.at_level("WARNING"):
+        refusal(server, replace(reply, version=3))
+    assert "the reply of node 7 is refused: expected an update of version 0" in caplog.text
 
 
 def test_a_refused_reply_does_not_take_the_place_of_a_good_one(server, reply):
@@ -114,12 +200,6 @@ def test_numbers_that_the_round_needs_must_be_there(server, reply, name):
     assert refusal(server, replace(reply, numbers=numbers)) == f"expected the number {name}, got none"
 
 
-def test_a_client_without_examples_is_refused(server, reply):
-    assert "at least one training example" in refusal(
-        server, replace(reply, numbers=NUMBERS | {"examples": 0.0})
-    )
-
-
 def test_an_update_of_an_expert_that_is_not_held_is_refused(server, reply):
     update = packed_change(server.model, random_change(server.model, [(0, 1), (0, 2)]))
     assert (
@@ -143,6 +223,7 @@ def test_an_update_of_another_graph_is_refused(server, reply):
     other.expert_layers()[0].edges[0, 3] ^= True
     update = packed_change(other, random_change(other, [(0, 2)]))
     assert "graph hash" in refusal(server, replace(reply, update=update))
+    assert "expected the graph" in refusal(server, replace(reply, graph_hash="f" * 64))
     other.config.graph_version = 4
     update = packed_change(other, random_change(other, [(0, 2)]))
     assert "graph version 4, expected 0" in refusal(server, replace(reply, update=update))
@@ -164,7 +245,16 @@ def test_damaged_usage_is_refused(server, reply, usage):
 
 @pytest.mark.parametrize(
     "inclusion",
-    [{"0.1": 0.5}, {"0.2": 0.0}, {"0.2": 1.5}, {"0": 0.5}, {"a.b": 0.5}, {"².²": 0.5}, {"-1.2": 0.5}],
+    [
+        {"0.1": 0.5},
+        {"0.2": 0.0},
+        {"0.2": 1e-9},
+        {"0.2": 1.5},
+        {"0": 0.5},
+        {"a.b": 0.5},
+        {"².²": 0.5},
+        {"-1.2": 0.5},
+    ],
 )
 def test_probabilities_that_cannot_be_are_refused(server, reply, inclusion):
     assert "inclusion probability of a resident expert" in refusal(
