@@ -1,10 +1,13 @@
-"""Safetensors files with a checksum over all they hold: a changed bit counts as no file at all."""
+"""Safetensors files with a checksum over all they hold: a changed bit counts as no file at all.
+
+A file that is written and read one tensor at a time never lies whole in memory.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -12,7 +15,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from configs.output import write_bytes
+from configs.output import replacing, write_bytes
+
+# Of what is written one tensor at a time.
+_DTYPES = {torch.float32: "F32", torch.uint8: "U8"}
+# Bytes kept free at the start of such a file: its header is known only when all tensors are written.
+_HEADER, _HEADER_ENTRY = 1024, 128
 
 
 def write_checked(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -33,10 +41,85 @@ def read_checked(path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
     return (tensors, metadata) if checksum == _checksum(tensors, metadata) else None
 
 
-def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+def write_in_turn(
+    path: Path, names: Iterable[str], read: Callable[[str], Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Write the tensors ``read(name)``, float32 or uint8, one after the other; the file appears in one step.
+
+    A tensor without a single entry other than zero is left out.
+
+    Args:
+        path: of the file.
+        names: of the tensors, ASCII, each at most 40 characters.
+        read: called once for each name, in sorted order.
+        metadata: rides along.
+    """
+    names = sorted(names)
+    room = _HEADER + _HEADER_ENTRY * len(names) + 8 * -(-len(json.dumps(dict(metadata))) // 8)
+    digest, entries, offset = _Digest(metadata), {}, 0
+    with replacing(path) as file:
+        file.seek(8 + room)
+        for name in names:
+            tensor = read(name).contiguous()
+            if not tensor.any():
+                continue
+            data = tensor.view(torch.uint8).numpy()
+            file.write(data.data)
+            digest.add(name, tensor)
+            ends = [offset, offset + data.nbytes]
+            entries[name] = {
+                "dtype": _DTYPES[tensor.dtype],
+                "shape": list(tensor.shape),
+                "data_offsets": ends,
+            }
+            offset += data.nbytes
+        header = json.dumps({"__metadata__": {**metadata, "checksum": digest.hexdigest()}, **entries})
+        if len(header) > room:
+            raise ValueError(f"expected a header of at most {room} bytes, got {len(header)}")
+        file.seek(0)
+        file.write(room.to_bytes(8, "little") + header.ljust(room).encode())
+
+
+def check_in_turn(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]] | None:
+    """Shapes and metadata of a file, every tensor of which is read once; None where there is none that is whole."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata, names = dict(file.metadata() or {}), sorted(file.keys())
+        checksum = metadata.pop("checksum", "")
+        digest, shapes = _Digest(metadata), {}
+        for name in names:
+            tensor = read_tensor(path, name)
+            digest.add(name, tensor)
+            shapes[name] = tuple(tensor.shape)
+    except (FileNotFoundError, SafetensorError):
+        return None
+    return (shapes, metadata) if checksum == digest.hexdigest() else None
+
+
+def read_tensor(path: Path, name: str) -> Tensor:
+    """One tensor of a file, which is mapped for this read only: pages that stay mapped count as memory."""
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor(name)
+
+
+class _Digest:
     """Over everything in a file: safetensors itself does not notice a changed bit."""
-    digest = hashlib.blake2b(json.dumps(sorted(metadata.items())).encode(), digest_size=16)
+
+    def __init__(self, metadata: Mapping[str, str]) -> None:
+        head = json.dumps(sorted(metadata.items())).encode()
+        self._digest = hashlib.blake2b(head, digest_size=16)
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Tensors count in the order of their names."""
+        self._digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        self._digest.update(tensor.view(torch.uint8).numpy() if tensor.numel() else b"")
+
+    def hexdigest(self) -> str:
+        return self._digest.hexdigest()
+
+
+def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    digest = _Digest(metadata)
     for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        digest.update(tensor.view(torch.uint8).numpy() if tensor.numel() else b"")
+        digest.add(name, tensor)
     return digest.hexdigest()

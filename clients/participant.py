@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from clients.data_stream import client_documents, pack_client
 from clients.local_copy import bring_to_version, client_folder
 from clients.local_graph import local_graph
 from clients.resident_model import changes, hold_residents
+from clients.shipment import carried_over, limits, shipped_in, with_own_limits
 from clients.starting_point import StartingPoint
 from clients.store import ClientStore
 from clients.trainer import LocalTraining, train_locally
@@ -20,7 +22,7 @@ from configs.schema import RunConfig
 from federated.blocks import Blocks, batches, take
 from federated.codec import pack_update
 from federated.messages import Reply, Request
-from federated.selection import prepare_update
+from federated.selection import choose_update
 from federated.update import density
 from federated.usage import UsageCounter, pack_usage
 from models.assembler import train_assembler
@@ -83,6 +85,7 @@ class Participant:
         if config.experts_per_token:
             set_visits(model, config.experts_per_token)
         bring_to_version(model, store, request)
+        config = with_own_limits(config, node, name)
         budget = client_budget(config, node, model, partition, name)
         return cls(config, partition, budget, name, store, model, train, valid)
 
@@ -100,9 +103,7 @@ class Participant:
                 result = train_locally(self.model, stream, self.training(request))
             start.restore_others(self.model)
             personal = self.evaluate() if request.last else LossSum()
-        packed, shipped_density, inclusion = self._pack(
-            dict(changes(self.model, start, self.config)), request
-        )
+        packed, shipped_density, inclusion = self._pack(changes(self.model, start, self.config), request)
         return self._reply(
             request,
             {
@@ -189,25 +190,26 @@ class Participant:
             z_loss_weight=config.z_loss_weight,
         )
 
-    def _pack(self, deltas: dict[Unit, Tensor], request: Request) -> tuple[bytes, float, dict[str, float]]:
+    def _pack(self, deltas: Mapping[Unit, Tensor], request: Request) -> tuple[bytes, float, dict[str, float]]:
         graph, config = read_graph(self.model), self.config
-        prepared = prepare_update(
+        sizes = unit_sizes(self.model, attention=config.attention_lora)
+        prepared = choose_update(
             deltas,
-            self.store.residual.load(
-                graph.version, sizes=unit_sizes(self.model, attention=config.attention_lora)
-            ),
+            carried_over(self.store.residual.load(), request, sizes),
+            limits(config),
             selection=config.selection,
-            per_layer=config.ship_experts,
-            density=config.density,
+            unbiased=config.combine == "horvitz-thompson",
             value_bits=config.value_bits,
             residual_decay=config.residual_decay,
             graph_version=graph.version,
             graph_hash=graph.digest(),
             generator=self._generator(request, 2),
         )
-        self.store.residual.save(prepared.residual, graph.version)
+        packed = pack_update(prepared.update, value_bits=config.value_bits)
+        shipped = shipped_in(request, prepared.update, packed)
+        self.store.residual.save(prepared.residual, graph.version, shipped)
         inclusion = {f"{layer}.{expert}": pi for (layer, expert), pi in prepared.inclusion.items() if pi < 1}
-        return pack_update(prepared.update, value_bits=config.value_bits), density(prepared.update), inclusion
+        return packed, density(prepared.update), inclusion
 
     def _reply(self, request: Request, numbers: dict[str, float], **parts) -> Reply:
         return Reply(

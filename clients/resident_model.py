@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from clients.starting_point import StartingPoint
+from clients.starting_point import StartingPoint, resident_units
 from configs.schema import RunConfig
+from federated.lazy_vectors import LazyVectors
 from models.expert_modules import materialise_modules
-from models.lora import attach_lora, attention_changes, lora_changes
+from models.lora import attach_lora, attention_changes, lora_change
 from models.mapped_experts import materialise
 from models.modeling_fedgraft import FedGraftForCausalLM
 from models.units import OTHERS, Unit
@@ -37,18 +38,21 @@ def hold_residents(
     )
 
 
-def changes(
-    model: FedGraftForCausalLM, start: StartingPoint, config: RunConfig
-) -> Iterator[tuple[Unit, Tensor]]:
-    """What training changed since ``start``, one unit ``[size]`` at a time.
+def changes(model: FedGraftForCausalLM, start: StartingPoint, config: RunConfig) -> Mapping[Unit, Tensor]:
+    """What training changed since ``start``, by unit ``[size]``, each computed when it is asked for.
 
     Of LoRA factors their product, in the place of the matrices: the server adds up products, which is exact, where a
     mean of factors is not the factors of the mean.
     """
+    units = resident_units(model)
     if not config.lora_rank:
-        yield from start.changes(model)
-        return
-    for unit, weights in lora_changes(model):
-        yield unit, torch.cat([weights, start.routing_change(model, unit)])
-    for layer, change in attention_changes(model):
-        yield (layer, OTHERS), change
+        return LazyVectors(units, lambda unit: start.change(model, unit))
+    # Attention is small beside the experts.
+    attention = {(layer, OTHERS): change for layer, change in attention_changes(model)}
+
+    def change(unit: Unit) -> Tensor:
+        if unit in attention:
+            return attention[unit]
+        return torch.cat([lora_change(model, unit), start.routing_change(model, unit)])
+
+    return LazyVectors([*units, *attention], change)

@@ -1,71 +1,128 @@
-"""The residual on a client's disk: the changes it has not shipped yet, tied to a graph version."""
+"""What a client keeps of its own changes: those it has not shipped yet, and the update that it shipped last."""
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
-from configs.output import write_bytes
+from clients.checked_file import check_in_turn, read_tensor, write_in_turn
+from federated.lazy_vectors import LazyVectors
 from federated.update import Unit
 
 _log = logging.getLogger(__name__)
 
+_SHIPPED = "shipped"
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """The update that a client shipped last.
+
+    Attributes:
+        server_round: for which it was shipped.
+        packed: as it was sent.
+        sizes: entries of every unit in it.
+    """
+
+    server_round: int
+    packed: bytes
+    sizes: dict[Unit, int]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What lies on a client's disk.
+
+    Attributes:
+        residual: float32 ``[size]`` of each unit, read from disk when it is asked for.
+        sizes: entries of each of these units.
+        shipped: the last update; None before the first.
+        graph_version: on which both were computed; None where there is nothing.
+    """
+
+    residual: Mapping[Unit, Tensor] = field(default_factory=dict)
+    sizes: dict[Unit, int] = field(default_factory=dict)
+    shipped: Shipped | None = None
+    graph_version: int | None = None
+
 
 class ResidualStore:
-    """One safetensors file with a float32 vector [size] for each unit.
+    """One safetensors file with the residual of each unit and the packed update.
 
-    A save replaces the whole file at once: a client killed half-way keeps the residual of the round before.
+    A save replaces the whole file in one step, so that the two always belong together: a client killed at any point
+    keeps both of the round before, or both of this one. One unit at a time is in memory.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = Path(path)
 
-    def load(self, graph_version: int, *, sizes: Mapping[Unit, int] | None = None) -> dict[Unit, Tensor]:
-        """Return the residual, empty when there is none.
+    def load(self) -> Kept:
+        """What was saved last.
 
-        ``sizes``: entries of every unit of the present graph; units that are gone or have another size
-        are dropped. Saved under another graph version and without ``sizes``, all of it is dropped. A
-        file that cannot be read is set aside as ``*.broken`` with a warning and counts as empty.
+        A file that is damaged is set aside as ``*.broken`` with a warning, and counts as none.
         """
         if not self._path.exists():
-            return {}
-        try:
-            saved_version, vectors = self._read()
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-            self._set_aside(error)
-            return {}
-        if sizes is None:
-            return vectors if saved_version == graph_version else {}
-        return {unit: vector for unit, vector in vectors.items() if sizes.get(unit) == vector.numel()}
+            return Kept()
+        saved = check_in_turn(self._path)
+        if saved is None:
+            return self._set_aside()
+        shapes, metadata = saved
+        names = {_unit(name): name for name in shapes if name != _SHIPPED}
+        residual = LazyVectors(names, lambda unit: read_tensor(self._path, names[unit]))
+        sizes = {unit: shapes[name][0] for unit, name in names.items()}
+        return Kept(residual, sizes, self._shipped(metadata), int(metadata["graph_version"]))
 
-    def save(self, vectors: Mapping[Unit, Tensor], graph_version: int) -> None:
-        """Replace the stored residual by ``vectors`` (float [size] per unit)."""
-        tensors = {
-            f"{layer}.{expert}": vector.detach().float().cpu().contiguous().clone()
-            for (layer, expert), vector in vectors.items()
-        }
-        write_bytes(self._path, save(tensors, metadata={"graph_version": str(graph_version)}))
+    def save(
+        self, residual: Mapping[Unit, Tensor], graph_version: int, shipped: Shipped | None = None
+    ) -> None:
+        """Replace what was saved.
 
-    def _read(self) -> tuple[int, dict[Unit, Tensor]]:
-        with safe_open(self._path, framework="pt") as file:
-            version = int((file.metadata() or {})["graph_version"])
-            vectors = {_unit(name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        for unit, vector in vectors.items():
-            if vector.ndim != 1 or not torch.isfinite(vector).all():
-                raise ValueError(f"unit {unit} is not a finite vector")
-        return version, vectors
+        Args:
+            residual: float ``[size]`` per unit; may come from this store's file. Units of zeros are left out.
+            graph_version: on which residual and update were computed.
+            shipped: the update.
+        """
+        self._remove_partial()
+        names: dict[str, Unit] = {f"{layer}.{expert}": (layer, expert) for layer, expert in residual}
+        metadata = {"graph_version": str(graph_version)}
+        packed: dict[str, bytes] = {}
+        if shipped is not None:
+            packed[_SHIPPED] = shipped.packed
+            sizes = {f"{layer}.{expert}": size for (layer, expert), size in shipped.sizes.items()}
+            metadata |= {"shipped_round": str(shipped.server_round), "shipped_sizes": json.dumps(sizes)}
 
-    def _set_aside(self, error: Exception) -> None:
+        def read(name: str) -> Tensor:
+            if name in packed:
+                return torch.from_numpy(np.frombuffer(packed[name], dtype=np.uint8).copy())
+            return residual[names[name]].detach().float().cpu()
+
+        write_in_turn(self._path, [*names, *packed], read, metadata)
+
+    def _shipped(self, metadata: Mapping[str, str]) -> Shipped | None:
+        if "shipped_round" not in metadata:
+            return None
+        sizes = {_unit(name): size for name, size in json.loads(metadata["shipped_sizes"]).items()}
+        packed = read_tensor(self._path, _SHIPPED).numpy().tobytes()
+        return Shipped(int(metadata["shipped_round"]), packed, sizes)
+
+    def _set_aside(self) -> Kept:
         broken = self._path.with_name(self._path.name + ".broken")
         os.replace(self._path, broken)
-        _log.warning("residual %s cannot be read (%s): kept as %s, starting empty", self._path, error, broken)
+        _log.warning("residual %s is damaged: kept as %s, starting empty", self._path, broken)
+        return Kept()
+
+    def _remove_partial(self) -> None:
+        """Remove what processes that were killed while saving left behind."""
+        for path in self._path.parent.glob(f".{self._path.name}.*.partial"):
+            path.unlink()
 
 
 def _unit(name: str) -> Unit:

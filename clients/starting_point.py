@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
@@ -36,10 +34,9 @@ class StartingPoint:
         layer, expert = unit
         return read_routing(model.expert_layers()[layer], expert) - self._routing[layer][expert]
 
-    def changes(self, model: FedGraftForCausalLM) -> Iterator[tuple[Unit, Tensor]]:
-        """Each resident unit of the trained ``model`` with its change ``[size]``, one at a time."""
-        for unit in resident_units(model):
-            yield unit, read_unit(model, unit) - self.unit(unit)
+    def change(self, model: FedGraftForCausalLM, unit: Unit) -> Tensor:
+        """How far a resident unit ``[size]`` of the trained ``model`` has moved."""
+        return read_unit(model, unit).sub_(self.unit(unit))
 
     def restore_others(self, model: FedGraftForCausalLM) -> None:
         """Put back the routing of what the client does not hold: weight decay reaches whole tensors."""

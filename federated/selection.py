@@ -1,19 +1,42 @@
-"""Which units and entries a client ships, and what it keeps for the next round."""
+"""What a client ships, with error feedback: what is not shipped now is shipped later.
+
+Nothing here holds more than one dense unit at a time where changes and residual come as ``LazyVectors``.
+"""
 
 from __future__ import annotations
 
-import math
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from configs.errors import UserError
+from federated.codec import pack_update
+from federated.entries import Vectors, largest_share, largest_within, sparsify
+from federated.lazy_vectors import LazyVectors
 from federated.quantise import quantise_update
-from federated.top_entries import top_entries
+from federated.unit_selection import select_sample, select_top
 from federated.update import SparseUpdate, SparseVector, Unit
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much of what changed is shipped.
+
+    Attributes:
+        per_layer: experts of each layer; 0 for all that trained.
+        density: kept entries / all entries of the units chosen.
+        scope: ``expert``, that share of every unit, or ``all``, the largest of all units together.
+        max_bytes: of the packed update, in the place of ``density`` and ``scope``; 0 for no limit.
+    """
+
+    per_layer: int = 0
+    density: float = 1.0
+    scope: Literal["expert", "all"] = "expert"
+    max_bytes: int = 0
 
 
 class PreparedUpdate(NamedTuple):
@@ -21,118 +44,99 @@ class PreparedUpdate(NamedTuple):
     unit, what was not shipped. ``inclusion``: probability with which each shipped unit was drawn."""
 
     update: SparseUpdate
-    residual: dict[Unit, Tensor]
+    residual: Mapping[Unit, Tensor]
     inclusion: dict[Unit, float]
 
 
-def sparsify(vector: Tensor, density: float) -> SparseVector:
-    """Keep the ``ceil(density * size)`` entries of largest magnitude of ``vector`` [size].
-
-    Among equal magnitudes the lowest index wins. Zeros are never kept: shipping them changes nothing.
-    """
-    if not 0 <= density <= 1:
-        raise ValueError(f"expected a density from 0 to 1, got {density}")
-    values = vector.detach().to(torch.float32).reshape(-1).cpu()
-    # The small term keeps 0.07 * 100 = 7.000000000000001 from counting as 8.
-    count = min(math.ceil(density * values.numel() - 1e-9), int(torch.count_nonzero(values)))
-    return SparseVector.from_dense(values.numpy(), top_entries(values.abs(), count).numpy())
-
-
-def update_energy(vectors: Mapping[Unit, Tensor]) -> dict[Unit, float]:
-    """Return the sum of squares of every unit's vector."""
-    return {unit: float(vector.detach().double().square().sum()) for unit, vector in vectors.items()}
-
-
-def select_top(vectors: Mapping[Unit, Tensor], per_layer: int) -> list[Unit]:
-    """Return the ``per_layer`` experts of each layer with the largest energy, 0 for all, in unit order.
-
-    A ``(layer, -1)`` unit is always among them. Equal energies: the lower expert wins.
-    """
-    energy = update_energy(vectors)
-    chosen = [unit for unit in energy if unit[1] < 0]
-    for experts in _by_layer(energy).values():
-        ranked = sorted(experts, key=lambda unit: (-energy[unit], unit))
-        chosen += ranked[:per_layer] if per_layer else ranked
-    return sorted(chosen)
-
-
-def select_sample(
-    vectors: Mapping[Unit, Tensor], per_layer: int, *, generator: torch.Generator
-) -> dict[Unit, float]:
-    """Draw ``per_layer`` experts of each layer (0: all), larger updates more often.
-
-    Systematic sampling with probability proportional to the norm. Returns the inclusion probability in (0, 1]
-    of each drawn unit. A unit without any change is never drawn; ``(layer, -1)`` always is.
-    """
-    norms = {unit: math.sqrt(energy) for unit, energy in update_energy(vectors).items()}
-    drawn = {unit: 1.0 for unit in norms if unit[1] < 0}
-    for experts in _by_layer(norms).values():
-        start = float(torch.rand((), generator=generator, dtype=torch.float64))
-        probabilities = inclusion_probabilities({unit: norms[unit] for unit in experts}, per_layer)
-        drawn.update(_draw_systematic(probabilities, start))
-    return dict(sorted(drawn.items()))
-
-
-def inclusion_probabilities(sizes: Mapping[Unit, float], draws: int) -> dict[Unit, float]:
-    """Return probabilities in (0, 1] proportional to ``sizes`` that sum to ``draws`` (0: all are certain).
-
-    Units too large for their share are certain, and the others share the remaining draws. Units of size
-    zero are left out.
-    """
-    open_units = {unit: size for unit, size in sizes.items() if size > 0}
-    if not draws or len(open_units) <= draws:
-        return dict.fromkeys(open_units, 1.0)
-    certain: dict[Unit, float] = {}
-    while True:
-        total, left = sum(open_units.values()), draws - len(certain)
-        large = [unit for unit, size in open_units.items() if left * size >= total]
-        if not large:
-            return certain | {unit: left * size / total for unit, size in open_units.items()}
-        certain |= dict.fromkeys(large, 1.0)
-        open_units = {unit: size for unit, size in open_units.items() if unit not in certain}
-
-
-def prepare_update(
+def choose_update(
     deltas: Mapping[Unit, Tensor],
     residual: Mapping[Unit, Tensor],
+    limits: Limits,
     *,
     selection: Literal["top", "sample"] = "top",
-    per_layer: int = 0,
-    density: float,
+    unbiased: bool = False,
     value_bits: int,
     residual_decay: float = 1.0,
     graph_version: int,
     graph_hash: str,
     generator: torch.Generator | None = None,
 ) -> PreparedUpdate:
-    """Choose what to ship of ``deltas`` (float [size] per trained unit) with error feedback.
+    """Choose what to ship of ``deltas`` with error feedback.
 
     The decayed residual is added first; what is not shipped (other units, entries below the density cut,
-    the quantisation error) is the new residual. Units with a residual that were not trained keep it,
-    decayed. ``generator`` is needed for ``selection="sample"``. Raises UserError when nothing has changed
-    or a change is not finite.
+    the quantisation error) is the new residual, computed from ``deltas`` and ``residual`` when it is asked for.
+    Units with a residual that were not trained keep it, decayed.
+
+    Args:
+        deltas: float ``[size]`` per trained unit.
+        residual: likewise, of any units.
+        limits: how much is shipped.
+        selection: ``top``, or ``sample`` with a ``generator``.
+        unbiased: of ``sample``: the server counts what is shipped 1/pi times (``horvitz-thompson``). On average that
+            makes up for the units that were not drawn, so these keep only what they would not have shipped either:
+            what is applied and what is kept are together, in expectation, what changed. Without it a unit that was
+            not drawn keeps all.
+        value_bits: 2, 4, 8 or 16.
+        residual_decay: share of the residual that counts.
+        graph_version: of the graph that trained.
+        graph_hash: likewise.
+        generator: of the draw.
+
+    Raises:
+        UserError: there is nothing to ship (no change, and no residual of what trained), a change is not finite, or
+            not even one entry fits into ``limits.max_bytes``.
     """
-    _check_changes(deltas)
-    carried = {unit: vector.float() * residual_decay for unit, vector in residual.items()}
-    total = {unit: delta.detach().float().cpu() for unit, delta in deltas.items()}
-    total |= {unit: vector + carried[unit] for unit, vector in total.items() if unit in carried}
-    inclusion = _select(total, selection, per_layer, generator)
-    vectors = {unit: sparsify(total[unit], density) for unit in inclusion}
-    update = quantise_update(SparseUpdate(graph_version, graph_hash, vectors), value_bits)
-    kept = {unit: _subtract(vector, update.vectors.get(unit)) for unit, vector in (carried | total).items()}
-    return PreparedUpdate(update, {unit: left for unit, left in kept.items() if left.any()}, inclusion)
+    totals = _totals(deltas, residual, residual_decay)
+    inclusion = _select(totals, selection, limits.per_layer, generator)
+    empty = SparseUpdate(graph_version, graph_hash, {})
+    vectors = _entries(totals, inclusion, limits, empty, value_bits)
+    if not vectors:
+        raise UserError(
+            "expected a change to ship, got an all-zero update; check local-steps and learning-rate"
+        )
+    update = quantise_update(replace(empty, vectors=vectors), value_bits)
+    smallest = min(float(np.abs(vector.values).min()) for vector in vectors.values())
+
+    def left(unit: Unit) -> Tensor:
+        if unit not in totals:
+            return residual[unit].float() * residual_decay
+        total = totals[unit]
+        if unbiased and unit not in inclusion:
+            return _below_cut(total, limits, smallest)
+        return _subtract(total, update.vectors.get(unit))
+
+    units = [*totals, *(unit for unit in residual if unit not in totals)]
+    return PreparedUpdate(update, LazyVectors(units, left), {unit: inclusion[unit] for unit in vectors})
 
 
-def _check_changes(deltas: Mapping[Unit, Tensor]) -> None:
-    for unit, delta in deltas.items():
+def prepare_update(
+    deltas: Mapping[Unit, Tensor],
+    residual: Mapping[Unit, Tensor],
+    *,
+    per_layer: int = 0,
+    density: float,
+    **options: Any,
+) -> PreparedUpdate:
+    """``choose_update`` with the residual in memory, without the units of which nothing is left."""
+    prepared = choose_update(deltas, residual, Limits(per_layer, density), **options)
+    kept = {unit: left for unit, left in prepared.residual.items() if left.any()}
+    return prepared._replace(residual=kept)
+
+
+def _totals(
+    deltas: Mapping[Unit, Tensor], residual: Mapping[Unit, Tensor], decay: float
+) -> Mapping[Unit, Tensor]:
+    """Each trained unit's change with its decayed residual, float32 ``[size]``."""
+
+    def total(unit: Unit) -> Tensor:
+        delta = deltas[unit].detach().float().cpu()
         if not torch.isfinite(delta).all():
             raise UserError(
                 f"expected finite changes, got NaN or infinity in unit {unit}; lower learning-rate"
             )
-    if not any(bool(delta.any()) for delta in deltas.values()):
-        raise UserError(
-            "expected a change to ship, got an all-zero update; check local-steps and learning-rate"
-        )
+        return delta + residual[unit].float() * decay if unit in residual else delta
+
+    return LazyVectors(deltas, total)
 
 
 def _select(
@@ -145,22 +149,31 @@ def _select(
     return select_sample(vectors, per_layer, generator=generator)
 
 
-def _by_layer(units: Iterable[Unit]) -> dict[int, list[Unit]]:
-    layers: dict[int, list[Unit]] = defaultdict(list)
-    for unit in sorted(units):
-        if unit[1] >= 0:
-            layers[unit[0]].append(unit)
-    return layers
+def _entries(
+    totals: Mapping[Unit, Tensor],
+    units: Iterable[Unit],
+    limits: Limits,
+    empty: SparseUpdate,
+    value_bits: int,
+) -> Vectors:
+    """The entries to ship; a unit of which there are none is left out."""
+    if limits.max_bytes:
+
+        def packed_bytes(vectors: Vectors) -> int:
+            return len(pack_update(replace(empty, vectors=vectors), value_bits=value_bits))
+
+        return largest_within(totals, units, max_bytes=limits.max_bytes, packed_bytes=packed_bytes)
+    if limits.scope == "all":
+        return largest_share(totals, units, limits.density)
+    vectors = {unit: sparsify(totals[unit], limits.density) for unit in units}
+    return {unit: vector for unit, vector in vectors.items() if vector.indices.size}
 
 
-def _draw_systematic(probabilities: Mapping[Unit, float], start: float) -> dict[Unit, float]:
-    """Return the units in whose stretch of the cumulative sum one of start, start + 1, ... falls."""
-    drawn, end = {}, 0.0
-    for unit, probability in probabilities.items():
-        begin, end = end, end + probability
-        if probability == 1.0 or math.ceil(end - start) > math.ceil(begin - start):
-            drawn[unit] = probability
-    return drawn
+def _below_cut(total: Tensor, limits: Limits, smallest: float) -> Tensor:
+    """What a unit that was not drawn would have kept, had it been: all but its entries above the cut."""
+    if limits.max_bytes or limits.scope == "all":
+        return torch.where(total.abs() < smallest, total, 0.0)
+    return _subtract(total, sparsify(total, limits.density))
 
 
 def _subtract(vector: Tensor, shipped: SparseVector | None) -> Tensor:

@@ -72,8 +72,17 @@ def lora_changes(model: FedGraftForCausalLM) -> Iterator[tuple[Unit, Tensor]]:
     """
     for index, layer in enumerate(model.expert_layers()):
         for expert in layer.storage.held:
-            module = layer.storage.expert(expert)
-            yield (index, expert), flatten_weights(_change(module.gate_up), _change(module.down))
+            yield (index, expert), lora_change(model, (index, expert))
+
+
+def lora_change(model: FedGraftForCausalLM, unit: Unit) -> Tensor:
+    """The change of one resident unit's weights, as ``lora_changes`` gives it.
+
+    Raises:
+        ValueError: the model does not hold this expert.
+    """
+    module = model.expert_layers()[unit[0]].storage.expert(unit[1])
+    return flatten_weights(_change(module.gate_up), _change(module.down))
 
 
 def attention_changes(model: FedGraftForCausalLM) -> Iterator[tuple[int, Tensor]]:

@@ -2,128 +2,14 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from configs.errors import UserError
 from federated.codec import pack_update, unpack_update
+from federated.lazy_vectors import LazyVectors
 from federated.quantise import VALUE_BITS
-from federated.selection import (
-    inclusion_probabilities,
-    prepare_update,
-    select_sample,
-    select_top,
-    sparsify,
-    update_energy,
-)
-
-
-def kept_by_sorting(values, density):
-    """Indices of the largest magnitudes by a stable sort, zeros left out."""
-    count = math.ceil(round(density * len(values), 6))
-    ranked = sorted(range(len(values)), key=lambda i: -abs(values[i]))[:count]
-    return sorted(i for i in ranked if values[i] != 0)
-
-
-@settings(max_examples=200, deadline=None)
-@given(
-    st.lists(st.integers(-3, 3), min_size=1, max_size=40), st.sampled_from([0, 0.01, 0.07, 0.1, 0.3, 0.5, 1])
-)
-def test_the_largest_entries_are_kept_and_ties_go_to_the_lowest_index(values, density):
-    vector = sparsify(torch.tensor(values, dtype=torch.float32), density)
-    assert vector.indices.tolist() == kept_by_sorting(values, density)
-    assert vector.values.tolist() == [values[i] for i in vector.indices]
-
-
-def test_exact_counts_at_the_edges():
-    vector = torch.arange(1, 101, dtype=torch.float32)
-    for density, count in ((0.0, 0), (0.07, 7), (0.001, 1), (0.995, 100), (1.0, 100)):
-        assert sparsify(vector, density).indices.size == count
-    assert sparsify(torch.zeros(9), 1.0).indices.size == 0
-    assert sparsify(torch.zeros(0), 0.5).size == 0
-    assert sparsify(vector.bfloat16(), 1.0).values.dtype == np.float32
-    for density in (-0.1, 1.1, float("nan")):
-        with pytest.raises(ValueError, match="density"):
-            sparsify(vector, density)
-
-
-VECTORS = {
-    (0, 0): torch.tensor([3.0, 4.0]),
-    (0, 1): torch.tensor([0.0, 1.0]),
-    (0, 2): torch.tensor([5.0, 0.0]),
-    (0, -1): torch.tensor([0.1]),
-    (1, 1): torch.tensor([2.0]),
-    (1, 0): torch.tensor([1.0]),
-}
-
-
-def test_energy_is_the_sum_of_squares():
-    assert update_energy({(0, 0): torch.tensor([3.0, 4.0]), (1, 2): torch.zeros(3)}) == {
-        (0, 0): 25.0,
-        (1, 2): 0.0,
-    }
-
-
-def test_top_takes_the_largest_of_each_layer_and_the_rest_of_the_layer():
-    assert select_top(VECTORS, 1) == [(0, -1), (0, 0), (1, 1)]
-    assert select_top(VECTORS, 2) == [(0, -1), (0, 0), (0, 2), (1, 0), (1, 1)]
-    assert select_top(VECTORS, 0) == select_top(VECTORS, 99) == sorted(VECTORS)
-    assert select_top({}, 2) == []
-
-
-@pytest.mark.parametrize(
-    "sizes, draws, expected",
-    [
-        ([1, 1, 2], 1, [0.25, 0.25, 0.5]),
-        ([1, 1, 10], 2, [0.5, 0.5, 1.0]),
-        ([1, 1, 10, 100], 3, [0.5, 0.5, 1.0, 1.0]),
-        ([1, 2], 2, [1.0, 1.0]),
-        ([1, 2, 3], 0, [1.0, 1.0, 1.0]),
-    ],
-)
-def test_inclusion_probabilities(sizes, draws, expected):
-    result = inclusion_probabilities({(0, e): size for e, size in enumerate(sizes)}, draws)
-    assert [result[(0, e)] for e in range(len(sizes))] == pytest.approx(expected)
-
-
-def test_units_without_change_have_no_probability():
-    assert inclusion_probabilities({(0, 0): 0.0, (0, 1): 1.0, (0, 2): 3.0}, 1) == {(0, 1): 0.25, (0, 2): 0.75}
-    assert inclusion_probabilities({}, 2) == {}
-
-
-def test_sampling_draws_each_unit_as_often_as_its_probability_says():
-    norms = [1.0, 2.0, 0.5, 8.0, 3.0]
-    vectors = {(0, e): torch.tensor([norm]) for e, norm in enumerate(norms)} | {(0, -1): torch.zeros(1)}
-    expected = inclusion_probabilities({(0, e): norm for e, norm in enumerate(norms)}, 3)
-    generator, rounds = torch.Generator().manual_seed(0), 4000
-    counts = dict.fromkeys(vectors, 0)
-    estimate = np.zeros(5)
-    for _ in range(rounds):
-        drawn = select_sample(vectors, 3, generator=generator)
-        assert len(drawn) == 4 and drawn[(0, -1)] == 1.0
-        for unit, probability in drawn.items():
-            counts[unit] += 1
-            if unit[1] >= 0:
-                assert probability == pytest.approx(expected[unit])
-                estimate[unit[1]] += norms[unit[1]] / probability / rounds
-    for unit, probability in expected.items():
-        assert counts[unit] / rounds == pytest.approx(probability, abs=4 * 0.5 / math.sqrt(rounds))
-    # Weighted by 1/probability the mean over draws is the full vector: unbiased.
-    np.testing.assert_allclose(estimate, norms, rtol=0.12)
-    assert estimate.sum() == pytest.approx(sum(norms), rel=0.03)
-
-
-def test_sampling_repeats_with_the_seed_and_takes_all_when_asked():
-    draws = [
-        select_sample(VECTORS, 1, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2, 3, 4, 5)
-    ]
-    assert draws[0] == draws[1] and any(draw != draws[0] for draw in draws)
-    everything = select_sample(VECTORS, 0, generator=torch.Generator())
-    assert everything == dict.fromkeys(sorted(VECTORS), 1.0)
-
+from federated.selection import Limits, choose_update, prepare_update
 
 GRAPH = {"graph_version": 2, "graph_hash": "ab"}
 
@@ -198,8 +84,83 @@ def test_sampling_reports_its_probabilities():
 
 @pytest.mark.parametrize("deltas", [{}, {(0, 0): torch.zeros(4)}])
 def test_an_all_zero_update_is_an_error(deltas):
+    # The residual of a unit that did not train cannot be shipped.
     with pytest.raises(UserError, match="all-zero"):
-        prepare_update(deltas, {(0, 0): torch.ones(4)}, density=0.5, value_bits=4, **GRAPH)
+        prepare_update(deltas, {(0, 1): torch.ones(4)}, density=0.5, value_bits=4, **GRAPH)
+    for limits in (Limits(scope="all"), Limits(max_bytes=10_000)):
+        with pytest.raises(UserError, match="all-zero"):
+            choose_update(deltas, {}, limits, value_bits=4, **GRAPH)
+
+
+def test_training_that_changed_nothing_still_ships_the_residual():
+    residual = {(0, 0): torch.tensor([0.0, 2.0, 0.0, 0.0])}
+    prepared = prepare_update({(0, 0): torch.zeros(4)}, residual, density=0.5, value_bits=16, **GRAPH)
+    assert prepared.update.vectors[(0, 0)].to_dense().tolist() == [0, 2, 0, 0]
+    assert prepared.residual == {}
+
+
+def test_a_unit_without_any_change_is_not_shipped():
+    deltas = {(0, 0): torch.zeros(4), (0, 1): torch.ones(4)}
+    prepared = prepare_update(deltas, {}, density=1.0, value_bits=16, **GRAPH)
+    assert set(prepared.update.vectors) == set(prepared.inclusion) == {(0, 1)}
+
+
+SCOPES = [Limits(density=0.1), Limits(2, 0.1), Limits(density=0.1, scope="all"), Limits(1, max_bytes=650)]
+
+
+@pytest.mark.parametrize("limits", SCOPES)
+def test_lazy_vectors_give_the_same_update_and_residual(limits):
+    deltas, residual = random_vectors(1, SIZES), random_vectors(2, {(0, 1): 130, (5, 5): 4})
+    asked = []
+
+    def compute(unit):
+        asked.append(unit)
+        return deltas[unit].clone()
+
+    lazy = choose_update(LazyVectors(deltas, compute), residual, limits, value_bits=4, **GRAPH)
+    eager = choose_update(deltas, residual, limits, value_bits=4, **GRAPH)
+    assert lazy.update == eager.update and set(asked) == set(deltas)
+    assert set(lazy.residual) == set(deltas) | set(residual)
+    for unit, vector in eager.residual.items():
+        assert torch.equal(lazy.residual[unit], vector)
+        total = deltas.get(unit, torch.zeros(4)) + residual.get(unit, torch.zeros(()))
+        shipped = lazy.update.vectors.get(unit)
+        torch.testing.assert_close(vector + (torch.from_numpy(shipped.to_dense()) if shipped else 0), total)
+
+
+def test_a_byte_budget_is_shared_among_the_units_chosen():
+    deltas = {
+        (0, e): torch.randn(4000, generator=torch.Generator().manual_seed(e)) * 2.0**e for e in range(4)
+    }
+    limits = Limits(per_layer=3, density=0.001, max_bytes=3000)
+    prepared = choose_update(deltas, {}, limits, value_bits=4, **GRAPH)
+    assert 2900 <= len(pack_update(prepared.update, value_bits=4)) <= 3000
+    counts = {unit: vector.indices.size for unit, vector in prepared.update.vectors.items()}
+    assert (0, 0) not in counts and counts[(0, 3)] > 2 * counts[(0, 2)] > 4 * counts[(0, 1)]
+
+
+@pytest.mark.parametrize("limits", [Limits(1, 0.5), Limits(1, 0.5, "all"), Limits(1, max_bytes=660)])
+@pytest.mark.parametrize("unbiased", [False, True])
+def test_what_is_applied_and_what_is_kept_are_what_changed(limits, unbiased):
+    """Of each draw where a unit counts once, in expectation where it counts 1/pi times."""
+    deltas = {(0, e): torch.tensor([8.0, 1.0, -4.0, 0.25]) * (e + 1) for e in range(3)}
+    options = {"selection": "sample", "unbiased": unbiased, "value_bits": 16, **GRAPH}
+    generator, draws = torch.Generator().manual_seed(0), []
+    for _ in range(300):
+        prepared = choose_update(deltas, {}, limits, generator=generator, **options)
+        rows = []
+        for unit in deltas:
+            shipped = prepared.update.vectors.get(unit)
+            applied = torch.from_numpy(shipped.to_dense()) if shipped else torch.zeros(4)
+            weight = 1 / prepared.inclusion.get(unit, 1.0) if unbiased else 1.0
+            rows.append(weight * applied + prepared.residual[unit])
+        draws.append(torch.cat(rows))
+    found, expected = torch.stack(draws).double(), torch.cat(list(deltas.values())).double()
+    if not unbiased:
+        assert torch.equal(found, expected.expand_as(found))
+    elif not limits.max_bytes and limits.scope == "expert":
+        error = found.std(0) / len(draws) ** 0.5
+        assert ((found.mean(0) - expected).abs() <= 4 * error + 1e-9).all() and error.max() > 0
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -211,4 +172,4 @@ def test_changes_that_are_not_finite_are_an_error(bad):
 @pytest.mark.parametrize("selection", ["best", "sample"])
 def test_unknown_selection_or_sample_without_generator(selection):
     with pytest.raises(ValueError, match="selection"):
-        prepare_update(VECTORS, {}, selection=selection, density=0.5, value_bits=4, **GRAPH)
+        prepare_update({(0, 0): torch.ones(2)}, {}, selection=selection, density=0.5, value_bits=4, **GRAPH)

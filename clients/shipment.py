@@ -1,0 +1,96 @@
+"""What a client ships in a round and what it keeps, so that no change is ever lost on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from clients.residual import Kept, Shipped
+from configs.errors import UserError
+from configs.schema import RunConfig, load_run_config
+from federated.codec import unpack_update
+from federated.lazy_vectors import LazyVectors
+from federated.messages import Request
+from federated.selection import Limits
+from federated.update import SparseUpdate, SparseVector, Unit
+
+_OWN = ("density", "upload-budget-mb")
+_MB = 10**6
+
+
+def with_own_limits(config: RunConfig, node: Mapping[str, object], name: str) -> RunConfig:
+    """The run's configuration with the ``density`` and ``upload-budget-mb`` of a node in place of the run's.
+
+    A node that names only a density has no upload budget.
+
+    Args:
+        config: of the run.
+        node: configuration of the node.
+        name: of the client, for messages.
+
+    Raises:
+        UserError: a value out of range.
+    """
+    own = {key: node[key] for key in _OWN if key in node}
+    if not own:
+        return config
+    try:
+        return load_run_config({**config.values(), "upload-budget-mb": 0.0, **own})
+    except UserError as error:
+        raise UserError(f"{error} in the node-config of client {name}") from None
+
+
+def limits(config: RunConfig) -> Limits:
+    """How much a client ships in a round."""
+    return Limits(
+        per_layer=config.ship_experts,
+        density=config.density,
+        scope=config.density_scope,
+        max_bytes=int(config.upload_budget_mb * _MB),
+    )
+
+
+def carried_over(kept: Kept, request: Request, sizes: Mapping[Unit, int]) -> Mapping[Unit, Tensor]:
+    """The residual, with the last update added again where it did not go into the model.
+
+    Args:
+        kept: what lies on the client's disk.
+        request: says which update was accepted last. One that asks for the same round again cannot have accepted it.
+        sizes: entries of every unit of the present graph; what was kept of others is dropped.
+    """
+    residual = {unit for unit, size in kept.sizes.items() if sizes.get(unit) == size}
+    refused = _refused(kept.shipped, request, sizes)
+
+    def vector(unit: Unit) -> Tensor:
+        stored = kept.residual[unit] if unit in residual else torch.zeros(sizes[unit])
+        return _add(stored, refused.get(unit))
+
+    units = [unit for unit in sizes if unit in residual or unit in refused]
+    return LazyVectors(units, vector)
+
+
+def shipped_in(request: Request, update: SparseUpdate, packed: bytes) -> Shipped:
+    """What is kept of an update until the server says whether it counted."""
+    sizes = {unit: vector.size for unit, vector in update.vectors.items()}
+    return Shipped(request.server_round, packed, sizes)
+
+
+def _refused(
+    shipped: Shipped | None, request: Request, sizes: Mapping[Unit, int]
+) -> dict[Unit, SparseVector]:
+    if shipped is None:
+        return {}
+    if shipped.server_round == request.accepted_round != request.server_round:
+        return {}
+    update = unpack_update(shipped.packed, sizes=shipped.sizes)
+    return {unit: vector for unit, vector in update.vectors.items() if sizes.get(unit) == vector.size}
+
+
+def _add(stored: Tensor, shipped: SparseVector | None) -> Tensor:
+    if shipped is None:
+        return stored
+    total = stored.clone()
+    total[torch.from_numpy(shipped.indices)] += torch.from_numpy(shipped.values)
+    return total
