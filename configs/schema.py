@@ -95,7 +95,7 @@ class RunConfig(BaseModel):
     density_scope: Literal["expert", "all"] = "expert"
     """What density is a share of: each expert, or all that a client ships together."""
     upload_budget_mb: NonNegative = 0.0
-    """MB (10^6 bytes) that a client's packed update fills in place of density; a node's own counts before it; 0: none."""
+    """MB (10^6 bytes) that a client's packed update fills in place of density; a node's own counts first; 0: none."""
     downlink_density: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Kept entries / all entries of each expert's step that the server sends; it keeps the rest for later rounds."""
     value_bits: Literal[16, 8, 4, 2] = 4
