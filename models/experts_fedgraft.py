@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
+from .all_visited_fedgraft import all_visit, run_all_visited
 from .execution_fedgraft import FusedExperts, gated_ffn, run_visits
 from .one_token_fedgraft import run_one_token, walk_one_token
 from .routing_fedgraft import Walk, walk_graph
@@ -230,16 +231,11 @@ class ExpertGraphMLP(nn.Module):
         if self.storage is not None:
             return run_visits(x_TD, weights_TK, self.edge_gain, visits, links, self.storage.run)
         self._check_held(visits)
+        matrices = (self.gate_up_proj, self.down_proj)
+        if self.held and not links and all_visit(visits, self.held, len(x_TD)):
+            return run_all_visited(x_TD, weights_TK, visits, *matrices, self.act_fn, self.held)
         return FusedExperts.apply(
-            x_TD,
-            weights_TK,
-            self.edge_gain,
-            self.gate_up_proj,
-            self.down_proj,
-            visits,
-            links,
-            self.act_fn,
-            self.held,
+            x_TD, weights_TK, self.edge_gain, *matrices, visits, links, self.act_fn, self.held
         )
 
     def _check_held(self, visits: Visits) -> None:
