@@ -1,0 +1,61 @@
+"""What a copy of the global model is known by: one hash over all in which it may differ from the first checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from models.attention import read_attention
+from models.checkpoint import read_graph
+from models.experts_fedgraft import ROUTING, ExpertGraphMLP
+from models.modeling_fedgraft import FedGraftForCausalLM
+from models.units import OTHERS, Unit, flatten_weights
+
+_DIGEST_BYTES = 16
+
+
+def vector_digest(vector: Tensor) -> str:
+    """BLAKE2b over the bits of an fp32 vector ``[size]`` on the CPU."""
+    return hashlib.blake2b(_bits(vector), digest_size=_DIGEST_BYTES).hexdigest()
+
+
+def unit_digest(model: FedGraftForCausalLM, unit: Unit) -> str:
+    """Of what ``moved_vector`` gives."""
+    return vector_digest(moved_vector(model, unit))
+
+
+@torch.no_grad()
+def moved_vector(model: FedGraftForCausalLM, unit: Unit) -> Tensor:
+    """An expert's matrices, or a layer's attention where the unit is that, fp32 ``[size]``; routing is read apart."""
+    layer, expert = unit
+    if expert == OTHERS:
+        return read_attention(model, layer)
+    return flatten_weights(*model.expert_layers()[layer].read_expert(expert))
+
+
+def copy_hash(model: FedGraftForCausalLM, moved: Mapping[Unit, str]) -> str:
+    """Equal on two sides exactly when their copies are equal bit for bit.
+
+    Args:
+        model: holds the graph and the routing, which are hashed whole.
+        moved: digest of each unit that ever moved, so that only what moves is hashed again.
+    """
+    state = hashlib.blake2b(read_graph(model).digest().encode(), digest_size=_DIGEST_BYTES)
+    for layer in model.expert_layers():
+        state.update(_bits(routing_vector(layer)))
+    for unit in sorted(moved):
+        state.update(f"{unit[0]}.{unit[1]} {moved[unit]}\n".encode())
+    return state.hexdigest()
+
+
+@torch.no_grad()
+def routing_vector(layer: ExpertGraphMLP) -> Tensor:
+    """Routers, gains and affinities of a layer as one fp32 vector on the CPU."""
+    return torch.cat([getattr(layer, name).reshape(-1).float().cpu() for name in ROUTING])
+
+
+def _bits(vector: Tensor) -> memoryview:
+    return memoryview(vector.contiguous().view(torch.uint8).numpy())
