@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import os
+import weakref
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from clients.checked_file import read_checked, write_checked
+from clients.checked_file import check_in_turn, read_checked, read_tensor, write_checked, write_in_turn
 
 TENSORS = {
     "a": torch.arange(600.0).view(20, 30).T,
@@ -84,3 +85,64 @@ def test_a_write_that_dies_leaves_the_file_before(path, monkeypatch):
         write_checked(path, {"a": torch.zeros(2)}, {})
     assert os.listdir(path.parent) == ["x.safetensors"]
     assert torch.equal(read_checked(path)[0]["a"], torch.ones(2))
+
+
+VECTORS = {
+    "0.10": torch.arange(5.0),
+    "0.2": torch.ones(70_000),
+    "shipped": torch.tensor([0, 9], dtype=torch.uint8),
+}
+
+
+def test_what_was_written_in_turn_comes_back_in_turn(path):
+    asked: list[str] = []
+
+    def read(name: str) -> torch.Tensor:
+        asked.append(name)
+        return {**VECTORS, "0.3": torch.zeros(4)}[name]
+
+    write_in_turn(path, ["shipped", "0.2", "0.3", "0.10"], read, {"version": "1", "name": 'n\u00e4"me'})
+    assert asked == ["0.10", "0.2", "0.3", "shipped"]
+    shapes, metadata = check_in_turn(path)
+    assert shapes == {name: tuple(vector.shape) for name, vector in VECTORS.items()}
+    assert metadata == {"version": "1", "name": 'n\u00e4"me'}
+    for name, vector in VECTORS.items():
+        assert torch.equal(read_tensor(path, name), vector) and read_tensor(path, name).dtype == vector.dtype
+    # The same file for everybody else: safetensors reads it, and so does the reader of whole files.
+    tensors, _ = read_checked(path)
+    assert all(torch.equal(tensors[name], vector) for name, vector in VECTORS.items())
+    write_in_turn(path, [], read, {})
+    assert check_in_turn(path) == ({}, {})
+
+
+def test_what_was_written_whole_can_be_checked_in_turn(path):
+    write_checked(path, TENSORS, {"version": "1"})
+    shapes, _ = check_in_turn(path)
+    assert shapes == {name: tuple(tensor.shape) for name, tensor in TENSORS.items()}
+
+
+@pytest.mark.parametrize("damage", [each for each in DAMAGES if each != "other version"])
+def test_damage_to_what_was_written_in_turn_is_noticed(path, damage):
+    write_in_turn(path, VECTORS, VECTORS.__getitem__, {"version": "1"})
+    data = path.read_bytes().replace(b'"checksum": "', b'"checksum":"')
+    path.write_bytes(damaged(path.read_bytes() if "checksum" not in damage else data, damage))
+    assert check_in_turn(path) is None
+
+
+def test_a_header_that_outgrows_its_room_is_refused_and_leaves_no_file(path):
+    with pytest.raises(ValueError, match="header"):
+        write_in_turn(path, ["x" * 4000], lambda name: torch.ones(1), {})
+    assert not path.exists() and os.listdir(path.parent) == []
+
+
+def test_one_vector_at_a_time_is_in_memory_when_written_in_turn(path):
+    alive: list[weakref.ref] = []
+
+    def read(name: str) -> torch.Tensor:
+        assert sum(reference() is not None for reference in alive) <= 1
+        vector = torch.ones(10)
+        alive.append(weakref.ref(vector))
+        return vector
+
+    write_in_turn(path, [str(number) for number in range(20)], read, {})
+    assert len(alive) == 20
