@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -26,6 +26,10 @@ from models.recipe import RECIPE_NAME, Recipe, check_fits, write_recipe
 class DenseBase:
     """A dense Llama on the disk, of which one parameter is read at a time.
 
+    Attributes:
+        model: without weights.
+        names: of all parameters, sorted.
+
     Args:
         source: directory or hub id.
         dtype: in which parameters are read.
@@ -43,9 +47,9 @@ class DenseBase:
         with torch.device("meta"):
             self.model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
         self.model.tie_weights()
-        self._shapes = {name: list(value.shape) for name, value in self.model.named_parameters()}
-        stored = set(self._files.names())
-        for name, shape in self._shapes.items():
+        shapes = {name: list(value.shape) for name, value in self.model.named_parameters()}
+        self.names, stored = sorted(shapes), set(self._files.names())
+        for name, shape in shapes.items():
             found = self._files.shape(name) if name in stored else None
             if found != shape:
                 raise UserError(f"expected {name} of shape {shape} in {source}, got {found or 'none'}")
@@ -56,7 +60,7 @@ class DenseBase:
 
     def fingerprint(self) -> str:
         """What ``models.fingerprint.fingerprint`` says of the model once it is loaded."""
-        return fingerprint_of((name, self.tensor(name)) for name in sorted(self._shapes))
+        return fingerprint_of((name, self.tensor(name)) for name in self.names)
 
 
 def build_from_recipe(base: str, recipe: Recipe, out: Path, *, overwrite: bool = False) -> None:
@@ -91,7 +95,7 @@ def build_into(base: str, recipe: Recipe, directory: Path) -> None:
     graph = _empty_graph(dense, recipe)
     save_graph(graph, load_tokenizer(base), directory, weights={})
     (directory / SAFE_WEIGHTS_NAME).unlink(missing_ok=True)  # of no tensor
-    _write_weights(graph, dense, recipe, directory)
+    _write_weights(dense, recipe, directory)
     write_bytes(directory / RECIPE_NAME, write_recipe(recipe))
 
 
@@ -103,57 +107,74 @@ def _empty_graph(dense: DenseBase, recipe: Recipe) -> FedGraftForCausalLM:
     config.dtype = getattr(torch, recipe.facts.dtype)
     with torch.device("meta"):
         graph = FedGraftForCausalLM(config).to(config.dtype)
-    try:
-        graph.generation_config = GenerationConfig.from_pretrained(dense.source)
-    except OSError:
-        graph.generation_config = GenerationConfig.from_model_config(dense.model.config)
+    graph.generation_config = _generation_config(dense.source)
     return graph
 
 
-def _write_weights(graph: FedGraftForCausalLM, dense: DenseBase, recipe: Recipe, directory: Path) -> None:
-    file_of: dict[str, str] = {}
-    count, total = len(recipe.neurons) + 1, 0
-    for number, tensors in enumerate(_parts(graph, dense, recipe), start=1):
-        name = SAFE_WEIGHTS_NAME.replace(".", f"-{number:05d}-of-{count:05d}.", 1)
-        save_file(
-            {key: value.contiguous() for key, value in tensors.items()}, directory / name, {"format": "pt"}
+def _generation_config(source: str) -> GenerationConfig:
+    """As ``from_pretrained`` of a model finds it."""
+    try:
+        return GenerationConfig.from_pretrained(source)
+    except OSError:
+        return GenerationConfig.from_pretrained(
+            source, config_file_name="config.json", _from_model_config=True
         )
+
+
+def _write_weights(dense: DenseBase, recipe: Recipe, directory: Path) -> None:
+    """A file with what is outside of the layers, then one per layer, and the index of all."""
+    count = len(recipe.neurons) + 1
+    file_of: dict[str, str] = {}
+    total = 0
+    for number in range(count):
+        name = SAFE_WEIGHTS_NAME.replace(".", f"-{number + 1:05d}-of-{count:05d}.", 1)
+        tensors = _layer(dense, recipe, number - 1) if number else _outside(dense)
+        save_file(tensors, directory / name, {"format": "pt"})
         file_of |= dict.fromkeys(tensors, name)
         total += sum(value.nbytes for value in tensors.values())
+        del tensors  # before the next are read
     write_json(
         directory / SAFE_WEIGHTS_INDEX_NAME,
         {"metadata": {"total_size": total}, "weight_map": dict(sorted(file_of.items()))},
     )
 
 
-def _parts(graph: FedGraftForCausalLM, dense: DenseBase, recipe: Recipe) -> Iterator[Mapping[str, Tensor]]:
-    """The tensors of each file: those outside of the layers, then a layer at a time."""
-    names = [name for name, _ in dense.model.named_parameters() if ".mlp." not in name]
-    yield {name: dense.tensor(name) for name in names if not name.startswith("model.layers.")}
-    for layer in range(len(recipe.neurons)):
-        prefix = f"model.layers.{layer}."
-        rest = {name: dense.tensor(name) for name in names if name.startswith(prefix)}
-        experts = _experts(dense, recipe, layer) | _gains(graph, layer)
-        yield rest | {f"{prefix}mlp.{name}": value for name, value in experts.items()}
+def _outside(dense: DenseBase) -> dict[str, Tensor]:
+    return {name: dense.tensor(name) for name in dense.names if not name.startswith("model.layers.")}
 
 
-def _experts(dense: DenseBase, recipe: Recipe, layer: int) -> dict[str, Tensor]:
-    members = torch.from_numpy(recipe.neurons[layer].astype("int64"))
-    gate, up, down = (
-        dense.tensor(f"model.layers.{layer}.mlp.{name}_proj.weight") for name in ("gate", "up", "down")
-    )
-    return {
-        "gate_up_proj": torch.cat([gate[members], up[members]], dim=1),
-        "down_proj": down.T[members].transpose(1, 2),
+def _layer(dense: DenseBase, recipe: Recipe, layer: int) -> dict[str, Tensor]:
+    prefix = f"model.layers.{layer}."
+    tensors = {
+        name: dense.tensor(name) for name in dense.names if name.startswith(prefix) and ".mlp." not in name
+    }
+    members, masks = torch.from_numpy(recipe.neurons[layer].astype(np.int64)), recipe.masks[layer]
+    experts = {
+        **_expert_weights(dense, f"{prefix}mlp.", members),
         "router": torch.from_numpy(recipe.routers[layer]),
-        "edges": torch.from_numpy(recipe.masks[layer]),
+        "edges": torch.from_numpy(masks),
         "neurons": members,
+        # These start at zero.
+        "edge_gain": torch.zeros(masks.shape),
+        "edge_affinity": torch.zeros(masks.shape),
+        "output_gain": torch.zeros(len(masks)),
     }
+    return tensors | {f"{prefix}mlp.{name}": value for name, value in experts.items()}
 
 
-def _gains(graph: FedGraftForCausalLM, layer: int) -> dict[str, Tensor]:
-    """Gains and affinities, which start at zero."""
-    mlp = graph.expert_layers()[layer]
-    return {
-        name: torch.zeros(getattr(mlp, name).shape) for name in ("edge_gain", "edge_affinity", "output_gain")
-    }
+def _expert_weights(dense: DenseBase, prefix: str, members: Tensor) -> dict[str, Tensor]:
+    """``gate_up_proj [E, 2H, D]`` and ``down_proj [E, D, H]`` of experts with the neurons ``members [E, H]``.
+
+    Rows are copied an expert at a time: a layer is in memory once, beside the base's file that is mapped.
+    """
+    gate, up = dense.tensor(f"{prefix}gate_proj.weight"), dense.tensor(f"{prefix}up_proj.weight")
+    (experts, size), width = members.shape, gate.shape[1]
+    gate_up = torch.empty(experts, 2 * size, width, dtype=gate.dtype)
+    for target, rows in zip(gate_up, members, strict=True):
+        torch.cat([gate[rows], up[rows]], out=target)
+    del gate, up
+    down = dense.tensor(f"{prefix}down_proj.weight")
+    down_proj = torch.empty(experts, width, size, dtype=down.dtype)
+    for target, rows in zip(down_proj, members, strict=True):
+        target.copy_(down[:, rows])
+    return {"gate_up_proj": gate_up, "down_proj": down_proj}
