@@ -43,7 +43,7 @@ class PackedStats:
 def pack_update(update: SparseUpdate, *, value_bits: int) -> bytes:
     """Pack an update with values of ``value_bits`` bits (2, 4, 8 or 16); equal updates give equal bytes.
 
-    Raises RefusedUpdate for a NaN, an infinity or a magnitude above 2**100.
+    Raises RefusedUpdate for a NaN, an infinity or a magnitude above 2**40.
     """
     values = quantise(join_values(update), value_bits)
     indices, total = join_indices(update)
@@ -90,13 +90,14 @@ def unpack_update(
         raise RefusedUpdate(f"{header.count} entries kept of {total}")
     indices = _unpack_index(columns["index"], header, total)
     values = dequantise(_unpack_values(columns, header))
-    if not np.isfinite(values).all():
-        raise RefusedUpdate("expected finite values, got a NaN or an infinity")
     return SparseUpdate(header.graph_version, header.graph_hash, split_columns(units, indices, values))
 
 
 def packed_stats(data: bytes) -> PackedStats:
-    """Return the bytes of a packed update beside their entropy floor; RefusedUpdate for bad bytes."""
+    """Return the bytes of a packed update beside their entropy floor; RefusedUpdate for bad bytes.
+
+    Takes the memory of as many values as the header states: call it on what ``unpack_update`` has accepted.
+    """
     header, columns = read_container(data)
     total = int(_read_unit_table(columns["units"], header.units)[2].sum())
     if header.count > total:

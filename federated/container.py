@@ -23,7 +23,7 @@ class Header(BaseModel):
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     graph_version: int
     graph_hash: str = Field(max_length=128)
     units: int = Field(ge=0, le=MAX_UNITS)

@@ -21,8 +21,9 @@ BLOCK = {2: 256, 4: 64, 8: 64}
 LEVELS = {4: 7, 8: 127}
 MANTISSA = {2: 4, 4: 4, 8: 10}
 OCTAVES = 15
-MIN_EXPONENT, MAX_EXPONENT = -100, 101
-MAX_MAGNITUDE = 2.0**100
+MIN_EXPONENT, MAX_EXPONENT = -100, 41
+# Far above any change of a weight, and so low that the squares of 2**47 such values still add up in float32.
+MAX_MAGNITUDE = 2.0**40
 
 
 @dataclass(frozen=True)
@@ -44,28 +45,40 @@ def scale_count(count: int, bits: int) -> int:
 def quantise(values: np.ndarray, bits: int) -> QuantisedColumn:
     """Quantise a float column [count] to ``bits`` bits (2, 4, 8 or 16).
 
-    Raises RefusedUpdate for a NaN, an infinity or a magnitude above 2**100; ValueError for other bits.
+    Raises RefusedUpdate for a NaN, an infinity or a magnitude above 2**40; ValueError for other bits.
     """
     if bits not in VALUE_BITS:
         raise ValueError(f"expected value bits in {VALUE_BITS}, got {bits}")
-    column = np.asarray(values, dtype=np.float64)
-    if column.size and not np.abs(column).max() <= MAX_MAGNITUDE:
-        raise RefusedUpdate("expected finite values of at most 2**100, got a NaN, an infinity or more")
+    # A magnitude above the range of float32 turns into an infinity, which is refused.
+    with np.errstate(over="ignore"):
+        column = np.asarray(values).astype(np.float32, copy=False)
+    magnitudes = np.abs(column)
+    _check_bound(magnitudes)
+    if not column.size:
+        codes = np.zeros(0, dtype=np.uint16 if bits == 16 else np.uint8)
+        return QuantisedColumn(bits, codes, np.zeros(0, dtype=_scale_dtype(bits)), 0)
     if bits == 16:
-        return _quantise_half(column)
-    return _quantise_bins(column) if bits == 2 else _quantise_levels(column, bits)
+        return _quantise_half(column, magnitudes)
+    quantiser = _quantise_bins if bits == 2 else _quantise_levels
+    return quantiser(column, magnitudes, bits)
 
 
 def dequantise(column: QuantisedColumn) -> np.ndarray:
-    """Return the float32 values [count]; codes or scales that no quantiser writes raise RefusedUpdate."""
+    """Return the float32 values [count], finite and of at most 2**40.
+
+    Codes or scales that no quantiser writes raise RefusedUpdate.
+    """
     if column.scales.size != scale_count(column.codes.size, column.bits):
         raise RefusedUpdate(f"expected one scale a block, got {column.scales.size}")
     if not MIN_EXPONENT <= column.exponent <= MAX_EXPONENT:
         raise RefusedUpdate(f"exponent {column.exponent} out of range")
     if column.bits == 16:
-        return _dequantise_half(column)
-    scales = _decode_scales(column.scales, column.exponent, column.bits)
-    return _bin_values(column, scales) if column.bits == 2 else _level_values(column, scales)
+        values = _half_values(column)
+    else:
+        scales = _decode_scales(column.scales, column.exponent, column.bits)
+        values = _bin_values(column, scales) if column.bits == 2 else _level_values(column, scales)
+    _check_bound(np.abs(values))
+    return values
 
 
 def quantise_update(update: SparseUpdate, bits: int) -> SparseUpdate:
@@ -73,63 +86,68 @@ def quantise_update(update: SparseUpdate, bits: int) -> SparseUpdate:
     return replace_values(update, dequantise(quantise(join_values(update), bits)))
 
 
-def _quantise_half(column: np.ndarray) -> QuantisedColumn:
-    exponent = _top_exponent(_round_mantissa(np.abs(column), 10))
-    codes = np.ldexp(column, 15 - exponent).astype(np.float16).view(np.uint16)
+def _check_bound(magnitudes: np.ndarray) -> None:
+    if magnitudes.size and not magnitudes.max() <= MAX_MAGNITUDE:
+        raise RefusedUpdate("expected finite values of at most 2**40, got a NaN, an infinity or more")
+
+
+def _quantise_half(column: np.ndarray, magnitudes: np.ndarray) -> QuantisedColumn:
+    exponent = _top_exponent(_round_mantissa(magnitudes.max(keepdims=True), 10))
+    codes = (column * np.float32(2.0 ** (15 - exponent))).astype(np.float16).view(np.uint16)
     return QuantisedColumn(16, codes, np.zeros(0, dtype=np.uint8), exponent)
 
 
-def _dequantise_half(column: QuantisedColumn) -> np.ndarray:
-    halves = column.codes.astype(np.uint16).view(np.float16)
-    if not np.isfinite(halves).all():
-        raise RefusedUpdate("expected finite values, got a NaN or an infinity")
-    return np.ldexp(halves.astype(np.float64), column.exponent - 15).astype(np.float32)
+def _half_values(column: QuantisedColumn) -> np.ndarray:
+    halves = column.codes.astype(np.uint16, copy=False).view(np.float16)
+    return halves.astype(np.float32) * np.float32(2.0 ** (column.exponent - 15))
 
 
-def _quantise_levels(column: np.ndarray, bits: int) -> QuantisedColumn:
+def _quantise_levels(column: np.ndarray, magnitudes: np.ndarray, bits: int) -> QuantisedColumn:
     """Symmetric integers, one scale a block; zero is stored as ``LEVELS + 1``."""
     top = LEVELS[bits]
-    largest = np.maximum.reduceat(np.abs(column), _starts(column.size, bits)) if column.size else column
+    largest = np.maximum.reduceat(magnitudes, _starts(column.size, bits)).astype(np.float64)
     scale_codes, exponent = _encode_scales(largest / top, bits)
-    scales = _per_value(_decode_scales(scale_codes, exponent, bits), column.size, bits)
-    steps = np.rint(np.divide(column, scales, out=np.zeros_like(column), where=scales > 0))
-    codes = (np.clip(steps, -top, top) + top + 1).astype(np.uint8)
-    return QuantisedColumn(bits, codes, scale_codes, exponent)
+    scales = _decode_scales(scale_codes, exponent, bits)
+    steps = column / _per_value(np.where(scales > 0, scales, np.float32(np.inf)), column.size, bits)
+    np.clip(np.rint(steps, out=steps), -top, top, out=steps)
+    steps += top + 1
+    return QuantisedColumn(bits, steps.astype(np.uint8), scale_codes, exponent)
 
 
 def _level_values(column: QuantisedColumn, scales: np.ndarray) -> np.ndarray:
     top = LEVELS[column.bits]
     if column.codes.size and (column.codes.min() < 1 or column.codes.max() > 2 * top + 1):
         raise RefusedUpdate(f"expected {column.bits}-bit codes from 1 to {2 * top + 1}")
-    steps = column.codes.astype(np.float64) - top - 1
-    return (steps * _per_value(scales, steps.size, column.bits)).astype(np.float32)
+    values = column.codes.astype(np.float32)
+    values -= top + 1
+    values *= _per_value(scales, values.size, column.bits)
+    return values
 
 
-def _quantise_bins(column: np.ndarray) -> QuantisedColumn:
+def _quantise_bins(column: np.ndarray, magnitudes: np.ndarray, bits: int) -> QuantisedColumn:
     """Sign and one of two magnitudes: the means below and above the block's mean magnitude."""
-    size, starts = column.size, _starts(column.size, 2)
-    if not size:
-        return QuantisedColumn(2, np.zeros(0, dtype=np.uint8), np.zeros(0, dtype=np.uint8), 0)
-    magnitude = np.abs(column)
-    counts = np.diff(starts, append=size)
-    means = np.add.reduceat(magnitude, starts) / counts
-    large = magnitude > np.repeat(means, counts)
-    large_count = np.add.reduceat(large.astype(np.int64), starts)
-    low = np.add.reduceat(magnitude * ~large, starts) / (counts - large_count)
-    high = np.add.reduceat(magnitude * large, starts) / np.maximum(large_count, 1)
-    high = np.where(large_count > 0, high, low)
-    scale_codes, exponent = _encode_scales(np.stack([low, high], axis=1).reshape(-1), 2)
-    codes = (np.signbit(column) * 2 + large).astype(np.uint8)
-    return QuantisedColumn(2, codes, scale_codes, exponent)
+    starts = _starts(column.size, bits)
+    counts = np.diff(starts, append=column.size)
+    sums = np.add.reduceat(magnitudes, starts, dtype=np.float64)
+    large = magnitudes > np.repeat((sums / counts).astype(np.float32), counts)
+    large_counts = np.add.reduceat(large, starts, dtype=np.int64)
+    large_sums = np.add.reduceat(magnitudes * large, starts, dtype=np.float64)
+    low = (sums - large_sums) / (counts - large_counts)
+    high = np.where(large_counts > 0, large_sums / np.maximum(large_counts, 1), low)
+    scale_codes, exponent = _encode_scales(np.stack([low, high], axis=1).reshape(-1), bits)
+    codes = np.signbit(column).view(np.uint8) << np.uint8(1) | large.view(np.uint8)
+    return QuantisedColumn(bits, codes, scale_codes, exponent)
 
 
 def _bin_values(column: QuantisedColumn, scales: np.ndarray) -> np.ndarray:
-    codes = column.codes.astype(np.int64)
-    if codes.size and codes.max() > 3:
+    codes, size = column.codes, column.codes.size
+    if size and codes.max() > 3:
         raise RefusedUpdate("expected 2-bit codes from 0 to 3")
-    block = np.arange(codes.size) // BLOCK[2]
-    magnitude = scales[2 * block + (codes & 1)]
-    return np.where(codes >= 2, -magnitude, magnitude).astype(np.float32)
+    low, high = (_per_value(part, size, column.bits) for part in (scales[::2], scales[1::2]))
+    values = np.where((codes & np.uint8(1)).view(bool), high, low)
+    # The sign bit of a float32: far cheaper than a second choice.
+    values.view(np.uint32)[...] ^= (codes >> np.uint8(1)).astype(np.uint32) << np.uint32(31)
+    return values
 
 
 def _starts(count: int, bits: int) -> np.ndarray:
@@ -161,7 +179,11 @@ def _encode_scales(scales: np.ndarray, bits: int) -> tuple[np.ndarray, int]:
     fraction, octave = np.frexp(rounded)
     codes = ((octave - exponent + OCTAVES - 1) << mantissa) + np.ldexp(fraction, mantissa + 1) - 2**mantissa
     codes = np.where(rounded > 0, codes + 1, 0)
-    return codes.astype(np.uint8 if mantissa == 4 else np.uint16), exponent
+    return codes.astype(_scale_dtype(bits)), exponent
+
+
+def _scale_dtype(bits: int) -> np.dtype:
+    return np.dtype(np.uint16 if bits == 8 else np.uint8)
 
 
 def _decode_scales(codes: np.ndarray, exponent: int, bits: int) -> np.ndarray:
@@ -171,4 +193,4 @@ def _decode_scales(codes: np.ndarray, exponent: int, bits: int) -> np.ndarray:
     steps = np.maximum(codes.astype(np.int64) - 1, 0)
     fraction = (steps & (2**mantissa - 1)) + 2**mantissa
     scales = np.ldexp(fraction.astype(np.float64), (steps >> mantissa) + exponent - OCTAVES - mantissa)
-    return np.where(codes > 0, scales, 0.0)
+    return np.where(codes > 0, scales, 0.0).astype(np.float32)

@@ -19,8 +19,13 @@ def encode_runs(indices: np.ndarray, size: int) -> np.ndarray:
     after the last kept entry are implied by ``size``.
     """
     indices = np.asarray(indices, dtype=np.int64)
-    gaps = np.diff(indices, prepend=-1) - 1
-    if indices.size and (gaps.min() < 0 or indices[-1] >= size):
+    if not indices.size:
+        return np.zeros(0, dtype=run_dtype(size))
+    gaps = np.empty_like(indices)
+    gaps[0] = indices[0]
+    np.subtract(indices[1:], indices[:-1], out=gaps[1:])
+    gaps[1:] -= 1
+    if gaps.min() < 0 or indices[-1] >= size:
         raise ValueError(f"expected strictly increasing indices in [0, {size})")
     return gaps.astype(run_dtype(size))
 
@@ -31,10 +36,15 @@ def decode_runs(runs: np.ndarray, size: int) -> np.ndarray:
     Raises RefusedUpdate when the runs do not fit in ``size`` entries, whatever their values: sums that
     would overflow are refused as well.
     """
-    if runs.size > size or (runs.size and int(runs.max()) >= size):
+    longest = int(runs.max()) if runs.size else 0
+    if runs.size > size or longest >= max(size, 1):
         raise RefusedUpdate(f"run lengths do not fit in {size} entries")
-    indices = np.cumsum(runs.astype(np.int64) + 1) - 1
+    indices = runs.astype(np.int64)
+    indices += 1
+    np.cumsum(indices, out=indices)
+    indices -= 1
     # Each step is at most 2**62, so a sum that wraps around shows as a fall; a difference would wrap back.
-    if indices.size and (indices[-1] >= size or np.any(indices[1:] <= indices[:-1])):
+    wraps = (longest + 1) * runs.size >= 2**63 and np.any(indices[1:] <= indices[:-1])
+    if runs.size and (indices[-1] >= size or wraps):
         raise RefusedUpdate(f"run lengths do not fit in {size} entries")
     return indices

@@ -90,23 +90,28 @@ def join_values(update: SparseUpdate) -> np.ndarray:
 
 def join_indices(update: SparseUpdate) -> tuple[np.ndarray, int]:
     """Return the kept positions (int64 [count]) in all units laid end to end, and their total length."""
-    columns, start = [np.zeros(0, dtype=np.int64)], 0
-    for unit in sorted(update.vectors):
-        columns.append(update.vectors[unit].indices + start)
-        start += update.vectors[unit].size
-    return np.concatenate(columns), start
+    vectors = [update.vectors[unit] for unit in sorted(update.vectors)]
+    joined = np.empty(sum(vector.indices.size for vector in vectors), dtype=np.int64)
+    start = first = 0
+    for vector in vectors:
+        last = first + vector.indices.size
+        np.add(vector.indices, start, out=joined[first:last])
+        start, first = start + vector.size, last
+    return joined, start
 
 
 def split_columns(
     sizes: Iterable[tuple[Unit, int]], indices: np.ndarray, values: np.ndarray
 ) -> dict[Unit, SparseVector]:
     """Undo ``join_indices`` and ``join_values`` for units of the given sizes, in unit order."""
-    vectors, start, first = {}, 0, 0
-    for unit, size in sizes:
-        last = int(np.searchsorted(indices, start + size))
-        vectors[unit] = SparseVector(size, indices[first:last] - start, values[first:last])
-        start, first = start + size, last
-    return vectors
+    sizes = list(sizes)
+    starts = np.cumsum([0, *(size for _, size in sizes)])
+    places = np.searchsorted(indices, starts)
+    spans = zip(sizes, starts.tolist(), places.tolist(), places[1:].tolist(), strict=False)
+    return {
+        unit: SparseVector(size, indices[first:last] - start, values[first:last])
+        for (unit, size), start, first, last in spans
+    }
 
 
 def replace_values(update: SparseUpdate, values: np.ndarray) -> SparseUpdate:

@@ -43,7 +43,7 @@ def test_another_count_than_stated_is_refused(count):
 
 
 def test_wrong_types_unknown_codings_and_wide_values_are_refused():
-    packed = pack_column(np.ones(5000, np.uint32), width=32)
+    packed = pack_column(np.full(5000, 70_000, np.uint32), width=32)
     for data, dtype, width in ((packed, np.uint16, 16), (b"\x09abc", np.uint8, 8), (b"", np.uint8, 8)):
         with pytest.raises(RefusedUpdate):
             unpack_column(data, dtype=dtype, count=5000, width=width)

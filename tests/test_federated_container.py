@@ -51,7 +51,7 @@ def test_round_trip_in_the_same_bytes():
         ({"header": header_bytes(count=2.5)}, "count"),
         ({"header": header_bytes(units=2**21)}, "units"),
         ({"header": header_bytes(value_bits=3)}, "value_bits"),
-        ({"header": header_bytes(format=2)}, "format"),
+        ({"header": header_bytes(format=1)}, "format"),
         ({"header": header_bytes(graph_hash="x" * 129)}, "graph_hash"),
         ({"header": header_bytes(more=1)}, "more"),
         ({"header": np.frombuffer(b"[" * 100_000, np.uint8)}, "header"),

@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 
 from federated.quantise import (
     BLOCK,
+    MANTISSA,
+    MAX_MAGNITUDE,
     VALUE_BITS,
     QuantisedColumn,
     dequantise,
@@ -16,7 +18,7 @@ from federated.quantise import (
 )
 from federated.update import RefusedUpdate, SparseUpdate, SparseVector
 
-floats = st.floats(width=32, allow_nan=False, allow_infinity=False, min_value=-(2.0**90), max_value=2.0**90)
+floats = st.floats(width=32, allow_nan=False, allow_infinity=False, min_value=-(2.0**40), max_value=2.0**40)
 
 
 def integers_by_walking(values, *, top, block):
@@ -85,7 +87,7 @@ def test_a_small_block_keeps_its_own_scale(bits):
 
 
 @pytest.mark.parametrize("bits", VALUE_BITS)
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 2.0**101])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 2.0**40 * 1.001, 1e300])
 def test_values_that_no_change_can_have_are_refused(bits, bad):
     with pytest.raises(RefusedUpdate, match="finite"):
         quantise(np.array([1.0, bad]), bits)
@@ -115,16 +117,37 @@ def test_codes_and_scales_that_no_quantiser_writes_are_refused(column):
         dequantise(column)
 
 
-def test_every_code_and_scale_in_range_is_finite():
-    for bits, codes, scales in (
-        (4, np.arange(1, 16), 240),
-        (8, np.arange(1, 256), 15 << 10),
-        (2, np.arange(4), 240),
-    ):
-        for exponent in (-100, 101):
-            per_block = np.full(scale_count(codes.size, bits), scales, dtype=np.uint16)
-            column = QuantisedColumn(bits, codes.astype(np.uint8), per_block, exponent)
-            assert np.isfinite(dequantise(column)).all()
+def largest_codes(bits, exponent):
+    """A column of the largest codes and scales that the format has."""
+    codes = {2: np.arange(4), 4: np.arange(1, 16), 8: np.arange(1, 256), 16: np.array([0x7BFF, 0xFBFF])}[bits]
+    scale = 15 << MANTISSA[bits] if bits < 16 else 0
+    scales = np.full(scale_count(codes.size, bits), scale, dtype=np.uint16 if bits == 8 else np.uint8)
+    return QuantisedColumn(bits, codes.astype(np.uint16 if bits == 16 else np.uint8), scales, exponent)
+
+
+@pytest.mark.parametrize("bits", VALUE_BITS)
+def test_what_is_read_is_finite_and_bounded(bits):
+    assert np.isfinite(dequantise(largest_codes(bits, -100))).all()
+    assert np.abs(dequantise(largest_codes(bits, 33))).max() <= MAX_MAGNITUDE
+    with pytest.raises(RefusedUpdate, match="2..40"):
+        dequantise(largest_codes(bits, 41))
+
+
+@pytest.mark.parametrize("bits", VALUE_BITS)
+def test_the_largest_value_can_be_read_and_packed_again(bits):
+    values = np.array([MAX_MAGNITUDE, -MAX_MAGNITUDE, 1.0])
+    once = dequantise(quantise(values, bits))
+    np.testing.assert_allclose(once[:2], values[:2], rtol=0.04)
+    np.testing.assert_array_equal(dequantise(quantise(once, bits)), once)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("bits", VALUE_BITS)
+def test_the_type_of_the_input_does_not_matter(bits, dtype):
+    values = np.random.default_rng(2).standard_normal(129).astype(np.float16)
+    column, same = quantise(values.astype(dtype), bits), quantise(values.astype(np.float32), bits)
+    np.testing.assert_array_equal(column.codes, same.codes)
+    np.testing.assert_array_equal(column.scales, same.scales)
 
 
 def test_scale_counts():
