@@ -24,6 +24,12 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory):
+    """What tests leave in the user's cache folder goes to one of their own."""
+    os.environ["FEDGRAFT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """A tokenizer of 64 entries: BOS, EOS, unknown, and single characters."""

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from flwr.app import Message, RecordDict
@@ -8,10 +10,11 @@ from clients import client_app
 from clients.client_app import prepare_torch
 from configs.schema import load_run_config
 from experts.edits import Edit
-from federated.messages import REFUSED, RESEND, Request, read_reply, write_request
+from federated.messages import NEEDS_RECIPE, REFUSED, RESEND, Request, read_reply, write_request
 from federated.steps import ServerStep, apply_step
 from models.checkpoint import read_graph
 from models.llama_loader import load_graph, load_tokenizer
+from models.recipe import read_recipe_file
 from tests.grid import InProcessGrid
 from tests.tiny_federation import next_step, request_at, run_values, save_tiny_graph
 
@@ -102,6 +105,22 @@ def test_a_message_that_cannot_be_read_is_an_error_reply(values):
     assert_refused(answer(values, RecordDict({})), "RefusedUpdate", "a request cannot be read")
 
 
+def test_a_client_with_the_dense_base_alone_asks_for_the_recipe(
+    tiny_graph_dir, tiny_llama_dir, values, tmp_path
+):
+    request, own = request_for(tiny_graph_dir), {
+        "base": str(tiny_llama_dir),
+        "cache_dir": str(tmp_path / "own"),
+    }
+    reply = answer(values, request, **own)
+    assert reply.error.code == NEEDS_RECIPE and reply.error.reason.startswith("UserError: expected a recipe")
+    recipe = read_recipe_file(str(tiny_graph_dir))
+    assert not answer(values, replace(request, recipe=recipe), **own).has_error()
+    assert not answer(values, request, "evaluate", **own).has_error()
+    assert_refused(answer(values, replace(request, recipe=recipe[:-1]), base="none"), "UserError", "recipe")
+    assert_refused(answer(values, replace(request, recipe=recipe), base="none"), "UserError", "got none")
+
+
 def test_damaged_steps_and_other_graphs_are_refused_and_nothing_is_kept(graph, values, tmp_path):
     model = load_graph(str(graph), dtype=torch.float32)
     step = next_step(model, 1)
@@ -115,7 +134,7 @@ def test_damaged_steps_and_other_graphs_are_refused_and_nothing_is_kept(graph, v
     for each in broken:
         assert_refused(answer(values, request_for(graph, steps=[each], **after)), "RefusedUpdate")
     edited = request_for(graph, steps=[step], version=1, graph_hash="00" * 32)
-    assert_refused(answer(values, edited), "RefusedUpdate", "expected the graph 000000000000 after 1 steps")
+    assert_refused(answer(values, edited), "RefusedUpdate", "expected the graph 000000000000")
     assert not list(tmp_path.rglob("global.safetensors"))
     assert not answer(values, request_for(graph, steps=[step], **after)).has_error()
     assert len(list(tmp_path.rglob("global.safetensors"))) == 1

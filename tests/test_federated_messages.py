@@ -90,6 +90,15 @@ def test_a_request_survives_the_wire():
     assert read_request(crossed(write_request(plain))) == Request(1, 0, "", "", steps=[], last=False)
 
 
+def test_a_recipe_costs_no_byte_where_none_is_sent():
+    plain = Request(1, 0, "", "")
+    asked = Request(1, 0, "", "", recipe=bytes(1000))
+    assert "recipe" not in write_request(plain)
+    assert read_request(crossed(write_request(asked))).recipe == bytes(1000)
+    extra = message_bytes(write_request(asked)) - message_bytes(write_request(plain))
+    assert 1000 < extra < 1500
+
+
 def test_steps_come_in_order_of_their_versions():
     shuffled = Request(1, 11, "", "", steps=REQUEST.steps[::-1])
     assert [step.version for step in read_request(write_request(shuffled)).steps] == [9, 10, 11]

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import time
 import tracemalloc
 from pathlib import Path
 
@@ -17,7 +19,9 @@ from models.fingerprint import (
     checkpoint_files,
     checkpoint_fingerprint,
     fingerprint,
+    fingerprint_of,
     first_line,
+    remembered_fingerprint,
 )
 from tests.conftest import tiny_llama
 
@@ -159,3 +163,74 @@ def test_the_fingerprint_covers_every_tensor_of_a_graph(tmp_path, tiny_graph_dir
 def test_a_library_s_error_in_one_line():
     assert first_line(ValueError("one\ntwo")) == "one"
     assert first_line(KeyError()) == "KeyError"
+
+
+def test_parameters_that_come_one_at_a_time_have_the_model_s_fingerprint():
+    model = tiny_llama(tie_word_embeddings=True)
+    assert fingerprint_of(sorted(model.named_parameters())) == fingerprint(model)
+    assert fingerprint_of([]) != fingerprint(model)
+
+
+def settled(source: str, seconds: float = 60.0, file: str = "model.safetensors") -> str:
+    """Give a file a time of change that lies back."""
+    then = time.time() - seconds
+    os.utime(Path(source) / file, (then, then))
+    return source
+
+
+def counting(monkeypatch) -> list[str]:
+    """The sources that are read from now on."""
+    read = []
+    whole = module.checkpoint_fingerprint
+    monkeypatch.setattr(
+        module, "checkpoint_fingerprint", lambda source: (read.append(source), whole(source))[1]
+    )
+    return read
+
+
+def test_a_checkpoint_is_read_once(tmp_path, monkeypatch, sharded):
+    memory, read = tmp_path / "memory", counting(monkeypatch)
+    whole = settled(saved(tmp_path / "whole", a=torch.arange(6.0)))
+    for file in sharded.glob("*.safetensors"):
+        settled(str(sharded), file=file.name)
+    for source in (whole, str(sharded)):
+        found = {remembered_fingerprint(source, memory) for _ in range(3)}
+        assert found == {checkpoint_fingerprint(source)}
+    assert read == [whole, str(sharded)]
+    monkeypatch.chdir(tmp_path)
+    assert remembered_fingerprint("whole", memory) == remembered_fingerprint(whole, memory)
+    assert len(read) == 2 and sum(path.stat().st_size for path in memory.iterdir()) == 128
+
+
+def test_a_file_that_changed_is_read_again(tmp_path, monkeypatch):
+    memory, read = tmp_path / "memory", counting(monkeypatch)
+    source = settled(saved(tmp_path / "a", a=torch.arange(6.0)))
+    first = remembered_fingerprint(source, memory)
+    save_file({"a": torch.arange(6.0) + 1}, tmp_path / "a/model.safetensors")  # of the same size
+    settled(source, 50.0)
+    second = remembered_fingerprint(source, memory)
+    save_file({"a": torch.arange(7.0)}, tmp_path / "a/model.safetensors")
+    settled(source, 50.0)
+    third = remembered_fingerprint(source, memory)
+    assert len({first, second, third}) == 3 and len(read) == 3
+    assert third == checkpoint_fingerprint(source)
+
+
+def test_a_file_that_has_just_changed_is_not_remembered(tmp_path, monkeypatch):
+    memory, read = tmp_path / "memory", counting(monkeypatch)
+    source = saved(tmp_path / "a", a=torch.arange(6.0))
+    for _ in range(2):
+        assert remembered_fingerprint(source, memory) == checkpoint_fingerprint(source)
+    assert len(read) == 2 and not memory.exists()
+
+
+def test_a_memory_that_is_damaged_or_cannot_be_written_does_no_harm(tmp_path, monkeypatch):
+    memory, source = tmp_path / "memory", settled(saved(tmp_path / "a", a=torch.arange(6.0)))
+    wanted = remembered_fingerprint(source, memory)
+    (note,) = memory.iterdir()
+    for broken in (b"", b"0" * 63, b"\xff" * 64, wanted.encode() + b"\n"):
+        note.write_bytes(broken)
+        assert remembered_fingerprint(source, memory) == wanted and note.read_text() == wanted
+    (tmp_path / "file").touch()
+    assert remembered_fingerprint(source, tmp_path / "file" / "memory") == wanted
+    refusal(lambda source: remembered_fingerprint(source, memory), str(tmp_path / "none"))

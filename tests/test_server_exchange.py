@@ -7,7 +7,7 @@ from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from configs.errors import UserError
-from federated.messages import RESEND, Reply, message_bytes, read_reply, write_reply
+from federated.messages import NEEDS_RECIPE, RESEND, Reply, message_bytes, read_reply, write_reply
 from server.exchange import Answer, exchange, wait_for_nodes
 from server.reply_spool import ReplySpool
 from tests.grid import Drop, InProcessGrid, Late
@@ -157,6 +157,12 @@ def test_error_replies_become_their_reasons():
 )
 def test_only_a_resend_with_a_version_tells_what_is_held(code, reason, held):
     assert ask(grid_with(_1=Error(code=code, reason=reason)))[1].held_version == held
+
+
+@pytest.mark.parametrize(("code", "needs"), [(NEEDS_RECIPE, True), (RESEND, False), (2, False)])
+def test_a_node_may_ask_for_the_recipe(code, needs):
+    answer = ask(grid_with(_1=Error(code=code, reason="3")))[1]
+    assert answer.needs_recipe == needs and answer.error == "3" and answer.content is None
 
 
 def test_replies_to_messages_of_others_are_passed_over():
