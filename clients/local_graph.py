@@ -12,6 +12,7 @@ It asks the server once for the recipe of the graph (see ``models.recipe``), bui
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -95,6 +96,8 @@ def _is_built(folder: Path, wanted: str, cache: Path) -> bool:
 
 def _build(base: str, request: Request, folder: Path) -> None:
     recipe = read_recipe(request.recipe)
+    for abandoned in folder.parent.glob(f".{folder.name}.*.partial"):  # by a process that was killed
+        shutil.rmtree(abandoned)
     with new_directory(folder, overwrite=True) as directory:
         build_into(base, recipe, directory)
         if graph_fingerprint(str(directory)) != request.base_fingerprint:

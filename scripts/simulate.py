@@ -115,12 +115,16 @@ def check_run(run) -> None:
     from federated.documents import load_documents
     from models.config_file import read_config
     from models.llama_loader import check_weights
+    from models.recipe import check_base
     from server.app import check_fit, graph_source
 
     for folder in filter(None, (run.log_dir, run.out)):
         check_output_directory(Path(folder), overwrite=run.overwrite)
     check_fit(run, read_config(graph_source(run)))
     check_weights(graph_source(run))
+    if run.base:
+        check_base(run.base, graph_source(run))
+        check_weights(run.base)
     with stderr.status("reading the data"):
         all_clients(run)
         if run.server_sources:

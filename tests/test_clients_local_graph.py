@@ -129,6 +129,15 @@ def test_a_built_graph_that_is_damaged_is_built_again(config, base, tiny_graph_d
         assert weights.read_bytes() == whole
 
 
+def test_what_a_killed_process_left_is_removed(config, base, tiny_graph_dir, cache):
+    request = request_of(tiny_graph_dir)
+    left = cache / "graphs" / f".{request.base_fingerprint}.abc.partial"
+    left.mkdir(parents=True)
+    (left / "model-00001-of-00003.safetensors").touch()
+    built = local_graph(config, {"cache-dir": str(cache), "base": str(base)}, request)
+    assert [path for path in (cache / "graphs").iterdir() if path.is_dir()] == [Path(built)]
+
+
 def test_clients_of_one_machine_build_it_once(config, base, tiny_graph_dir, cache, monkeypatch):
     builds, build = [], module.build_into
 

@@ -180,11 +180,13 @@ def settled(source: str, seconds: float = 60.0, file: str = "model.safetensors")
 
 def counting(monkeypatch) -> list[str]:
     """The sources that are read from now on."""
-    read = []
-    whole = module.checkpoint_fingerprint
-    monkeypatch.setattr(
-        module, "checkpoint_fingerprint", lambda source: (read.append(source), whole(source))[1]
-    )
+    read: list[str] = []
+
+    def noting(source: str) -> str:
+        read.append(source)
+        return checkpoint_fingerprint(source)
+
+    monkeypatch.setattr(module, "checkpoint_fingerprint", noting)
     return read
 
 

@@ -21,6 +21,7 @@ from models.recipe import (
     RECIPE_NAME,
     Recipe,
     base_facts,
+    check_base,
     check_fits,
     graph_fingerprint,
     read_recipe,
@@ -181,6 +182,22 @@ def test_a_recipe_fits_its_base_and_no_other(recipe):
     assert "vanished" in refusal(
         check_fits, Recipe(unknown, recipe.neurons, recipe.routers, recipe.masks), tiny_llama().config, ""
     )
+
+
+def test_a_base_is_checked_without_its_weights(tiny_llama_dir, tiny_graph_dir, tmp_path):
+    for name in ("config.json", RECIPE_NAME):
+        (tmp_path / name).write_bytes((tiny_graph_dir / name).read_bytes())
+    (tmp_path / "base").mkdir()
+    config = json.loads((tiny_llama_dir / "config.json").read_text())
+    (tmp_path / "base/config.json").write_text(json.dumps(config))
+    base = str(tmp_path / "base")
+    check_base(base, str(tmp_path))
+    assert "dense model of type llama" in refusal(check_base, str(tmp_path), str(tmp_path))
+    (tmp_path / "base/config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+    assert "rms_norm_eps" in refusal(check_base, base, str(tmp_path))
+    (tmp_path / RECIPE_NAME).unlink()
+    assert "expected recipe.safetensors" in refusal(check_base, str(tiny_llama_dir), str(tmp_path))
+    assert "none" in refusal(check_base, str(tmp_path / "none"), str(tiny_graph_dir))
 
 
 def test_a_graph_s_fingerprint_knows_its_weights_and_how_it_is_walked(tiny_graph_dir, tmp_path):

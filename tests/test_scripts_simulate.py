@@ -90,6 +90,8 @@ BAD_INPUT = {
     "no such graph": (("--graph", "none"), ["none", "config.json"]),
     "a graph cut short": (("--graph", "cut"), ["whole safetensors", "cut"]),
     "not a graph": (("--graph", "dense"), ["expected an expert graph", "'llama'"]),
+    "no dense base": (("--set", "base=graph"), ["dense model of type llama"]),
+    "a graph without a recipe": (("--set", "base=dense"), ["recipe.safetensors", "fedgraft bootstrap"]),
     "no core": (("--client-cpus", "0"), ["client-cpus"]),
     "unknown option": (("--rho", "1"), ["--rho"]),
 }  # fmt: skip
