@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from clients.checked_file import read_checked, write_checked
 from experts.graph import ExpertGraph
+from federated.copy_hash import copy_hash, unit_digest, vector_digest
 from models.attention import attention_count, read_attention, write_attention
 from models.checkpoint import read_graph, write_graph
 from models.experts_fedgraft import ROUTING
@@ -34,41 +36,63 @@ class GlobalCopy:
         self._state = Path(folder) / "global.safetensors"
         self._experts = Path(folder) / "experts"
         self._files: dict[Unit, str] = {}
-        self._attention: set[int] = set()
+        self._digests: dict[Unit, str] = {}
         self._generation = 0
 
     def read(self, unit: Unit) -> Tensor | None:
         """Weights ``[3hd]`` fp32 of an expert; None where it never moved."""
         if unit not in self._files:
             return None
-        with safe_open(self._experts / self._files[unit], framework="pt") as file:
-            return file.get_tensor("weights")
+        return _read_weights(self._experts / self._files[unit])
 
     def write(self, unit: Unit, weights: Tensor) -> None:
         """Keep an expert's weights ``[3hd]``; they count from the next ``save`` on."""
         name = f"{unit[0]}.{unit[1]}.{self._generation + 1}.safetensors"
         write_checked(self._experts / name, {"weights": weights}, {})
-        self._files[unit] = name
+        self._files[unit], self._digests[unit] = name, vector_digest(weights)
+
+    def hash(self, model: FedGraftForCausalLM, moved: Iterable[Unit] = ()) -> str:
+        """What the server compares copies by; only what ``moved`` since the last time is hashed again.
+
+        Args:
+            model: over this copy.
+            moved: units whose attention, if it is that, the model holds in another state than this copy knows.
+        """
+        attention = {unit for unit in moved if unit[1] == OTHERS}
+        self._digests |= {unit: unit_digest(model, unit) for unit in attention}
+        return copy_hash(model, self._digests)
 
     def load(self, model: FedGraftForCausalLM) -> int:
         """Bring a ``model`` that was just opened over this copy to the version on disk, which is returned.
 
         Without files that are whole and fit the model, it stays as it is, at version 0.
         """
-        self._files, self._attention, self._generation = {}, set(), 0
+        self._hold_nothing()
         saved = read_checked(self._state)
         if saved is None:
             return 0
         try:
-            graph, files, version, generation = _parse(*saved)
-            self._check(model, saved[0], graph, files)
-        except (KeyError, ValueError):
+            graph, files, digests, version, generation = _parse(*saved)
+            self._check(model, saved[0], graph, files, digests)
+        except (KeyError, ValueError, TypeError, AttributeError):
             return 0
-        self._files, self._generation = files, generation
+        self._files, self._digests, self._generation = files, digests, generation
         self._remove_others()
-        self._attention = _write_rest(model, saved[0])
+        for index in _write_rest(model, saved[0]):
+            self._digests[index, OTHERS] = vector_digest(saved[0][f"attention/{index}"])
         write_graph(model, graph)
         return version
+
+    def start_over(self) -> None:
+        """Set out from the checkpoint; what is on disk stays until the next ``save`` takes its place."""
+        self._hold_nothing()
+        saved = read_checked(self._state)
+        with suppress(KeyError, ValueError, TypeError, AttributeError):
+            self._generation = _parse(*saved)[-1] if saved is not None else 0
+
+    def _hold_nothing(self) -> None:
+        """Forget in memory what is on disk."""
+        self._files, self._digests, self._generation = {}, {}, 0
 
     def save(self, model: FedGraftForCausalLM, version: int, moved: Iterable[Unit] = ()) -> None:
         """Make what was written, and the model's routing and graph, the copy of this version.
@@ -79,7 +103,7 @@ class GlobalCopy:
             moved: units that moved; of these the attention of layers is kept here.
         """
         graph = read_graph(model)
-        self._attention |= {layer for layer, expert in moved if expert == OTHERS}
+        attention = {layer for layer, expert in (*moved, *self._digests) if expert == OTHERS}
         tensors = {
             f"{name}/{index}": getattr(layer, name).detach().float()
             for index, layer in enumerate(model.expert_layers())
@@ -88,10 +112,10 @@ class GlobalCopy:
         tensors |= {
             f"mask/{index}": torch.from_numpy(mask.astype(np.uint8)) for index, mask in enumerate(graph.masks)
         }
-        tensors |= {f"attention/{index}": read_attention(model, index) for index in self._attention}
+        tensors |= {f"attention/{index}": read_attention(model, index) for index in attention}
         self._generation += 1
         facts = {"version": version, "graph_version": graph.version, "generation": self._generation}
-        names = {f"{layer}.{expert}": name for (layer, expert), name in self._files.items()}
+        names = {f"{unit[0]}.{unit[1]}": [name, self._digests[unit]] for unit, name in self._files.items()}
         metadata = {key: str(value) for key, value in facts.items()} | {"experts": json.dumps(names)}
         write_checked(self._state, tensors, metadata)
         self._remove_others()
@@ -99,7 +123,7 @@ class GlobalCopy:
     def forget(self) -> None:
         """Drop the copy: the next load starts from the checkpoint."""
         self._state.unlink(missing_ok=True)
-        self._files, self._attention, self._generation = {}, set(), 0
+        self._hold_nothing()
         self._remove_others()
 
     def _check(
@@ -108,6 +132,7 @@ class GlobalCopy:
         tensors: Mapping[str, Tensor],
         graph: ExpertGraph,
         files: Mapping[Unit, str],
+        digests: Mapping[Unit, str],
     ) -> None:
         """ValueError or KeyError for a copy of another model or with an expert that is damaged."""
         layers = model.expert_layers()
@@ -121,8 +146,8 @@ class GlobalCopy:
             if attention is not None and attention.numel() != attention_count(model, index):
                 raise ValueError(f"attention of layer {index} has another size")
         for unit, name in files.items():
-            saved = read_checked(self._experts / name)
-            if saved is None or saved[0]["weights"].numel() != weight_count(layers[unit[0]]):
+            weights = _read_weights(self._experts / name)
+            if weights.numel() != weight_count(layers[unit[0]]) or vector_digest(weights) != digests[unit]:
                 raise ValueError(f"expert {unit} is damaged")
 
     def _remove_others(self) -> None:
@@ -133,19 +158,28 @@ class GlobalCopy:
                 path.unlink()
 
 
+def _read_weights(path: Path) -> Tensor:
+    """Weights of an expert's file; ValueError where there is none that can be read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor("weights")
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path.name} is damaged") from error
+
+
 def _parse(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
-) -> tuple[ExpertGraph, dict[Unit, str], int, int]:
-    """Graph, files of experts, version and generation; KeyError or ValueError for other contents."""
+) -> tuple[ExpertGraph, dict[Unit, str], dict[Unit, str], int, int]:
+    """Graph, files and digests of experts, version and generation; KeyError or ValueError for other contents."""
     count = sum(name.startswith("mask/") for name in tensors)
     masks = tuple(tensors[f"mask/{index}"].numpy().astype(np.bool_) for index in range(count))
     names = json.loads(metadata["experts"])
-    files = {
-        (int(layer), int(expert)): name
-        for (layer, expert), name in ((k.split("."), v) for k, v in names.items())
-    }
+    files, digests = {}, {}
+    for key, (name, digest) in names.items():
+        layer, expert = map(int, key.split("."))
+        files[layer, expert], digests[layer, expert] = name, digest
     graph = ExpertGraph(masks, int(metadata["graph_version"]))
-    return graph, files, int(metadata["version"]), int(metadata["generation"])
+    return graph, files, digests, int(metadata["version"]), int(metadata["generation"])
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from flwr.app import Context
@@ -10,10 +11,12 @@ from clients.store import ClientStore
 from configs.paths import cache_folder
 from configs.schema import RunConfig
 from federated.messages import Request
-from federated.steps import apply_step, steps_after
+from federated.snapshot import apply_snapshot
+from federated.steps import ServerStep, apply_step, steps_after
 from federated.update import RefusedUpdate
 from models.checkpoint import read_graph
 from models.modeling_fedgraft import FedGraftForCausalLM
+from models.units import Unit
 
 
 class VersionMismatch(RuntimeError):
@@ -38,17 +41,23 @@ def client_folder(config: RunConfig, context: Context) -> Path:
 
 
 def bring_to_version(model: FedGraftForCausalLM, store: ClientStore, request: Request) -> None:
-    """Apply the steps that the client misses and keep the result on disk.
+    """Apply the steps that the client misses, or a snapshot, and keep the result on disk.
 
     Args:
         model: just opened over ``store.copy``, its experts on disk.
         store: of the client.
-        request: names the version and brings steps.
+        request: names the version and what the copy hashes to then, and brings steps or a snapshot.
 
     Raises:
-        VersionMismatch: there is a gap between the version on disk and the first step.
-        RefusedUpdate: a step is damaged, or the graph differs from the server's afterwards.
+        VersionMismatch: the steps do not lead from the version on disk to the server's, or not to the server's copy.
+        RefusedUpdate: what leads there from the checkpoint itself is damaged or gives another copy than the server's.
     """
+    if request.snapshot:
+        store.copy.start_over()
+        moved = apply_snapshot(model, request.snapshot, request.version)
+        _check_copy(model, store, request, moved)
+        store.copy.save(model, request.version, moved)
+        return
     held = store.copy.load(model)
     if held > request.version:  # of another run of the server: only the base is common ground
         store.copy.forget()
@@ -58,13 +67,34 @@ def bring_to_version(model: FedGraftForCausalLM, store: ClientStore, request: Re
         step.version != held + number for number, step in enumerate(missing, start=1)
     ):
         raise VersionMismatch(held)
-    moved = set()
-    for step in missing:
-        moved |= apply_step(model, step)
-    digest = read_graph(model).digest()
-    if digest != request.graph_hash:
-        raise RefusedUpdate(
-            f"expected the graph {request.graph_hash[:12]} after {request.version} steps, got {digest[:12]}"
-        )
+    try:
+        moved = _apply(model, missing)
+        _check_copy(model, store, request, moved)
+    except RefusedUpdate:
+        if held == 0:
+            raise
+        # The copy may be what is wrong, and then no step would ever fit it again.
+        store.copy.forget()
+        raise VersionMismatch(0) from None
     if missing:
         store.copy.save(model, request.version, moved)
+
+
+def _apply(model: FedGraftForCausalLM, steps: Iterable[ServerStep]) -> set[Unit]:
+    moved: set[Unit] = set()
+    for step in steps:
+        moved |= apply_step(model, step)
+    return moved
+
+
+def _check_copy(model: FedGraftForCausalLM, store: ClientStore, request: Request, moved: set[Unit]) -> None:
+    graph_hash = read_graph(model).digest()
+    if graph_hash != request.graph_hash:
+        raise RefusedUpdate(
+            f"expected the graph {request.graph_hash[:12]} of version {request.version}, got {graph_hash[:12]}"
+        )
+    copy_hash = store.copy.hash(model, moved)
+    if copy_hash != (request.copy_hash or copy_hash):
+        raise RefusedUpdate(
+            f"expected the copy {request.copy_hash[:12]} of version {request.version}, got {copy_hash[:12]}"
+        )

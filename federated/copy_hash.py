@@ -58,4 +58,4 @@ def routing_vector(layer: ExpertGraphMLP) -> Tensor:
 
 
 def _bits(vector: Tensor) -> memoryview:
-    return memoryview(vector.contiguous().view(torch.uint8).numpy())
+    return vector.contiguous().view(torch.uint8).numpy().data

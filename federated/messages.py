@@ -34,6 +34,8 @@ class Request:
         steps: what the client misses.
         last: whether this is the last round.
         accepted_round: server round of the last update of this client that went into the model; 0 for none.
+        copy_hash: of the global model after ``steps``, see ``federated.copy_hash``; empty: not compared.
+        snapshot: leads from the bootstrapped checkpoint to ``version`` in place of ``steps``; empty for none.
         recipe: builds the bootstrapped checkpoint from its dense base; empty unless the client asked for it.
     """
 
@@ -44,6 +46,8 @@ class Request:
     steps: Sequence[ServerStep] = ()
     last: bool = False
     accepted_round: int = 0
+    copy_hash: str = ""
+    snapshot: bytes = b""
     recipe: bytes = b""
 
 
@@ -85,11 +89,13 @@ def write_request(request: Request) -> RecordDict:
         "base-fingerprint": request.base_fingerprint,
         "last": request.last,
         "accepted-round": request.accepted_round,
+        "copy-hash": request.copy_hash,
     }
     config |= {f"edits-{step.version}": step.edits_json() for step in request.steps}
     steps = {str(step.version): _to_array(step.packed) for step in request.steps}
-    recipe = {"recipe": ArrayRecord({"recipe": _to_array(request.recipe)})} if request.recipe else {}
-    return RecordDict({"config": ConfigRecord(config), "steps": ArrayRecord(steps), **recipe})
+    rare = {"snapshot": request.snapshot, "recipe": request.recipe}
+    records = {name: ArrayRecord({name: _to_array(data)}) for name, data in rare.items() if data}
+    return RecordDict({"config": ConfigRecord(config), "steps": ArrayRecord(steps), **records})
 
 
 def read_request(content: RecordDict) -> Request:
@@ -112,6 +118,8 @@ def read_request(content: RecordDict) -> Request:
             steps=sorted(steps, key=lambda step: step.version),
             last=bool(config["last"]),
             accepted_round=int(config["accepted-round"]),
+            copy_hash=str(config["copy-hash"]),
+            snapshot=_to_bytes(content["snapshot"]["snapshot"]) if "snapshot" in content else b"",
             recipe=_to_bytes(content["recipe"]["recipe"]) if "recipe" in content else b"",
         )
     except _UNREADABLE as error:

@@ -36,6 +36,10 @@ class ServerStep:
         """The edits as JSON."""
         return json.dumps([edit.as_dict() for edit in self.edits])
 
+    def size(self) -> int:
+        """Bytes of what is sent, without framing."""
+        return len(self.packed) + len(self.edits_json())
+
 
 def read_step(version: int, packed: bytes, edits_json: str) -> ServerStep:
     """Rebuild a step from what crossed the wire.

@@ -14,7 +14,6 @@ from configs.schema import RunConfig
 from federated.aggregation import aggregate
 from federated.blocks import Blocks, take
 from federated.messages import Request, raise_user_error, write_request
-from federated.steps import steps_after
 from federated.update import Unit
 from server.early_stop import EarlyStop
 from server.exchange import Answer, exchange, wait_for_nodes
@@ -51,6 +50,7 @@ class Federation:
         self.validation = take(validation, config.eval_blocks) if validation is not None else None
         self.usage = UsageAverage(config.usage_decay)
         self.early_stop = EarlyStop(rounds=config.early_stop_rounds, delta=config.early_stop_delta)
+        # Node -> the version of the global model on its disk.
         self._held: dict[int, int] = {}
         # Node -> the client that it answers for.
         self._partitions: dict[int, int] = {}
@@ -78,6 +78,7 @@ class Federation:
             answers = self._ask(nodes, MessageType.TRAIN, server_round, spool)
             replies = self._check(answers, server_round)
             change = self._aggregate(replies)
+        self.server.drop_steps(min(self._held.get(node, 0) for node in nodes))
         self.server.advance(change, value_bits=self.config.value_bits, density=self.config.downlink_density)
         self.usage.add([accepted.usage for accepted in replies.accepted])
         planned = server_round == self.config.num_rounds
@@ -150,6 +151,8 @@ class Federation:
         for node, answer in answers.items():
             if answer.content is not None:
                 self._held[node] = self.server.version
+            elif answer.held_version is not None:
+                answers[node] = replace(answer, error=f"holds version {answer.held_version} after a resend")
         return answers
 
     def _exchange(
@@ -172,12 +175,15 @@ class Federation:
         )
 
     def _request(self, node: int, server_round: int) -> Request:
+        steps, snapshot = self.server.catch_up(self._held.get(node, 0))
         return Request(
             server_round=server_round,
             version=self.server.version,
             graph_hash=self.server.graph.digest(),
             base_fingerprint=self.server.fingerprint,
-            steps=steps_after(self.server.steps, self._held.get(node, 0)),
+            copy_hash=self.server.copy_hash,
+            steps=steps,
+            snapshot=snapshot,
             last=server_round == self.config.num_rounds,
             accepted_round=self._accepted.get(node, 0),
         )

@@ -15,15 +15,21 @@ from configs.output import new_directory
 from experts.edits import Edit, apply_edits
 from experts.graph import ExpertGraph
 from federated.codec import pack_update
+from federated.copy_hash import copy_hash, unit_digest
 from federated.quantise import MAX_MAGNITUDE
 from federated.selection import prepare_update
-from federated.steps import ServerStep, apply_step
+from federated.snapshot import pack_snapshot
+from federated.steps import ServerStep, apply_step, steps_after
 from federated.update import SparseUpdate
 from models.checkpoint import cast_weights, read_graph, save_graph, write_graph
 from models.config_file import read_dtype
 from models.llama_loader import load_graph, load_tokenizer
+from models.mapped_experts import open_mapped
 from models.recipe import graph_fingerprint, read_recipe_file
-from models.units import Unit, weight_count
+from models.units import Unit, unit_sizes, weight_count
+
+# As many missing steps may outweigh a snapshot, which takes time to pack; fewer hardly can.
+SNAPSHOT_FROM = 4
 
 
 class GlobalModel:
@@ -48,6 +54,9 @@ class GlobalModel:
         self.steps: list[ServerStep] = []
         self._dtype = read_dtype(source)
         self._residual: dict[Unit, Tensor] = {}
+        self._digests: dict[Unit, str] = {}
+        self._copy_hash: str | None = None
+        self._snapshot: bytes | None = None
 
     @property
     def graph(self) -> ExpertGraph:
@@ -85,15 +94,58 @@ class GlobalModel:
             )
             update, self._residual = prepared.update, dict(prepared.residual)
         step = ServerStep(self.version + 1, pack_update(update, value_bits=value_bits))
-        apply_step(self.model, step)
+        moved = apply_step(self.model, step)
+        self._digests |= {unit: unit_digest(self.model, unit) for unit in moved}
         self.steps.append(step)
         self.version = step.version
+        self._copy_hash = self._snapshot = None
 
     def edit(self, edits: list[Edit]) -> None:
         """Make edits of the graph, as part of the latest step."""
         write_graph(self.model, apply_edits(self.graph, edits))
         latest = self.steps.pop()
         self.steps.append(ServerStep(latest.version, latest.packed, edits))
+        self._copy_hash = self._snapshot = None
+
+    @property
+    def copy_hash(self) -> str:
+        """What a client's copy of this version must hash to."""
+        if self._copy_hash is None:
+            self._copy_hash = copy_hash(self.model, self._digests)
+        return self._copy_hash
+
+    def snapshot(self) -> bytes:
+        """All in which the model differs from the checkpoint it came from."""
+        if self._snapshot is None:
+            base = open_mapped(self.source)
+            self._snapshot = pack_snapshot(self.model, base, self._digests, self.version)
+        return self._snapshot
+
+    def catch_up(self, held: int) -> tuple[list[ServerStep], bytes]:
+        """What a client at version ``held`` needs: the steps since, or no step and a snapshot where that is smaller.
+
+        Args:
+            held: 0 for the checkpoint.
+        """
+        missing = steps_after(self.steps, held)
+        whole = len(missing) == max(self.version - held, 0)
+        if whole and len(missing) < SNAPSHOT_FROM:
+            return missing, b""
+        snapshot = self.snapshot()
+        if whole and sum(step.size() for step in missing) <= len(snapshot):
+            return missing, b""
+        return [], snapshot
+
+    def drop_steps(self, held: int) -> None:
+        """Forget steps up to version ``held``, which every client has, and the oldest of more than one model's bytes.
+
+        Whoever needs them yet gets a snapshot.
+        """
+        self.steps = steps_after(self.steps, held)
+        sizes = unit_sizes(self.model, attention=True)
+        room = 4 * sum(sizes[unit] for unit in self._digests)
+        while len(self.steps) > 1 and sum(step.size() for step in self.steps) > room:
+            self.steps.pop(0)
 
     @contextmanager
     def trying(self, edits: list[Edit]) -> Iterator[None]:

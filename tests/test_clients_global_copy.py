@@ -11,11 +11,12 @@ from clients.checked_file import write_checked
 from clients.global_copy import GlobalCopy
 from experts.edits import Edit
 from experts.graph import ExpertGraph
+from federated.copy_hash import copy_hash, unit_digest
 from federated.steps import ServerStep, apply_step
 from models.checkpoint import read_graph, save_graph, write_graph
 from models.llama_loader import load_graph
 from models.mapped_experts import open_mapped
-from models.units import read_unit
+from models.units import OTHERS, read_unit, unit_sizes
 from tests.test_clients_checked_file import DAMAGES, damaged
 from tests.tiny_federation import all_equal, next_step, packed_change, random_change, save_tiny_graph
 from tests.tiny_graphs import graph_of, with_random_gains
@@ -180,3 +181,50 @@ def _metadata(folder) -> dict[str, str]:
     assert set(load_file(folder / "global.safetensors")) >= {"router/0", "mask/1"}
     with safe_open(folder / "global.safetensors", framework="pt") as file:
         return file.metadata()
+
+
+def test_the_hash_is_that_of_a_model_in_memory_that_went_the_same_way(base, folder):
+    model, moved = load_graph(base), {}
+    for version, units in enumerate([[(0, 1), (1, OTHERS)], [(1, 3)], [(0, 1)]], start=1):
+        sizes = unit_sizes(model, attention=True)
+        change = {unit: torch.full((sizes[unit],), 1e-3 * version) for unit in units}
+        step = ServerStep(version, packed_change(model, change), [Edit("remove-edge", 0, 0, version)])
+        apply_step(model, step)
+        moved |= {unit: unit_digest(model, unit) for unit in units}
+        kept, copy, _ = opened(base, folder)
+        touched = apply_step(copy, step)
+        assert kept.hash(copy, touched) == copy_hash(model, moved)
+        kept.save(copy, version, touched)
+        fresh, again, _ = opened(base, folder)
+        assert fresh.hash(again) == copy_hash(model, moved)
+
+
+def test_a_whole_expert_of_another_time_counts_as_damage(base, folder):
+    model = load_graph(base)
+    for version in (1, 2):
+        step = ServerStep(version, packed_change(model, random_change(model, [(0, 1)], seed=version)))
+        apply_step(model, step)
+        advance(base, folder, step)
+        if version == 1:
+            old = (folder / "experts" / "0.1.1.safetensors").read_bytes()
+    (folder / "experts" / "0.1.2.safetensors").write_bytes(old)
+    assert opened(base, folder)[2] == 0
+
+
+def test_starting_over_leaves_the_disk_as_it_is_until_a_save(base, folder):
+    model = load_graph(base)
+    step = next_step(model, 1)
+    advance(base, folder, step)
+    apply_step(model, step)
+    kept = GlobalCopy(folder)
+    kept.start_over()
+    fresh = open_mapped(base, kept)
+    assert all_equal(fresh, load_graph(base))
+    kept.write((0, 1), torch.zeros(3 * 16 * 32))
+    assert all_equal(opened(base, folder)[1], model)
+    kept.write((0, 1), torch.zeros(3 * 16 * 32))
+    kept.save(fresh, 7)
+    again, _, version = opened(base, folder)
+    assert version == 7 and not again.read((0, 1)).any() and again.read((0, 2)) is None
+    assert expert_files(folder) == ["0.1.2.safetensors"]
+    GlobalCopy(folder / "absent").start_over()

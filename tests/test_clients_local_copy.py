@@ -1,16 +1,29 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from clients.local_copy import VersionMismatch, bring_to_version, client_folder
 from clients.store import ClientStore
 from configs.schema import load_run_config
+from experts.edits import Edit
 from federated.steps import apply_step
 from federated.update import RefusedUpdate
+from models.checkpoint import read_graph
 from models.llama_loader import load_graph
 from models.mapped_experts import open_mapped
-from tests.tiny_federation import all_equal, next_step, node_context, request_at, run_values, save_tiny_graph
+from server.global_model import GlobalModel
+from tests.tiny_federation import (
+    all_equal,
+    next_step,
+    node_context,
+    random_change,
+    request_at,
+    run_values,
+    save_tiny_graph,
+)
 
 
 @pytest.fixture
@@ -75,11 +88,87 @@ def test_a_gap_names_the_version_held(graph, model, tmp_path):
     assert not store.folder.exists()
 
 
-def test_a_refused_step_keeps_the_version_before_on_disk(graph, model, tmp_path):
+def test_a_step_that_does_not_fit_asks_for_all_there_is_and_is_refused_where_nothing_else_can_come(
+    graph, model, tmp_path
+):
     store, steps = ClientStore(tmp_path / "client"), steps_of(model, 2)
     early = open_mapped(str(graph), store.copy)
     bring_to_version(early, store, request_at(graph, model, 1, steps=steps[:1]))
-    with pytest.raises(RefusedUpdate):
-        bad = type(steps[1])(2, steps[1].packed[:-1])
+    bad = type(steps[1])(2, steps[1].packed[:-1])
+    with pytest.raises(VersionMismatch, match="holds version 0"):
         bring_to_version(open_mapped(str(graph), store.copy), store, request_at(graph, model, 2, steps=[bad]))
-    assert store.copy.load(open_mapped(str(graph), store.copy)) == 1
+    assert store.copy.load(open_mapped(str(graph), store.copy)) == 0
+    with pytest.raises(RefusedUpdate):
+        request = request_at(graph, model, 2, steps=[steps[0], bad])
+        bring_to_version(open_mapped(str(graph), store.copy), store, request)
+
+
+@pytest.fixture
+def server(graph):
+    """Three versions on."""
+    server = GlobalModel(str(graph))
+    for version in (1, 2, 3):
+        change = random_change(server.model, [(0, version), (1, 5)], seed=version)
+        server.advance(change, value_bits=4)
+        if version == 2:
+            mask = server.graph.masks[0]
+            p, q = next((p, q) for q in range(8) for p in range(q) if mask[p, q])
+            server.edit([Edit("remove-edge", 0, p, q)])
+    return server
+
+
+def from_server(graph, server, **changes):
+    return request_at(graph, server.model, server.version, copy_hash=server.copy_hash, **changes)
+
+
+@pytest.mark.parametrize("held", [0, 1, 3])
+def test_a_snapshot_takes_the_place_of_whatever_is_held(graph, server, tmp_path, held):
+    store = ClientStore(tmp_path / "client")
+    for step in server.steps[:held]:
+        copy = open_mapped(str(graph), store.copy)
+        assert store.copy.load(copy) == step.version - 1
+        apply_step(copy, step)
+        store.copy.save(copy, step.version)
+    for _ in range(2):  # a second one changes nothing
+        copy = open_mapped(str(graph), store.copy)
+        bring_to_version(copy, store, from_server(graph, server, snapshot=server.snapshot()))
+        assert all_equal(copy, server.model)
+    reopened = open_mapped(str(graph), store.copy)
+    assert store.copy.load(reopened) == 3 and all_equal(reopened, server.model)
+    assert store.copy.hash(reopened) == server.copy_hash
+    # And steps go on from there.
+    server.advance(random_change(server.model, [(1, 1)]), value_bits=4)
+    copy = open_mapped(str(graph), store.copy)
+    bring_to_version(copy, store, from_server(graph, server, steps=server.steps[3:]))
+    assert all_equal(copy, server.model)
+
+
+def test_a_damaged_snapshot_leaves_what_was_held(graph, server, tmp_path):
+    store = ClientStore(tmp_path / "client")
+    first = request_at(graph, server.model, 1, steps=server.steps[:1])
+    model = load_graph(str(graph), dtype=torch.float32)
+    apply_step(model, server.steps[0])
+    copy = open_mapped(str(graph), store.copy)
+    bring_to_version(copy, store, replace(first, graph_hash=read_graph(model).digest()))
+    for request in (
+        from_server(graph, server, snapshot=server.snapshot()[:-1]),
+        replace(from_server(graph, server, snapshot=server.snapshot()), copy_hash="f" * 32),
+    ):
+        with pytest.raises(RefusedUpdate):
+            bring_to_version(open_mapped(str(graph), store.copy), store, request)
+        again = open_mapped(str(graph), store.copy)
+        assert store.copy.load(again) == 1 and all_equal(again, model)
+
+
+def test_a_copy_that_hashes_to_something_else_is_dropped_and_asked_for(graph, server, tmp_path):
+    store = ClientStore(tmp_path / "client")
+    copy = open_mapped(str(graph), store.copy)
+    bring_to_version(copy, store, from_server(graph, server, steps=server.steps))
+    # An expert that is whole, and named in the list with its own digest, but another than the server's.
+    copy = open_mapped(str(graph), store.copy)
+    store.copy.load(copy)
+    store.copy.write((1, 5), store.copy.read((1, 5)) * 1.0001)
+    store.copy.save(copy, 3)
+    with pytest.raises(VersionMismatch, match="holds version 0"):
+        bring_to_version(open_mapped(str(graph), store.copy), store, from_server(graph, server))
+    assert store.copy.load(open_mapped(str(graph), store.copy)) == 0

@@ -136,3 +136,8 @@ def test_edits_as_json_name_every_field():
 def test_the_missing_steps_come_oldest_first(held, missing):
     steps = [ServerStep(version, b"") for version in (3, 1, 2)]
     assert [step.version for step in steps_after(steps, held)] == missing
+
+
+def test_the_size_of_a_step_is_that_of_its_parts():
+    step = ServerStep(1, b"12345", EDITS)
+    assert step.size() == 5 + len(step.edits_json())

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ import torch
 from flwr.app import Error, Message, RecordDict
 
 from clients.client_app import app as client_app
+from clients.global_copy import GlobalCopy
 from clients.store import ClientStore
 from configs.errors import UserError
 from configs.schema import RunConfig
@@ -26,7 +30,7 @@ from models.mapped_experts import open_mapped
 from models.perplexity import LossSum, evaluate_loss
 from server.federation import Federation
 from tests.fresh_process import FreshProcessApp
-from tests.grid import Drop
+from tests.grid import Drop, Late
 from tests.tiny_federation import (
     TinyGrid,
     all_equal,
@@ -218,26 +222,187 @@ def test_clients_whose_every_message_meets_a_fresh_process_give_the_same_result(
     assert again.merges == plain.merges
 
 
-def test_a_client_that_lost_its_copy_is_brought_up_to_date_in_the_same_round(plain, tmp_path):
+def _cut(folder: Path) -> None:
+    state = folder / "global.safetensors"
+    state.write_bytes(state.read_bytes()[:-7])
+
+
+def _remove(folder: Path) -> None:
+    shutil.rmtree(folder / "experts")
+
+
+def _flip(folder: Path) -> None:
+    expert = min((folder / "experts").iterdir())
+    data = bytearray(expert.read_bytes())
+    data[-1] ^= 1
+    expert.write_bytes(data)
+
+
+def _rewrite(folder: Path) -> None:
+    """Another expert than the server's, whole in all its files."""
+    kept = GlobalCopy(folder)
+    model = open_mapped((folder / "graph-path").read_text(), kept)
+    version = kept.load(model)
+    unit = min(kept._files)
+    kept.write(unit, kept.read(unit) * 1.001)
+    kept.save(model, version)
+
+
+@pytest.mark.parametrize("damage", [_cut, _remove, _flip, _rewrite])
+def test_a_client_whose_copy_is_damaged_is_healed_by_a_snapshot_in_the_same_round(plain, tmp_path, damage):
     config = plain.config.model_copy(update={"log_dir": str(tmp_path / "logs")})
-    lost = client_folder_of(config, 0) / "global.safetensors"
+    done: list[int] = []
 
-    def lose(server_round: int, node: int) -> None:
-        if (server_round, node) == (3, 0) and len(healed_messages) == 0:
-            healed_messages.append(1)
-            lost.write_bytes(lost.read_bytes()[:-7])
+    def before(server_round: int, node: int) -> None:
+        if (server_round, node) == (3, 0) and not done:
+            done.append(1)
+            folder = client_folder_of(config, 0)
+            (folder / "graph-path").write_text(config.graph)
+            damage(folder)
 
-    healed_messages: list[int] = []
-    healed = run(config, before=lose)
+    healed = run(config, before=before)
     assert all_equal(healed.federation.server.model, plain.federation.server.model)
     assert [client["refused"] for client in healed.rounds[2]["clients"]] == [None, None]
     to_0 = [(down, up) for r, node, down, up in healed.grid.sent if (r, node) == (3, 0)]
-    assert [[step.version for step in read_request(down.content).steps] for down, _ in to_0] == [[2], [1, 2]]
+    requests = [read_request(down.content) for down, _ in to_0]
+    assert [[step.version for step in request.steps] for request in requests] == [[2], []]
+    assert [bool(request.snapshot) for request in requests] == [False, True]
     assert (to_0[0][1].error.code, to_0[0][1].error.reason) == (RESEND, "0")
+    assert [equal for r, node, _, _, equal in healed.copies if r >= 3 and node == 0][1:] == [True, True]
     # What was sent in vain counts as well.
     client = next(client for client in healed.rounds[2]["clients"] if client["name"] == "letters")
     assert client["bytes_down"] == sum(message_bytes(down) for down, _ in to_0)
     assert client["bytes_up"] == sum(message_bytes(up) for _, up in to_0)
+
+
+def test_a_copy_that_cannot_be_healed_is_refused_with_a_reason_and_the_rest_goes_on(graph, tmp_path):
+    """A disk on which nothing can be relied upon: whatever is sent, the copy is another."""
+    config = tiny_config(graph, tmp_path, local_steps=1)
+
+    def stubborn(message, context):
+        if context.node_config["partition-id"] == 0 and message.content["config"]["server-round"] == 2:
+            message.content["config"]["copy-hash"] = "f" * 32
+        return client_app(message, context)
+
+    seen = run(config, app=stubborn)
+    letters = [next(c for c in row["clients"] if c["name"] == "letters") for row in seen.rounds]
+    assert letters[0]["refused"] is None and letters[2]["refused"] is None
+    assert "expected the copy ffffffffffff of version 1" in letters[1]["refused"]
+    assert [c["refused"] for row in seen.rounds for c in row["clients"] if c["name"] == "digits"] == [
+        None
+    ] * 3
+
+
+def test_a_client_that_was_away_for_long_comes_back_by_a_snapshot_and_steps_are_dropped(graph, tmp_path):
+    config = tiny_config(
+        graph, tmp_path, local_steps=1, num_rounds=9, density=1.0, value_bits=16, reply_timeout=0.1
+    )
+    seen = run(config, faults={(0, str(server_round)): Drop() for server_round in range(2, 9)})
+    back = next(read_request(d.content) for r, node, d, _ in seen.grid.sent if (r, node) == (9, 0))
+    assert back.snapshot and not back.steps
+    assert seen.copies[-1][-1] and all(equal for r, node, *_, equal in seen.copies if node == 1)
+    # All nodes hold version 8 by then.
+    assert [step.version for step in seen.federation.server.steps] == [9]
+
+
+def test_a_sparse_downlink_keeps_both_sides_equal_and_sends_less(plain, tmp_path):
+    config = plain.config.model_copy(
+        update={"log_dir": str(tmp_path / "logs"), "downlink_density": 0.1, "client_weight": "tokens"}
+    )
+    sparse = run(config)
+    assert all(equal for *_, equal in sparse.copies)
+    assert sparse.summary["bytes_down"] < 0.6 * plain.summary["bytes_down"]
+    for client in sparse.summary["clients"]:
+        assert client["perplexity_after"] < client["perplexity_before"]
+
+
+@pytest.fixture(scope="module")
+def digits_alone(graph, tmp_path_factory) -> Run:
+    """Two rounds in which the first client never answers."""
+    config = tiny_config(graph, tmp_path_factory.mktemp("alone"), local_steps=1, num_rounds=2)
+    return run(config, faults=in_every_round(Error(code=2, reason="away")))
+
+
+def in_every_round(change):
+    """A fault of node 0 in rounds 1 and 2."""
+    return {(0, str(server_round)): change for server_round in (1, 2)}
+
+
+def changed(**records) -> Callable[[Message], Message]:
+    """A fault that sets fields of a reply: ``numbers__examples=1e300``."""
+
+    def change(reply: Message) -> Message:
+        content = reply.content
+        for name, value in records.items():
+            record, _, key = name.partition("__")
+            content[record][key.replace("_", "-")] = value
+        return Message(content, reply_to=_request_of(reply))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        (changed(numbers__examples=1e300), "expected examples from 1 to"),
+        (changed(numbers__examples=float("nan")), "expected examples to be a finite number"),
+        (changed(numbers__train_loss=float("inf")), "expected train-loss to be a finite number"),
+        (changed(info__graph_hash="0" * 64), "expected the graph"),
+        (changed(info__version=7), "expected an update of version"),
+        (changed(info__partition=-3), "number 0 or above"),
+        (changed(info__partition="one"), "a reply cannot be read"),
+        (changed(inclusion__x=0.5), "inclusion probability"),
+        (changed(numbers__density=[1.0, 2.0]), "a reply cannot be read"),
+    ],
+)
+def test_a_hostile_client_is_refused_in_every_round_and_the_rest_trains_on(
+    graph, digits_alone, tmp_path, fault, reason
+):
+    config = tiny_config(graph, tmp_path, local_steps=1, num_rounds=2)
+    seen = run(config, faults=in_every_round(fault))
+    refused = [client["refused"] for row in seen.rounds for client in row["clients"] if client["refused"]]
+    assert len(refused) == 2 and all(reason in each for each in refused)
+    assert all_equal(seen.federation.server.model, digits_alone.federation.server.model)
+
+
+def test_a_reply_of_an_earlier_round_is_refused_when_it_is_played_again(graph, tmp_path):
+    config = tiny_config(graph, tmp_path, local_steps=1)
+    kept: list[RecordDict] = []
+
+    def record(reply: Message) -> Message:
+        kept.append(copy.deepcopy(reply.content))
+        return reply
+
+    def replay(reply: Message) -> Message:
+        return Message(copy.deepcopy(kept[0]), reply_to=_request_of(reply))
+
+    seen = run(config, faults={(0, "1"): record, (0, "2"): replay, (0, "3"): replay})
+    refused = [[client["refused"] for client in row["clients"] if client["refused"]] for row in seen.rounds]
+    assert refused[0] == []
+    assert refused[1:] == [[f"expected an update of version {v}, got one of version 0"] for v in (1, 2)]
+
+
+def test_a_node_that_answers_for_another_client_is_refused(graph, tmp_path):
+    """In the first round nobody can know better than by whose answer came first; from then on they are told apart."""
+    config = tiny_config(graph, tmp_path, local_steps=1)
+    claim = changed(info__partition=1)
+    seen = run(config, faults={(0, "2"): claim, (0, "3"): claim})
+    refused = [[c["refused"] for c in row["clients"] if c["name"] == "letters"] for row in seen.rounds]
+    assert refused == [[None], *[["client 1 has answered already, from another node"]] * 2]
+    assert [c["refused"] for row in seen.rounds for c in row["clients"] if c["name"] == "digits"] == [
+        None
+    ] * 3
+
+
+def test_a_late_answer_to_an_earlier_round_is_never_looked_at(graph, tmp_path):
+    """It waits at the SuperLink until nobody asks for it any more."""
+    config = tiny_config(graph, tmp_path, local_steps=1, num_rounds=2, reply_timeout=0.1)
+    late = run(config, faults={(0, "2"): Late(10**6)})
+    never = run(config.model_copy(update={"log_dir": str(tmp_path / "never")}), faults={(0, "2"): Drop()})
+    assert all_equal(late.federation.server.model, never.federation.server.model)
+    letters = [next(c for c in row["clients"] if c["name"] == "letters") for row in late.rounds]
+    assert [client["refused"] for client in letters] == [None, "no answer within 0 s"]
+    assert all(equal for r, *_, equal in late.copies if r == 3)
 
 
 def corrupted(reply: Message) -> Message:

@@ -8,6 +8,8 @@ import torch
 
 from configs.errors import UserError
 from experts.edits import Edit
+from federated.copy_hash import copy_hash, unit_digest
+from federated.snapshot import apply_snapshot
 from federated.steps import apply_step
 from models.checkpoint import cast_weights, read_graph, save_graph
 from models.llama_loader import load_graph
@@ -177,3 +179,69 @@ def test_what_is_no_graph_is_refused(tiny_llama_dir, tmp_path):
 def test_the_graph_read_is_a_copy(server):
     server.graph.masks[0][:] = False
     assert np.diagonal(server.graph.masks[0]).all()
+
+
+def advanced(server: GlobalModel, versions: int, units=((0, 0), (1, 2)), value_bits: int = 4) -> None:
+    for _ in range(versions):
+        change = random_change(server.model, units, seed=server.version)
+        server.advance(change, value_bits=value_bits)
+
+
+def test_a_snapshot_leads_from_the_checkpoint_to_the_model(server, graph):
+    advanced(server, 2)
+    server.edit([Edit("add-edge", 0, *free_pair(server))])
+    fresh = load_graph(str(graph), dtype=torch.float32)
+    assert apply_snapshot(fresh, server.snapshot(), 2) == {(0, 0), (1, 2)}
+    assert all_equal(fresh, server.model)
+    assert server.snapshot() is server.snapshot()
+
+
+def test_hash_and_snapshot_follow_every_step_and_edit(server):
+    seen = [(server.copy_hash, server.snapshot())]
+    advanced(server, 1)
+    seen.append((server.copy_hash, server.snapshot()))
+    server.edit([Edit("add-edge", 0, *free_pair(server))])
+    seen.append((server.copy_hash, server.snapshot()))
+    assert len({hash_ for hash_, _ in seen}) == len({snapshot for _, snapshot in seen}) == 3
+    moved = {unit: unit_digest(server.model, unit) for unit in ((0, 0), (1, 2))}
+    assert server.copy_hash == copy_hash(server.model, moved)
+
+
+def test_a_client_gets_the_steps_it_misses_or_a_snapshot_where_that_is_smaller(server):
+    advanced(server, 3)
+    assert server.catch_up(3) == ([], b"")
+    assert server.catch_up(1) == (server.steps[1:], b"")
+    assert server.catch_up(0) == (server.steps, b"")
+    advanced(server, 20)
+    steps, snapshot = server.catch_up(0)
+    assert steps == [] and snapshot == server.snapshot()
+    assert len(snapshot) < sum(step.size() for step in server.steps)
+    steps, snapshot = server.catch_up(19)
+    assert [step.version for step in steps] == [20, 21, 22, 23] and snapshot == b""
+
+
+def test_many_small_steps_are_smaller_than_a_snapshot(server):
+    advanced(server, 1)
+    size = unit_sizes(server.model)[0, 0]
+    for index in range(6):
+        server.advance({(0, 0): 0.1 * torch.nn.functional.one_hot(torch.tensor(index), size)}, value_bits=8)
+    assert len(server.catch_up(1)[0]) == 6
+
+
+def test_steps_that_nobody_needs_are_dropped_and_a_snapshot_takes_their_place(server):
+    advanced(server, 3)
+    server.drop_steps(2)
+    assert [step.version for step in server.steps] == [3]
+    assert server.catch_up(2) == (server.steps, b"")
+    for held in (0, 1):
+        assert server.catch_up(held) == ([], server.snapshot())
+
+
+def test_steps_never_take_more_than_the_units_that_moved(server):
+    sizes = []
+    for _ in range(40):
+        advanced(server, 1, value_bits=16)
+        server.drop_steps(0)
+        sizes.append(sum(step.size() for step in server.steps))
+    assert max(sizes) <= 4 * 2 * unit_sizes(server.model)[0, 0]
+    assert server.steps[-1].version == 40 and len(server.steps) < 10
