@@ -1,0 +1,249 @@
+"""Bytes and speed of a packed update, against its entropy and against what others send.
+
+The floor of an index column is ``n * H(density)`` bits for n entries. Real masks are of the largest entries of the
+changes of every expert after a round of local training, a client for each domain, laid side by side as one model.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from benchmarks.runner import Measured, OnStep, run_benchmark
+from benchmarks.statistics import alternate, median_ratio
+from benchmarks.wire_lowrank import energy_ratios
+from benchmarks.wire_peers import dense_peers, plain_pack, plain_unpack
+from benchmarks.wire_updates import TrainingSettings, kept, random_update, side_by_side, trained_updates
+from clients.trainer import LocalTraining
+from federated.codec import pack_update, packed_stats, unpack_update
+from federated.update import SparseUpdate, SparseVector, Unit
+
+# Bytes from which the share of the container counts.
+_LARGE = 100_000
+# A value, unless said otherwise.
+_BITS = 4
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much is measured.
+
+    Attributes:
+        entries: of the random masks.
+        densities: of all masks.
+        training: of the real updates.
+        speed_density: of the update that is timed.
+        repeats: of timings.
+        ranks: of the factors compared with sparse entries.
+        every: of how many experts one is compared so.
+    """
+
+    entries: int
+    densities: Sequence[float]
+    training: TrainingSettings
+    speed_density: float
+    repeats: int
+    ranks: Sequence[int]
+    every: int
+
+
+FULL = Settings(
+    10_000_000,
+    (0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.3),
+    TrainingSettings(
+        ("math_gsm8k", "medical_qa", "code_algos", "stories"),
+        16,
+        128,
+        256,
+        8192,
+        LocalTraining(steps=20, learning_rate=1e-3, autocast=False),
+    ),
+    0.05,
+    15,
+    (1, 4, 16),
+    8,
+)
+QUICK = replace(
+    FULL,
+    entries=200_000,
+    densities=(0.01, 0.3),
+    training=replace(
+        FULL.training,
+        domains=("a", "b"),
+        experts=8,
+        blocks=4,
+        block_size=32,
+        calibration_tokens=256,
+        training=replace(FULL.training.training, steps=2),
+    ),
+    repeats=1,
+    ranks=(1,),
+    every=16,
+)
+
+
+def measure(quick: bool, on_step: OnStep) -> Measured:
+    """Bytes of uniform and of real masks and of values, then the seconds of packing and unpacking."""
+    settings = QUICK if quick else FULL
+    trained = trained_updates(settings.training, quick=quick, density=settings.speed_density, bits=_BITS)
+    changes = trained.changes
+    on_step("local training, masks, speed", 1, 3)
+    vectors = side_by_side(changes)
+    uniform = {str(p): _sizes(random_update(settings.entries, p, seed=0)) for p in settings.densities}
+    real = {
+        f"{p}, {name}": _sizes(kept(vectors, p, shared=name == "of all units"))
+        for p in settings.densities
+        for name in ("of each unit", "of all units")
+    }
+    clients = {
+        name: _client_index(units, settings)
+        for name, units in zip(settings.training.domains, changes, strict=False)
+    }
+    on_step("local training, masks, speed", 2, 3)
+    speed = _speed(vectors, settings)
+    peers = dense_peers(vectors, repeats=settings.repeats)
+    lowrank = {
+        f"{name}, rank {rank}": energy_ratios(trained.matrices(units, settings.every), rank=rank, bits=_BITS)
+        for name, units in (("one round", vectors), ("with a residual", trained.carried))
+        for rank in settings.ranks
+    }
+    on_step("local training, masks, speed", 3, 3)
+    return _summary(uniform, real, speed, {**peers, **speed["peers"]}, lowrank, clients)
+
+
+def _summary(uniform, real, speed, peers, lowrank, clients) -> Measured:
+    large = [row["container_share"] for row in real.values() if row["bytes"] >= _LARGE]
+    return Measured(
+        figures={
+            "index_over_entropy_uniform_max": max(row["index_over_entropy"] for row in uniform.values()),
+            "index_over_entropy_real_max": max(row["index_over_entropy"] for row in real.values()),
+            "int4_bits": max(row["bits_4"] for row in real.values()),
+            "bit2_bits": max(row["bits_2"] for row in real.values()),
+            "overhead_bytes": float(smallest_bytes()),
+            "container_share_100k": max(large) if large else None,
+            **speed["figures"],
+        },
+        peers={
+            "entries": {
+                "uniform": uniform[next(iter(uniform))]["entries"],
+                "real": real[next(iter(real))]["entries"],
+            },
+            "uniform": uniform,
+            "real": real,
+            "index_over_entropy_real_by_client": clients,
+            "sent": peers,
+            "lowrank_energy_over_sparse_at_equal_bytes": lowrank,
+        },
+        notes={
+            "index_over_entropy_real_max": "largest entries of each unit and of all units, all clients side by side",
+            "int4_bits": "a value with its block scales, on the real updates; the largest of all densities",
+            "bit2_bits": "likewise",
+            "overhead_bytes": "the whole packed size of one entry of one unit",
+            "container_share_100k": "of packed updates of at least 100 kB, at 4 bits; None where there is none",
+            "pack_speed_ratio": "against int32 positions + fp16 values + zstd -3; both with the selection of the "
+            "largest entries",
+            "unpack_speed_ratio": "both to the same per-unit positions (int64) and values (fp32)",
+            "size_ratio": "at 4 bits",
+        },
+    )
+
+
+def smallest_bytes() -> int:
+    """The packed size of an update of one unit and one entry."""
+    return len(
+        pack_update(SparseUpdate(1, "0" * 64, {(0, 0): SparseVector(50_000, [7], [1e-3])}), value_bits=_BITS)
+    )
+
+
+def _sizes(update: SparseUpdate) -> dict[str, float]:
+    """What packing gives at 4 bits and, of the values, at 2."""
+    four, two = (packed_stats(pack_update(update, value_bits=bits)) for bits in (_BITS, 2))
+    count = sum(vector.indices.size for vector in update.vectors.values())
+    return {
+        "entries": four.raw_bytes // 2,
+        "kept": count,
+        "bytes": four.packed_bytes,
+        "index_bytes": four.index_bytes,
+        "index_floor_bytes": four.index_floor_bytes,
+        "index_over_entropy": four.index_bytes / four.index_floor_bytes,
+        "floor_bits_per_entry": 8 * four.index_floor_bytes / (four.raw_bytes / 2),
+        "bits_4": 8 * four.value_bytes / count,
+        "bits_2": 8 * two.value_bytes / count,
+        "container_share": 1 - (four.index_bytes + four.value_bytes) / four.packed_bytes,
+    }
+
+
+def _client_index(units: Mapping[Unit, Tensor], settings: Settings) -> dict[str, float]:
+    """Index over entropy of one client alone, by density."""
+    rows = {p: packed_stats(pack_update(kept(units, p), value_bits=_BITS)) for p in settings.densities}
+    return {str(p): row.index_bytes / row.index_floor_bytes for p, row in rows.items()}
+
+
+def _speed(vectors: Mapping[Unit, Tensor], settings: Settings) -> dict[str, Any]:
+    """Ratios of seconds, peer over ours, and of bytes, ours over the peer's."""
+    update = kept(vectors, settings.speed_density)
+    sizes = {unit: vector.numel() for unit, vector in vectors.items()}
+    ours, plain = pack_update(update, value_bits=_BITS), plain_pack(update)
+    seconds = alternate(
+        {
+            "select": lambda: kept(vectors, settings.speed_density),
+            "ours, pack": lambda: pack_update(update, value_bits=_BITS),
+            "plain, pack": lambda: plain_pack(update),
+            "ours, unpack": lambda: unpack_update(ours, sizes=sizes),
+            "plain, unpack": lambda: plain_unpack(plain, sorted(sizes.items())),
+        },
+        repeats=settings.repeats,
+        warmup=1,
+    )
+    whole = {name: np.add(seconds["select"], seconds[f"{name}, pack"]).tolist() for name in ("ours", "plain")}
+    entries = sum(sizes.values())
+    processor = {
+        name: _processor_seconds(pack, settings.repeats)
+        for name, pack in (
+            ("ours", lambda: pack_update(update, value_bits=_BITS)),
+            ("plain", lambda: plain_pack(update)),
+        )
+    }
+    return {
+        "figures": {
+            "pack_speed_ratio": median_ratio(whole["plain"], whole["ours"]),
+            "pack_speed_ratio_without_selection": median_ratio(seconds["plain, pack"], seconds["ours, pack"]),
+            "unpack_speed_ratio": median_ratio(seconds["plain, unpack"], seconds["ours, unpack"]),
+            "size_ratio": len(ours) / len(plain),
+        },
+        "peers": {
+            "selection of the largest entries": {"seconds": statistics.median(seconds["select"])},
+            **{
+                label: {
+                    "bytes_per_entry": len(data) / entries,
+                    "seconds": statistics.median(seconds[f"{name}, pack"]),
+                    "processor_seconds": processor[name],
+                    "unpack_seconds": statistics.median(seconds[f"{name}, unpack"]),
+                }
+                for label, name, data in (
+                    (f"ours at density {settings.speed_density}, int4", "ours", ours),
+                    (f"int32 fp16 zstd -3 at density {settings.speed_density}", "plain", plain),
+                )
+            },
+        },
+    }
+
+
+def _processor_seconds(run: Callable[[], object], repeats: int) -> float:
+    """Median over ``repeats`` of the seconds that all threads together compute."""
+    found = []
+    for _ in range(repeats):
+        start = time.process_time()
+        run()
+        found.append(time.process_time() - start)
+    return statistics.median(found)
+
+
+if __name__ == "__main__":
+    run_benchmark("wire", measure)

@@ -1,0 +1,127 @@
+"""What the codec is measured on: changes of experts after real local training, and random masks."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.material import data_sources, domain_blocks, model_path
+from clients.trainer import LocalTraining, train_locally
+from federated.blocks import Blocks, batches
+from federated.entries import largest_share, sparsify
+from federated.quantise import quantise_update
+from federated.update import SparseUpdate, SparseVector, Unit
+from models.bootstrap import BootstrapPlan, build_graph, plan_experts
+from models.bootstrap_checkpoint import sample_calibration
+from models.llama_loader import load_dense
+from models.modeling_fedgraft import FedGraftForCausalLM
+from models.units import read_unit, unit_sizes, weight_count
+
+_BATCH = 8
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """Of the updates of a client for each domain.
+
+    Attributes:
+        domains: a client each.
+        experts: E of each layer.
+        blocks: of text, a client.
+        block_size: tokens of a block.
+        calibration_tokens: sampled from the model, for the bootstrap.
+        training: of a round.
+    """
+
+    domains: Sequence[str]
+    experts: int
+    blocks: int
+    block_size: int
+    calibration_tokens: int
+    training: LocalTraining
+
+
+@dataclass(frozen=True)
+class TrainedUpdates:
+    """What rounds of local training changed.
+
+    Attributes:
+        changes: for each client the change ``[size]`` of every expert, fp32.
+        carried: for the first client, a second round's change plus what a sparse update left of the first.
+        hidden_size: d; the first ``3hd`` entries of a change are a matrix ``[3h, d]``.
+        weights: ``3hd``.
+    """
+
+    changes: list[dict[Unit, Tensor]]
+    carried: dict[Unit, Tensor]
+    hidden_size: int
+    weights: int
+
+    def matrices(self, units: Mapping[Unit, Tensor], every: int) -> list[Tensor]:
+        """The change ``[3h, d]`` of one expert in ``every``, without its routing."""
+        return [units[unit][: self.weights].view(-1, self.hidden_size) for unit in sorted(units)[::every]]
+
+
+def trained_updates(settings: TrainingSettings, *, quick: bool, density: float, bits: int) -> TrainedUpdates:
+    """Train a client for each domain from the same graph, the first one for a second round."""
+    path = model_path("mix7M", quick=quick)
+    dense = load_dense(path).float()
+    ids = sample_calibration(dense, settings.calibration_tokens, 0)
+    plan = BootstrapPlan(settings.experts)
+    model = build_graph(dense, plan_experts(dense, ids, plan), plan.visits)
+    texts = [
+        domain_blocks(source, path, block_size=settings.block_size, max_blocks=settings.blocks)
+        for source in data_sources(settings.domains, quick=quick)
+    ]
+    changes = [_change(model, text, settings.training, seed=1) for text in texts]
+    left = _left(changes[0], density, bits)
+    again = _change(model, texts[0], settings.training, seed=2)
+    layer = model.expert_layers()[0]
+    carried = {unit: left[unit] + again[unit] for unit in left}
+    return TrainedUpdates(changes, carried, layer.hidden_size, weight_count(layer))
+
+
+def _change(
+    model: FedGraftForCausalLM, text: Blocks, training: LocalTraining, *, seed: int
+) -> dict[Unit, Tensor]:
+    client = copy.deepcopy(model)
+    train_locally(client, batches(text, _BATCH, generator=torch.Generator().manual_seed(seed)), training)
+    return {unit: read_unit(client, unit) - read_unit(model, unit) for unit in unit_sizes(model)}
+
+
+def _left(change: Mapping[Unit, Tensor], density: float, bits: int) -> dict[Unit, Tensor]:
+    """What an update of the largest entries does not ship: the residual of error feedback."""
+    shipped = quantise_update(kept(change, density), bits).vectors
+    return {unit: vector - torch.from_numpy(shipped[unit].to_dense()) for unit, vector in change.items()}
+
+
+def side_by_side(changes: Sequence[Mapping[Unit, Tensor]]) -> dict[Unit, Tensor]:
+    """The units of several clients as if they were layers of one larger model."""
+    layers = 1 + max(layer for layer, _ in changes[0])
+    return {
+        (layers * client + layer, expert): vector
+        for client, units in enumerate(changes)
+        for (layer, expert), vector in units.items()
+    }
+
+
+def kept(vectors: Mapping[Unit, Tensor], density: float, *, shared: bool = False) -> SparseUpdate:
+    """The largest entries: a share ``density`` of each unit or, ``shared``, of all units together."""
+    if shared:
+        return SparseUpdate(0, "", largest_share(vectors, vectors, density))
+    return SparseUpdate(0, "", {unit: sparsify(vector, density) for unit, vector in vectors.items()})
+
+
+def random_update(entries: int, density: float, *, seed: int, unit_size: int = 50_000) -> SparseUpdate:
+    """Normal values at uniformly random positions of units that hold at least ``entries`` together."""
+    rng = np.random.default_rng(seed)
+    vectors = {}
+    for expert in range(-(-entries // unit_size)):
+        indices = np.flatnonzero(rng.random(unit_size) < density)
+        vectors[(0, expert)] = SparseVector(unit_size, indices, rng.standard_normal(indices.size) * 1e-3)
+    return SparseUpdate(0, "", vectors)
