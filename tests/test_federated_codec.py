@@ -5,12 +5,14 @@ import tracemalloc
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from federated.codec import pack_update, packed_stats, unpack_update
 from federated.columns import zstd_pack
 from federated.container import Header, read_container, write_container
+from federated.entries import sparsify
 from federated.quantise import VALUE_BITS, quantise_update
 from federated.update import RefusedUpdate, SparseUpdate, SparseVector
 
@@ -72,6 +74,21 @@ def test_one_giant_unit(density):
     assert unpack_update(pack_update(update, value_bits=8), sizes=sizes) == update
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_changes_of_any_float_type_are_packed_alike(dtype):
+    change = torch.randn(301, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for bits in VALUE_BITS:
+        packed, same = (
+            pack_update(SparseUpdate(0, "", {(1, 2): sparsify(vector, 0.3)}), value_bits=bits)
+            for vector in (change, change.float())
+        )
+        assert packed == same and packed_stats(packed).density == pytest.approx(0.3, abs=0.01)
+    halves = unpack_update(packed, sizes=SIZES).vectors[(1, 2)]
+    torch.testing.assert_close(
+        torch.from_numpy(halves.values), change.float()[halves.indices], rtol=2**-10, atol=0
+    )
+
+
 def test_what_is_unpacked_is_what_quantising_said():
     raw = make_update(SIZES, 0.2, seed=5)
     for bits in VALUE_BITS:
@@ -89,7 +106,7 @@ def test_dense_random_masks_fall_back_to_the_smaller_index():
     assert packed_stats(pack_update(every_second, value_bits=4)).index_bytes < 200
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 2.0**41])
 def test_values_that_are_not_finite_are_not_packed(bad):
     with pytest.raises(RefusedUpdate, match="finite"):
         pack_update(SparseUpdate(0, "", {(0, 0): SparseVector(2, [0], [bad])}), value_bits=4)

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from federated import columns
 from federated.columns import pack_column, unpack_column, zstd_pack, zstd_unpack
 from federated.update import RefusedUpdate
 
@@ -30,6 +31,27 @@ def test_both_codings_are_used_and_read(width):
     assert few[0] != many[0] and len(many) < 100
     assert unpack_column(few, dtype=DTYPES[width], count=1, width=width).tolist() == [3]
     assert unpack_column(many, dtype=DTYPES[width], count=5000, width=width).tolist() == [1] * 5000
+
+
+@pytest.mark.parametrize("size", [99, 100, 101, 1000, 1001])
+def test_long_columns_are_coded_in_parts(monkeypatch, size):
+    monkeypatch.setattr(columns, "_PART", 100)
+    column = np.random.default_rng(0).geometric(0.1, size).astype(np.uint32)
+    packed = pack_column(column, width=32)
+    assert packed == pack_column(column, width=32) and packed[0] == 1
+    assert unpack_column(packed, dtype=np.uint32, count=size, width=32).tolist() == column.tolist()
+    for wrong in (packed[:4], packed[:-1], packed + b"x"):
+        with pytest.raises(RefusedUpdate):
+            unpack_column(wrong, dtype=np.uint32, count=size, width=32)
+
+
+def test_codes_of_few_bits_are_at_their_entropy():
+    codes = (np.random.default_rng(0).binomial(14, 0.5, 200_000) + 1).astype(np.uint8)
+    share = np.bincount(codes) / codes.size
+    entropy = -(share[share > 0] * np.log2(share[share > 0])).sum()
+    packed = pack_column(codes, width=4)
+    assert packed[0] == 3 and 8 * len(packed) / codes.size < 1.015 * entropy
+    assert np.array_equal(unpack_column(packed, dtype=np.uint8, count=codes.size, width=4), codes)
 
 
 @pytest.mark.parametrize("count", [0, 1, 4999, 5001, 10**6])
