@@ -39,7 +39,7 @@ def bootstrap_checkpoint(
     overwrite: bool = False,
     on_step: Step = lambda stage, done, total: None,
 ) -> dict[str, Any]:
-    """Turn the dense Llama at ``source`` into an expert graph at ``out``.
+    """Turn the dense Llama at ``source`` into an expert graph at ``out``, with its recipe (see ``models.recipe``).
 
     Args:
         source: directory or hub id.
