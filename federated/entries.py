@@ -16,6 +16,7 @@ from torch import Tensor
 from configs.errors import UserError
 from federated.top_entries import top_entries
 from federated.update import SparseUpdate, SparseVector, Unit, join_indices, join_values, split_columns
+from models.memory import return_freed_memory
 
 Vectors = dict[Unit, SparseVector]
 
@@ -46,6 +47,11 @@ def entry_count(size: int, density: float) -> int:
         raise ValueError(f"expected a density from 0 to 1, got {density}")
     # The small term keeps 0.07 * 100 = 7.000000000000001 from counting as 8.
     return math.ceil(density * size - 1e-9)
+
+
+def shares(vectors: Mapping[Unit, Tensor], units: Iterable[Unit], density: float) -> Vectors:
+    """``sparsify`` each unit; one of which nothing is kept is left out."""
+    return _gather(units, lambda unit: sparsify(vectors[unit], density))
 
 
 def largest_share(vectors: Mapping[Unit, Tensor], units: Iterable[Unit], density: float) -> Vectors:
@@ -137,12 +143,26 @@ def _collect(
     above = np.cumsum(counts[::-1])[::-1]  # entries in this bin and those above
     edge = int(np.flatnonzero(above >= count)[-1]) if count <= above[0] else 0
     floor = float(np.array(edge << _BIN_SHIFT, dtype=np.int32).view(np.float32))
-    found = {}
-    for unit in units:
+
+    def above_floor(unit: Unit) -> SparseVector:
         values = vectors[unit].detach().to(torch.float32).cpu().numpy()
         magnitudes = np.abs(values)
-        found[unit] = SparseVector.from_dense(values, (magnitudes >= floor) & (magnitudes > 0))
-    return _prune(found, count)
+        return SparseVector.from_dense(values, (magnitudes >= floor) & (magnitudes > 0))
+
+    return _prune(_gather(units, above_floor), count)
+
+
+def _gather(units: Iterable[Unit], entries_of: Callable[[Unit], SparseVector]) -> Vectors:
+    """The entries of each unit that has any."""
+    found = {}
+    for unit in units:
+        kept = entries_of(unit)
+        if kept.indices.size:
+            found[unit] = kept
+        del kept
+        # What is kept lies between what was freed, so that units would take up new memory one after the other.
+        return_freed_memory()
+    return found
 
 
 def _prune(vectors: Vectors, count: int) -> Vectors:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from configs.errors import UserError
 from federated.codec import pack_update
-from federated.entries import Vectors, largest_share, largest_within, sparsify
+from federated.entries import Vectors, largest_share, largest_within, shares, sparsify
 from federated.lazy_vectors import LazyVectors
 from federated.quantise import quantise_update
 from federated.unit_selection import select_sample, select_top
@@ -165,8 +165,7 @@ def _entries(
         return largest_within(totals, units, max_bytes=limits.max_bytes, packed_bytes=packed_bytes)
     if limits.scope == "all":
         return largest_share(totals, units, limits.density)
-    vectors = {unit: sparsify(totals[unit], limits.density) for unit in units}
-    return {unit: vector for unit, vector in vectors.items() if vector.indices.size}
+    return shares(totals, units, limits.density)
 
 
 def _below_cut(total: Tensor, limits: Limits, smallest: float) -> Tensor:

@@ -115,7 +115,11 @@ def split_columns(
 
 
 def replace_values(update: SparseUpdate, values: np.ndarray) -> SparseUpdate:
-    """Return the same update with other ``values``, a float32 column [count] in unit order."""
-    sizes = [(unit, update.vectors[unit].size) for unit in sorted(update.vectors)]
-    indices, _ = join_indices(update)
-    return SparseUpdate(update.graph_version, update.graph_hash, split_columns(sizes, indices, values))
+    """Return the same update with other ``values``, a float32 column [count] in unit order; indices are shared."""
+    vectors, start = {}, 0
+    for unit in sorted(update.vectors):
+        old = update.vectors[unit]
+        end = start + old.indices.size
+        vectors[unit] = SparseVector(old.size, old.indices, values[start:end])
+        start = end
+    return SparseUpdate(update.graph_version, update.graph_hash, vectors)
