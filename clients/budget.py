@@ -16,8 +16,9 @@ _MIB = 2**20
 _TRAINED = {"adamw": 16.0, "sgd": 12.0, "adafactor": 9.0}
 # A fixed base under LoRA factors: 4-bit blocks carry scales.
 _FIXED = {"fp32": 4.0, "bf16": 2.0, "nf4": 0.6}
-# When an update is packed, fp32: its change, the change with the residual, the residual.
-_PACKED = 12.0
+# When an update is packed, for each weight and for each entry that is kept: one expert at a time is dense, and the kept
+# entries pass through the quantiser. Within a byte budget, for each byte: several sizes are tried.
+_PACKED, _PACKED_ENTRY, _PACKED_BYTE = 2.5, 40.0, 160.0
 
 
 def client_budget(
@@ -57,6 +58,7 @@ def budget_of_memory(config: RunConfig, model: FedGraftForCausalLM, memory_mb: i
         UserError: not even one expert fits.
     """
     left = memory_mb * _MIB - psutil.Process().memory_info().rss - activation_bytes(config, model)
+    left -= _PACKED_BYTE * config.upload_budget_mb * 10**6
     each = expert_bytes(config, model)
     budget = min(int(left // each), max(model.config.num_experts))
     if budget < 1:
@@ -73,7 +75,8 @@ def expert_bytes(config: RunConfig, model: FedGraftForCausalLM) -> float:
     weights = sum(weight_count(layer) for layer in model.expert_layers())
     held = _FIXED[config.weights] if config.lora_rank else 4.0
     training = held if config.lora_rank else _TRAINED[config.optimizer]
-    return weights * max(training, held + _PACKED)
+    packed = _PACKED if config.upload_budget_mb else _PACKED + _PACKED_ENTRY * config.density
+    return weights * max(training, held + packed)
 
 
 def activation_bytes(config: RunConfig, model: FedGraftForCausalLM) -> float:

@@ -74,8 +74,10 @@ def choose_update(
         selection: ``top``, or ``sample`` with a ``generator``.
         unbiased: of ``sample``: the server counts what is shipped 1/pi times (``horvitz-thompson``). On average that
             makes up for the units that were not drawn, so these keep only what they would not have shipped either:
-            what is applied and what is kept are together, in expectation, what changed. Without it a unit that was
-            not drawn keeps all.
+            what is applied and what is kept are together, in expectation and to the quantisation error, what
+            changed. The expectation is over draws at a fixed ``density`` of each expert: a cut over all units together
+            depends on the draw. Without it a unit that was not drawn keeps all: exact in every draw where what is
+            shipped counts once (``hajek`` where one client ships the unit, ``mean``).
         value_bits: 2, 4, 8 or 16.
         residual_decay: share of the residual that counts.
         graph_version: of the graph that trained.

@@ -36,8 +36,9 @@ def select_sample(
 ) -> dict[Unit, float]:
     """Draw ``per_layer`` experts of each layer (0: all), larger updates more often.
 
-    Systematic sampling with probability proportional to the norm. Returns the inclusion probability in (0, 1]
-    of each drawn unit. A unit without any change is never drawn; ``(layer, -1)`` always is.
+    Systematic sampling with probability proportional to the norm (Madow, Annals of Mathematical Statistics 20, 1949).
+    Returns the inclusion probability in (0, 1] of each drawn unit, which is exact for every unit by itself; pairs are
+    not drawn independently. A unit without any change is never drawn; ``(layer, -1)`` always is.
     """
     norms = {unit: math.sqrt(energy) for unit, energy in update_energy(vectors).items()}
     drawn = {unit: 1.0 for unit in norms if unit[1] < 0}

@@ -73,11 +73,26 @@ def test_as_many_experts_as_fit_are_held(model, monkeypatch):
 def test_the_bytes_of_an_expert_follow_from_how_it_is_trained(model):
     weights = sum(weight_count(layer) for layer in model.expert_layers())
     assert expert_bytes(config_of(), model) == 16 * weights
-    assert expert_bytes(config_of(optimizer="adafactor"), model) == 16 * weights  # packing needs as much
+    assert expert_bytes(config_of(optimizer="adafactor"), model) == 9 * weights
+    # Packing needs more than that where much is kept.
+    dense = expert_bytes(config_of(optimizer="adafactor", density=1.0), model)
+    assert dense > 40 * weights
+    assert expert_bytes(config_of(optimizer="adafactor", density=1.0, upload_budget_mb=1.0), model) < dense
     lora = {
         name: expert_bytes(config_of(weights=name, lora_rank=4), model) for name in ("fp32", "bf16", "nf4")
     }
-    assert 16 * weights == lora["fp32"] > lora["bf16"] > lora["nf4"] > 12 * weights
+    assert 12 * weights > lora["fp32"] > lora["bf16"] > lora["nf4"] > 4 * weights
+
+
+def test_a_byte_budget_takes_memory_of_its_own(model, monkeypatch):
+    monkeypatch.setattr("clients.budget.expert_bytes", lambda config, model: 100.0 * MIB)
+    config = config_of(batch_size=1, block_size=16)
+    memory = int(occupied(model, config) + 350)
+    held = [
+        budget_of_memory(config.model_copy(update={"upload_budget_mb": megabytes}), model, memory, "a")
+        for megabytes in (0.0, 1.0)
+    ]
+    assert held == [3, 1]
 
 
 def test_activations_grow_with_tokens_visits_and_vocabulary(model):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from configs.errors import UserError
 from federated.codec import pack_update
-from federated.entries import entry_count, largest_share, largest_within, sparsify
+from federated.entries import entry_count, largest_share, largest_within, shares, sparsify
 from federated.update import SparseUpdate
 
 
@@ -57,6 +57,17 @@ def test_the_largest_of_all_units_are_kept_as_if_they_were_one_vector(lists, den
     assert set(found) == {(0, e) for e, part in enumerate(parts) if part.any()}
     for (_, e), vector in found.items():
         assert np.array_equal(vector.to_dense(), parts[e])
+
+
+def test_each_unit_gives_its_share_or_is_left_out():
+    vectors = {
+        (0, 0): torch.tensor([1.0, 3.0, 2.0, 0.0]),
+        (0, 1): torch.zeros(4),
+        (1, 0): torch.tensor([-1.0]),
+    }
+    found = shares(vectors, [(0, 1), (1, 0), (0, 0)], 0.5)
+    assert {unit: vector.indices.tolist() for unit, vector in found.items()} == {(1, 0): [0], (0, 0): [1, 2]}
+    assert shares(vectors, vectors, 0.0) == {}
 
 
 def test_only_the_units_named_compete():
