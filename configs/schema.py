@@ -97,7 +97,7 @@ class RunConfig(BaseModel):
     upload_budget_mb: NonNegative = 0.0
     """MB (10^6 bytes) that a client's packed update fills in place of density; a node's own counts first; 0: none."""
     downlink_density: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Kept entries / all entries of each expert's step that the server sends; it keeps the rest for later rounds."""
+    """Kept entries / all entries of each expert's step that the server sends; 1: every entry that a client shipped."""
     value_bits: Literal[16, 8, 4, 2] = 4
     """Bits per shipped value: 16, 8, 4 or 2."""
     residual_decay: Share = 1.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -12,10 +12,13 @@ from configs.errors import UserError
 from experts.edits import Edit, apply_edits, edits_from_dicts
 from experts.graph import ExpertGraph
 from federated.codec import unpack_update
-from federated.update import RefusedUpdate, Unit
+from federated.update import RefusedUpdate, SparseUpdate, Unit
 from models.checkpoint import read_graph, write_graph
 from models.modeling_fedgraft import FedGraftForCausalLM
 from models.units import add_to_unit, unit_sizes
+
+# No packed update starts like this: its first eight bytes are a small number.
+_PARTS = b"fedgraft"
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,8 @@ class ServerStep:
 
     Attributes:
         version: counts the server rounds that moved the model; the bootstrapped checkpoint is version 0.
-        packed: the aggregated, quantised change of the experts, as ``federated.codec`` packs it.
+        packed: the aggregated, quantised change of the experts, as ``federated.codec`` packs it, in one part or several
+            (see ``join_parts``).
         edits: made after the change is added.
     """
 
@@ -61,20 +65,57 @@ def apply_step(model: FedGraftForCausalLM, step: ServerStep) -> set[Unit]:
             is left as it was.
     """
     graph = read_graph(model)
-    update = unpack_update(
-        step.packed,
-        sizes=unit_sizes(model, attention=True),
-        graph_version=graph.version,
-        graph_hash=graph.digest(),
-    )
+    parts = split_parts(step.packed)
+    sizes = unit_sizes(model, attention=True)
+
+    def unpack(part: bytes) -> SparseUpdate:
+        return unpack_update(part, sizes=sizes, graph_version=graph.version, graph_hash=graph.digest())
+
+    # All is checked before anything moves; one part at a time is in memory.
+    moved = _disjoint_units(unpack(part) for part in parts)
     edited = _edited(graph, step) if step.edits else None
-    for unit, vector in update.vectors.items():
-        add_to_unit(model, unit, torch.from_numpy(vector.to_dense()))
+    for part in parts:
+        for unit, vector in unpack(part).vectors.items():
+            add_to_unit(model, unit, torch.from_numpy(vector.to_dense()))
     # Residuals may still hold gains of edges that are gone; an edge that comes back starts from zero.
     write_graph(model, graph)
     if edited is not None:
         write_graph(model, edited)
-    return set(update.vectors) | {(edit.layer, edit.q) for edit in step.edits}
+    return moved | {(edit.layer, edit.q) for edit in step.edits}
+
+
+def join_parts(parts: Sequence[bytes]) -> bytes:
+    """Several packed updates as one, so that nobody has to hold a large one unpacked; a single one stays as it is."""
+    if len(parts) == 1:
+        return parts[0]
+    return _PARTS + b"".join(len(part).to_bytes(8, "little") + part for part in parts)
+
+
+def split_parts(packed: bytes) -> list[bytes]:
+    """Undo ``join_parts``.
+
+    Raises:
+        RefusedUpdate: lengths that do not add up.
+    """
+    if not packed.startswith(_PARTS):
+        return [packed]
+    parts, start = [], len(_PARTS)
+    while start < len(packed):
+        end = start + 8 + int.from_bytes(packed[start : start + 8], "little")
+        if end > len(packed) or end == start + 8:
+            raise RefusedUpdate("expected whole parts of a step, got one that is cut short")
+        parts.append(packed[start + 8 : end])
+        start = end
+    return parts
+
+
+def _disjoint_units(updates: Iterable[SparseUpdate]) -> set[Unit]:
+    seen: set[Unit] = set()
+    for update in updates:
+        if not seen.isdisjoint(update.vectors):
+            raise RefusedUpdate(f"unit {min(seen.intersection(update.vectors))} is in two parts of a step")
+        seen |= set(update.vectors)
+    return seen
 
 
 def steps_after(steps: Iterable[ServerStep], version: int) -> list[ServerStep]:

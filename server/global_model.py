@@ -10,23 +10,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from configs.errors import UserError
 from configs.output import new_directory
 from experts.edits import Edit, apply_edits
 from experts.graph import ExpertGraph
-from federated.codec import pack_update
 from federated.copy_hash import copy_hash, unit_digest
-from federated.quantise import MAX_MAGNITUDE
-from federated.selection import prepare_update
 from federated.snapshot import pack_snapshot
 from federated.steps import ServerStep, apply_step, steps_after
-from federated.update import SparseUpdate
 from models.checkpoint import cast_weights, read_graph, save_graph, write_graph
 from models.config_file import read_dtype
 from models.llama_loader import load_graph, load_tokenizer
 from models.mapped_experts import open_mapped
 from models.recipe import graph_fingerprint, read_recipe_file
 from models.units import Unit, unit_sizes, weight_count
+from server.downlink import pack_step
 
 # As many missing steps may outweigh a snapshot, which takes time to pack; fewer hardly can.
 SNAPSHOT_FROM = 4
@@ -73,27 +69,21 @@ class GlobalModel:
         Args:
             change: of the units that clients shipped; no other unit moves.
             value_bits: of the step's values.
-            density: kept entries / all entries of each unit; the residual keeps the rest until the unit is shipped
-                again.
+            density: kept entries / all entries of each unit; 1: every entry that a client shipped.
 
         Raises:
             UserError: the change is not finite or too large to be sent; the model is left as it was.
         """
-        _check_finite(change)
         graph = self.graph
-        moving = {unit: vector for unit, vector in change.items() if vector.any()}
-        update = SparseUpdate(graph.version, graph.digest(), {})
-        if moving:
-            prepared = prepare_update(
-                moving,
-                self._residual,
-                density=density,
-                value_bits=value_bits,
-                graph_version=graph.version,
-                graph_hash=graph.digest(),
-            )
-            update, self._residual = prepared.update, dict(prepared.residual)
-        step = ServerStep(self.version + 1, pack_update(update, value_bits=value_bits))
+        packed = pack_step(
+            change,
+            self._residual,
+            density=density,
+            value_bits=value_bits,
+            graph_version=graph.version,
+            graph_hash=graph.digest(),
+        )
+        step = ServerStep(self.version + 1, packed)
         moved = apply_step(self.model, step)
         self._digests |= {unit: unit_digest(self.model, unit) for unit in moved}
         self.steps.append(step)
@@ -172,12 +162,3 @@ class GlobalModel:
         """Write the model as a checkpoint, in the dtype of the one it came from."""
         with new_directory(directory, overwrite=overwrite) as partial:
             save_graph(cast_weights(copy.deepcopy(self.model), self._dtype), self.tokenizer, partial)
-
-
-def _check_finite(change: Mapping[Unit, Tensor]) -> None:
-    for unit, vector in change.items():
-        if vector.numel() and not vector.abs().max() <= MAX_MAGNITUDE:
-            raise UserError(
-                f"expected a finite step of unit {unit}, got NaN, infinity or more than the wire holds; "
-                "lower server-learning-rate"
-            )

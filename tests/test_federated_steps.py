@@ -9,7 +9,7 @@ import torch
 
 from experts.edits import Edit
 from experts.graph import ExpertGraph
-from federated.steps import ServerStep, apply_step, read_step, steps_after
+from federated.steps import ServerStep, apply_step, join_parts, read_step, split_parts, steps_after
 from federated.update import RefusedUpdate
 from models.checkpoint import read_graph, write_graph
 from models.units import read_unit, unit_sizes
@@ -141,3 +141,32 @@ def test_the_missing_steps_come_oldest_first(held, missing):
 def test_the_size_of_a_step_is_that_of_its_parts():
     step = ServerStep(1, b"12345", EDITS)
     assert step.size() == 5 + len(step.edits_json())
+
+
+def test_parts_are_told_apart_again():
+    for parts in ([b"one"], [b"one", b"two", b"x" * 300], [b"\0" * 8, b"1"]):
+        assert split_parts(join_parts(parts)) == parts
+    joined = join_parts([b"one", b"two"])
+    for cut in range(9, len(joined)):
+        if cut != 8 + 8 + 3:  # there one part ends
+            with pytest.raises(RefusedUpdate, match="cut short"):
+                split_parts(joined[:cut])
+
+
+def test_a_step_of_several_parts_moves_what_one_part_would():
+    model, other = graph_of(), graph_of()
+    change = random_change(model, [(0, 1), (1, 2), (1, 3)])
+    parts = [packed_change(model, {unit: vector}, value_bits=16) for unit, vector in change.items()]
+    assert apply_step(model, ServerStep(1, join_parts(parts))) == set(change)
+    for part in parts:
+        apply_step(other, ServerStep(1, part))
+    assert all_equal(model, other)
+
+
+@pytest.mark.parametrize("spoil", [lambda parts: [*parts, parts[0]], lambda parts: [*parts, parts[1][:-1]]])
+def test_parts_that_meet_or_one_that_is_damaged_leave_the_model_alone(spoil):
+    model, before = graph_of(), graph_of()
+    parts = [packed_change(model, random_change(model, [unit])) for unit in ((0, 1), (1, 2))]
+    with pytest.raises(RefusedUpdate):
+        apply_step(model, ServerStep(1, join_parts(spoil(parts))))
+    assert all_equal(model, before)

@@ -1,0 +1,130 @@
+"""What the server takes of memory and time to aggregate 64 clients' replies, against 2, and against dense FedAvg.
+
+Each server is a process of its own that loads the global model, pulls the replies of one round, checks them,
+aggregates them and makes its step.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.material import model_path
+from benchmarks.runner import ROOT, Measured, OnStep, run_benchmark
+from federated.codec import pack_update
+from federated.quantise import quantise_update
+from federated.update import SparseUpdate, SparseVector
+from models.bootstrap import BootstrapPlan, build_graph, plan_experts
+from models.checkpoint import read_graph, save_graph
+from models.llama_loader import load_dense, load_tokenizer
+from models.modeling_fedgraft import FedGraftForCausalLM
+from models.units import unit_sizes
+
+FEW, MANY = 2, 64
+METHODS = ("packed", "dense")
+DENSITIES = (0.05, 0.5)  # the default, and one whose packed replies together are far larger than the model
+VALUE_BITS = 4
+
+
+def measure(quick: bool, on_step: OnStep) -> Measured:
+    """Peak memory and seconds of both methods with 2 and with 64 clients, in turn, several times."""
+    many, repeats = (8, 1) if quick else (MANY, 5)
+    peers: dict = {}
+    ratios: dict[str, float] = {}
+    with tempfile.TemporaryDirectory(prefix="fedgraft-") as scratch:
+        graph = Path(scratch) / "graph"
+        model = write_graph(model_path("mix7M", quick=quick), graph)
+        for density in DENSITIES[:1] if quick else DENSITIES:
+            replies = Path(scratch) / f"replies-{density}"
+            packed_bytes = write_replies(model, replies, clients=many, density=density)
+            runs = {(method, clients): [] for method in METHODS for clients in (FEW, many)}  # type: ignore[var-annotated]
+            for repeat in range(repeats):
+                for number, (method, clients) in enumerate(runs):
+                    runs[method, clients].append(run_server(graph, replies, clients, method))
+                    on_step(f"density {density}", repeat * len(runs) + number + 1, repeats * len(runs))
+            found = {
+                f"{method}, {clients} clients": {
+                    key: statistics.median(run[key] for run in each) for key in each[0]
+                }
+                for (method, clients), each in runs.items()
+            }
+            for method in METHODS:
+                ratios[f"{method} {density}"] = statistics.median(
+                    a["peak_mib"] / b["peak_mib"]
+                    for a, b in zip(runs[method, many], runs[method, FEW], strict=True)
+                )
+            peers[f"density {density}"] = {
+                **found,
+                "packed_mib_of_all_replies": packed_bytes / 2**20,
+                "rss_ratio_dense": ratios[f"dense {density}"],
+                "rss_ratio_packed": ratios[f"packed {density}"],
+            }
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    peers["settings"] = {
+        "model_mib_fp32": 4 * weights / 2**20,
+        "shipped_entries_of_all": sum(unit_sizes(model).values()),
+        "value_bits": VALUE_BITS,
+        "clients": [FEW, many],
+    }
+    return Measured(
+        figures={"rss_ratio_64_over_2": max(ratios[name] for name in ratios if name.startswith("packed"))},
+        peers=peers,
+        notes={
+            "rss_ratio_64_over_2": "peak of the server's process in a round, imports subtracted, "
+            "the worse of two densities"
+        },
+    )
+
+
+def write_graph(source: str, directory: Path) -> FedGraftForCausalLM:
+    """Write the Llama of folder ``source`` as a graph of 16 experts a layer, calibrated on random tokens."""
+    dense = load_dense(source).float()
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(dense.config.vocab_size, (4, 128), generator=generator)
+    model = build_graph(dense, plan_experts(dense, ids, BootstrapPlan(num_experts=16, jobs=1)), 8)
+    directory.mkdir()
+    save_graph(model, load_tokenizer(source), directory)
+    return model
+
+
+def write_replies(model: FedGraftForCausalLM, folder: Path, *, clients: int, density: float) -> int:
+    """Write a packed update of random entries of all experts per client; returns their bytes together."""
+    folder.mkdir()
+    graph, sizes, total = read_graph(model), unit_sizes(model), 0
+    for client in range(clients):
+        random = np.random.default_rng(client)
+        vectors = {}
+        for unit, size in sizes.items():
+            kept = np.flatnonzero(random.random(size) < density)
+            vectors[unit] = SparseVector(size, kept, random.standard_normal(kept.size) * 1e-3)
+        update = quantise_update(SparseUpdate(graph.version, graph.digest(), vectors), VALUE_BITS)
+        packed = pack_update(update, value_bits=VALUE_BITS)
+        (folder / f"{client:03}.update").write_bytes(packed)
+        total += len(packed)
+    return total
+
+
+def run_server(graph: Path, replies: Path, clients: int, method: str) -> dict[str, float]:
+    """The measurements of one server in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.aggregate_server", str(graph), str(replies), str(clients), method],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise RuntimeError(
+            f"the server with {clients} clients failed: {done.stderr.strip().splitlines()[-1:]}"
+        )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+if __name__ == "__main__":
+    run_benchmark("aggregate", measure)
