@@ -91,9 +91,9 @@ class RunConfig(BaseModel):
     ship_experts: Whole = 0
     """Experts per layer a client ships each round; 0: all it trained."""
     density: Annotated[float, Field(gt=0, le=1)] = 0.05
-    """Kept entries / all entries of an expert's update; a node's own density counts before it."""
-    density_scope: Literal["expert", "all"] = "expert"
-    """What density is a share of: each expert, or all that a client ships together."""
+    """Kept entries / all entries of the experts a client ships; a node's own density counts before it."""
+    density_scope: Literal["expert", "all"] = "all"
+    """Entries that compete for the density: of each expert by itself, or of all that a client ships (all)."""
     upload_budget_mb: NonNegative = 0.0
     """MB (10^6 bytes) that a client's packed update fills in place of density; a node's own counts first; 0: none."""
     downlink_density: Annotated[float, Field(gt=0, le=1)] = 1.0
