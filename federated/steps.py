@@ -11,7 +11,7 @@ import torch
 from configs.errors import UserError
 from experts.edits import Edit, apply_edits, edits_from_dicts
 from experts.graph import ExpertGraph
-from federated.codec import unpack_update
+from federated.codec import PackedStats, packed_stats, unpack_update
 from federated.update import RefusedUpdate, SparseUpdate, Unit
 from models.checkpoint import read_graph, write_graph
 from models.modeling_fedgraft import FedGraftForCausalLM
@@ -116,6 +116,21 @@ def _disjoint_units(updates: Iterable[SparseUpdate]) -> set[Unit]:
             raise RefusedUpdate(f"unit {min(seen.intersection(update.vectors))} is in two parts of a step")
         seen |= set(update.vectors)
     return seen
+
+
+def step_stats(step: ServerStep) -> PackedStats:
+    """Sizes of all parts of a step together; those of its edits are not among them."""
+    parts = [packed_stats(part) for part in split_parts(step.packed)]
+    raw = sum(part.raw_bytes for part in parts)
+    return PackedStats(
+        raw_bytes=raw,
+        packed_bytes=len(step.packed),
+        entropy_floor_bytes=sum(part.entropy_floor_bytes for part in parts),
+        index_floor_bytes=sum(part.index_floor_bytes for part in parts),
+        density=sum(part.density * part.raw_bytes for part in parts) / raw if raw else 0.0,
+        index_bytes=sum(part.index_bytes for part in parts),
+        value_bytes=sum(part.value_bytes for part in parts),
+    )
 
 
 def steps_after(steps: Iterable[ServerStep], version: int) -> list[ServerStep]:

@@ -20,7 +20,7 @@ from server.exchange import Answer, exchange, wait_for_nodes
 from server.global_model import GlobalModel
 from server.merge import UsageAverage, merge
 from server.reply_spool import ReplySpool
-from server.round_replies import RoundReplies, check_replies, held_out_loss
+from server.round_replies import RoundReplies, check_evaluations, check_replies, held_out_loss
 from server.run_observer import RunObserver
 
 _NODES_TIMEOUT = 120.0  # seconds until the clients must have connected
@@ -69,7 +69,7 @@ class Federation:
             if self._round(server_round, nodes):
                 break
         answers = self._ask(nodes, MessageType.EVALUATE, server_round + 1)
-        self.observer.finish(answers)
+        self.observer.finish(check_evaluations(answers, self.server, self._partitions))
 
     def _round(self, server_round: int, nodes: list[int]) -> bool:
         """Train, aggregate and, where it is time, merge; whether the run ends early after this round."""

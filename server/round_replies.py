@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -98,6 +98,32 @@ def check_replies(
     return result
 
 
+def check_evaluations(
+    answers: Mapping[int, Answer], server: GlobalModel, partitions: Mapping[int, int]
+) -> dict[int, Answer]:
+    """The answers to an evaluation, with errors in the place of those that are refused.
+
+    Args:
+        answers: by node.
+        server: what they are answers to.
+        partitions: by node, the client that it has answered as before.
+    """
+    checked, owners = {}, {partition: node for node, partition in partitions.items()}
+    for node, answer in sorted(answers.items()):
+        checked[node] = answer
+        try:
+            if answer.content is not None:
+                reply = read_reply(answer.content, server.graph.num_experts)
+                check_numbers(reply)
+                _check_state(reply, server)
+                check_sender(node, reply, owners)
+                owners[reply.partition] = node
+        except RefusedUpdate as error:
+            _log.warning("the evaluation of node %s is refused: %s", node, error.reason)
+            checked[node] = replace(answer, content=None, error=error.reason)
+    return checked
+
+
 def check_sender(node: int, reply: Reply, owners: Mapping[int, int]) -> None:
     """Refuse a node that answers as another client than before, or as one that another node answers for.
 
@@ -147,6 +173,10 @@ def _check(node: int, answer: Answer, server: GlobalModel, attention: bool, clie
     reply = read_reply(answer.content, graph.num_experts)
     check_numbers(reply, (*REQUIRED_NUMBERS, WEIGHT_NUMBERS[client_weight]))
     _check_state(reply, server)
+    if len(reply.residents) != len(graph.masks):
+        raise RefusedUpdate(
+            f"expected the residents of {len(graph.masks)} layers, got {len(reply.residents)}"
+        )
     trained = {(layer, int(e)) for layer, held in enumerate(reply.residents) for e in np.flatnonzero(held)}
     trained |= {unit for unit in sizes if unit[1] == OTHERS}
     read = answer.update.read if answer.update is not None else lambda: reply.update
@@ -176,10 +206,6 @@ def _check_state(reply: Reply, server: GlobalModel) -> None:
     graph = server.graph
     if reply.graph_hash != graph.digest():
         raise RefusedUpdate(f"expected the graph {graph.digest()[:12]}, got {reply.graph_hash[:12]!r}")
-    if len(reply.residents) != len(graph.masks):
-        raise RefusedUpdate(
-            f"expected the residents of {len(graph.masks)} layers, got {len(reply.residents)}"
-        )
     if reply.partition < 0:
         raise RefusedUpdate(f"expected a client of number 0 or above, got {reply.partition}")
 

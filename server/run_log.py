@@ -30,7 +30,11 @@ _PACK_ROW = "{:>6}  {:<24}  {:>14}  {:>14}  {:>10}  {:>20}\n"
 
 @dataclass(frozen=True)
 class ClientRecord:
-    """What one client did in a round. Bytes are as sent on the wire; ``refused`` is the reason, if any."""
+    """What one client did in a round.
+
+    Bytes are as sent on the wire, framing included; ``update_bytes`` of ``bytes_up`` are its packed update, whose
+    entropy floor is ``update_floor_bytes``. ``refused`` is the reason, if any.
+    """
 
     name: str
     budget: int
@@ -41,12 +45,15 @@ class ClientRecord:
     bytes_down: int
     density: float | None
     refused: str | None = None
+    update_bytes: int | None = None
+    update_floor_bytes: int | None = None
 
 
 @dataclass(frozen=True)
 class RoundRecord:
     """One server round. Bytes are totals over clients; ``*_dense`` is dense FedAvg of the same round in bf16.
 
+    ``step_bytes`` are the packed step that the server made of it, whose entropy floor is ``step_floor_bytes``.
     ``perplexity`` is token-weighted over the clients, ``edges`` holds one count per layer, and ``stopped``
     says why the run ended after this round although more were planned.
     """
@@ -64,6 +71,8 @@ class RoundRecord:
     clients: Sequence[ClientRecord]
     perplexity: float | None
     stopped: str | None = None
+    step_bytes: int | None = None
+    step_floor_bytes: int | None = None
 
 
 @dataclass(frozen=True)

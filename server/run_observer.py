@@ -13,6 +13,7 @@ import numpy as np
 from configs.output import finite, write_json
 from experts.graph import ExpertGraph
 from federated.messages import Reply, read_reply
+from federated.steps import step_stats
 from federated.update import RefusedUpdate
 from models.perplexity import LossSum
 from server.exchange import Answer
@@ -65,6 +66,9 @@ class RunObserver:
         for accepted in replies.accepted:
             self._note(accepted)
             self._log.pack_sizes(server_round, accepted.reply.name, accepted.stats)
+        step = step_stats(self._server.steps[-1]) if self._server.steps else None
+        if step is not None:
+            self._log.pack_sizes(server_round, "server", step)
         dense = self._server.dense_bytes() * len(answers)
         record = RoundRecord(
             round=server_round,
@@ -80,6 +84,8 @@ class RunObserver:
             clients=[self._client_record(node, replies, answers[node]) for node in self._order(answers)],
             perplexity=held_out_loss(replies).perplexity,
             stopped=stopped,
+            step_bytes=step.packed_bytes if step else None,
+            step_floor_bytes=step.entropy_floor_bytes if step else None,
         )
         self._rounds, self._stopped = server_round, stopped
         for name in self._bytes:
@@ -165,18 +171,21 @@ class RunObserver:
 
     def _client_record(self, node: int, replies: RoundReplies, answer: Answer) -> ClientRecord:
         name = self._names.get(node, f"node-{node}")
-        reply = next((each.reply for each in replies.accepted if each.node == node), None)
+        accepted = next((each for each in replies.accepted if each.node == node), None)
+        reply = accepted.reply if accepted else None
         numbers = reply.numbers if reply else {}
         return ClientRecord(
             name=name,
             budget=(reply.budget or max(self._server.graph.num_experts)) if reply else 0,
-            weight=numbers.get("examples", 0.0),
+            weight=accepted.contribution.weight if accepted else 0.0,
             train_loss=numbers.get("train-loss"),
             perplexity=reply_loss(reply, "valid").perplexity if reply else None,
             bytes_up=answer.bytes_up,
             bytes_down=answer.bytes_down,
             density=numbers.get("density"),
             refused=replies.refused.get(node),
+            update_bytes=accepted.stats.packed_bytes if accepted else None,
+            update_floor_bytes=accepted.stats.entropy_floor_bytes if accepted else None,
         )
 
     def _pictures(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from experts.edits import Edit
 from federated.messages import (
     Reply,
     Request,
+    detach_update,
     message_bytes,
     raise_user_error,
     read_reply,
@@ -37,6 +39,8 @@ REQUEST = Request(
     ],
     last=True,
     accepted_round=2,
+    copy_hash="ef56",
+    snapshot=b"\x00snapshot",
 )
 REPLY = Reply(
     name="client é",
@@ -90,6 +94,11 @@ def test_a_request_survives_the_wire():
     assert read_request(crossed(write_request(plain))) == Request(1, 0, "", "", steps=[], last=False)
 
 
+def test_a_snapshot_costs_no_byte_where_none_is_sent():
+    assert "snapshot" not in write_request(Request(1, 0, "", ""))
+    assert read_request(crossed(write_request(Request(1, 0, "", "", snapshot=b"s")))).snapshot == b"s"
+
+
 def test_a_recipe_costs_no_byte_where_none_is_sent():
     plain = Request(1, 0, "", "")
     asked = Request(1, 0, "", "", recipe=bytes(1000))
@@ -134,6 +143,17 @@ def test_a_message_weighs_what_flower_serialises_without_its_envelope():
         message = Message(content, dst_node_id=1, message_type="train")
         _, whole = over_the_wire(message)
         assert message_bytes(content) == whole - len(message.deflate())
+        assert message_bytes(message) == whole
+
+
+def test_a_reply_is_told_apart_from_its_update():
+    content = crossed(write_reply(REPLY))
+    rest, update = detach_update(content)
+    assert update == b"\x00update"
+    assert same(read_reply(rest, EXPERTS), replace(REPLY, update=b""))
+    assert read_reply(content, EXPERTS).update == update  # the reply itself stays whole
+    for other in (RecordDict({}), RecordDict({"arrays": ConfigRecord({"update": 1})})):
+        assert detach_update(other) == (other, b"")
 
 
 def test_the_weight_grows_with_the_array():

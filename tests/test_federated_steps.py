@@ -9,7 +9,16 @@ import torch
 
 from experts.edits import Edit
 from experts.graph import ExpertGraph
-from federated.steps import ServerStep, apply_step, join_parts, read_step, split_parts, steps_after
+from federated.codec import packed_stats
+from federated.steps import (
+    ServerStep,
+    apply_step,
+    join_parts,
+    read_step,
+    split_parts,
+    step_stats,
+    steps_after,
+)
 from federated.update import RefusedUpdate
 from models.checkpoint import read_graph, write_graph
 from models.units import read_unit, unit_sizes
@@ -170,3 +179,16 @@ def test_parts_that_meet_or_one_that_is_damaged_leave_the_model_alone(spoil):
     with pytest.raises(RefusedUpdate):
         apply_step(model, ServerStep(1, join_parts(spoil(parts))))
     assert all_equal(model, before)
+
+
+def test_the_sizes_of_a_step_are_those_of_its_parts_together():
+    model = graph_of()
+    parts = [packed_change(model, random_change(model, [unit])) for unit in ((0, 1), (1, 2))]
+    single = [packed_stats(part) for part in parts]
+    stats = step_stats(ServerStep(1, join_parts(parts)))
+    assert stats.packed_bytes == len(join_parts(parts))
+    for name in ("raw_bytes", "entropy_floor_bytes", "index_floor_bytes", "index_bytes", "value_bytes"):
+        assert getattr(stats, name) == sum(getattr(each, name) for each in single)
+    assert stats.density == pytest.approx(sum(each.density for each in single) / 2)
+    assert step_stats(ServerStep(1, parts[0])) == single[0]
+    assert step_stats(ServerStep(1, packed_change(model, {}))).density == 0

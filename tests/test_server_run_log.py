@@ -78,6 +78,8 @@ def test_rounds_are_appended_as_lines_with_every_field(tmp_path):
         "bytes_down": 40,
         "density": 0.05,
         "refused": None,
+        "update_bytes": None,
+        "update_floor_bytes": None,
     }
     assert (first["edges"], first["graph_hash"], first["bytes_up_dense"]) == ([6, 5], "ab12", 9000)
     assert first["train_loss"] == pytest.approx(0.25 * 2 + 0.75 * 4)

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from federated.messages import Reply, write_reply
+from federated.codec import packed_stats
+from federated.messages import Reply, read_reply, write_reply
+from federated.steps import step_stats
 from federated.usage import pack_usage
 from models.llama_loader import load_graph
 from server.exchange import Answer
@@ -97,6 +99,30 @@ def test_a_round_is_a_line(observer, server):
     first = row["clients"][0]
     assert (first["budget"], first["weight"], first["bytes_up"], first["bytes_down"]) == (2, 3.0, 10, 20)
     assert (first["perplexity"], first["refused"]) == (pytest.approx(math.exp(2)), None)
+    packed = read_reply(answer_of(server, 0).content, [4, 4]).update
+    stats = packed_stats(packed)
+    assert (first["update_bytes"], first["update_floor_bytes"]) == (len(packed), stats.entropy_floor_bytes)
+    assert (row["step_bytes"], row["step_floor_bytes"]) == (None, None)  # the server has made no step
+
+
+def test_the_servers_step_has_its_sizes_beside_the_clients(server, log_dir):
+    stepped = GlobalModel(server.source)
+    stepped.advance(random_change(stepped.model, [(0, 2)]), value_bits=4)
+    row = observe(RunObserver(log_dir, server=stepped), stepped, {9: answer_of(stepped, 0)})
+    stats = step_stats(stepped.steps[-1])
+    assert (row["step_bytes"], row["step_floor_bytes"]) == (stats.packed_bytes, stats.entropy_floor_bytes)
+    table = [line.split() for line in (log_dir / "pack_sizes.txt").read_text().splitlines()]
+    assert [line[1] for line in table] == ["client", "client-0", "server"]
+    assert [int(table[2][column]) for column in (3, 5)] == [stats.packed_bytes, stats.entropy_floor_bytes]
+
+
+def test_a_client_weighs_what_the_aggregation_says(observer, server):
+    answers = {9: answer_of(server, 0, {"train-tokens": 77.0})}
+    replies = check_replies(answers, server, client_weight="tokens")
+    facts = {"graph": server.graph, "usage": [np.ones((4, 4))] * 2, "seconds": 1.0}
+    observer.round(1, replies, answers, **facts)
+    row = json.loads((observer.log_dir / "rounds.jsonl").read_text())
+    assert row["clients"][0]["weight"] == 77.0
 
 
 def test_a_refused_client_has_a_reason_and_a_name_once_it_is_known(observer, server):
@@ -108,7 +134,7 @@ def test_a_refused_client_has_a_reason_and_a_name_once_it_is_known(observer, ser
     ]
     assert row["clients"][1] | {"name": 0, "refused": 0, "bytes_up": 9, "bytes_down": 30} == {
         "name": 0, "budget": 0, "weight": 0.0, "train_loss": None, "perplexity": None, "bytes_up": 9,
-        "bytes_down": 30, "density": None, "refused": 0,
+        "bytes_down": 30, "density": None, "refused": 0, "update_bytes": None, "update_floor_bytes": None,
     }  # fmt: skip
     assert (row["bytes_up"], row["bytes_down"]) == (19, 50)
     observe(observer, server, {5: answer_of(server, 1), 9: answer_of(server, 0)}, 2)
