@@ -1,13 +1,14 @@
-"""Which entries of the chosen units are shipped: a share of each unit, or the largest of all units together.
+"""Which entries of the chosen units are shipped: a share of each unit, or the best of all units together.
 
-All of them cost the same bits but for their index, so the largest entries of all units together are those that bring
-the most energy per byte.
+All of them cost the same bits but for their index, so the best entries of all units together are those that bring the
+most per byte. What an entry brings is its score: its magnitude, or its saliency (see ``saliency``).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,22 +20,57 @@ from federated.update import SparseUpdate, SparseVector, Unit, join_indices, joi
 from models.memory import return_freed_memory
 
 Vectors = dict[Unit, SparseVector]
+Score = Callable[[Unit, Tensor], Tensor]
 
-# Magnitudes are counted by sign-less exponent and the upper 7 bits of the mantissa: bins 0.8 % wide.
+# Scores are counted by sign-less exponent and the upper 7 bits of the mantissa: bins 0.8 % wide.
 _BIN_SHIFT, _BINS = 16, 2**15
 # A packed update this near to its budget is not filled further.
 _FILLED = 0.995
 _MOST_TRIALS = 12
 
 
-def sparsify(vector: Tensor, density: float) -> SparseVector:
-    """Keep the ``ceil(density * size)`` entries of largest magnitude of ``vector`` [size].
+class _Scored(NamedTuple):
+    """Entries of one unit and their scores, float32 ``[n]``."""
 
-    Among equal magnitudes the lowest index wins. Zeros are never kept: shipping them changes nothing.
+    entries: SparseVector
+    scores: np.ndarray
+
+
+def magnitude(unit: Unit, vector: Tensor) -> Tensor:
+    """The score that knows nothing of the loss: ``|change|``, ``[size]``."""
+    return vector.abs()
+
+
+def saliency(slopes: Mapping[Unit, Tensor]) -> Score:
+    """The score ``|change| * slope``: to first order, how much the loss moves with an entry.
+
+    It is the first-order term of Molchanov et al. (2017, arXiv:1611.06440). The steps of Adam are of nearly one
+    magnitude, so that their own size says little about which of them matter.
+
+    Args:
+        slopes: root mean square of each entry's gradient ``[size]``; units without one have a slope of one everywhere.
+    """
+
+    def score(unit: Unit, vector: Tensor) -> Tensor:
+        return vector.abs() * slopes[unit] if unit in slopes else vector.abs()
+
+    return score
+
+
+def sparsify(vector: Tensor, density: float, scores: Tensor | None = None) -> SparseVector:
+    """Keep the ``ceil(density * size)`` entries of highest score of ``vector`` [size].
+
+    Among equal scores the lowest index wins. A score of zero is never kept: shipping a zero changes nothing.
+
+    Args:
+        vector: floats.
+        density: share that is kept.
+        scores: at least zero ``[size]``; None for the magnitudes.
     """
     values = vector.detach().to(torch.float32).reshape(-1).cpu()
-    count = min(entry_count(values.numel(), density), int(torch.count_nonzero(values)))
-    return SparseVector.from_dense(values.numpy(), top_entries(values.abs(), count).numpy())
+    ranked = values.abs() if scores is None else scores.detach().to(torch.float32).reshape(-1).cpu()
+    count = min(entry_count(values.numel(), density), int(torch.count_nonzero(ranked)))
+    return SparseVector.from_dense(values.numpy(), top_entries(ranked, count).numpy())
 
 
 def entry_count(size: int, density: float) -> int:
@@ -49,21 +85,31 @@ def entry_count(size: int, density: float) -> int:
     return math.ceil(density * size - 1e-9)
 
 
-def shares(vectors: Mapping[Unit, Tensor], units: Iterable[Unit], density: float) -> Vectors:
+def shares(
+    vectors: Mapping[Unit, Tensor], units: Iterable[Unit], density: float, score: Score = magnitude
+) -> Vectors:
     """``sparsify`` each unit; one of which nothing is kept is left out."""
-    return _gather(units, lambda unit: sparsify(vectors[unit], density))
+
+    def best(unit: Unit) -> _Scored:
+        vector = vectors[unit]
+        return _Scored(sparsify(vector, density, score(unit, vector)), np.zeros(0, np.float32))
+
+    return _entries(_gather(units, best))
 
 
-def largest_share(vectors: Mapping[Unit, Tensor], units: Iterable[Unit], density: float) -> Vectors:
-    """Keep the ``ceil(density * size)`` entries of largest magnitude of all ``units`` together; never a zero.
+def largest_share(
+    vectors: Mapping[Unit, Tensor], units: Iterable[Unit], density: float, score: Score = magnitude
+) -> Vectors:
+    """Keep the ``ceil(density * size)`` entries of highest score of all ``units`` together; never one of zero.
 
-    Two passes, one unit at a time: magnitudes are counted in narrow bins, then those above the bin in which the
-    count is reached are collected. Among equal magnitudes the lowest unit and index win. A unit of which nothing is
+    Two passes, one unit at a time: scores are counted in narrow bins, then those above the bin in which the
+    count is reached are collected. Among equal scores the lowest unit and index win. A unit of which nothing is
     kept is left out.
     """
     units = sorted(units)
-    counts, size = _magnitude_counts(vectors, units)
-    return _collect(vectors, units, counts, min(entry_count(size, density), int(counts.sum())))
+    counts, size = _score_counts(vectors, units, score)
+    count = min(entry_count(size, density), int(counts.sum()))
+    return _entries(_collect(vectors, units, counts, count, score))
 
 
 def largest_within(
@@ -72,33 +118,39 @@ def largest_within(
     *,
     max_bytes: int,
     packed_bytes: Callable[[Vectors], int],
+    score: Score = magnitude,
 ) -> Vectors:
-    """Keep as many of the largest entries of all ``units`` together as pack into ``max_bytes``.
+    """Keep as many of the entries of highest score of all ``units`` together as pack into ``max_bytes``.
 
     Args:
         vectors: float ``[size]`` per unit.
         units: that may be shipped.
         max_bytes: never exceeded, and filled to 0.5 % where there is enough to ship.
         packed_bytes: size of an update of given entries.
+        score: of the entries of a unit ``[size]``.
 
     Raises:
         UserError: not even one entry fits.
     """
     units = sorted(units)
-    counts, _ = _magnitude_counts(vectors, units)
+    counts, _ = _score_counts(vectors, units, score)
     nonzero = int(counts.sum())
-    count = most = min(
-        nonzero, max(1, max_bytes)
-    )  # an entry takes a byte, or somewhat less where most are kept
-    candidates = _collect(vectors, units, counts, count)
-    while count < nonzero and packed_bytes(candidates) <= max_bytes:
+    # An entry takes a byte, or somewhat less where most are kept.
+    count = most = min(nonzero, max(1, max_bytes))
+    candidates = _collect(vectors, units, counts, count, score)
+    while count < nonzero and packed_bytes(_entries(candidates)) <= max_bytes:
         count = most = min(2 * count, nonzero)
-        candidates = _collect(vectors, units, counts, count)
-    return _fill(candidates, most, max_bytes, packed_bytes)
+        candidates = _collect(vectors, units, counts, count, score)
+    return _entries(_fill(candidates, most, max_bytes, lambda scored: packed_bytes(_entries(scored))))
 
 
-def _fill(candidates: Vectors, most: int, max_bytes: int, packed_bytes: Callable[[Vectors], int]) -> Vectors:
-    """The most of the largest ``candidates`` that fit, by regula falsi on their number."""
+def _fill(
+    candidates: dict[Unit, _Scored],
+    most: int,
+    max_bytes: int,
+    packed_bytes: Callable[[dict[Unit, _Scored]], int],
+) -> dict[Unit, _Scored]:
+    """The most of the best ``candidates`` that fit, by regula falsi on their number."""
     high, high_bytes = most, packed_bytes(candidates)
     if high_bytes <= max_bytes:
         return candidates
@@ -124,40 +176,47 @@ def _fill(candidates: Vectors, most: int, max_bytes: int, packed_bytes: Callable
     return best
 
 
-def _magnitude_counts(vectors: Mapping[Unit, Tensor], units: Iterable[Unit]) -> tuple[np.ndarray, int]:
-    """How many entries other than zero lie in each bin of magnitudes, int64 ``[2**15]``, and how many there are."""
+def _score_counts(
+    vectors: Mapping[Unit, Tensor], units: Iterable[Unit], score: Score
+) -> tuple[np.ndarray, int]:
+    """How many entries with a score above zero lie in each bin of scores, int64 ``[2**15]``, and how many there are."""
     counts, size = np.zeros(_BINS, dtype=np.int64), 0
     for unit in units:
-        magnitudes = vectors[unit].detach().to(torch.float32).abs().cpu()
-        size += magnitudes.numel()
-        counts[0] -= magnitudes.numel() - int(torch.count_nonzero(magnitudes))
-        bins = magnitudes.view(torch.int32).bitwise_right_shift_(_BIN_SHIFT)
+        scores = _scores(score, unit, vectors[unit])
+        size += scores.numel()
+        counts[0] -= scores.numel() - int(torch.count_nonzero(scores))
+        bins = scores.view(torch.int32) >> _BIN_SHIFT
         counts += torch.bincount(bins, minlength=_BINS).numpy()
     return counts, size
 
 
 def _collect(
-    vectors: Mapping[Unit, Tensor], units: Iterable[Unit], counts: np.ndarray, count: int
-) -> Vectors:
-    """The ``count`` largest entries, given how many there are in each bin."""
+    vectors: Mapping[Unit, Tensor], units: Iterable[Unit], counts: np.ndarray, count: int, score: Score
+) -> dict[Unit, _Scored]:
+    """The ``count`` entries of highest score, given how many there are in each bin."""
     above = np.cumsum(counts[::-1])[::-1]  # entries in this bin and those above
     edge = int(np.flatnonzero(above >= count)[-1]) if count <= above[0] else 0
     floor = float(np.array(edge << _BIN_SHIFT, dtype=np.int32).view(np.float32))
 
-    def above_floor(unit: Unit) -> SparseVector:
-        values = vectors[unit].detach().to(torch.float32).cpu().numpy()
-        magnitudes = np.abs(values)
-        return SparseVector.from_dense(values, (magnitudes >= floor) & (magnitudes > 0))
+    def above_floor(unit: Unit) -> _Scored:
+        vector = vectors[unit].detach().to(torch.float32).cpu()
+        scores = _scores(score, unit, vector).numpy()
+        kept = (scores >= floor) & (scores > 0)
+        return _Scored(SparseVector.from_dense(vector.numpy(), kept), scores[kept])
 
     return _prune(_gather(units, above_floor), count)
 
 
-def _gather(units: Iterable[Unit], entries_of: Callable[[Unit], SparseVector]) -> Vectors:
+def _scores(score: Score, unit: Unit, vector: Tensor) -> Tensor:
+    return score(unit, vector.detach().to(torch.float32).cpu())
+
+
+def _gather(units: Iterable[Unit], entries_of: Callable[[Unit], _Scored]) -> dict[Unit, _Scored]:
     """The entries of each unit that has any."""
     found = {}
     for unit in units:
         kept = entries_of(unit)
-        if kept.indices.size:
+        if kept.entries.indices.size:
             found[unit] = kept
         del kept
         # What is kept lies between what was freed, so that units would take up new memory one after the other.
@@ -165,11 +224,24 @@ def _gather(units: Iterable[Unit], entries_of: Callable[[Unit], SparseVector]) -
     return found
 
 
-def _prune(vectors: Vectors, count: int) -> Vectors:
-    """The ``count`` largest entries of these, without units that have none."""
-    update = SparseUpdate(0, "", vectors)
+def _prune(scored: dict[Unit, _Scored], count: int) -> dict[Unit, _Scored]:
+    """The ``count`` entries of highest score of these, without units that have none."""
+    if not scored:
+        return {}
+    entries, units = _entries(scored), sorted(scored)
+    update = SparseUpdate(0, "", entries)
     values, (indices, _) = join_values(update), join_indices(update)
-    kept = top_entries(torch.from_numpy(np.abs(values)), min(count, values.size)).numpy()
-    sizes = [(unit, vectors[unit].size) for unit in sorted(vectors)]
+    scores = np.concatenate([scored[unit].scores for unit in units])
+    kept = top_entries(torch.from_numpy(scores), min(count, scores.size)).numpy()
+    sizes = [(unit, entries[unit].size) for unit in units]
     pruned = split_columns(sizes, indices[kept], values[kept])
-    return {unit: vector for unit, vector in pruned.items() if vector.indices.size}
+    parts = np.split(scores[kept], np.cumsum([pruned[unit].indices.size for unit in units])[:-1])
+    return {
+        unit: _Scored(pruned[unit], part)
+        for unit, part in zip(units, parts, strict=True)
+        if pruned[unit].indices.size
+    }
+
+
+def _entries(scored: Mapping[Unit, _Scored]) -> Vectors:
+    return {unit: each.entries for unit, each in scored.items()}

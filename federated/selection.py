@@ -9,13 +9,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from configs.errors import UserError
 from federated.codec import pack_update
-from federated.entries import Vectors, largest_share, largest_within, shares, sparsify
+from federated.entries import Score, Vectors, largest_share, largest_within, magnitude, shares, sparsify
 from federated.lazy_vectors import LazyVectors
 from federated.quantise import quantise_update
 from federated.unit_selection import select_sample, select_top
@@ -53,6 +52,7 @@ def choose_update(
     residual: Mapping[Unit, Tensor],
     limits: Limits,
     *,
+    score: Score = magnitude,
     selection: Literal["top", "sample"] = "top",
     unbiased: bool = False,
     value_bits: int,
@@ -71,6 +71,7 @@ def choose_update(
         deltas: float ``[size]`` per trained unit.
         residual: likewise, of any units.
         limits: how much is shipped.
+        score: of each entry; those of highest score are shipped.
         selection: ``top``, or ``sample`` with a ``generator``.
         unbiased: of ``sample``: the server counts what is shipped 1/pi times (``horvitz-thompson``). On average that
             makes up for the units that were not drawn, so these keep only what they would not have shipped either:
@@ -91,20 +92,24 @@ def choose_update(
     totals = _totals(deltas, residual, residual_decay)
     inclusion = _select(totals, selection, limits.per_layer, generator)
     empty = SparseUpdate(graph_version, graph_hash, {})
-    vectors = _entries(totals, inclusion, limits, empty, value_bits)
+    vectors = _entries(totals, inclusion, limits, empty, value_bits, score)
     if not vectors:
         raise UserError(
             "expected a change to ship, got an all-zero update; check local-steps and learning-rate"
         )
     update = quantise_update(replace(empty, vectors=vectors), value_bits)
-    smallest = min(float(np.abs(vector.values).min()) for vector in vectors.values())
+    lowest = (
+        min(_lowest(totals[unit], unit, vector, score) for unit, vector in vectors.items())
+        if unbiased
+        else 0.0
+    )
 
     def left(unit: Unit) -> Tensor:
         if unit not in totals:
             return residual[unit].float() * residual_decay
         total = totals[unit]
         if unbiased and unit not in inclusion:
-            return _below_cut(total, limits, smallest)
+            return _below_cut(total, score(unit, total), limits, lowest)
         return _subtract(total, update.vectors.get(unit))
 
     units = [*totals, *(unit for unit in residual if unit not in totals)]
@@ -157,6 +162,7 @@ def _entries(
     limits: Limits,
     empty: SparseUpdate,
     value_bits: int,
+    score: Score,
 ) -> Vectors:
     """The entries to ship; a unit of which there are none is left out."""
     if limits.max_bytes:
@@ -164,17 +170,24 @@ def _entries(
         def packed_bytes(vectors: Vectors) -> int:
             return len(pack_update(replace(empty, vectors=vectors), value_bits=value_bits))
 
-        return largest_within(totals, units, max_bytes=limits.max_bytes, packed_bytes=packed_bytes)
+        return largest_within(
+            totals, units, max_bytes=limits.max_bytes, packed_bytes=packed_bytes, score=score
+        )
     if limits.scope == "all":
-        return largest_share(totals, units, limits.density)
-    return shares(totals, units, limits.density)
+        return largest_share(totals, units, limits.density, score)
+    return shares(totals, units, limits.density, score)
 
 
-def _below_cut(total: Tensor, limits: Limits, smallest: float) -> Tensor:
+def _lowest(total: Tensor, unit: Unit, shipped: SparseVector, score: Score) -> float:
+    """The lowest score among the entries that a unit ships."""
+    return float(score(unit, total)[torch.from_numpy(shipped.indices)].min())
+
+
+def _below_cut(total: Tensor, scores: Tensor, limits: Limits, lowest: float) -> Tensor:
     """What a unit that was not drawn would have kept, had it been: all but its entries above the cut."""
     if limits.max_bytes or limits.scope == "all":
-        return torch.where(total.abs() < smallest, total, 0.0)
-    return _subtract(total, sparsify(total, limits.density))
+        return torch.where(scores < lowest, total, 0.0)
+    return _subtract(total, sparsify(total, limits.density, scores))
 
 
 def _subtract(vector: Tensor, shipped: SparseVector | None) -> Tensor:
