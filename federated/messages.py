@@ -127,23 +127,28 @@ def read_request(content: RecordDict) -> Request:
 
 
 def write_reply(reply: Reply) -> RecordDict:
-    """A reply as Flower records."""
-    arrays = {"update": _to_array(reply.update), "usage": _to_array(reply.usage)}
-    for layer, held in enumerate(reply.residents):
-        arrays[f"residents-{layer}"] = _to_array(np.packbits(held).tobytes())
-    info: dict[str, str | int] = {
+    """A reply as Flower records.
+
+    Every array and every record costs some hundred bytes of framing, so that only what may be large is an array.
+    """
+    info: dict[str, str | int | bytes] = {
         "name": reply.name,
         "partition": reply.partition,
         "budget": reply.budget,
         "version": reply.version,
         "graph-hash": reply.graph_hash,
     }
+    if reply.usage:
+        info["usage"] = reply.usage
+    if reply.residents:
+        info["residents"] = b"".join(np.packbits(held).tobytes() for held in reply.residents)
+    inclusion = {"inclusion": MetricRecord(dict(reply.inclusion))} if reply.inclusion else {}
     return RecordDict(
         {
-            "arrays": ArrayRecord(arrays),
+            "arrays": ArrayRecord({"update": _to_array(reply.update)}),
             "numbers": MetricRecord(dict(reply.numbers)),
-            "inclusion": MetricRecord(dict(reply.inclusion or {})),
             "info": ConfigRecord(info),
+            **inclusion,
         }
     )
 
@@ -155,12 +160,7 @@ def read_reply(content: RecordDict, num_experts: Sequence[int]) -> Reply:
         RefusedUpdate: a record or a field is missing, or a number is not one.
     """
     try:
-        arrays, info = content["arrays"], content["info"]
-        held = [
-            _read_bits(_to_bytes(arrays[f"residents-{layer}"]), count)
-            for layer, count in enumerate(num_experts)
-            if f"residents-{layer}" in arrays
-        ]
+        info = content["info"]
         return Reply(
             name=str(info["name"]),
             partition=int(info["partition"]),
@@ -168,10 +168,10 @@ def read_reply(content: RecordDict, num_experts: Sequence[int]) -> Reply:
             version=int(info["version"]),
             graph_hash=str(info["graph-hash"]),
             numbers={key: float(value) for key, value in content["numbers"].items()},
-            update=_to_bytes(arrays["update"]),
-            usage=_to_bytes(arrays["usage"]),
-            residents=held,
-            inclusion={key: float(value) for key, value in content["inclusion"].items()},
+            update=_to_bytes(content["arrays"]["update"]),
+            usage=_checked_bytes(info.get("usage", b"")),
+            residents=_read_bits(info["residents"], num_experts) if "residents" in info else [],
+            inclusion={key: float(value) for key, value in content.get("inclusion", {}).items()},
         )
     except _UNREADABLE as error:
         raise RefusedUpdate(f"a reply cannot be read: {error}") from error
@@ -188,9 +188,8 @@ def message_bytes(message: Message | RecordDict) -> int:
 def detach_update(content: RecordDict) -> tuple[RecordDict, bytes]:
     """A reply without its packed update, and that; the content as it is and no bytes where it holds none."""
     try:
-        arrays = dict(content["arrays"].items())
-        update = _to_bytes(arrays["update"])
-        rest = ArrayRecord(arrays | {"update": _to_array(b"")})
+        update = _to_bytes(content["arrays"]["update"])
+        rest = ArrayRecord({"update": _to_array(b"")})
     except _UNREADABLE:
         return content, b""
     return RecordDict(dict(content.items()) | {"arrays": rest}), update
@@ -211,8 +210,18 @@ def _to_bytes(array: Array) -> bytes:
     return bytes(array.data)
 
 
-def _read_bits(data: bytes, count: int) -> np.ndarray:
-    bits = np.unpackbits(np.frombuffer(data, dtype=np.uint8))
-    if not count <= len(bits) < count + 8:
-        raise RefusedUpdate(f"expected {count} residency bits, got {len(bits)}")
-    return bits[:count].astype(bool)
+def _checked_bytes(value: object) -> bytes:
+    # bytes(5) would be five zeros, and bytes(2**62) no memory.
+    if not isinstance(value, bytes):
+        raise TypeError(f"expected bytes, got {type(value).__name__}")
+    return value
+
+
+def _read_bits(value: object, num_experts: Sequence[int]) -> list[np.ndarray]:
+    data, sizes = _checked_bytes(value), [-(-count // 8) for count in num_experts]
+    if len(data) != sum(sizes):
+        raise RefusedUpdate(f"expected {sum(sizes)} bytes of residency bits, got {len(data)}")
+    parts = np.split(np.frombuffer(data, dtype=np.uint8), np.cumsum(sizes)[:-1])
+    return [
+        np.unpackbits(part, count=count).astype(bool) for part, count in zip(parts, num_experts, strict=True)
+    ]
