@@ -15,12 +15,14 @@ from clients.local_copy import bring_to_version, client_folder
 from clients.local_graph import local_graph
 from clients.resident_model import changes, hold_residents
 from clients.shipment import carried_over, limits, shipped_in, with_own_limits
+from clients.slopes import entry_slopes
 from clients.starting_point import StartingPoint
 from clients.store import ClientStore
 from clients.trainer import LocalTraining, train_locally
 from configs.schema import RunConfig
 from federated.blocks import Blocks, batches, take
 from federated.codec import pack_update
+from federated.entries import magnitude, saliency
 from federated.messages import Reply, Request
 from federated.selection import choose_update
 from federated.update import density
@@ -103,7 +105,9 @@ class Participant:
                 result = train_locally(self.model, stream, self.training(request))
             start.restore_others(self.model)
             personal = self.evaluate() if request.last else LossSum()
-        packed, shipped_density, inclusion = self._pack(changes(self.model, start, self.config), request)
+        packed, shipped_density, inclusion = self._pack(
+            changes(self.model, start, self.config), entry_slopes(self.model, result.moments), request
+        )
         return self._reply(
             request,
             {
@@ -190,13 +194,16 @@ class Participant:
             z_loss_weight=config.z_loss_weight,
         )
 
-    def _pack(self, deltas: Mapping[Unit, Tensor], request: Request) -> tuple[bytes, float, dict[str, float]]:
+    def _pack(
+        self, deltas: Mapping[Unit, Tensor], slopes: Mapping[Unit, Tensor], request: Request
+    ) -> tuple[bytes, float, dict[str, float]]:
         graph, config = read_graph(self.model), self.config
         sizes = unit_sizes(self.model, attention=config.attention_lora)
         prepared = choose_update(
             deltas,
             carried_over(self.store.residual.load(), request, sizes),
             limits(config),
+            score=saliency(slopes) if config.entry_score == "saliency" else magnitude,
             selection=config.selection,
             unbiased=config.combine == "horvitz-thompson",
             value_bits=config.value_bits,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from clients.optimiser import make_optimizer, make_schedule
+from clients.slopes import second_moments
 from configs.errors import UserError
 from models.experts_fedgraft import ROUTING
 from models.modeling_fedgraft import FedGraftForCausalLM
@@ -78,10 +79,12 @@ class LocalResult:
     Attributes:
         losses: loss of each step without router losses, nats per token.
         tokens: labelled tokens trained on.
+        moments: of the gradients, see ``clients.slopes.second_moments``.
     """
 
     losses: list[float]
     tokens: int
+    moments: Mapping[Tensor, Tensor]
 
 
 def train_locally(
@@ -113,7 +116,7 @@ def train_locally(
             tokens += count
     optimizer.zero_grad()
     model.eval()
-    return LocalResult(losses, tokens)
+    return LocalResult(losses, tokens, second_moments(optimizer))
 
 
 def expert_parameters(model: FedGraftForCausalLM, train: str = "all") -> list[nn.Parameter]:

@@ -84,8 +84,8 @@ class RunConfig(BaseModel):
     """Server rounds between two checkpoints in log-dir/checkpoints; 0: none but out."""
     selection: Literal["top", "sample"] = "top"
     """Experts a client ships: top (most update energy) or sample (known probability)."""
-    combine: Literal["hajek", "horvitz-thompson", "mean"] = "hajek"
-    """Server weighting of updates: hajek, horvitz-thompson or mean."""
+    combine: Literal["entrywise", "hajek", "horvitz-thompson", "mean"] = "entrywise"
+    """Server weighting of updates: entrywise, hajek (of whole experts), horvitz-thompson or mean."""
     client_weight: Literal["examples", "tokens"] = "examples"
     """What a client weighs: its training blocks (examples) or the tokens it trained on in the round."""
     ship_experts: Whole = 0
@@ -94,6 +94,8 @@ class RunConfig(BaseModel):
     """Kept entries / all entries of the experts a client ships; a node's own density counts before it."""
     density_scope: Literal["expert", "all"] = "all"
     """Entries that compete for the density: of each expert by itself, or of all that a client ships (all)."""
+    entry_score: Literal["saliency", "magnitude"] = "saliency"
+    """What makes an entry worth shipping: saliency (its change times the slope of the loss) or magnitude."""
     upload_budget_mb: NonNegative = 0.0
     """MB (10^6 bytes) that a client's packed update fills in place of density; a node's own counts first; 0: none."""
     downlink_density: Annotated[float, Field(gt=0, le=1)] = 1.0

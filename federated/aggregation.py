@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -13,8 +13,7 @@ from torch import Tensor
 
 from federated.update import SparseUpdate, SparseVector, Unit
 
-Combine = Literal["hajek", "horvitz-thompson", "mean"]
-
+Combine = Literal["entrywise", "hajek", "horvitz-thompson", "mean"]
 
 _LARGEST_FACTOR = float(np.finfo(np.float32).max)
 
@@ -62,6 +61,8 @@ def aggregate(
 ) -> dict[Unit, Tensor]:
     """Return the step (float32 [size]) of every unit that at least one client shipped.
 
+    - ``entrywise``: ``hajek`` for each entry by itself, over the clients that shipped this entry: what one client alone
+      finds worth shipping counts in full, what several ship is averaged;
     - ``hajek``: ``sum w/pi * change / sum w/pi`` over the clients that shipped the unit (Hajek, 1971);
     - ``horvitz-thompson``: ``sum w/pi * change`` over the weight of the clients that trained the unit (Horvitz and
       Thompson, 1952);
@@ -69,7 +70,7 @@ def aggregate(
 
     A client's change is first scaled down to ``clip_norm_multiple`` times the median norm of the round (0: off).
     A first pass reads what was shipped and its norms, which settles every factor; a second adds one unpacked
-    update after the other, so memory stays near one model however many clients there are. Raises ValueError without
+    update after the other, so memory stays near one model (``entrywise``: two) however many clients there are. Raises ValueError without
     a client, or for weights, probabilities, sizes or factors that cannot be.
     """
     contributions = list(contributions)
@@ -82,8 +83,11 @@ def aggregate(
     factors = unit_factors(contributions, [each.units for each in shipped], combine)
     scales = _clip_scales([each.norm for each in shipped], clip_norm_multiple)
     sums: dict[Unit, np.ndarray] = {}
+    covered: dict[Unit, np.ndarray] | None = {} if combine == "entrywise" else None
     for contribution, own, scale in zip(contributions, factors, scales, strict=True):
-        _add_update(sums, contribution.unpacked(), own, server_learning_rate * scale)
+        _add_update(sums, covered, contribution.unpacked(), own, server_learning_rate * scale)
+    for unit, total in (covered or {}).items():
+        np.divide(sums[unit], total, out=sums[unit], where=total > 0)
     return {unit: torch.from_numpy(sums[unit]) for unit in sorted(sums)}
 
 
@@ -107,8 +111,8 @@ def unit_factors(
     Raises:
         ValueError: an unknown ``combine``, a probability outside (0, 1], or a unit that was shipped but not trained.
     """
-    if combine not in ("hajek", "horvitz-thompson", "mean"):
-        raise ValueError(f"expected combine hajek, horvitz-thompson or mean, got {combine!r}")
+    if combine not in get_args(Combine):
+        raise ValueError(f"expected combine {', '.join(get_args(Combine))}, got {combine!r}")
     largest = max(contribution.weight for contribution in contributions)
     weights = [contribution.weight / largest for contribution in contributions]
     if not min(weights) > 0:
@@ -137,7 +141,7 @@ def _total(
     weights: Sequence[float],
     combine: Combine,
 ) -> float:
-    if combine == "hajek":
+    if combine in ("entrywise", "hajek"):
         return sum(own.get(unit, 0.0) for own in factors)
     everyone = combine == "mean"
     return sum(
@@ -153,17 +157,25 @@ def _clip_scales(norms: Sequence[float], multiple: float) -> list[float]:
 
 
 def _add_update(
-    sums: dict[Unit, np.ndarray], update: SparseUpdate, factors: dict[Unit, float], scale: float
+    sums: dict[Unit, np.ndarray],
+    covered: dict[Unit, np.ndarray] | None,
+    update: SparseUpdate,
+    factors: dict[Unit, float],
+    scale: float,
 ) -> None:
     # A function of its own: nothing of one update is alive when the next is unpacked.
     for unit, vector in update.vectors.items():
-        _add_scaled(sums, unit, vector, scale * factors[unit])
+        _add_scaled(sums, unit, vector, vector.values, scale * factors[unit])
+        if covered is not None:
+            _add_scaled(covered, unit, vector, np.ones_like(vector.values), factors[unit])
 
 
-def _add_scaled(sums: dict[Unit, np.ndarray], unit: Unit, vector: SparseVector, factor: float) -> None:
+def _add_scaled(
+    sums: dict[Unit, np.ndarray], unit: Unit, vector: SparseVector, values: np.ndarray, factor: float
+) -> None:
     if not abs(factor) <= _LARGEST_FACTOR:
         raise ValueError(f"expected a finite factor for unit {unit}, got {factor}")
     total = sums.setdefault(unit, np.zeros(vector.size, dtype=np.float32))
     if total.size != vector.size:
         raise ValueError(f"unit {unit} has {vector.size} entries from one client, {total.size} from another")
-    total[vector.indices] += np.float32(factor) * vector.values
+    total[vector.indices] += np.float32(factor) * values

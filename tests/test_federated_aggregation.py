@@ -44,7 +44,7 @@ def walk(contributions, combine, learning_rate, clip):
     for unit, size in SIZES.items():
         if not any(unit in c.update.vectors for c in contributions):
             continue
-        sums, below = [0.0] * size, 0.0
+        sums, below, covered = [0.0] * size, 0.0, [0.0] * size
         for c, norm in zip(contributions, norms, strict=True):
             probability = 1.0 if combine == "mean" else c.inclusion.get(unit, 1.0)
             shipped, trained = unit in c.update.vectors, c.trained is None or unit in c.trained
@@ -57,11 +57,13 @@ def walk(contributions, combine, learning_rate, clip):
                 vector = c.update.vectors[unit]
                 for index, value in zip(vector.indices.tolist(), vector.values.tolist(), strict=True):
                     sums[index] += c.weight / probability * factor * value
-        steps[unit] = [learning_rate * value / below for value in sums]
+                    covered[index] += c.weight / probability
+        below_each = [each or 1.0 for each in covered] if combine == "entrywise" else [below] * size
+        steps[unit] = [learning_rate * value / each for value, each in zip(sums, below_each, strict=True)]
     return steps
 
 
-@pytest.mark.parametrize("combine", ["hajek", "horvitz-thompson", "mean"])
+@pytest.mark.parametrize("combine", ["entrywise", "hajek", "horvitz-thompson", "mean"])
 @pytest.mark.parametrize(
     "seed, clients, learning_rate, clip", [(0, 1, 1.0, 0), (1, 5, 0.7, 0), (2, 6, 1.0, 0.9)]
 )
@@ -75,6 +77,13 @@ def test_equals_a_walk_over_the_entries(combine, seed, clients, learning_rate, c
     for unit, step in result.items():
         assert step.dtype == torch.float32 and step.shape == (SIZES[unit],)
         np.testing.assert_allclose(step.numpy(), expected[unit], rtol=2e-6, atol=1e-7)
+
+
+def test_entrywise_counts_in_full_what_one_client_alone_ships():
+    first = contribution(1.0, {(0, 0): {0: 4.0, 1: 4.0}})
+    second = contribution(3.0, {(0, 0): {1: 8.0, 2: 8.0}})
+    step = aggregate([first, second], combine="entrywise")[(0, 0)]
+    assert step.tolist() == pytest.approx([4, 7, 8, 0, 0, 0])
 
 
 def test_one_client_with_hajek_is_its_own_change_whatever_weight_and_probability():
@@ -150,7 +159,7 @@ def test_only_one_update_is_unpacked_at_a_time():
     assert alive[0] == 0 and most[0] == 1
 
 
-@pytest.mark.parametrize("combine", ["hajek", "horvitz-thompson", "mean"])
+@pytest.mark.parametrize("combine", ["entrywise", "hajek", "horvitz-thompson", "mean"])
 def test_huge_weights_and_values_do_not_overflow(combine):
     entries = {(0, 0): {0: 1e30, 1: -1e30}}
     huge = [contribution(1e307, entries), contribution(1e308, entries), contribution(1e308, entries)]

@@ -1,0 +1,61 @@
+"""How steep the loss is along each entry of a unit, as the optimizer of local training saw it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from clients.starting_point import resident_units
+from federated.lazy_vectors import LazyVectors
+from models.experts_fedgraft import ExpertGraphMLP
+from models.modeling_fedgraft import FedGraftForCausalLM
+from models.units import Unit, flatten_weights
+
+
+def second_moments(optimizer: Optimizer) -> dict[Tensor, Tensor]:
+    """Running mean of the squared gradient of each parameter, as Adam keeps it; empty for other optimizers.
+
+    A change that sgd made is as large as the gradient anyway, and Adafactor keeps no more than means over rows and
+    columns.
+    """
+    states = optimizer.state
+    if not all("exp_avg_sq" in state for state in states.values()):
+        return {}
+    return {parameter: state["exp_avg_sq"] for parameter, state in states.items()}
+
+
+def entry_slopes(model: FedGraftForCausalLM, moments: Mapping[Tensor, Tensor]) -> Mapping[Unit, Tensor]:
+    """Root mean square of the gradient of each entry ``[size]`` of the units that ``model`` holds.
+
+    Zero for what did not train. Without moments, and for LoRA factors, whose entries are not those of the unit, there
+    are no slopes.
+
+    Args:
+        model: after local training.
+        moments: as ``second_moments`` gives them.
+    """
+    layers = model.expert_layers()
+    if not any(parameter in moments for layer in layers for parameter in layer.parameters()) or any(
+        ".lora_" in name for name, _ in model.named_parameters()
+    ):
+        return {}
+    return LazyVectors(resident_units(model), lambda unit: _slope(layers[unit[0]], unit[1], moments))
+
+
+def _slope(layer: ExpertGraphMLP, expert: int, moments: Mapping[Tensor, Tensor]) -> Tensor:
+    def moment(name: str) -> Tensor:
+        parameter = getattr(layer, name)
+        return moments[parameter] if parameter in moments else torch.zeros_like(parameter)
+
+    row = layer.held.index(expert)
+    weights = flatten_weights(moment("gate_up_proj")[row], moment("down_proj")[row])
+    routing = (
+        moment("router")[expert],
+        moment("output_gain")[expert],
+        moment("edge_gain")[:, expert],
+        moment("edge_affinity")[:, expert],
+    )
+    return torch.cat([weights, *(part.reshape(-1).float().cpu() for part in routing)]).sqrt()
