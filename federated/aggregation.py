@@ -70,8 +70,9 @@ def aggregate(
 
     A client's change is first scaled down to ``clip_norm_multiple`` times the median norm of the round (0: off).
     A first pass reads what was shipped and its norms, which settles every factor; a second adds one unpacked
-    update after the other, so memory stays near one model (``entrywise``: two) however many clients there are. Raises ValueError without
-    a client, or for weights, probabilities, sizes or factors that cannot be.
+    update after the other, so memory stays near one model (``entrywise``: two) however many clients there are.
+
+    Raises ValueError without a client, or for weights, probabilities, sizes or factors that cannot be.
     """
     contributions = list(contributions)
     if not contributions:
