@@ -95,7 +95,7 @@ class RunConfig(BaseModel):
     density_scope: Literal["expert", "all"] = "all"
     """Entries that compete for the density: of each expert by itself, or of all that a client ships (all)."""
     entry_score: Literal["saliency", "magnitude"] = "saliency"
-    """What makes an entry worth shipping: saliency (its change times the slope of the loss) or magnitude."""
+    """What makes an entry worth shipping: saliency (its change, weighted by the slope of the loss) or magnitude."""
     upload_budget_mb: NonNegative = 0.0
     """MB (10^6 bytes) that a client's packed update fills in place of density; a node's own counts first; 0: none."""
     downlink_density: Annotated[float, Field(gt=0, le=1)] = 1.0

@@ -42,17 +42,18 @@ def magnitude(unit: Unit, vector: Tensor) -> Tensor:
 
 
 def saliency(slopes: Mapping[Unit, Tensor]) -> Score:
-    """The score ``|change| * slope``: to first order, how much the loss moves with an entry.
+    """The score ``|change| * sqrt(slope)``: half-way from the change itself to what it does to the loss.
 
-    It is the first-order term of Molchanov et al. (2017, arXiv:1611.06440). The steps of Adam are of nearly one
-    magnitude, so that their own size says little about which of them matter.
+    ``|change| * slope`` is the first-order change of the loss (Molchanov et al., 2017, arXiv:1611.06440). Adam's changes
+    are of nearly one magnitude, so that their own size says little; the steepest entries alone are also those where
+    another client's loss suffers most. The root was measured to be better than either.
 
     Args:
-        slopes: root mean square of each entry's gradient ``[size]``; units without one have a slope of one everywhere.
+        slopes: root mean square of each entry's gradient ``[size]``; units without have a slope of one everywhere.
     """
 
     def score(unit: Unit, vector: Tensor) -> Tensor:
-        return vector.abs() * slopes[unit] if unit in slopes else vector.abs()
+        return vector.abs() * slopes[unit].sqrt() if unit in slopes else vector.abs()
 
     return score
 
