@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 from configs.errors import UserError
@@ -32,6 +33,7 @@ def model_path(name: str, *, quick: bool = False) -> str:
     )
 
 
+@cache
 def domain_blocks(
     source: str, model: str, *, split: str = "train", block_size: int = 256, max_blocks: int, seed: int = 0
 ) -> Blocks:

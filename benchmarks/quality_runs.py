@@ -1,0 +1,198 @@
+"""One run of one method of ``benchmarks.quality_per_byte``: who trains, on what, for how long."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+
+from benchmarks.federated_methods import Averaging, Client, Method, Schedule, SparseExperts
+from benchmarks.material import data_sources, domain_blocks, model_path
+from clients.trainer import LocalTraining
+from configs.schema import RunConfig
+from models.bootstrap import BootstrapPlan
+from models.bootstrap_checkpoint import bootstrap_checkpoint
+from models.llama_loader import load_dense
+from models.precision import autocast_to_bf16
+from models.settings import set_visits
+from scripts.console import quiet_libraries
+from server.global_model import GlobalModel
+
+DOMAINS = ("stories", "shakespeare", "law_dc", "medical_qa", "math_gsm8k", "code_algos", "recipes")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much is trained and measured.
+
+    Attributes:
+        domains: a client each; one more holds wikimix.
+        experts: E of each layer.
+        rounds: of the methods that ours is compared with.
+        most_rounds: of ours, which stops where it has reached all targets.
+        train_blocks: of a client.
+        valid_blocks: of a client.
+        block_size: tokens of a block.
+        batch_size: blocks.
+        local_steps: of a client in a round.
+        seeds: of the order of the text and of the clusters.
+        learning_rates: tried on the first seed, by method; the half active take what all active did best with.
+        calibration_tokens: sampled from the model, for the bootstrap.
+        jobs: runs side by side, a thread each.
+    """
+
+    domains: Sequence[str]
+    experts: int
+    rounds: int
+    most_rounds: int
+    train_blocks: int
+    valid_blocks: int
+    block_size: int
+    batch_size: int
+    local_steps: int
+    seeds: Sequence[int]
+    learning_rates: Mapping[str, Sequence[float]]
+    calibration_tokens: int
+    jobs: int
+
+
+RATES = {"dense": (1e-3, 2e-3), "fedit": (2e-3, 5e-3), "ours": (1e-3, 2e-3)}
+FULL = Settings(DOMAINS, 16, 12, 24, 400, 24, 128, 4, 10, (0, 1, 2), RATES, 8192, 2)
+QUICK = replace(
+    FULL,
+    domains=("a",),
+    experts=4,
+    rounds=1,
+    most_rounds=2,
+    train_blocks=4,
+    valid_blocks=2,
+    block_size=32,
+    local_steps=1,
+    seeds=(0, 1),
+    learning_rates={name: rates[:1] for name, rates in RATES.items()},
+    calibration_tokens=256,
+    jobs=1,
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run to be made: it ends early where its mean loss has reached all of ``goals``, if there are any."""
+
+    method: str
+    seed: int
+    learning_rate: float
+    goals: Sequence[float] = ()
+
+
+@dataclass(frozen=True)
+class Run:
+    """One method with one seed: ``trajectory`` holds, after each round, the bytes so far and every client's loss."""
+
+    method: str
+    seed: int
+    learning_rate: float
+    trajectory: list[dict[str, Any]]
+
+    @property
+    def loss(self) -> float:
+        """Mean over clients of the loss at the end, nats per token."""
+        return mean_loss(self.trajectory[-1])
+
+    def worst_change(self, entry: Mapping[str, Any]) -> float:
+        """Largest ratio over clients of a client's perplexity at ``entry`` to that at the start."""
+        start = self.trajectory[0]["losses"]
+        return max(math.exp(loss - start[name]) for name, loss in entry["losses"].items())
+
+    def reached(self, target: float) -> dict[str, Any] | None:
+        """The first entry of the trajectory with a mean loss of at most ``target``; None without one."""
+        return next((entry for entry in self.trajectory if mean_loss(entry) <= target), None)
+
+
+def run_job(job: Job, settings: Settings, graph: str, quick: bool) -> Run:
+    """Train as ``job`` says, on the graph bootstrapped with its seed."""
+    quiet_libraries()
+    torch.set_num_threads(1)
+    federation = _federation(job, settings, graph, quick)
+    trajectory: list[dict[str, Any]] = []
+    up = down = 0
+    for server_round in range(_rounds(job, settings) + 1):
+        if server_round:
+            traffic = federation.train_round(server_round)
+            up, down = up + traffic.up, down + traffic.down
+        losses = {name: loss.mean for name, loss in federation.losses().items()}
+        trajectory.append({"round": server_round, "up": up, "down": down, "losses": losses})
+        if job.goals and mean_loss(trajectory[-1]) <= min(job.goals):
+            break
+    return Run(job.method, job.seed, job.learning_rate, trajectory)
+
+
+def bootstrap_graph(folder: Path, seed: int, settings: Settings, quick: bool) -> str:
+    """Bootstrap the graph of a seed into ``folder`` and return its path."""
+    out = folder / f"graph-{seed}"
+    bootstrap_checkpoint(
+        source=model_path("mix7M", quick=quick),
+        out=out,
+        plan=BootstrapPlan(settings.experts, seed=seed),
+        calibration_ids=None,
+        calibration_tokens=settings.calibration_tokens,
+        evaluation_tokens=settings.calibration_tokens // 4,
+    )
+    return str(out)
+
+
+def mean_loss(entry: Mapping[str, Any]) -> float:
+    """Mean over clients of the loss in an entry of a trajectory: the log of the geometric mean of perplexities."""
+    return fmean(entry["losses"].values())
+
+
+def _rounds(job: Job, settings: Settings) -> int:
+    return settings.most_rounds if job.method.endswith("ours") else settings.rounds
+
+
+def _federation(job: Job, settings: Settings, graph: str, quick: bool) -> Method:
+    clients, half = list(_clients(settings, job.seed, quick)), job.method.startswith("half")
+    schedule = _schedule(job, settings, half)
+    if job.method in ("dense", "fedit"):
+        dense = load_dense(model_path("mix7M", quick=quick)).float()
+        if job.method == "dense":
+            ffn = {name: each for name, each in dense.named_parameters() if ".mlp." in name}
+            return Averaging(dense, ffn, clients, schedule)
+        torch.manual_seed(job.seed)
+        lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = get_peft_model(dense, lora)
+        factors = {name: each for name, each in model.named_parameters() if "lora_" in name}
+        return Averaging(model, factors, clients, schedule)
+    server = GlobalModel(graph)
+    set_visits(server.model, settings.experts // 2 if half else settings.experts)
+    if job.method == "half dense":
+        layers = enumerate(server.model.expert_layers())
+        experts = {f"{i}.{name}": each for i, layer in layers for name, each in layer.named_parameters()}
+        return Averaging(server.model, experts, clients, schedule)
+    return SparseExperts(server, clients, schedule, RunConfig(num_clients=len(clients)))
+
+
+def _schedule(job: Job, settings: Settings, half: bool) -> Schedule:
+    training = LocalTraining(
+        steps=settings.local_steps,
+        learning_rate=job.learning_rate,
+        autocast=autocast_to_bf16("auto", "cpu"),
+        # With every expert active there is nothing to route.
+        train="all" if half else "experts",
+    )
+    return Schedule(training, _rounds(job, settings), settings.batch_size, job.seed)
+
+
+def _clients(settings: Settings, seed: int, quick: bool) -> Iterator[Client]:
+    path, size = model_path("mix7M", quick=quick), settings.block_size
+    sources = [*data_sources(settings.domains, quick=quick), "wikimix"]
+    for name, source in zip([*settings.domains, "wikimix"], sources, strict=True):
+        train = domain_blocks(source, path, block_size=size, max_blocks=settings.train_blocks, seed=seed)
+        valid = domain_blocks(source, path, split="valid", block_size=size, max_blocks=settings.valid_blocks)
+        yield Client(name, train, valid)

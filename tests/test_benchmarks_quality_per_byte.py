@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from benchmarks.quality_per_byte import measure, target
+from benchmarks.quality_runs import QUICK, Run
+
+FIGURES = {
+    "uplink_ratio_dense",
+    "total_ratio_dense",
+    "uplink_ratio_half_active",
+    "uplink_ratio_fedit",
+    "worst_client_ratio",
+}
+
+
+def test_the_quick_run_measures_every_method():
+    steps = []
+    measured = measure(True, lambda stage, done, total: steps.append((done, total)))
+    assert set(measured.figures) == set(measured.notes) == FIGURES
+    assert all(value is None or 0 < value < math.inf for value in measured.figures.values())
+    assert steps[-1][0] == steps[-1][1]
+    runs = measured.peers["runs"]
+    for method in ("dense", "fedit", "ours", "half dense", "half ours"):
+        assert [run["seed"] for run in runs[method]] == list(QUICK.seeds)
+        for run in runs[method]:
+            first, last = run["trajectory"][0], run["trajectory"][-1]
+            assert first["up"] == first["down"] == 0
+            # Ours stops where it is good enough, which so little training may be from the start.
+            assert method.endswith("ours") or 0 < min(last["up"], last["down"])
+            assert all(math.isfinite(loss) for loss in last["losses"].values())
+    assert runs["fedit"][0]["trajectory"][-1]["up"] < runs["dense"][0]["trajectory"][-1]["up"]
+
+
+def _run(*losses: float) -> Run:
+    entries = [
+        {"round": i, "up": 10 * i, "down": 0, "losses": {"a": each, "b": each - 1}}
+        for i, each in enumerate(losses)
+    ]
+    return Run("ours", 0, 1e-3, entries)
+
+
+def test_the_target_is_most_of_the_gain():
+    assert target(_run(5.0, 4.0, 3.0)) == pytest.approx(4.5 - 0.9 * 2)
+
+
+def test_the_first_round_that_is_good_enough_counts():
+    run = _run(5.0, 4.0, 3.0, 2.0)
+    assert run.reached(2.6)["up"] == 20
+    assert run.reached(4.5)["up"] == 0
+    assert run.reached(1.0) is None
+
+
+def test_the_worst_change_is_that_of_the_client_that_gained_least():
+    run = _run(5.0, 4.0)
+    run.trajectory[1]["losses"]["b"] = 4.5
+    assert run.worst_change(run.trajectory[1]) == pytest.approx(math.exp(0.5))
