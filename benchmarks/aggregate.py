@@ -36,7 +36,7 @@ VALUE_BITS = 4
 
 def measure(quick: bool, on_step: OnStep) -> Measured:
     """Peak memory and seconds of both methods with 2 and with 64 clients, in turn, several times."""
-    many, repeats = (8, 1) if quick else (MANY, 5)
+    many, repeats = (8, 1) if quick else (MANY, 3)
     peers: dict = {}
     ratios: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="fedgraft-") as scratch:
