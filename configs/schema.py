@@ -90,7 +90,7 @@ class RunConfig(BaseModel):
     """What a client weighs: its training blocks (examples) or the tokens it trained on in the round."""
     ship_experts: Whole = 0
     """Experts per layer a client ships each round; 0: all it trained."""
-    density: Annotated[float, Field(gt=0, le=1)] = 0.05
+    density: Annotated[float, Field(gt=0, le=1)] = 0.002
     """Kept entries / all entries of the experts a client ships; a node's own density counts before it."""
     density_scope: Literal["expert", "all"] = "all"
     """Entries that compete for the density: of each expert by itself, or of all that a client ships (all)."""
@@ -100,11 +100,11 @@ class RunConfig(BaseModel):
     """MB (10^6 bytes) that a client's packed update fills in place of density; a node's own counts first; 0: none."""
     downlink_density: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Kept entries / all entries of each expert's step that the server sends; 1: every entry that a client shipped."""
-    value_bits: Literal[16, 8, 4, 2] = 4
+    value_bits: Literal[16, 8, 4, 2] = 2
     """Bits per shipped value: 16, 8, 4 or 2."""
-    residual_decay: Share = 1.0
+    residual_decay: Share = 0.5
     """Share of the unshipped residual kept for next round."""
-    server_learning_rate: Positive = 1.0
+    server_learning_rate: Positive = 2.0
     """Factor on the combined update that the server applies."""
     clip_norm_multiple: NonNegative = 0.0
     """Clip client updates to this multiple of the round's median update norm; 0: off."""
@@ -138,7 +138,7 @@ class RunConfig(BaseModel):
     """Momentum of sgd; the other optimizers ignore it."""
     weight_decay: NonNegative = 0.0
     """Weight decay of the clients' optimizer, decoupled from the gradient with adamw and adafactor."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
     """Learning rate over all rounds: constant, linear or cosine; the latter two fall to 0."""
     warmup_steps: Whole = 0
     """Optimizer steps, from the first of the run, in which the learning rate rises to its full height."""
