@@ -1,23 +1,34 @@
 """Sparse updates <-> bytes: run lengths and quantised values, entropy-coded, in a safetensors container.
 
-The columns are ``units`` (the shipped units and their sizes), ``index`` (which entries were kept),
-``codes`` and ``scales`` (their values).
+The columns are ``units`` (the shipped units, their sizes and what of them is sent as factors), ``index`` (which entries
+were kept), ``codes`` and ``scales`` (the values of factors and entries, one unit after the other).
 Everything is checked before memory is allocated for it: a defect raises RefusedUpdate, nothing else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
 
 from federated.columns import pack_column, unpack_column, zstd_pack, zstd_unpack
-from federated.container import MAX_UNIT_SIZE, Header, read_container, write_container
-from federated.quantise import QuantisedColumn, dequantise, quantise, scale_count
+from federated.container import Header, read_container, write_container
+from federated.factors import FactoredVector
+from federated.quantise import MAX_MAGNITUDE, QuantisedColumn, dequantise, quantise, scale_count
 from federated.rle import decode_runs, encode_runs, run_dtype
-from federated.update import RefusedUpdate, SparseUpdate, Unit, join_indices, join_values, split_columns
+from federated.unit_table import UnitRow, pack_units, read_units
+from federated.update import (
+    RefusedUpdate,
+    SparseUpdate,
+    SparseVector,
+    Unit,
+    join_indices,
+    join_values,
+    split_columns,
+)
 
 # Above this density a compressed bitmask may be smaller than the run lengths.
 BITMASK_DENSITY = 0.25
@@ -45,11 +56,13 @@ def pack_update(update: SparseUpdate, *, value_bits: int) -> bytes:
 
     Raises RefusedUpdate for a NaN, an infinity or a magnitude above 2**40.
     """
+    for vector in update.vectors.values():
+        _check_product(vector)
     values = quantise(join_values(update), value_bits)
     indices, total = join_indices(update)
     kind, index = _pack_index(indices, total)
     columns = {
-        "units": zstd_pack(_unit_table(update).tobytes()),
+        "units": pack_units(update),
         "index": index,
         "codes": pack_column(values.codes, width=value_bits),
         "scales": pack_column(values.scales, width=8 * values.scales.itemsize),
@@ -85,12 +98,12 @@ def unpack_update(
     if graph_hash is not None and header.graph_hash != graph_hash:
         raise RefusedUpdate(f"graph hash {header.graph_hash[:16]!r}, expected {graph_hash[:16]!r}")
     units = _unpack_units(columns["units"], header.units, sizes)
-    total = sum(size for _, size in units)
+    total = sum(unit.size for unit in units)
     if header.count > total:
         raise RefusedUpdate(f"{header.count} entries kept of {total}")
     indices = _unpack_index(columns["index"], header, total)
-    values = dequantise(_unpack_values(columns, header))
-    return SparseUpdate(header.graph_version, header.graph_hash, split_columns(units, indices, values))
+    values = dequantise(_unpack_values(columns, header, sum(unit.factor_values for unit in units)))
+    return SparseUpdate(header.graph_version, header.graph_hash, _vectors(units, indices, values))
 
 
 def packed_stats(data: bytes) -> PackedStats:
@@ -99,47 +112,67 @@ def packed_stats(data: bytes) -> PackedStats:
     Takes the memory of as many values as the header states: call it on what ``unpack_update`` has accepted.
     """
     header, columns = read_container(data)
-    total = int(_read_unit_table(columns["units"], header.units)[2].sum())
-    if header.count > total:
-        raise RefusedUpdate(f"{header.count} entries kept of {total}")
-    share = header.count / total if total else 0.0
-    index_floor = total * _entropy(np.array([header.count, total - header.count])) / 8
+    units = read_units(columns["units"], header.units)
+    total = sum(unit.size for unit in units)
+    indexed = total - sum(unit.rows * unit.columns for unit in units)
+    if header.count > indexed:
+        raise RefusedUpdate(f"{header.count} entries kept of {indexed}")
+    index_floor = indexed * _entropy(np.array([header.count, indexed - header.count])) / 8
+    value_floor = _value_floor(columns, header, sum(unit.factor_values for unit in units))
     return PackedStats(
         raw_bytes=2 * total,
         packed_bytes=len(data),
-        entropy_floor_bytes=int(np.ceil(index_floor + _value_floor(columns, header))),
+        entropy_floor_bytes=int(np.ceil(index_floor + value_floor)),
         index_floor_bytes=int(np.ceil(index_floor)),
-        density=share,
+        density=header.count / total if total else 0.0,
         index_bytes=len(columns["index"]),
         value_bytes=len(columns["codes"]) + len(columns["scales"]),
     )
 
 
-def _unit_table(update: SparseUpdate) -> np.ndarray:
-    """Return layers, experts and sizes, int64 [3, units]."""
-    rows = [(*unit, update.vectors[unit].size) for unit in sorted(update.vectors)]
-    return np.array(rows, dtype="<i8").reshape(-1, 3).T.copy()
-
-
-def _read_unit_table(column: bytes, count: int) -> np.ndarray:
-    table = np.frombuffer(zstd_unpack(column, size=24 * count), dtype="<i8").reshape(3, count)
-    if count and (table[2].min() < 0 or table[2].max() > MAX_UNIT_SIZE):
-        raise RefusedUpdate("unit size out of range")
-    return table
-
-
-def _unpack_units(column: bytes, count: int, sizes: Mapping[Unit, int]) -> list[tuple[Unit, int]]:
+def _unpack_units(column: bytes, count: int, sizes: Mapping[Unit, int]) -> list[UnitRow]:
     if count > len(sizes):
         raise RefusedUpdate(f"{count} units shipped, only {len(sizes)} known")
-    units = [((layer, expert), size) for layer, expert, size in _read_unit_table(column, count).T.tolist()]
-    for unit, size in units:
-        if unit not in sizes:
-            raise RefusedUpdate(f"unknown unit {unit}")
-        if sizes[unit] != size:
-            raise RefusedUpdate(f"unit {unit} has {size} entries, expected {sizes[unit]}")
-    if any(first[0] >= second[0] for first, second in zip(units, units[1:], strict=False)):
+    units = read_units(column, count)
+    for layer, expert, size, *_ in units:
+        if (layer, expert) not in sizes:
+            raise RefusedUpdate(f"unknown unit {(layer, expert)}")
+        if sizes[(layer, expert)] != size:
+            known = sizes[(layer, expert)]
+            raise RefusedUpdate(f"unit {(layer, expert)} has {size} entries, expected {known}")
+    if any(first[:2] >= second[:2] for first, second in pairwise(units)):
         raise RefusedUpdate("units are repeated or out of order")
     return units
+
+
+def _vectors(units: Sequence[UnitRow], indices: np.ndarray, values: np.ndarray) -> dict[Unit, SparseVector]:
+    """Split the columns: of each unit first the values of its factors, then those of its entries."""
+    ends = np.searchsorted(indices, np.cumsum([unit.size for unit in units]))
+    counts = np.diff(ends, prepend=0).tolist()
+    spans = [(unit.factor_values, count) for unit, count in zip(units, counts, strict=True)]
+    cuts = np.cumsum([length for span in spans for length in span])
+    parts = np.split(values, cuts[:-1]) if units else []
+    kept = np.concatenate([np.zeros(0, dtype=np.float32), *parts[1::2]])
+    vectors = split_columns([(unit[:2], unit.size) for unit in units], indices, kept)
+    for unit, factors in zip(units, parts[::2], strict=True):
+        if unit.rank:
+            vectors[unit[:2]] = _factored(unit, factors, vectors[unit[:2]])
+    return vectors
+
+
+def _factored(unit: UnitRow, values: np.ndarray, rest: SparseVector) -> FactoredVector:
+    left, right = np.split(values, [unit.rank * unit.rows])
+    try:
+        vector = FactoredVector(left.reshape(unit.rank, -1), right.reshape(unit.rank, -1), rest)
+    except ValueError as error:
+        raise RefusedUpdate(f"unit {unit[:2]}: {error}") from error
+    _check_product(vector)
+    return vector
+
+
+def _check_product(vector: SparseVector) -> None:
+    if isinstance(vector, FactoredVector) and not vector.bound <= MAX_MAGNITUDE:
+        raise RefusedUpdate("expected factors of a product of at most 2**40")
 
 
 def _pack_index(indices: np.ndarray, total: int) -> tuple[Literal["runs", "bitmask"], bytes]:
@@ -165,25 +198,25 @@ def _unpack_index(column: bytes, header: Header, total: int) -> np.ndarray:
     return indices
 
 
-def _unpack_values(columns: Mapping[str, bytes], header: Header) -> QuantisedColumn:
-    bits = header.value_bits
+def _unpack_values(columns: Mapping[str, bytes], header: Header, factor_values: int) -> QuantisedColumn:
+    bits, count = header.value_bits, header.count + factor_values
     codes = unpack_column(
         columns["codes"],
         dtype=np.dtype(np.uint16 if bits == 16 else np.uint8),
-        count=header.count,
+        count=count,
         width=bits,
     )
     dtype = np.dtype(np.uint16 if bits == 8 else np.uint8)
-    count = scale_count(header.count, bits)
-    scales = unpack_column(columns["scales"], dtype=dtype, count=count, width=8 * dtype.itemsize)
+    blocks = scale_count(count, bits)
+    scales = unpack_column(columns["scales"], dtype=dtype, count=blocks, width=8 * dtype.itemsize)
     return QuantisedColumn(bits, codes, scales, header.exponent)
 
 
-def _value_floor(columns: Mapping[str, bytes], header: Header) -> float:
+def _value_floor(columns: Mapping[str, bytes], header: Header, factor_values: int) -> float:
     """Return bytes: codes and scales at their order-0 entropy; at 16 bits, nearly all distinct, as packed."""
     if header.value_bits == 16:
         return len(columns["codes"]) + len(columns["scales"])
-    values = _unpack_values(columns, header)
+    values = _unpack_values(columns, header, factor_values)
     return sum(part.size * _entropy(np.bincount(part)) for part in (values.codes, values.scales)) / 8
 
 

@@ -57,6 +57,25 @@ class SparseVector:
         dense[self.indices] = self.values
         return dense
 
+    @property
+    def sent_indices(self) -> np.ndarray:
+        """The positions that cross the wire."""
+        return self.indices
+
+    @property
+    def sent_values(self) -> np.ndarray:
+        """The numbers that cross the wire."""
+        return self.values
+
+    @property
+    def factor_shape(self) -> tuple[int, int, int]:
+        """Rows, columns and rank of the matrix that is sent as factors; zeros where there is none."""
+        return 0, 0, 0
+
+    def with_sent_values(self, values: np.ndarray) -> SparseVector:
+        """The same vector with other ``sent_values``."""
+        return SparseVector(self.size, self.indices, values)
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, SparseVector):
             return NotImplemented
@@ -77,25 +96,26 @@ class SparseUpdate:
 
 
 def density(update: SparseUpdate) -> float:
-    """Return kept entries over all entries of the shipped units (0.0 when nothing was shipped)."""
+    """Return positions that cross the wire over all entries of the shipped units (0.0 when nothing was shipped)."""
     total = sum(vector.size for vector in update.vectors.values())
-    return sum(vector.indices.size for vector in update.vectors.values()) / total if total else 0.0
+    return sum(vector.sent_indices.size for vector in update.vectors.values()) / total if total else 0.0
 
 
 def join_values(update: SparseUpdate) -> np.ndarray:
-    """Return the values of all units, in unit order, as one float32 column [count]."""
-    columns = [update.vectors[unit].values for unit in sorted(update.vectors)]
+    """Return the values that cross the wire, of all units in order, as one float32 column [count]."""
+    columns = [update.vectors[unit].sent_values for unit in sorted(update.vectors)]
     return np.concatenate(columns) if columns else np.zeros(0, dtype=np.float32)
 
 
 def join_indices(update: SparseUpdate) -> tuple[np.ndarray, int]:
-    """Return the kept positions (int64 [count]) in all units laid end to end, and their total length."""
+    """Return the positions that cross the wire (int64 [count]) in all units laid end to end, and their total length."""
     vectors = [update.vectors[unit] for unit in sorted(update.vectors)]
-    joined = np.empty(sum(vector.indices.size for vector in vectors), dtype=np.int64)
+    columns = [vector.sent_indices for vector in vectors]
+    joined = np.empty(sum(column.size for column in columns), dtype=np.int64)
     start = first = 0
-    for vector in vectors:
-        last = first + vector.indices.size
-        np.add(vector.indices, start, out=joined[first:last])
+    for vector, column in zip(vectors, columns, strict=True):
+        last = first + column.size
+        np.add(column, start, out=joined[first:last])
         start, first = start + vector.size, last
     return joined, start
 
@@ -115,11 +135,9 @@ def split_columns(
 
 
 def replace_values(update: SparseUpdate, values: np.ndarray) -> SparseUpdate:
-    """Return the same update with other ``values``, a float32 column [count] in unit order; indices are shared."""
-    vectors, start = {}, 0
-    for unit in sorted(update.vectors):
-        old = update.vectors[unit]
-        end = start + old.indices.size
-        vectors[unit] = SparseVector(old.size, old.indices, values[start:end])
-        start = end
+    """Return the same update with other ``values`` that cross the wire, a float32 column [count] in unit order."""
+    units = sorted(update.vectors)
+    ends = np.cumsum([update.vectors[unit].sent_values.size for unit in units])
+    parts = zip(units, np.split(values, ends[:-1]), strict=True) if units else ()
+    vectors = {unit: update.vectors[unit].with_sent_values(part) for unit, part in parts}
     return SparseUpdate(update.graph_version, update.graph_hash, vectors)

@@ -143,9 +143,15 @@ def test_lies_in_the_header_are_refused():
         ([(0, 0, 300), (0, 0, 300)], "repeated or out of order"),
         ([(0, 3, 300), (0, 0, 300)], "repeated or out of order"),
         ([(0, 0, -1), (0, 3, 300)], "size out of range"),
+        ([(0, 0, 300, 30, 11, 1), (0, 3, 300)], "size out of range"),
+        ([(0, 0, 300, 30, 10, 11), (0, 3, 300)], "size out of range"),
+        ([(0, 0, 300, -30, -10, 1), (0, 3, 300)], "size out of range"),
+        ([(0, 0, 300, 30, 10, 0), (0, 3, 300)], "size out of range"),
+        ([(0, 0, 300, 2**62, 2**62, 2**62), (0, 3, 300)], "size out of range"),
     ],
 )
 def test_unit_tables_that_no_packer_writes_are_refused(rows, reason):
+    rows = [(*row, 0, 0, 0)[:6] for row in rows]
     table = np.array(rows, dtype="<i8").T.copy().tobytes()
     with pytest.raises(RefusedUpdate, match=reason):
         unpack_update(repacked(DATA, columns={"units": zstd_pack(table)}, units=2), sizes=SIZES)
@@ -155,7 +161,7 @@ def test_a_stated_count_allocates_nothing_before_it_is_checked():
     bombs = [
         repacked(DATA, count=2**40),
         repacked(DATA, index="bitmask", columns={"index": zstd_pack(bytes(2 * 10**8))}),
-        repacked(DATA, units=2**20, columns={"units": zstd_pack(bytes(24 * 2**20))}),
+        repacked(DATA, units=2**20, columns={"units": zstd_pack(bytes(48 * 2**20))}),
     ]
     tracemalloc.start()
     for bomb in bombs:

@@ -18,6 +18,7 @@ from federated import columns
 from federated.codec import pack_update, unpack_update
 from federated.columns import pack_column, zstd_pack
 from federated.container import COLUMNS, Header, read_container, write_container
+from federated.factors import FactoredVector
 from federated.quantise import MAX_MAGNITUDE, VALUE_BITS
 from federated.update import RefusedUpdate, SparseUpdate, SparseVector
 
@@ -34,7 +35,19 @@ def sample(bits, density):
     return pack_update(SparseUpdate(3, "ab" * 8, vectors), value_bits=bits)
 
 
+def factored_sample(bits):
+    """Every second unit as factors of rank 2 of a 10 by 12 matrix, and a few entries behind it."""
+    rng = np.random.default_rng(bits)
+    vectors = dict(unpack_update(sample(bits, 0.2), sizes=SIZES).vectors)
+    for unit in list(vectors)[::2]:
+        rest = SparseVector(SIZES[unit], np.array([120, 125]), np.array([0.5, 1.0]))
+        left, right = rng.standard_normal((2, 10)), rng.standard_normal((2, 12))
+        vectors[unit] = FactoredVector(left, right, rest)
+    return pack_update(SparseUpdate(3, "ab" * 8, vectors), value_bits=bits)
+
+
 SAMPLES = [sample(bits, density) for bits in VALUE_BITS for density in (0.02, 0.2, 0.95)]
+SAMPLES += [factored_sample(bits) for bits in VALUE_BITS]
 READ = [read_container(data) for data in SAMPLES]
 
 
@@ -124,7 +137,9 @@ def check(data):
         return True
     for unit, vector in update.vectors.items():
         assert vector.size == SIZES[unit] and np.abs(vector.values).max(initial=0) <= MAX_MAGNITUDE
-        assert vector.indices.size <= vector.size and np.all(np.diff(vector.indices) > 0)
+        assert vector.indices.size == vector.values.size <= vector.size and np.all(
+            np.diff(vector.indices) > 0
+        )
     return False
 
 
@@ -202,7 +217,7 @@ def huge_runs(dtype, count):
         {"codes": b"\x01" + simple_compress(np.ones(5_000_000, np.uint8), ChunkConfig(enable_8_bit=True))},
         {"codes": b"\x03" + zstd_pack(bytes(10**8))},
         {"units": zstd_pack(bytes(10**8))},
-        {"units": zstd_pack(np.full((3, 9), 2**40, "<i8").tobytes())},
+        {"units": zstd_pack(np.full((6, 9), 2**40, "<i8").tobytes())},
         {"scales": b"\x00" + b"\xff" * 9},
     ],
 )
