@@ -19,6 +19,8 @@ _FIXED = {"fp32": 4.0, "bf16": 2.0, "nf4": 0.6}
 # When an update is packed, for each weight and for each entry that is kept: one expert at a time is dense, and the kept
 # entries pass through the quantiser. Within a byte budget, for each byte: several sizes are tried.
 _PACKED, _PACKED_ENTRY, _PACKED_BYTE = 2.5, 40.0, 160.0
+# The slopes of the loss, which say what is worth packing.
+_MOMENTS = 4.0
 
 
 def client_budget(
@@ -76,6 +78,8 @@ def expert_bytes(config: RunConfig, model: FedGraftForCausalLM) -> float:
     held = _FIXED[config.weights] if config.lora_rank else 4.0
     training = held if config.lora_rank else _TRAINED[config.optimizer]
     packed = _PACKED if config.upload_budget_mb else _PACKED + _PACKED_ENTRY * config.density
+    if config.entry_score == "saliency" and config.optimizer == "adamw" and not config.lora_rank:
+        packed += _MOMENTS
     return weights * max(training, held + packed)
 
 

@@ -176,7 +176,14 @@ def refused(reply: Message) -> Message:
 @pytest.mark.parametrize("fault", [refused, Late(10**6)])
 def test_a_change_that_the_server_did_not_take_arrives_in_the_next_round(graph, tmp_path, monkeypatch, fault):
     config = tiny_config(
-        graph, tmp_path, local_steps=1, density=1.0, value_bits=16, rho_max=0, reply_timeout=0.3
+        graph,
+        tmp_path,
+        local_steps=1,
+        density=1.0,
+        value_bits=16,
+        residual_decay=1.0,
+        rho_max=0,
+        reply_timeout=0.3,
     )
     grid = TinyGrid(config, faults={(0, "2"): fault})
     federation = tiny_federation(grid, config)
@@ -210,7 +217,8 @@ def test_a_change_that_the_server_did_not_take_arrives_in_the_next_round(graph, 
 
 
 def test_clients_of_one_run_ship_as_much_as_each_of_them_may(graph, tmp_path):
-    config = tiny_config(graph, tmp_path, num_rounds=2, local_steps=2, rho_max=0)
+    options = {"value_bits": 4, "entry_score": "magnitude", "rho_max": 0}
+    config = tiny_config(graph, tmp_path, num_rounds=2, local_steps=2, **options)
     grid = TinyGrid(config)
     own = [{"density": 0.01}, {"upload-budget-mb": 0.004}]
     for context, limit in zip(grid.contexts.values(), own, strict=True):
