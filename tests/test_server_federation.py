@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flwr.app import Error, Message, RecordDict
+from flwr.app import Error, Message, MetricRecord, RecordDict
 
 from clients.client_app import app as client_app
 from clients.global_copy import GlobalCopy
@@ -294,9 +294,8 @@ def test_a_copy_that_cannot_be_healed_is_refused_with_a_reason_and_the_rest_goes
 
 
 def test_a_client_that_was_away_for_long_comes_back_by_a_snapshot_and_steps_are_dropped(graph, tmp_path):
-    config = tiny_config(
-        graph, tmp_path, local_steps=1, num_rounds=9, density=1.0, value_bits=16, reply_timeout=0.1
-    )
+    everything = {"density": 1.0, "value_bits": 16, "entry_score": "magnitude", "schedule": "constant"}
+    config = tiny_config(graph, tmp_path, local_steps=1, num_rounds=9, reply_timeout=0.1, **everything)
     seen = run(config, faults={(0, str(server_round)): Drop() for server_round in range(2, 9)})
     back = next(read_request(d.content) for r, node, d, _ in seen.grid.sent if (r, node) == (9, 0))
     assert back.snapshot and not back.steps
@@ -335,6 +334,8 @@ def changed(**records) -> Callable[[Message], Message]:
         content = reply.content
         for name, value in records.items():
             record, _, key = name.partition("__")
+            if record not in content:
+                content[record] = MetricRecord()
             content[record][key.replace("_", "-")] = value
         return Message(content, reply_to=_request_of(reply))
 
