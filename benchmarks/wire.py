@@ -107,7 +107,7 @@ def measure(quick: bool, on_step: OnStep) -> Measured:
     }
     on_step("local training, masks, speed", 2, 3)
     speed = _speed(vectors, settings)
-    peers = dense_peers(vectors, repeats=settings.repeats)
+    peers = dense_peers(vectors, repeats=min(3, settings.repeats))
     lowrank = {
         f"{name}, rank {rank}": energy_ratios(trained.matrices(units, settings.every), rank=rank, bits=_BITS)
         for name, units in (("one round", vectors), ("with a residual", trained.carried))

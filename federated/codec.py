@@ -147,6 +147,8 @@ def _unpack_units(column: bytes, count: int, sizes: Mapping[Unit, int]) -> list[
 
 def _vectors(units: Sequence[UnitRow], indices: np.ndarray, values: np.ndarray) -> dict[Unit, SparseVector]:
     """Split the columns: of each unit first the values of its factors, then those of its entries."""
+    if not any(unit.rank for unit in units):
+        return split_columns([(unit[:2], unit.size) for unit in units], indices, values)
     ends = np.searchsorted(indices, np.cumsum([unit.size for unit in units]))
     counts = np.diff(ends, prepend=0).tolist()
     spans = [(unit.factor_values, count) for unit, count in zip(units, counts, strict=True)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import zlib
 from collections.abc import Mapping
 from typing import Literal
 
@@ -61,10 +61,10 @@ def read_container(data: bytes) -> tuple[Header, dict[str, bytes]]:
 
 
 def _checksum(header: Header, columns: Mapping[str, bytes]) -> str:
-    digest = hashlib.blake2b(digest_size=8)
+    """CRC-32 over the lengths and bytes of all parts: against accidents, and many times as fast as a digest."""
+    value = 0
     for part in [header.model_copy(update={"checksum": ""}).model_dump_json().encode()] + [
         columns[name] for name in COLUMNS
     ]:
-        digest.update(len(part).to_bytes(8, "little"))
-        digest.update(part)
-    return digest.hexdigest()
+        value = zlib.crc32(part, zlib.crc32(len(part).to_bytes(8, "little"), value))
+    return f"{value:08x}"

@@ -74,11 +74,11 @@ def dequantise(column: QuantisedColumn) -> np.ndarray:
         raise RefusedUpdate(f"exponent {column.exponent} out of range")
     if column.bits == 16:
         values = _half_values(column)
-    else:
-        scales = _decode_scales(column.scales, column.exponent, column.bits)
-        values = _bin_values(column, scales) if column.bits == 2 else _level_values(column, scales)
-    _check_bound(np.abs(values))
-    return values
+        _check_bound(np.abs(values))
+        return values
+    scales = _decode_scales(column.scales, column.exponent, column.bits)
+    _check_bound(scales * np.float32(LEVELS.get(column.bits, 1)))
+    return _bin_values(column, scales) if column.bits == 2 else _level_values(column, scales)
 
 
 def quantise_update(update: SparseUpdate, bits: int) -> SparseUpdate:
