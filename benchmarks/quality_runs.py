@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 
-from benchmarks.federated_methods import Averaging, Client, Method, Schedule, SparseExperts
+from benchmarks.averaging import Averaging
+from benchmarks.federated_methods import Client, Method, Schedule
 from benchmarks.material import data_sources, domain_blocks, model_path
+from benchmarks.sparse_experts import SparseExperts
 from clients.trainer import LocalTraining
 from configs.schema import RunConfig
 from models.bootstrap import BootstrapPlan

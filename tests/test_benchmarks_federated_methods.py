@@ -6,7 +6,9 @@ import math
 import pytest
 import torch
 
-from benchmarks.federated_methods import Averaging, Client, Schedule, SparseExperts
+from benchmarks.averaging import Averaging
+from benchmarks.federated_methods import Client, Schedule
+from benchmarks.sparse_experts import SparseExperts
 from clients.trainer import LocalTraining
 from configs.schema import RunConfig
 from federated.blocks import Blocks
