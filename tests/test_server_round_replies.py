@@ -124,7 +124,7 @@ def test_absurd_changes_are_refused_and_the_rest_counts(server, reply, scale):
     assert "expected changes of at most 65504" in replies.refused[1]
 
 
-@pytest.mark.parametrize("combine", ["hajek", "horvitz-thompson", "mean"])
+@pytest.mark.parametrize("combine", ["entrywise", "hajek", "horvitz-thompson", "mean"])
 @pytest.mark.parametrize("clip", [0.0, 1.0])
 def test_whatever_is_accepted_gives_a_finite_step(server, reply, combine, clip):
     """The largest changes, weights and the smallest probabilities that pass, beside an ordinary client."""
