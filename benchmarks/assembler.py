@@ -1,8 +1,9 @@
 """Does the assembler learn? Masks of a client by four rules at the same budget, after the same local training.
 
-Clients hold one domain each. ``learned`` is what the assembler chooses after its steps, ``usage`` the experts that the
-client's tokens select most often, ``random`` any; all train the same number of steps on the same batches. The
-assembler's own steps move no expert; ``usage, more steps`` gives the most-used experts as many steps of training more.
+Clients hold one domain each. ``learned`` is what a client chooses: the assembler's experts after its steps, or the most
+used ones where these train better on trial. ``usage`` is the experts that the client's tokens select most often,
+``random`` any; all train the same number of steps on the same batches. The choice moves no expert; ``usage, more steps``
+gives the most-used experts as many steps of training more as the assembler takes.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from statistics import fmean
 
 import torch
@@ -19,10 +21,11 @@ from torch import Tensor
 from benchmarks.material import data_sources, domain_blocks, model_path
 from benchmarks.runner import Measured, OnStep, run_benchmark
 from benchmarks.statistics import interval
+from clients.lookahead import best_residents
 from clients.trainer import LocalTraining, train_locally
 from configs.schema import RunConfig
 from federated.blocks import Blocks, batches, take
-from models.assembler import Assembler, choose_residents, train_assembler
+from models.assembler import Assembler, choose_residents, most_used, train_assembler
 from models.bootstrap import BootstrapPlan, build_graph, plan_experts
 from models.bootstrap_checkpoint import sample_calibration
 from models.expert_features import expert_features
@@ -102,6 +105,7 @@ def measure(quick: bool, on_step: OnStep) -> Measured:
             "runs": {f"budget {budget}": seeds for budget, seeds in found.items()},
             "assembler_steps": config.assembler_steps,
             "assembler_learning_rate": config.assembler_learning_rate,
+            "lookahead_steps": config.lookahead_steps,
             "local_steps": settings.training.steps,
         },
         notes={
@@ -144,7 +148,7 @@ def compare_arms(
     model: FedGraftForCausalLM, train: Blocks, valid: Blocks, budget: int, seed: int, training: LocalTraining
 ) -> dict[str, dict[str, float]]:
     """Held-out perplexity of one client right after masking and after training, by arm."""
-    masks = choose_masks(model, train, budget, seed)
+    masks = choose_masks(model, train, budget, seed, training)
     found = {}
     for arm in ARMS:
         more = RunConfig().assembler_steps if arm == ARMS[-1] else 0
@@ -160,7 +164,7 @@ def compare_arms(
 
 
 def choose_masks(
-    model: FedGraftForCausalLM, train: Blocks, budget: int, seed: int
+    model: FedGraftForCausalLM, train: Blocks, budget: int, seed: int, training: LocalTraining
 ) -> dict[str, list[Tensor]]:
     """The residents of a client by each rule, per layer bool ``[E]``."""
     generator, config = torch.Generator().manual_seed(seed + 1), RunConfig()
@@ -168,23 +172,26 @@ def choose_masks(
     set_residents(model, [None] * len(model.expert_layers()))
     features = expert_features(model, known.input_ids, known.labels, visits=visits)
     torch.manual_seed(seed)
-    assembler = Assembler([len(rows) for rows in features])
+    assembler, used = Assembler([len(rows) for rows in features]), most_used(features, budget)
+    stream = batches(train, _BATCH, generator=generator)
     with visiting(model, visits):
         train_assembler(
             assembler,
             model,
             features,
-            batches(train, _BATCH, generator=generator),
+            stream,
             budget=budget,
             steps=config.assembler_steps,
             learning_rate=config.assembler_learning_rate,
             autocast=False,
         )
-    learned = residents(model)
+        learned = residents(model)
+        tried = list(islice(stream, config.lookahead_steps))
+        learned = [learned, used][best_residents(model, [learned, used], tried, training)]
     set_residents(model, [None] * len(learned))
     return {
         "learned": learned,
-        "usage": [choose_residents(rows[:, 1], budget) for rows in features],
+        "usage": used,
         "random": [choose_residents(torch.rand(len(rows), generator=generator), budget) for rows in features],
     }
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from flwr.app import Context
@@ -13,12 +14,13 @@ from clients.budget import client_budget
 from clients.data_stream import client_documents, pack_client
 from clients.local_copy import bring_to_version, client_folder
 from clients.local_graph import local_graph
+from clients.lookahead import best_residents
 from clients.resident_model import changes, hold_residents
 from clients.shipment import carried_over, limits, shipped_in, with_own_limits
 from clients.slopes import entry_slopes
 from clients.starting_point import StartingPoint
 from clients.store import ClientStore
-from clients.trainer import LocalTraining, train_locally
+from clients.trainer import Batch, LocalTraining, train_locally
 from configs.schema import RunConfig
 from federated.blocks import Blocks, batches, take
 from federated.codec import pack_update
@@ -27,7 +29,7 @@ from federated.messages import Reply, Request
 from federated.selection import choose_update
 from federated.update import density
 from federated.usage import UsageCounter, pack_usage
-from models.assembler import train_assembler
+from models.assembler import most_used, train_assembler
 from models.checkpoint import read_graph
 from models.expert_features import expert_features
 from models.llama_loader import load_tokenizer
@@ -35,7 +37,15 @@ from models.mapped_experts import materialise, open_mapped
 from models.modeling_fedgraft import FedGraftForCausalLM
 from models.perplexity import LossSum, evaluate_loss
 from models.precision import autocast_to_bf16, choose_device
-from models.settings import residents, scaled_visits, set_visits, set_walk, visiting, warn_where_fewer_reside
+from models.settings import (
+    residents,
+    scaled_visits,
+    set_residents,
+    set_visits,
+    set_walk,
+    visiting,
+    warn_where_fewer_reside,
+)
 from models.units import Unit, unit_sizes
 
 # Blocks of the client's own text from which the assembler takes its features.
@@ -96,7 +106,7 @@ class Participant:
         start, before = StartingPoint(self.model), self._evaluate_global()
         stream = batches(self.train, self.config.batch_size, generator=self._generator(request, 1))
         if not self._holds_all:
-            self._assemble(stream)
+            self._assemble(stream, self.training(request))
         hold_residents(self.model, self._residents(), self.config, seed=request.server_round)
         counter = UsageCounter(read_graph(self.model).masks)
         with visiting(self.model, self.visits()):
@@ -150,10 +160,10 @@ class Participant:
     def _residents(self) -> list[Tensor | None]:
         return [None] * len(self.model.expert_layers()) if self._holds_all else list(residents(self.model))
 
-    def _assemble(self, stream) -> None:
-        """Choose the round's residents with the client's own assembler, which learns first."""
-        seed, known = self.config.seed + self.partition, take(self.train, _FEATURE_BLOCKS)
-        assembler = self.store.load_assembler(seed, self.model.config.num_experts)
+    def _assemble(self, stream: Iterator[Batch], training: LocalTraining) -> None:
+        """Choose the round's residents: those of the client's own assembler, which learns first, or the most used."""
+        config, known = self.config, take(self.train, _FEATURE_BLOCKS)
+        assembler = self.store.load_assembler(config.seed + self.partition, self.model.config.num_experts)
         features = expert_features(self.model, known.input_ids, known.labels, visits=self.visits())
         with visiting(self.model, self.visits()):
             train_assembler(
@@ -162,10 +172,15 @@ class Participant:
                 features,
                 stream,
                 budget=self.budget,
-                steps=self.config.assembler_steps,
-                learning_rate=self.config.assembler_learning_rate,
+                steps=config.assembler_steps,
+                learning_rate=config.assembler_learning_rate,
                 autocast=self._autocast,
             )
+            candidates = [residents(self.model), most_used(features, self.budget)]
+            # LoRA factors would have to be attached and taken off again; there the assembler has its way.
+            tried = [] if config.lora_rank else list(islice(stream, config.lookahead_steps))
+            best = best_residents(self.model, candidates, tried, training, hold=materialise)
+        set_residents(self.model, candidates[best])
         self.store.save_assembler(assembler)
 
     def visits(self) -> list[int]:

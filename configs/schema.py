@@ -158,6 +158,8 @@ class RunConfig(BaseModel):
     """Assembler steps before local training; 0: it is not trained."""
     assembler_learning_rate: Positive = 0.3
     """Learning rate of an expert's own logit in the assembler; its MLP learns at a thirtieth of it."""
+    lookahead_steps: Whole = 4
+    """Steps that a client trains on trial with the assembler's experts and with its most used; 0: no trial."""
     usage_decay: Annotated[float, Field(ge=0, lt=1)] = 0.5
     """Weight of the past in the usage average over rounds."""
     eval_blocks: Whole = 32

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from models.expert_features import NUM_FEATURES
+from models.expert_features import FREQUENCY, NUM_FEATURES
 from models.modeling_fedgraft import FedGraftForCausalLM
 from models.settings import frozen, gating
 
@@ -65,6 +65,16 @@ def choose_residents(scores_E: Tensor, budget: int) -> Tensor:
         return torch.ones_like(scores_E, dtype=torch.bool)
     best = scores_E.argsort(descending=True, stable=True)[:budget]
     return torch.zeros_like(scores_E, dtype=torch.bool).scatter(0, best, True)
+
+
+def most_used(features: Sequence[Tensor], budget: int) -> list[Tensor]:
+    """The experts of each layer that the client's tokens select most often, bool ``[E]``.
+
+    Args:
+        features: as ``expert_features`` gives them.
+        budget: experts per layer; 0 for all.
+    """
+    return [choose_residents(rows[:, FREQUENCY], budget) for rows in features]
 
 
 def straight_through(scores_E: Tensor, resident_E: Tensor) -> Tensor:

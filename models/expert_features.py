@@ -13,6 +13,8 @@ from models.routing_fedgraft import Walk
 from models.settings import Observer, frozen, gating, observing, visiting
 
 NUM_FEATURES = 5
+# Index of the log selection frequency.
+FREQUENCY = 1
 # Blocks of one gradient in the importance of experts.
 _SPLIT = 2
 

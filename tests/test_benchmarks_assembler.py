@@ -20,7 +20,7 @@ def test_a_quick_run_gives_every_figure():
 def test_all_masks_hold_as_many_experts_and_the_most_used_are_in_that_of_usage():
     model = bootstrapped(model_path("mix7M", quick=True), QUICK)
     train, _ = client_text(data_sources(["a"], quick=True)[0], QUICK, 0, True)
-    masks = choose_masks(model, train, 2, 0)
+    masks = choose_masks(model, train, 2, 0, QUICK.training)
     assert set(masks) == {"learned", "usage", "random"}
     assert all(int(held.sum()) == 2 for layers in masks.values() for held in layers)
 

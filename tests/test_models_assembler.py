@@ -10,10 +10,11 @@ from models.assembler import (
     Assembler,
     choose_residents,
     holding_scores,
+    most_used,
     straight_through,
     train_assembler,
 )
-from models.expert_features import NUM_FEATURES, expert_features
+from models.expert_features import FREQUENCY, NUM_FEATURES, expert_features
 from models.perplexity import evaluate_loss
 from models.settings import residents, set_residents
 from tests.conftest import tiny_llama
@@ -82,6 +83,16 @@ def test_the_best_scored_experts_within_the_budget_are_held(budget, held):
 def test_on_ties_the_lower_expert_is_held():
     assert choose_residents(torch.tensor([1.0, 2.0, 1.0, 1.0]), 3).tolist() == [True, True, True, False]
     assert choose_residents(torch.zeros(5), 2).tolist() == [True, True, False, False, False]
+
+
+def test_the_most_used_are_those_of_the_highest_frequency():
+    features = [torch.zeros(4, NUM_FEATURES), torch.zeros(2, NUM_FEATURES)]
+    features[0][:, FREQUENCY] = torch.tensor([-3.0, -1.0, -4.0, -2.0])
+    features[0][:, 0] = torch.tensor([9.0, 0.0, 8.0, 0.0])
+    features[1][:, FREQUENCY] = torch.tensor([-2.0, -1.0])
+    first, second = most_used(features, 2)
+    assert first.tolist() == [False, True, False, True] and second.tolist() == [True, True]
+    assert all(held.all() for held in most_used(features, 0))
 
 
 @pytest.mark.parametrize("seed", range(5))
