@@ -28,18 +28,21 @@ def pack_column(values: np.ndarray, *, width: int) -> bytes:
 
     ``width``: 2, 4, 8, 16, 32 or 64 bits. The first byte names the coding. The same values give the same bytes.
     """
-    raw = _pack_raw(values, width)
-    candidates = [bytes([_RAW]) + raw]
+    candidates = []
     if width < 8:
-        candidates.append(bytes([_ZSTD]) + zstd_pack(raw))
+        candidates.append(bytes([_ZSTD]) + zstd_pack(_pack_raw(values, width)))
     if width >= 8 or values.size <= _FEW:
         candidates.append(_pack_parts(values))
-    return min(candidates, key=len)
+    smallest = min(candidates, key=len)
+    if len(smallest) <= -(-values.size * width // 8):
+        return smallest
+    return bytes([_RAW]) + _pack_raw(values, width)
 
 
-def unpack_column(data: bytes, *, dtype: np.dtype, count: int, width: int) -> np.ndarray:
+def unpack_column(data: bytes, *, dtype: np.dtype, count: int, width: int, widen: bool = True) -> np.ndarray:
     """Return exactly ``count`` values of ``dtype`` below ``2**width``.
 
+    ``widen``: False gives them in an unsigned type as narrow as they were coded in, where that is narrower.
     Allocates ``count`` values, at most twice, and no more; anything that does not decode to them raises
     RefusedUpdate.
     """
@@ -55,7 +58,7 @@ def unpack_column(data: bytes, *, dtype: np.dtype, count: int, width: int) -> np
     _unpack_parts(payload, values)
     if width < 8 and count and int(values.max()) >= 2**width:
         raise RefusedUpdate(f"expected values below {2 ** width}")
-    return values.astype(dtype, copy=False)
+    return values.astype(dtype, copy=False) if widen else values
 
 
 def zstd_pack(data: bytes) -> bytes:

@@ -39,8 +39,8 @@ def decode_runs(runs: np.ndarray, size: int) -> np.ndarray:
     longest = int(runs.max()) if runs.size else 0
     if runs.size > size or longest >= max(size, 1):
         raise RefusedUpdate(f"run lengths do not fit in {size} entries")
-    indices = runs.astype(np.int64)
-    indices[1:] += 1
+    indices = np.add(runs, 1, dtype=np.int64, casting="unsafe")
+    indices[:1] -= 1
     np.cumsum(indices, out=indices)
     # Each step is at most 2**62, so a sum that wraps around shows as a fall; a difference would wrap back.
     wraps = (longest + 1) * runs.size >= 2**63 and np.any(indices[1:] <= indices[:-1])

@@ -40,6 +40,8 @@ def test_long_columns_are_coded_in_parts(monkeypatch, size):
     packed = pack_column(column, width=32)
     assert packed == pack_column(column, width=32) and packed[0] == 1
     assert unpack_column(packed, dtype=np.uint32, count=size, width=32).tolist() == column.tolist()
+    narrow = unpack_column(packed, dtype=np.uint32, count=size, width=32, widen=False)
+    assert narrow.dtype == np.uint8 and narrow.tolist() == column.tolist()
     for wrong in (packed[:4], packed[:-1]):
         with pytest.raises(RefusedUpdate):
             unpack_column(wrong, dtype=np.uint32, count=size, width=32)
