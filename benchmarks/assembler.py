@@ -2,8 +2,8 @@
 
 Clients hold one domain each. ``learned`` is what a client chooses: the assembler's experts after its steps, or the most
 used ones where these train better on trial. ``usage`` is the experts that the client's tokens select most often,
-``random`` any; all train the same number of steps on the same batches. The choice moves no expert; ``usage, more steps``
-gives the most-used experts as many steps of training more as the assembler takes.
+``random`` any; all train the same number of steps on the same batches. The choice moves no expert; ``usage, more
+steps`` gives the most-used experts as many steps of training more as the assembler takes.
 """
 
 from __future__ import annotations

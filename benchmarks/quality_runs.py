@@ -65,7 +65,7 @@ class Settings:
 
 
 RATES = {"dense": (1e-3, 2e-3), "fedit": (2e-3, 5e-3), "ours": (7e-4, 1e-3)}
-FULL = Settings(DOMAINS, 16, 12, 16, 400, 24, 128, 4, 10, (0, 1, 2), RATES, 8192, 2)
+FULL = Settings(DOMAINS, 16, 12, 20, 400, 24, 128, 4, 10, (0, 1, 2), RATES, 8192, 2)
 QUICK = replace(
     FULL,
     domains=("a",),

@@ -20,7 +20,7 @@ from federated.messages import Reply, Request, message_bytes, write_reply, write
 from federated.selection import choose_update
 from models.checkpoint import read_graph
 from models.perplexity import LossSum
-from models.units import Unit, read_unit, unit_sizes
+from models.units import Unit, read_unit, unit_shapes, unit_sizes
 from server.global_model import GlobalModel
 
 
@@ -82,6 +82,7 @@ class SparseExperts:
             self._residuals[index],
             limits(self._config),
             score=saliency(slopes) if self._config.entry_score == "saliency" else magnitude,
+            shapes=unit_shapes(model) if self._config.low_rank else None,
             selection=self._config.selection,
             unbiased=self._config.combine == "horvitz-thompson",
             value_bits=self._config.value_bits,

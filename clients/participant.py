@@ -46,7 +46,7 @@ from models.settings import (
     visiting,
     warn_where_fewer_reside,
 )
-from models.units import Unit, unit_sizes
+from models.units import Unit, unit_shapes, unit_sizes
 
 # Blocks of the client's own text from which the assembler takes its features.
 _FEATURE_BLOCKS = 16
@@ -219,6 +219,7 @@ class Participant:
             carried_over(self.store.residual.load(), request, sizes),
             limits(config),
             score=saliency(slopes) if config.entry_score == "saliency" else magnitude,
+            shapes=unit_shapes(self.model) if config.low_rank else None,
             selection=config.selection,
             unbiased=config.combine == "horvitz-thompson",
             value_bits=config.value_bits,

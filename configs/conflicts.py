@@ -22,6 +22,7 @@ def check_conflicts(config: Any) -> None:
     _check_budgets(config)
     _check_training(config)
     _check_lora(config)
+    _check_shipment(config)
 
 
 def _check_budgets(config: Any) -> None:
@@ -78,3 +79,9 @@ def _check_lora(config: Any) -> None:
         raise UserError(
             "expected lora-rank above 0 with attention-lora, got 0; attention trains through factors only"
         )
+
+
+def _check_shipment(config: Any) -> None:
+    if config.low_rank and (config.upload_budget_mb or config.selection == "sample"):
+        other = "upload-budget-mb" if config.upload_budget_mb else "selection=sample"
+        raise UserError(f"expected low-rank without {other}, got both; drop one of them")

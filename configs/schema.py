@@ -90,12 +90,14 @@ class RunConfig(BaseModel):
     """What a client weighs: its training blocks (examples) or the tokens it trained on in the round."""
     ship_experts: Whole = 0
     """Experts per layer a client ships each round; 0: all it trained."""
-    density: Annotated[float, Field(gt=0, le=1)] = 0.002
+    density: Annotated[float, Field(gt=0, le=1)] = 0.003
     """Kept entries / all entries of the experts a client ships; a node's own density counts before it."""
     density_scope: Literal["expert", "all"] = "all"
     """Entries that compete for the density: of each expert by itself, or of all that a client ships (all)."""
     entry_score: Literal["saliency", "magnitude"] = "saliency"
     """What makes an entry worth shipping: saliency (its change, weighted by the slope of the loss) or magnitude."""
+    low_rank: bool = False
+    """Whether an expert's change goes as low-rank factors where these keep more of it in as many bytes."""
     upload_budget_mb: NonNegative = 0.0
     """MB (10^6 bytes) that a client's packed update fills in place of density; a node's own counts first; 0: none."""
     downlink_density: Annotated[float, Field(gt=0, le=1)] = 1.0

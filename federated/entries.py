@@ -44,9 +44,9 @@ def magnitude(unit: Unit, vector: Tensor) -> Tensor:
 def saliency(slopes: Mapping[Unit, Tensor]) -> Score:
     """The score ``|change| * sqrt(slope)``: half-way from the change itself to what it does to the loss.
 
-    ``|change| * slope`` is the first-order change of the loss (Molchanov et al., 2017, arXiv:1611.06440). Adam's changes
-    are of nearly one magnitude, so that their own size says little; the steepest entries alone are also those where
-    another client's loss suffers most. The root was measured to be better than either.
+    ``|change| * slope`` is the first-order change of the loss (Molchanov et al., 2017, arXiv:1611.06440). Adam's
+    changes are of nearly one magnitude, so that their own size says little; the steepest entries alone are also those
+    where another client's loss suffers most. The root was measured to be better than either.
 
     Args:
         slopes: root mean square of each entry's gradient ``[size]``; units without have a slope of one everywhere.

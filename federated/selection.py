@@ -15,6 +15,7 @@ from torch import Tensor
 from configs.errors import UserError
 from federated.codec import pack_update
 from federated.entries import Score, Vectors, largest_share, largest_within, magnitude, shares, sparsify
+from federated.factors import better_of
 from federated.lazy_vectors import LazyVectors
 from federated.quantise import quantise_update
 from federated.unit_selection import select_sample, select_top
@@ -53,6 +54,7 @@ def choose_update(
     limits: Limits,
     *,
     score: Score = magnitude,
+    shapes: Mapping[Unit, tuple[int, int]] | None = None,
     selection: Literal["top", "sample"] = "top",
     unbiased: bool = False,
     value_bits: int,
@@ -72,6 +74,9 @@ def choose_update(
         residual: likewise, of any units.
         limits: how much is shipped.
         score: of each entry; those of highest score are shipped.
+        shapes: rows and columns of the matrix at the start of units that may go as low-rank factors in the place of
+            these entries, where factors keep more energy in as many bytes; None for no unit. Not with ``max_bytes``,
+            nor with ``unbiased``.
         selection: ``top``, or ``sample`` with a ``generator``.
         unbiased: of ``sample``: the server counts what is shipped 1/pi times (``horvitz-thompson``). On average that
             makes up for the units that were not drawn, so these keep only what they would not have shipped either:
@@ -97,6 +102,8 @@ def choose_update(
         raise UserError(
             "expected a change to ship, got an all-zero update; check local-steps and learning-rate"
         )
+    for unit in vectors.keys() & (shapes or {}).keys():
+        vectors[unit] = better_of(totals[unit], vectors[unit], *(shapes or {})[unit], value_bits=value_bits)
     update = quantise_update(replace(empty, vectors=vectors), value_bits)
     lowest = (
         min(_lowest(totals[unit], unit, vector, score) for unit, vector in vectors.items())

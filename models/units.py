@@ -32,6 +32,15 @@ def unit_sizes(model: FedGraftForCausalLM, *, attention: bool = False) -> dict[U
     return sizes
 
 
+def unit_shapes(model: FedGraftForCausalLM) -> dict[Unit, tuple[int, int]]:
+    """Rows ``3h`` and columns ``d`` of the matrix at the start of each expert's vector."""
+    return {
+        (index, expert): (3 * layer.expert_size, layer.hidden_size)
+        for index, layer in enumerate(model.expert_layers())
+        for expert in range(layer.num_experts)
+    }
+
+
 def weight_count(layer: ExpertGraphMLP) -> int:
     """Entries of one expert's matrices, ``3hd``."""
     return 3 * layer.expert_size * layer.hidden_size

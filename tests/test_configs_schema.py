@@ -122,6 +122,8 @@ def test_without_a_budget_every_expert_is_held_and_many_may_be_shipped():
     [
         ({"weights": "nf4"}, "expected lora-rank above 0 with weights nf4"),
         ({"weights": "bf16"}, "expected lora-rank above 0 with weights bf16"),
+        ({"low-rank": True, "upload-budget-mb": 1.0}, "expected low-rank without upload-budget-mb"),
+        ({"low-rank": True, "selection": "sample"}, "expected low-rank without selection=sample"),
         ({"attention-lora": True}, "expected lora-rank above 0 with attention-lora"),
         ({"lora-rank": 8, "train": "routing"}, "expected train to be all or experts with lora-rank"),
         ({"memory-budget-mb": 900, "budgets": "8,4"}, "either budgets or memory-budget-mb"),

@@ -7,9 +7,11 @@ import torch
 
 from configs.errors import UserError
 from federated.codec import pack_update, unpack_update
+from federated.factors import FactoredVector
 from federated.lazy_vectors import LazyVectors
 from federated.quantise import VALUE_BITS
 from federated.selection import Limits, choose_update, prepare_update
+from federated.update import SparseVector
 
 GRAPH = {"graph_version": 2, "graph_hash": "ab"}
 
@@ -173,3 +175,22 @@ def test_changes_that_are_not_finite_are_an_error(bad):
 def test_unknown_selection_or_sample_without_generator(selection):
     with pytest.raises(ValueError, match="selection"):
         prepare_update({(0, 0): torch.ones(2)}, {}, selection=selection, density=0.5, value_bits=4, **GRAPH)
+
+
+def test_units_of_low_rank_go_as_factors_and_nothing_is_lost():
+    generator = torch.Generator().manual_seed(0)
+    flat = torch.outer(*torch.randn(2, 24, generator=generator)).reshape(-1)
+    spiky = torch.zeros(24 * 24)
+    spiky[torch.randperm(24 * 24, generator=generator)[:30]] = 1.0
+    rest = torch.full((5,), 9.0)
+    deltas = {(0, 0): torch.cat([flat, rest]), (0, 1): torch.cat([spiky, rest]), (0, -1): torch.ones(4)}
+    shapes = {(0, 0): (24, 24), (0, 1): (24, 24)}
+    prepared = choose_update(
+        deltas, {}, Limits(density=0.1), shapes=shapes, value_bits=16, graph_version=0, graph_hash=""
+    )
+    kinds = {unit: type(vector) for unit, vector in prepared.update.vectors.items()}
+    assert kinds == {(0, 0): FactoredVector, (0, 1): SparseVector, (0, -1): SparseVector}
+    assert (prepared.residual[(0, 0)][: 24 * 24].abs() < 0.02).all()
+    for unit, delta in deltas.items():
+        shipped = torch.from_numpy(prepared.update.vectors[unit].to_dense())
+        torch.testing.assert_close(shipped + prepared.residual[unit], delta)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from models.checkpoint import cast_weights
-from models.units import add_to_unit, read_unit, unit_sizes, write_unit
+from models.units import add_to_unit, read_unit, unit_shapes, unit_sizes, write_unit
 from tests.conftest import tiny_llama
 from tests.tiny_graphs import graph_of, with_random_gains
 
@@ -105,3 +105,13 @@ def test_a_step_is_added_in_fp32(model):
 def test_sizes_follow_the_number_of_experts():
     model = graph_of(tiny_llama(num_hidden_layers=1), num_experts=8)
     assert unit_sizes(model) == {(0, expert): 3 * 8 * 32 + 32 + 1 + 16 for expert in range(8)}
+
+
+def test_the_matrix_of_an_expert_stands_at_the_start_of_its_vector():
+    model = graph_of()
+    shapes, sizes = unit_shapes(model), unit_sizes(model)
+    assert shapes.keys() == sizes.keys()
+    for unit, (rows, columns) in shapes.items():
+        gate_up, down = model.expert_layers()[unit[0]].read_expert(unit[1])
+        matrix = read_unit(model, unit)[: rows * columns].view(rows, columns)
+        assert torch.equal(matrix, torch.cat([gate_up, down.T]))

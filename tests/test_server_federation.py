@@ -315,6 +315,14 @@ def test_a_sparse_downlink_keeps_both_sides_equal_and_sends_less(plain, tmp_path
         assert client["perplexity_after"] < client["perplexity_before"]
 
 
+def test_low_rank_factors_keep_both_sides_equal(graph, tmp_path):
+    config = tiny_config(graph, tmp_path, num_rounds=2, low_rank=True, entry_score="magnitude")
+    seen = run(config)
+    assert seen.copies and all(equal for *_, equal in seen.copies)
+    for client in seen.summary["clients"]:
+        assert client["perplexity_after"] < client["perplexity_before"]
+
+
 @pytest.fixture(scope="module")
 def digits_alone(graph, tmp_path_factory) -> Run:
     """Two rounds in which the first client never answers."""
