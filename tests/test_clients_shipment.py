@@ -168,8 +168,8 @@ def graph(tmp_path_factory, tiny_tokenizer):
 
 
 def refused(reply: Message) -> Message:
-    """The reply with a residency record that belongs to another graph."""
-    reply.content["info"]["version"] = 99
+    """The reply as if it belonged to another version of the model."""
+    reply.content.config_records["info"]["version"] = 99
     return reply
 
 
