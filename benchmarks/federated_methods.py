@@ -49,7 +49,7 @@ class Schedule:
     """Local training, the same for all methods.
 
     Attributes:
-        training: of a client in a round; its learning rate falls to zero over all rounds.
+        training: of a client in a round; its schedule spans all rounds.
         rounds: of the run.
         batch_size: blocks.
         seed: of the order of each client's blocks.
@@ -65,7 +65,6 @@ class Schedule:
         steps = self.training.steps
         return replace(
             self.training,
-            schedule="linear",
             first_step=(server_round - 1) * steps,
             total_steps=self.rounds * steps,
         )

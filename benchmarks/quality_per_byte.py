@@ -1,6 +1,6 @@
 """How many bytes does quality cost? Ours against dense FedAvg, FedIT, and the same graph under uncompressed FedAvg.
 
-All methods train on the same batches, equally many steps a round, at a learning rate that falls to zero and is tuned
+All methods train on the same batches, equally many steps a round, at a learning rate and with a schedule that are tuned
 for each on the first seed. A method's bytes are those of its Flower messages up to the end of the first round in which
 the geometric mean of the clients' held-out perplexities has reached the target. Ours runs with the project's defaults.
 """
@@ -35,6 +35,9 @@ _CONFIG = (
     "downlink-density",
 )
 
+# Of a job that is made at every rate that is tried.
+_UNTUNED = (0.0, "")
+
 Runs = dict[str, list[Run]]
 
 
@@ -66,10 +69,10 @@ class _Runner:
     def all_runs(self) -> Runs:
         """The runs of each method, one per seed in order, and under ``tried`` all on the first seed."""
         first, *others = self._settings.seeds
-        tried = self._tune([Job(name, first, 0) for name in PEERS])
+        tried = self._tune([Job(name, first, _UNTUNED) for name in PEERS])
         best = {name: min(_of(name, tried), key=lambda run: run.loss) for name in PEERS}
         goals = (target(best["dense"]), best["fedit"].loss)
-        tried += self._tune([Job("ours", first, 0, goals)])
+        tried += self._tune([Job("ours", first, _UNTUNED, goals)])
         best["ours"] = min(_of("ours", tried), key=lambda run: _uplink(run, goals[0]))
         rates = {name: run.learning_rate for name, run in best.items()}
         runs = self._run(

@@ -29,6 +29,9 @@ from server.global_model import GlobalModel
 DOMAINS = ("stories", "shakespeare", "law_dc", "medical_qa", "math_gsm8k", "code_algos", "recipes")
 
 
+Rate = tuple[float, str]
+
+
 @dataclass(frozen=True)
 class Settings:
     """How much is trained and measured.
@@ -44,7 +47,8 @@ class Settings:
         batch_size: blocks.
         local_steps: of a client in a round.
         seeds: of the order of the text and of the clusters.
-        learning_rates: tried on the first seed, by method; the half active take what all active did best with.
+        learning_rates: tried on the first seed, by method, each with its schedule over the rounds; the half active take
+            what all active did best with.
         calibration_tokens: sampled from the model, for the bootstrap.
         jobs: runs side by side, a thread each.
     """
@@ -59,12 +63,16 @@ class Settings:
     batch_size: int
     local_steps: int
     seeds: Sequence[int]
-    learning_rates: Mapping[str, Sequence[float]]
+    learning_rates: Mapping[str, Sequence[Rate]]
     calibration_tokens: int
     jobs: int
 
 
-RATES = {"dense": (1e-3, 2e-3), "fedit": (2e-3, 5e-3), "ours": (7e-4, 1e-3)}
+RATES: dict[str, Sequence[Rate]] = {
+    "dense": ((1e-3, "constant"), (2e-3, "constant"), (2e-3, "linear")),
+    "fedit": ((2e-3, "constant"), (5e-3, "constant"), (5e-3, "linear")),
+    "ours": ((7e-4, "linear"), (1e-3, "linear")),
+}
 FULL = Settings(DOMAINS, 16, 12, 20, 400, 24, 128, 4, 10, (0, 1, 2), RATES, 8192, 2)
 QUICK = replace(
     FULL,
@@ -89,7 +97,7 @@ class Job:
 
     method: str
     seed: int
-    learning_rate: float
+    learning_rate: Rate
     goals: Sequence[float] = ()
 
 
@@ -99,7 +107,7 @@ class Run:
 
     method: str
     seed: int
-    learning_rate: float
+    learning_rate: Rate
     trajectory: list[dict[str, Any]]
 
     @property
@@ -183,7 +191,8 @@ def _federation(job: Job, settings: Settings, graph: str, quick: bool) -> Method
 def _schedule(job: Job, settings: Settings, half: bool) -> Schedule:
     training = LocalTraining(
         steps=settings.local_steps,
-        learning_rate=job.learning_rate,
+        learning_rate=job.learning_rate[0],
+        schedule=job.learning_rate[1],
         autocast=autocast_to_bf16("auto", "cpu"),
         # With every expert active there is nothing to route.
         train="all" if half else "experts",
