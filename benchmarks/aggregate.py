@@ -6,10 +6,7 @@ aggregates them and makes its step.
 
 from __future__ import annotations
 
-import json
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -18,7 +15,7 @@ import torch
 
 from benchmarks.budget import write_random_graph
 from benchmarks.material import model_path
-from benchmarks.runner import ROOT, Measured, OnStep, run_benchmark
+from benchmarks.runner import Measured, OnStep, measured_apart, run_benchmark
 from federated.codec import pack_update
 from federated.quantise import quantise_update
 from federated.update import SparseUpdate, SparseVector
@@ -30,7 +27,7 @@ from models.units import unit_sizes
 
 FEW, MANY = 2, 64
 METHODS = ("packed", "dense")
-DENSITIES = (0.05, 0.5)  # the default, and one whose packed replies together are far larger than the model
+DENSITIES = (0.05, 0.5)  # with the latter, all packed replies together are far larger than the model
 VALUE_BITS = 4
 
 
@@ -122,17 +119,7 @@ def write_replies(model: FedGraftForCausalLM, folder: Path, *, clients: int, den
 
 def run_server(graph: Path, replies: Path, clients: int, method: str) -> dict[str, float]:
     """The measurements of one server in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.aggregate_server", str(graph), str(replies), str(clients), method],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        raise RuntimeError(
-            f"the server with {clients} clients failed: {done.stderr.strip().splitlines()[-1:]}"
-        )
-    return json.loads(done.stdout.splitlines()[-1])
+    return measured_apart("aggregate_server", [str(graph), str(replies), str(clients), method])
 
 
 if __name__ == "__main__":

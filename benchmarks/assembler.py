@@ -18,7 +18,7 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
-from benchmarks.material import data_sources, domain_blocks, model_path
+from benchmarks.material import bootstrapped, data_sources, domain_blocks, model_path
 from benchmarks.runner import Measured, OnStep, run_benchmark
 from benchmarks.statistics import interval
 from clients.lookahead import best_residents
@@ -26,10 +26,7 @@ from clients.trainer import LocalTraining, train_locally
 from configs.schema import RunConfig
 from federated.blocks import Blocks, batches, take
 from models.assembler import Assembler, choose_residents, most_used, train_assembler
-from models.bootstrap import BootstrapPlan, build_graph, plan_experts
-from models.bootstrap_checkpoint import sample_calibration
 from models.expert_features import expert_features
-from models.llama_loader import load_dense
 from models.modeling_fedgraft import FedGraftForCausalLM
 from models.perplexity import evaluate_loss
 from models.settings import residents, scaled_visits, set_residents, visiting
@@ -80,7 +77,7 @@ QUICK = Settings(("a", "b"), 8, {2: (0, 1)}, 4, 2, 32, 256, replace(FULL.trainin
 def measure(quick: bool, on_step: OnStep) -> Measured:
     """Perplexity of every arm on the clients' held-out text, and its ratios to that of the learned masks."""
     settings = QUICK if quick else FULL
-    model = bootstrapped(model_path("mix7M", quick=quick), settings)
+    model = bootstrapped(model_path("mix7M", quick=quick), settings.experts, settings.calibration_tokens)
     runs = [(budget, seed) for budget, seeds in settings.budgets.items() for seed in seeds]
     found: dict[int, list[dict]] = {budget: [] for budget in settings.budgets}
     for done, (budget, seed) in enumerate(runs):
@@ -126,14 +123,6 @@ def ratios(seeds: Sequence[dict], arm: str) -> list[float]:
         )
         for each in seeds
     ]
-
-
-def bootstrapped(path: str, settings: Settings) -> FedGraftForCausalLM:
-    """The graph that all clients share, calibrated on text of the model itself."""
-    dense = load_dense(path).float()
-    ids = sample_calibration(dense, settings.calibration_tokens, 0)
-    plan = BootstrapPlan(settings.experts)
-    return build_graph(dense, plan_experts(dense, ids, plan), plan.visits)
 
 
 def client_text(source: str, settings: Settings, seed: int, quick: bool) -> tuple[Blocks, Blocks]:

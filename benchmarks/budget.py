@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import torch
 
 from benchmarks.material import DEMO_MODEL
-from benchmarks.runner import ROOT, Measured, OnStep, run_benchmark
+from benchmarks.runner import Measured, OnStep, measured_apart, run_benchmark
 from models.checkpoint import save_graph
 from models.configuration_fedgraft import FedGraftConfig
 from models.llama_loader import load_tokenizer
@@ -54,16 +52,9 @@ def write_random_graph(directory: Path, *, hidden_size: int, ffn_size: int, laye
 
 def run_client(graph: Path, budget: int, folder: Path, steps: int, settings: dict) -> dict[str, float]:
     """The measurements of one client in a process of its own."""
-    arguments = [str(graph), str(budget), str(folder), str(steps), json.dumps(settings)]
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.budget_client", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
+    return measured_apart(
+        "budget_client", [str(graph), str(budget), str(folder), str(steps), json.dumps(settings)]
     )
-    if done.returncode:
-        raise RuntimeError(f"the client with budget {budget} failed: {done.stderr.strip().splitlines()[-1:]}")
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def measure(quick: bool, on_step: OnStep) -> Measured:

@@ -11,7 +11,10 @@ from configs.errors import UserError
 from federated.blocks import Blocks, pack_blocks
 from federated.documents import load_documents
 from federated.wikimix import DOMAINS
-from models.llama_loader import load_tokenizer
+from models.bootstrap import BootstrapPlan, build_graph, plan_experts
+from models.bootstrap_checkpoint import sample_calibration
+from models.llama_loader import load_dense, load_tokenizer
+from models.modeling_fedgraft import FedGraftForCausalLM
 
 SHARED = Path(os.environ.get("FEDGRAFT_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 DEMO_MODEL = Path(__file__).resolve().parents[1] / "models" / "demo"
@@ -41,6 +44,14 @@ def domain_blocks(
     rows = load_documents([source], wikimix_documents=400).shuffle(seed=seed)
     texts = (row["text"] for row in rows if row["split"] == split)
     return pack_blocks(texts, load_tokenizer(model), block_size=block_size, max_blocks=max_blocks)
+
+
+def bootstrapped(path: str, experts: int, calibration_tokens: int) -> FedGraftForCausalLM:
+    """The graph of the Llama in ``path``, calibrated on text of the model itself."""
+    dense = load_dense(path).float()
+    plan = BootstrapPlan(experts)
+    ids = sample_calibration(dense, calibration_tokens, 0)
+    return build_graph(dense, plan_experts(dense, ids, plan), plan.visits)
 
 
 def data_sources(domains: Sequence[str], *, quick: bool = False) -> list[str]:

@@ -5,12 +5,13 @@ A full run writes ``benchmarks/results/NAME.json``; ``--quick`` runs the same co
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -86,6 +87,19 @@ def measured_result(name: str, measure: Callable[[bool, OnStep], Measured], *, q
         "commit": commit(),
         "seconds": round(time.perf_counter() - start, 1),
     }
+
+
+def measured_apart(module: str, arguments: Sequence[str]) -> dict[str, float]:
+    """What ``python -m benchmarks.MODULE ARGUMENTS`` prints as JSON in its last line, in a process of its own.
+
+    Raises:
+        RuntimeError: it failed; the message holds the last line of its error.
+    """
+    command = [sys.executable, "-m", f"benchmarks.{module}", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{module} {arguments} failed: {done.stderr.strip().splitlines()[-1:]}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def machine() -> dict[str, Any]:

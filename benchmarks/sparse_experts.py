@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from benchmarks.federated_methods import Client, Schedule, Traffic, held_out_losses
-from clients.shipment import limits
+from clients.shipment import choose_shipment, drawn_with
 from clients.slopes import entry_slopes
 from clients.trainer import train_locally
 from configs.schema import RunConfig
 from federated.aggregation import Contribution, aggregate
 from federated.codec import pack_update, unpack_update
-from federated.entries import magnitude, saliency
+from federated.lazy_vectors import LazyVectors
 from federated.messages import Reply, Request, message_bytes, write_reply, write_request
-from federated.selection import choose_update
-from models.checkpoint import read_graph
+from federated.update import parse_unit
 from models.perplexity import LossSum
-from models.units import Unit, read_unit, unit_shapes, unit_sizes
+from models.units import Unit, read_unit, unit_sizes
 from server.global_model import GlobalModel
 
 
@@ -50,7 +51,7 @@ class SparseExperts:
                     unpack_update(
                         reply.update, sizes=sizes, graph_version=graph.version, graph_hash=graph.digest()
                     ),
-                    {_unit(name): pi for name, pi in (reply.inclusion or {}).items()},
+                    {parse_unit(name): pi for name, pi in (reply.inclusion or {}).items()},
                 )
                 for reply in replies
             ],
@@ -67,32 +68,20 @@ class SparseExperts:
         return held_out_losses(self._server.model, self._clients, autocast=self._schedule.training.autocast)
 
     def _answer(self, index: int, client: Client, server_round: int) -> Reply:
-        model = self._server.model
-        before = {name: value.clone() for name, value in model.state_dict().items()}
-        start = {unit: read_unit(model, unit) for unit in unit_sizes(model)}
-        result = train_locally(
-            model, self._schedule.stream(client, server_round), self._schedule.at(server_round)
-        )
-        deltas = {unit: read_unit(model, unit) - vector for unit, vector in start.items()}
-        graph = read_graph(model)
-        seed = self._schedule.seed * 1000 + server_round * 10 + index
-        slopes = entry_slopes(model, result.moments)
-        prepared = choose_update(
-            deltas,
+        server, config = self._server.model, self._config
+        model = copy.deepcopy(server)
+        training = replace(self._schedule.at(server_round), keep_moments=config.entry_score == "saliency")
+        result = train_locally(model, self._schedule.stream(client, server_round), training)
+        prepared = choose_shipment(
+            model,
+            LazyVectors(unit_sizes(model), lambda unit: read_unit(model, unit) - read_unit(server, unit)),
+            entry_slopes(model, result.moments),
             self._residuals[index],
-            limits(self._config),
-            score=saliency(slopes) if self._config.entry_score == "saliency" else magnitude,
-            shapes=unit_shapes(model) if self._config.low_rank else None,
-            selection=self._config.selection,
-            unbiased=self._config.combine == "horvitz-thompson",
-            value_bits=self._config.value_bits,
-            residual_decay=self._config.residual_decay,
-            graph_version=graph.version,
-            graph_hash=graph.digest(),
-            generator=torch.Generator().manual_seed(seed),
+            config,
+            generator=torch.Generator().manual_seed(self._schedule.seed * 1000 + server_round * 10 + index),
         )
         self._residuals[index] = dict(prepared.residual)
-        model.load_state_dict(before)
+        graph = self._server.graph
         return Reply(
             name=client.name,
             partition=index,
@@ -100,9 +89,9 @@ class SparseExperts:
             version=self._server.version,
             graph_hash=graph.digest(),
             numbers={"examples": float(len(client.train)), "train-loss": result.losses[-1]},
-            update=pack_update(prepared.update, value_bits=self._config.value_bits),
+            update=pack_update(prepared.update, value_bits=config.value_bits),
             residents=[np.ones(count, bool) for count in graph.num_experts],
-            inclusion={f"{layer}.{e}": pi for (layer, e), pi in prepared.inclusion.items() if pi < 1},
+            inclusion=drawn_with(prepared),
         )
 
     def _request_bytes(self, server_round: int) -> int:
@@ -116,8 +105,3 @@ class SparseExperts:
             copy_hash=self._server.copy_hash,
         )
         return message_bytes(write_request(request))
-
-
-def _unit(name: str) -> Unit:
-    layer, expert = name.split(".")
-    return int(layer), int(expert)

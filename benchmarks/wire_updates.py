@@ -10,15 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.material import data_sources, domain_blocks, model_path
+from benchmarks.material import bootstrapped, data_sources, domain_blocks, model_path
 from clients.trainer import LocalTraining, train_locally
 from federated.blocks import Blocks, batches
 from federated.entries import largest_share, sparsify
 from federated.quantise import quantise_update
 from federated.update import SparseUpdate, SparseVector, Unit
-from models.bootstrap import BootstrapPlan, build_graph, plan_experts
-from models.bootstrap_checkpoint import sample_calibration
-from models.llama_loader import load_dense
 from models.modeling_fedgraft import FedGraftForCausalLM
 from models.units import read_unit, unit_sizes, weight_count
 
@@ -70,10 +67,7 @@ class TrainedUpdates:
 def trained_updates(settings: TrainingSettings, *, quick: bool, density: float, bits: int) -> TrainedUpdates:
     """Train a client for each domain from the same graph, the first one for a second round."""
     path = model_path("mix7M", quick=quick)
-    dense = load_dense(path).float()
-    ids = sample_calibration(dense, settings.calibration_tokens, 0)
-    plan = BootstrapPlan(settings.experts)
-    model = build_graph(dense, plan_experts(dense, ids, plan), plan.visits)
+    model = bootstrapped(path, settings.experts, settings.calibration_tokens)
     texts = [
         domain_blocks(source, path, block_size=settings.block_size, max_blocks=settings.blocks)
         for source in data_sources(settings.domains, quick=quick)

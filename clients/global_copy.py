@@ -15,6 +15,7 @@ from torch import Tensor
 from clients.checked_file import read_checked, write_checked
 from experts.graph import ExpertGraph
 from federated.copy_hash import copy_hash, unit_digest, vector_digest
+from federated.update import parse_unit, unit_name
 from models.attention import attention_count, read_attention, write_attention
 from models.checkpoint import read_graph, write_graph
 from models.experts_fedgraft import ROUTING
@@ -47,7 +48,7 @@ class GlobalCopy:
 
     def write(self, unit: Unit, weights: Tensor) -> None:
         """Keep an expert's weights ``[3hd]``; they count from the next ``save`` on."""
-        name = f"{unit[0]}.{unit[1]}.{self._generation + 1}.safetensors"
+        name = f"{unit_name(unit)}.{self._generation + 1}.safetensors"
         write_checked(self._experts / name, {"weights": weights}, {})
         self._files[unit], self._digests[unit] = name, vector_digest(weights)
 
@@ -115,7 +116,7 @@ class GlobalCopy:
         tensors |= {f"attention/{index}": read_attention(model, index) for index in attention}
         self._generation += 1
         facts = {"version": version, "graph_version": graph.version, "generation": self._generation}
-        names = {f"{unit[0]}.{unit[1]}": [name, self._digests[unit]] for unit, name in self._files.items()}
+        names = {unit_name(unit): [name, self._digests[unit]] for unit, name in self._files.items()}
         metadata = {key: str(value) for key, value in facts.items()} | {"experts": json.dumps(names)}
         write_checked(self._state, tensors, metadata)
         self._remove_others()
@@ -176,8 +177,8 @@ def _parse(
     names = json.loads(metadata["experts"])
     files, digests = {}, {}
     for key, (name, digest) in names.items():
-        layer, expert = map(int, key.split("."))
-        files[layer, expert], digests[layer, expert] = name, digest
+        unit = parse_unit(key)
+        files[unit], digests[unit] = name, digest
     graph = ExpertGraph(masks, int(metadata["graph_version"]))
     return graph, files, digests, int(metadata["version"]), int(metadata["generation"])
 

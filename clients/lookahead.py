@@ -37,7 +37,8 @@ def best_residents(
         training: its learning rate and optimizer; its steps and schedule do not count.
         hold: makes the model hold a candidate, e.g. ``models.mapped_experts.materialise`` for experts on disk.
     """
-    trial = replace(training, steps=len(batches), schedule="constant", warmup_steps=0, accumulation_steps=1)
+    plain = {"schedule": "constant", "warmup_steps": 0, "accumulation_steps": 1, "keep_moments": False}
+    trial = replace(training, steps=len(batches), **plain)
     losses = []
     for candidate in candidates if batches else []:
         with _taken_back(model):

@@ -16,7 +16,7 @@ from clients.local_copy import bring_to_version, client_folder
 from clients.local_graph import local_graph
 from clients.lookahead import best_residents
 from clients.resident_model import changes, hold_residents
-from clients.shipment import carried_over, limits, shipped_in, with_own_limits
+from clients.shipment import carried_over, choose_shipment, drawn_with, shipped_in, with_own_limits
 from clients.slopes import entry_slopes
 from clients.starting_point import StartingPoint
 from clients.store import ClientStore
@@ -24,9 +24,7 @@ from clients.trainer import Batch, LocalTraining, train_locally
 from configs.schema import RunConfig
 from federated.blocks import Blocks, batches, take
 from federated.codec import pack_update
-from federated.entries import magnitude, saliency
 from federated.messages import Reply, Request
-from federated.selection import choose_update
 from federated.update import density
 from federated.usage import UsageCounter, pack_usage
 from models.assembler import most_used, train_assembler
@@ -46,7 +44,7 @@ from models.settings import (
     visiting,
     warn_where_fewer_reside,
 )
-from models.units import Unit, unit_shapes, unit_sizes
+from models.units import Unit, unit_sizes
 
 # Blocks of the client's own text from which the assembler takes its features.
 _FEATURE_BLOCKS = 16
@@ -104,15 +102,16 @@ class Participant:
     def train_round(self, request: Request) -> Reply:
         """Evaluate the global model, choose residents, train, and pack what is worth shipping."""
         start, before = StartingPoint(self.model), self._evaluate_global()
+        training = self.training(request)
         stream = batches(self.train, self.config.batch_size, generator=self._generator(request, 1))
         if not self._holds_all:
-            self._assemble(stream, self.training(request))
+            self._assemble(stream, training)
         hold_residents(self.model, self._residents(), self.config, seed=request.server_round)
         counter = UsageCounter(read_graph(self.model).masks)
         with visiting(self.model, self.visits()):
             warn_where_fewer_reside(self.model)
             with counter.counting(self.model):
-                result = train_locally(self.model, stream, self.training(request))
+                result = train_locally(self.model, stream, training)
             start.restore_others(self.model)
             personal = self.evaluate() if request.last else LossSum()
         packed, shipped_density, inclusion = self._pack(
@@ -207,32 +206,20 @@ class Participant:
             gradient_checkpointing=config.gradient_checkpointing,
             load_balance_weight=config.load_balance_weight,
             z_loss_weight=config.z_loss_weight,
+            keep_moments=config.entry_score == "saliency",
         )
 
     def _pack(
         self, deltas: Mapping[Unit, Tensor], slopes: Mapping[Unit, Tensor], request: Request
     ) -> tuple[bytes, float, dict[str, float]]:
-        graph, config = read_graph(self.model), self.config
+        config, version = self.config, self.model.config.graph_version
         sizes = unit_sizes(self.model, attention=config.attention_lora)
-        prepared = choose_update(
-            deltas,
-            carried_over(self.store.residual.load(), request, sizes),
-            limits(config),
-            score=saliency(slopes) if config.entry_score == "saliency" else magnitude,
-            shapes=unit_shapes(self.model) if config.low_rank else None,
-            selection=config.selection,
-            unbiased=config.combine == "horvitz-thompson",
-            value_bits=config.value_bits,
-            residual_decay=config.residual_decay,
-            graph_version=graph.version,
-            graph_hash=graph.digest(),
-            generator=self._generator(request, 2),
-        )
+        residual = carried_over(self.store.residual.load(), request, sizes)
+        generator = self._generator(request, 2)
+        prepared = choose_shipment(self.model, deltas, slopes, residual, config, generator=generator)
         packed = pack_update(prepared.update, value_bits=config.value_bits)
-        shipped = shipped_in(request, prepared.update, packed)
-        self.store.residual.save(prepared.residual, graph.version, shipped)
-        inclusion = {f"{layer}.{expert}": pi for (layer, expert), pi in prepared.inclusion.items() if pi < 1}
-        return packed, density(prepared.update), inclusion
+        self.store.residual.save(prepared.residual, version, shipped_in(request, prepared.update, packed))
+        return packed, density(prepared.update), drawn_with(prepared)
 
     def _reply(self, request: Request, numbers: dict[str, float], **parts) -> Reply:
         return Reply(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from clients.checked_file import check_in_turn, read_tensor, write_in_turn
 from federated.lazy_vectors import LazyVectors
-from federated.update import Unit
+from federated.update import Unit, parse_unit, unit_name
 
 _log = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ class ResidualStore:
         if saved is None:
             return self._set_aside()
         shapes, metadata = saved
-        names = {_unit(name): name for name in shapes if name != _SHIPPED}
+        names = {parse_unit(name): name for name in shapes if name != _SHIPPED}
         residual = LazyVectors(names, lambda unit: read_tensor(self._path, names[unit]))
         sizes = {unit: shapes[name][0] for unit, name in names.items()}
         return Kept(residual, sizes, self._shipped(metadata), int(metadata["graph_version"]))
@@ -91,12 +91,12 @@ class ResidualStore:
             shipped: the update.
         """
         self._remove_partial()
-        names: dict[str, Unit] = {f"{layer}.{expert}": (layer, expert) for layer, expert in residual}
+        names = {unit_name(unit): unit for unit in residual}
         metadata = {"graph_version": str(graph_version)}
         packed: dict[str, bytes] = {}
         if shipped is not None:
             packed[_SHIPPED] = shipped.packed
-            sizes = {f"{layer}.{expert}": size for (layer, expert), size in shipped.sizes.items()}
+            sizes = {unit_name(unit): size for unit, size in shipped.sizes.items()}
             metadata |= {"shipped_round": str(shipped.server_round), "shipped_sizes": json.dumps(sizes)}
 
         def read(name: str) -> Tensor:
@@ -109,7 +109,7 @@ class ResidualStore:
     def _shipped(self, metadata: Mapping[str, str]) -> Shipped | None:
         if "shipped_round" not in metadata:
             return None
-        sizes = {_unit(name): size for name, size in json.loads(metadata["shipped_sizes"]).items()}
+        sizes = {parse_unit(name): size for name, size in json.loads(metadata["shipped_sizes"]).items()}
         packed = read_tensor(self._path, _SHIPPED).numpy().tobytes()
         return Shipped(int(metadata["shipped_round"]), packed, sizes)
 
@@ -123,8 +123,3 @@ class ResidualStore:
         """Remove what processes that were killed while saving left behind."""
         for path in self._path.parent.glob(f".{self._path.name}.*.partial"):
             path.unlink()
-
-
-def _unit(name: str) -> Unit:
-    layer, expert = name.split(".")
-    return int(layer), int(expert)

@@ -11,10 +11,14 @@ from clients.residual import Kept, Shipped
 from configs.errors import UserError
 from configs.schema import RunConfig, load_run_config
 from federated.codec import unpack_update
+from federated.entries import saliency
 from federated.lazy_vectors import LazyVectors
 from federated.messages import Request
-from federated.selection import Limits
-from federated.update import SparseUpdate, SparseVector, Unit
+from federated.selection import Limits, PreparedUpdate, choose_update
+from federated.update import SparseUpdate, SparseVector, Unit, unit_name
+from models.checkpoint import read_graph
+from models.modeling_fedgraft import FedGraftForCausalLM
+from models.units import unit_shapes
 
 _OWN = ("density", "upload-budget-mb")
 _MB = 10**6
@@ -50,6 +54,50 @@ def limits(config: RunConfig) -> Limits:
         scope=config.density_scope,
         max_bytes=int(config.upload_budget_mb * _MB),
     )
+
+
+def choose_shipment(
+    model: FedGraftForCausalLM,
+    deltas: Mapping[Unit, Tensor],
+    slopes: Mapping[Unit, Tensor],
+    residual: Mapping[Unit, Tensor],
+    config: RunConfig,
+    *,
+    generator: torch.Generator,
+) -> PreparedUpdate:
+    """What a client ships of ``deltas`` as its configuration says, and what it keeps.
+
+    Args:
+        model: after local training; says which graph that was.
+        deltas: ``[size]`` of each unit that trained.
+        slopes: of the loss along these, as ``clients.slopes.entry_slopes`` gives them; without any, magnitude counts.
+        residual: as ``carried_over`` gives it.
+        config: with the client's own limits.
+        generator: of the draw, where experts are drawn.
+
+    Raises:
+        UserError: as ``federated.selection.choose_update``.
+    """
+    graph = read_graph(model)
+    return choose_update(
+        deltas,
+        residual,
+        limits(config),
+        score=saliency(slopes),
+        shapes=unit_shapes(model) if config.low_rank else None,
+        selection=config.selection,
+        unbiased=config.combine == "horvitz-thompson",
+        value_bits=config.value_bits,
+        residual_decay=config.residual_decay,
+        graph_version=graph.version,
+        graph_hash=graph.digest(),
+        generator=generator,
+    )
+
+
+def drawn_with(prepared: PreparedUpdate) -> dict[str, float]:
+    """The probability with which each shipped expert was drawn, where it is below 1: ``"layer.expert" -> pi``."""
+    return {unit_name(unit): pi for unit, pi in prepared.inclusion.items() if pi < 1}
 
 
 def carried_over(kept: Kept, request: Request, sizes: Mapping[Unit, int]) -> Mapping[Unit, Tensor]:

@@ -51,6 +51,7 @@ class LocalTraining:
         gradient_checkpointing: compute activations again in the backward pass in place of keeping them.
         load_balance_weight: of ``models.router_losses.load_balance_loss``.
         z_loss_weight: of ``models.router_losses.z_loss``.
+        keep_moments: return those of the gradients, which the optimizer has in memory anyway.
     """
 
     steps: int
@@ -70,6 +71,7 @@ class LocalTraining:
     gradient_checkpointing: bool = False
     load_balance_weight: float = 0.0
     z_loss_weight: float = 0.0
+    keep_moments: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class LocalResult:
     Attributes:
         losses: loss of each step without router losses, nats per token.
         tokens: labelled tokens trained on.
-        moments: of the gradients, see ``clients.slopes.second_moments``.
+        moments: of the gradients, see ``clients.slopes.second_moments``; empty where they are not kept.
     """
 
     losses: list[float]
@@ -116,7 +118,7 @@ def train_locally(
             tokens += count
     optimizer.zero_grad()
     model.eval()
-    return LocalResult(losses, tokens, second_moments(optimizer))
+    return LocalResult(losses, tokens, second_moments(optimizer) if training.keep_moments else {})
 
 
 def expert_parameters(model: FedGraftForCausalLM, train: str = "all") -> list[nn.Parameter]:

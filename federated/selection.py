@@ -102,8 +102,9 @@ def choose_update(
         raise UserError(
             "expected a change to ship, got an all-zero update; check local-steps and learning-rate"
         )
-    for unit in vectors.keys() & (shapes or {}).keys():
-        vectors[unit] = better_of(totals[unit], vectors[unit], *(shapes or {})[unit], value_bits=value_bits)
+    for unit, shape in (shapes or {}).items():
+        if unit in vectors:
+            vectors[unit] = better_of(totals[unit], vectors[unit], *shape, value_bits=value_bits)
     update = quantise_update(replace(empty, vectors=vectors), value_bits)
     lowest = (
         min(_lowest(totals[unit], unit, vector, score) for unit, vector in vectors.items())

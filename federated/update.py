@@ -13,6 +13,17 @@ import numpy as np
 Unit = tuple[int, int]
 
 
+def unit_name(unit: Unit) -> str:
+    """A unit as ``"layer.expert"``."""
+    return f"{unit[0]}.{unit[1]}"
+
+
+def parse_unit(name: str) -> Unit:
+    """Undo ``unit_name``; ValueError for another text."""
+    layer, expert = name.split(".")
+    return int(layer), int(expert)
+
+
 class RefusedUpdate(ValueError):
     """Bytes or values that must not touch the model; ``reason`` says in one line what is wrong."""
 

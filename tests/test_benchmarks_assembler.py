@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from benchmarks.assembler import ARMS, QUICK, bootstrapped, choose_masks, client_text, measure, ratios
-from benchmarks.material import data_sources, model_path
+from benchmarks.assembler import ARMS, QUICK, choose_masks, client_text, measure, ratios
+from benchmarks.material import bootstrapped, data_sources, model_path
 
 
 def test_a_quick_run_gives_every_figure():
@@ -18,7 +18,7 @@ def test_a_quick_run_gives_every_figure():
 
 
 def test_all_masks_hold_as_many_experts_and_the_most_used_are_in_that_of_usage():
-    model = bootstrapped(model_path("mix7M", quick=True), QUICK)
+    model = bootstrapped(model_path("mix7M", quick=True), QUICK.experts, QUICK.calibration_tokens)
     train, _ = client_text(data_sources(["a"], quick=True)[0], QUICK, 0, True)
     masks = choose_masks(model, train, 2, 0, QUICK.training)
     assert set(masks) == {"learned", "usage", "random"}

@@ -7,7 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clients.residual import Kept, ResidualStore, Shipped
-from clients.shipment import carried_over, limits, shipped_in, with_own_limits
+from clients.shipment import (
+    carried_over,
+    choose_shipment,
+    drawn_with,
+    limits,
+    shipped_in,
+    with_own_limits,
+)
 from clients.store import ClientStore
 from configs.errors import UserError
 from configs.schema import RunConfig
@@ -15,11 +22,13 @@ from federated.codec import pack_update, unpack_update
 from federated.lazy_vectors import LazyVectors
 from federated.messages import Request, read_reply, read_request
 from federated.quantise import quantise_update
-from federated.selection import Limits, choose_update
+from federated.selection import Limits, PreparedUpdate, choose_update
 from federated.update import SparseUpdate, SparseVector
+from models.checkpoint import read_graph
 from models.units import unit_sizes
 from tests.grid import Late
 from tests.tiny_federation import TinyGrid, client_folder_of, save_tiny_graph, tiny_config, tiny_federation
+from tests.tiny_graphs import graph_of
 
 SIZES = {(0, 0): 40, (0, 1): 40, (1, 0): 50, (1, 1): 50}
 GRAPH = {"graph_version": 0, "graph_hash": "0" * 64}
@@ -167,6 +176,29 @@ def graph(tmp_path_factory, tiny_tokenizer):
     )
 
 
+@pytest.mark.parametrize(("steep", "shipped"), [(3, [3]), (None, [5])])
+def test_a_shipment_holds_what_the_slopes_make_worth_most(steep, shipped):
+    model = graph_of()
+    size = unit_sizes(model)[0, 0]
+    delta, slopes = torch.zeros(size), {}
+    delta[3], delta[5] = 1.0, 2.0
+    if steep is not None:
+        slope = torch.ones(size)
+        slope[steep] = 100.0
+        slopes = {(0, 0): slope}
+    config = RunConfig(density=1 / size, value_bits=16)
+    generator = torch.Generator().manual_seed(0)
+    prepared = choose_shipment(model, {(0, 0): delta}, slopes, {}, config, generator=generator)
+    assert prepared.update.vectors[0, 0].indices.tolist() == shipped
+    assert prepared.update.graph_hash == read_graph(model).digest()
+    assert drawn_with(prepared) == {}
+
+
+def test_only_experts_that_were_drawn_by_chance_bear_a_probability():
+    update = SparseUpdate(0, "", {})
+    assert drawn_with(PreparedUpdate(update, {}, {(0, 1): 0.25, (2, 3): 1.0})) == {"0.1": 0.25}
+
+
 def refused(reply: Message) -> Message:
     """The reply as if it belonged to another version of the model."""
     reply.content.config_records["info"]["version"] = 99
@@ -194,7 +226,7 @@ def test_a_change_that_the_server_did_not_take_arrives_in_the_next_round(graph, 
         trained[grid.present].append({unit: deltas[unit] for unit in deltas})
         return choose(deltas, *arguments, **options)
 
-    monkeypatch.setattr("clients.participant.choose_update", recording)
+    monkeypatch.setattr("clients.shipment.choose_update", recording)
     grid.before = lambda server_round, node: setattr(grid, "present", node)
     federation.run()
     sizes = unit_sizes(federation.server.model)

@@ -27,7 +27,9 @@ def model():
 
 def _train(model, **changes):
     ids = random_ids(model, 4, 16)
-    training = LocalTraining(**{"steps": 1, "learning_rate": 0.01, "autocast": False} | changes)
+    training = LocalTraining(
+        **{"steps": 1, "learning_rate": 0.01, "autocast": False, "keep_moments": True} | changes
+    )
     return train_locally(model, repeat((ids, ids)), training)
 
 
@@ -76,3 +78,7 @@ def test_lora_factors_have_none():
 
 def test_second_moments_of_an_optimizer_that_has_not_stepped():
     assert second_moments(make_optimizer([torch.nn.Parameter(torch.zeros(2))], learning_rate=0.1)) == {}
+
+
+def test_moments_are_kept_only_on_request(model):
+    assert _train(model, keep_moments=False).moments == {}

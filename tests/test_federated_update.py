@@ -10,8 +10,10 @@ from federated.update import (
     density,
     join_indices,
     join_values,
+    parse_unit,
     replace_values,
     split_columns,
+    unit_name,
 )
 
 FIRST = SparseVector(5, np.array([1, 4]), np.array([2.0, -3.0]))
@@ -66,3 +68,14 @@ def test_replaced_values_keep_positions():
 
 def test_a_refusal_carries_its_reason():
     assert RefusedUpdate("too short").reason == "too short" and issubclass(RefusedUpdate, ValueError)
+
+
+@pytest.mark.parametrize("unit", [(0, 0), (31, 127), (2, -1)])
+def test_the_name_of_a_unit_leads_back_to_it(unit):
+    assert parse_unit(unit_name(unit)) == unit
+
+
+@pytest.mark.parametrize("name", ["", "1", "1.2.3", "a.1", "1."])
+def test_other_texts_name_no_unit(name):
+    with pytest.raises(ValueError):
+        parse_unit(name)
