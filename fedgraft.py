@@ -10,9 +10,12 @@ import typer
 
 from configs.errors import UserError
 from scripts.bootstrap import bootstrap
+from scripts.console import warnings_as_lines
 from scripts.evaluate import evaluate
+from scripts.experts import experts
 from scripts.export import export
 from scripts.generate import generate
+from scripts.saliency import saliency
 from scripts.simulate import simulate
 
 VERBS = (bootstrap, simulate, evaluate, generate, export)
@@ -26,13 +29,16 @@ app = typer.Typer(
 )
 for verb in VERBS:
     app.command(verb.__name__.replace("_", "-"))(verb)
+app.add_typer(saliency, name="saliency")
+app.add_typer(experts, name="experts")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one verb. Returns 0, 2 for bad input (one line says what to mend), or 1 for a failure."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        return app(args=arguments, standalone_mode=False) or 0
+        with warnings_as_lines():
+            return app(args=arguments, standalone_mode=False) or 0
     except click.exceptions.NoArgsIsHelpError as help_text:
         click.echo(help_text.format_message())
         return 0

@@ -39,6 +39,22 @@ def check_output_directory(path: Path, *, overwrite: bool) -> None:
             )
 
 
+def check_output_file(path: Path, *, overwrite: bool) -> None:
+    """Refuse an output file that is there already, before any work is done.
+
+    Raises:
+        UserError: the file is there and ``overwrite`` is false; it is a directory; it cannot be made there.
+    """
+    path = path.absolute()
+    if path.is_dir():
+        raise UserError(f"expected an output file, got the directory {path}; name a file")
+    parent = next(part for part in path.parents if part.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UserError(f"expected an output file that can be written, got {path}; choose another")
+    if path.exists() and not overwrite:
+        raise UserError(f"expected an output file that is not there yet, got {path}; pass --overwrite")
+
+
 @contextmanager
 def new_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield a temporary directory that takes the name ``path`` when the block ends without an error.

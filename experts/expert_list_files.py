@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +50,20 @@ def _read_csv(path: Path) -> dict[int, Layer]:
         )
     kept: dict[int, list[int]] = {}
     ranks: dict[int, dict[int, float]] = {}
-    for row in table:
+    for row in _rows(table, path):
         layer, expert, rank, action = _parse_row(row, f"{path}, line {table.line_num}")
         if expert in ranks.setdefault(layer, {}):
             raise UserError(f"{path}, line {table.line_num}: expert {expert} of layer {layer} is there twice")
         ranks[layer][expert] = rank
         kept.setdefault(layer, []).extend([expert] if action == "keep" else [])
     return {layer: (_ids(kept[layer]), ranks[layer]) for layer in ranks}
+
+
+def _rows(table: csv.DictReader, path: Path) -> Iterator[dict[Any, Any]]:
+    try:
+        yield from table
+    except csv.Error as error:
+        raise UserError(f"{path}, line {table.line_num}: expected CSV, got {error}") from None
 
 
 def _parse_row(row: Mapping[Any, Any], place: str) -> tuple[int, int, float, str]:

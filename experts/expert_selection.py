@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from configs.errors import UserError, nearest
+from configs.values import split_list
 from experts.expert_list import ExpertList
 from experts.expert_map import ExpertMap
 from experts.expert_ranks import rank_sums
@@ -17,6 +18,7 @@ STRATEGIES = ("bottom", "strided")
 ACTION_MODES = ("analyze", "prune", "merge")
 SAFETY_MODES = ("protect", "target")
 DOMAIN_MODES = ("protect",)
+_MOST_EXPERTS = 2**16
 
 
 @dataclass(frozen=True)
@@ -62,10 +64,32 @@ class Selection:
         low, high = self.min_rank, self.max_rank
         if low is not None and high is not None and not low <= high:
             raise UserError(f"expected --min-rank to be at most --max-rank, got {low} and {high}")
+        if self.safety_mode == "target" and self.safety is None:
+            raise UserError(
+                "expected --safety-map with --safety-mode target, got none; name the map to target"
+            )
         for kind in ("safety", "domain"):
             given = getattr(self, kind)
             if given is not None and given.kind != kind:
                 raise UserError(f"expected a map of kind {kind} as --{kind}-map, got one of {given.kind}")
+
+
+def parse_expert_ids(text: str) -> frozenset[int]:
+    """Expert ids of a text such as ``1,2,250..255``; a range includes its end.
+
+    Raises:
+        UserError: anything else, or an id beyond any model.
+    """
+    ids: set[int] = set()
+    for part in split_list(text, ","):
+        first, dots, last = part.partition("..")
+        ends = [end.strip() for end in ((first, last) if dots else (first, first))]
+        if not all(end.isdecimal() and len(end) < 6 and int(end) < _MOST_EXPERTS for end in ends) or int(
+            ends[0]
+        ) > int(ends[1]):
+            raise UserError(f"expected expert ids such as 1,2,250..255, got {part!r} in {text!r}")
+        ids.update(range(int(ends[0]), int(ends[1]) + 1))
+    return frozenset(ids)
 
 
 def select_experts(
@@ -102,34 +126,29 @@ def select_experts(
 def _chosen(ranks: np.ndarray, selection: Selection) -> list[tuple[int, int]]:
     """Layer and expert of all that go."""
     may_go = _removable(ranks, selection)
-    if selection.model_wide:
-        return _take(may_go, selection, ranks, "in the whole model")
-    return [
-        pair
-        for layer in range(len(ranks))
-        for pair in _take(
-            [pair for pair in may_go if pair[0] == layer], selection, ranks, f"in layer {layer}"
-        )
-    ]
-
-
-def _take(
-    may_go: list[tuple[int, int]], selection: Selection, ranks: np.ndarray, where: str
-) -> list[tuple[int, int]]:
-    """``n_prune`` of the experts that may go, which come in the order in which they should."""
-    wanted = selection.n_prune
-    if wanted > len(may_go):
+    groups = {"in the whole model": may_go}
+    if not selection.model_wide:
+        groups = {
+            f"in layer {layer}": [pair for pair in may_go if pair[0] == layer] for layer in range(len(ranks))
+        }
+    where, tightest = min(groups.items(), key=lambda group: len(group[1]))
+    if selection.n_prune > len(tightest):
         raise UserError(
-            f"expected to remove at most {len(may_go)} experts {where}, got --n-prune {wanted}; protected and ignored "
-            f"experts, those outside the rank filter and {selection.min_experts_per_layer} per layer stay: lower "
-            "--n-prune or loosen those"
+            f"expected to remove at most {len(tightest)} experts {where}, got --n-prune {selection.n_prune}; "
+            "protected and ignored experts, those outside the rank filter, the best of a layer if strided, and "
+            f"{selection.min_experts_per_layer} per layer stay: lower --n-prune or loosen those"
         )
-    if selection.strategy == "bottom":
-        return may_go[:wanted]
     targets = _targets(ranks.shape, selection)
-    first = [pair for pair in may_go if targets[pair]][:wanted]
+    return [pair for group in groups.values() for pair in _take(group, selection, targets)]
+
+
+def _take(may_go: list[tuple[int, int]], selection: Selection, targets: np.ndarray) -> list[tuple[int, int]]:
+    """``n_prune`` of the experts that may go, which come in the order in which they should."""
+    if selection.strategy == "bottom":
+        return may_go[: selection.n_prune]
+    first = [pair for pair in may_go if targets[pair]][: selection.n_prune]
     rest = [pair for pair in may_go if not targets[pair]]
-    return first + strided(rest, wanted - len(first))
+    return first + strided(rest, selection.n_prune - len(first))
 
 
 def strided(worst_first: list, number: int) -> list:

@@ -7,8 +7,6 @@ it, of gate times output norm. Frequency and the expert activation norm (EAN) ar
 from __future__ import annotations
 
 import json
-import zipfile
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,12 +16,11 @@ import numpy as np
 
 from configs.errors import UserError, nearest
 from configs.output import finite, replacing
+from experts.saliency_file import read_arrays
 
 METRICS = ("reap", "ean", "freq", "weighted_freq")
 ARRAYS = ("reap_sum", "reap_count", "ean_sum", "freq", "weighted_freq_sum")
 _COUNTS = ("reap_count", "freq")
-_REQUIRED = (*ARRAYS, "num_layers", "num_experts")
-_UNREADABLE = (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error)
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,15 +114,8 @@ def load_saliency(path: Path) -> Saliency:
     Raises:
         UserError: no such file, no .npz archive of plain numbers, a key missing, or values that cannot be.
     """
-    arrays = _read_arrays(Path(path))
-    missing = [name for name in _REQUIRED if name not in arrays]
-    if missing:
-        raise UserError(
-            f"expected a saliency file with {', '.join(_REQUIRED)}, got {path} without {', '.join(missing)}; "
-            "write one with `fedgraft saliency collect`"
-        )
     try:
-        return _from_arrays(arrays)
+        return Saliency(**read_arrays(Path(path), ARRAYS))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
@@ -196,48 +186,6 @@ def _check_agreement(saliency: Saliency) -> None:
 def _row(where: np.ndarray) -> int:
     """The first layer with a True."""
     return int(np.argwhere(where)[0, 0])
-
-
-def _read_arrays(path: Path) -> dict[str, np.ndarray]:
-    try:
-        # Pickled arrays run code when they are read; plain ones do not.
-        with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
-    except FileNotFoundError:
-        raise UserError(f"expected a saliency file, got {path}, which is not there") from None
-    except (*_UNREADABLE, AttributeError, TypeError):
-        raise UserError(
-            f"expected a saliency file (.npz of plain numbers), got {path}, which cannot be read as one"
-        ) from None
-
-
-def _from_arrays(arrays: dict[str, np.ndarray]) -> Saliency:
-    shape = tuple(_whole(name, arrays[name]) for name in ("num_layers", "num_experts"))
-    values = {name: arrays[name] for name in ARRAYS}
-    for name, array in values.items():
-        if array.shape != shape:
-            raise UserError(f"expected {name} of shape {shape} (num_layers, num_experts), got {array.shape}")
-    layers = arrays.get("decoder_layers", np.arange(shape[0]))
-    if layers.dtype.kind not in "iu" or layers.ndim != 1:
-        raise UserError(f"expected decoder_layers to be whole numbers, got {layers.dtype} {layers.shape}")
-    provenance = _provenance(arrays.get("provenance", np.asarray("{}")))
-    return Saliency(**values, decoder_layers=layers.tolist(), provenance=provenance)
-
-
-def _whole(name: str, value: np.ndarray) -> int:
-    if value.size != 1 or value.dtype.kind not in "iu":
-        raise UserError(f"expected {name} to be one whole number, got {value.dtype} {value.shape}")
-    return int(value.item())
-
-
-def _provenance(value: np.ndarray) -> dict[str, Any]:
-    try:
-        parsed = json.loads(str(value.item()))
-    except ValueError:
-        parsed = None
-    if not isinstance(parsed, dict):
-        raise UserError("expected provenance to be one JSON object")
-    return parsed
 
 
 def _joined_provenance(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:

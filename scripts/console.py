@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
@@ -30,6 +31,7 @@ Precision = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="auto (CUDA if there is one), cpu or cuda.")]
 Overwrite = Annotated[bool, typer.Option(help="Replace an output directory that is not empty.")]
+OverwriteFiles = Annotated[bool, typer.Option("--overwrite", help="Replace output files that are there.")]
 DataSources = Annotated[
     list[str],
     typer.Option(
@@ -38,13 +40,22 @@ DataSources = Annotated[
         help="wikimix, wikimix:DOMAIN[,DOMAIN], a .txt or .jsonl file, a folder, or a hub dataset; repeatable.",
     ),
 ]
+Split = Annotated[str, typer.Option(help="Documents to use: valid (held out), train, or all.")]
+BlockSize = Annotated[
+    int | None, typer.Option(min=2, help="Tokens per block; 256 or the model's context, if that is smaller.")
+]
+MaxBlocks = Annotated[int, typer.Option(min=0, help="Blocks per domain; 0 for all.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Blocks that go through the model at once.")]
 
 stderr = Console(stderr=True)
 
 
 @contextmanager
-def progress() -> Iterator[Callable[[str, int, int], None]]:
-    """Show stages on stderr as bars; yields a function to call with a stage, its steps done and their total."""
+def progress() -> Iterator[Callable[[str, int, int | None], None]]:
+    """Show stages on stderr as bars; yields a function to call with a stage, its steps done and their total.
+
+    A total of None is not known.
+    """
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -55,7 +66,7 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
     stages: dict[str, TaskID] = {}
     bars = Progress(*columns, console=stderr)
 
-    def on_step(stage: str, done: int, total: int) -> None:
+    def on_step(stage: str, done: int, total: int | None) -> None:
         if stage not in stages:
             stages[stage] = bars.add_task(stage, total=total)
         bars.update(stages[stage], completed=done, total=total)
@@ -68,6 +79,18 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
         bars.live.stop()
         raise
     bars.stop()
+
+
+@contextmanager
+def warnings_as_lines() -> Iterator[None]:
+    """Warnings inside the block are shown as one line each on stderr, without the place in the code."""
+
+    def show(message: Warning | str, *place: Any, **more: Any) -> None:
+        print(f"fedgraft: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
 
 
 def print_result(result: dict[str, Any], *, as_json: bool, lines: Iterable[Any]) -> None:

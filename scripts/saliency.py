@@ -1,0 +1,138 @@
+"""``fedgraft saliency``: how much each expert of a model matters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from scripts.console import JsonFlag, OverwriteFiles, print_result
+from scripts.expert_options import Metric
+
+Top = Annotated[int, typer.Option(min=1, help="Experts to list per layer.")]
+
+saliency = typer.Typer(help="Measure how much each expert of a model matters.", no_args_is_help=True)
+
+
+@saliency.command()
+def show(
+    file: Annotated[Path, typer.Argument(help="Saliency file.")],
+    metric: Metric = "reap",
+    top: Top = 4,
+    as_json: JsonFlag = False,
+) -> None:
+    """Show the best, worst and never routed experts of each layer."""
+    from experts.saliency import load_saliency
+    from experts.saliency_report import layer_summaries
+
+    loaded = load_saliency(file)
+    layers = layer_summaries(loaded, metric, top=top)
+    result = {
+        "file": str(file),
+        "metric": metric,
+        "num_layers": loaded.num_layers,
+        "num_experts": loaded.num_experts,
+        "layers": layers,
+        "provenance": loaded.provenance,
+    }
+    print_result(result, as_json=as_json, lines=_show_lines(result))
+
+
+@saliency.command()
+def diff(
+    before: Annotated[Path, typer.Argument(help="Saliency file.")],
+    after: Annotated[Path, typer.Argument(help="Saliency file of the same layers and experts.")],
+    metric: Metric = "reap",
+    top: Top = 4,
+    as_json: JsonFlag = False,
+) -> None:
+    """Compare how two files rank the experts of each layer.
+
+    Spearman's rank correlation, the overlap of the worst quarters, and the experts whose rank moved most.
+    """
+    from experts.saliency import load_saliency
+    from experts.saliency_report import compare_layers
+
+    layers = compare_layers(load_saliency(before), load_saliency(after), metric, top=top)
+    known = [layer["spearman"] for layer in layers if layer["spearman"] is not None]
+    overlap = sum(layer["bottom_quarter_overlap"] for layer in layers) / len(layers)
+    result = {
+        "before": str(before),
+        "after": str(after),
+        "metric": metric,
+        "spearman": sum(known) / len(known) if known else None,
+        "bottom_quarter_overlap": overlap,
+        "layers": layers,
+    }
+    print_result(result, as_json=as_json, lines=_diff_lines(result))
+
+
+@saliency.command()
+def merge(
+    files: Annotated[list[Path], typer.Argument(help="Saliency files of one model, on different texts.")],
+    out: Annotated[Path, typer.Option("--out", "--output", help="Saliency file of all the texts.")],
+    overwrite: OverwriteFiles = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Add up files of one model, as if all their texts had been measured in one go.
+
+    A merge by ranks is no saliency file but an expert list: fedgraft experts select --action analyze, with several
+    --saliency.
+    """
+    from configs.errors import UserError
+    from configs.output import check_output_file
+    from experts.saliency import add_saliency, load_saliency, save_saliency
+
+    if len({path.resolve() for path in files}) < max(2, len(files)):
+        raise UserError(f"expected at least two different saliency files, got {', '.join(map(str, files))}")
+    check_output_file(out, overwrite=overwrite)
+    merged = add_saliency([load_saliency(path) for path in files])
+    save_saliency(merged, out)
+    result = {
+        "out": str(out),
+        "files": [str(path) for path in files],
+        "num_layers": merged.num_layers,
+        "num_experts": merged.num_experts,
+        "tokens": merged.provenance.get("tokens"),
+    }
+    print_result(result, as_json=as_json, lines=[f"wrote {out}: the sums of {len(files)} files"])
+
+
+def _show_lines(result: dict[str, Any]) -> list:
+    from rich.table import Table
+
+    table = Table("layer", "decoder layer", "experts", f"best by {result['metric']}", "worst", "never routed")
+    for layer in result["layers"]:
+        scored = [_with_scores(layer[name], layer["scores"]) for name in ("best", "worst")]
+        never = ", ".join(map(str, layer["never_routed"])) or "none"
+        table.add_row(*(str(layer[name]) for name in ("layer", "decoder_layer", "experts")), *scored, never)
+    return [table]
+
+
+def _with_scores(experts: list[int], scores: list[float]) -> str:
+    return ", ".join(f"{expert} ({scores[expert]:.3g})" for expert in experts)
+
+
+def _diff_lines(result: dict[str, Any]) -> list:
+    from rich.table import Table
+
+    table = Table("layer", "decoder layer", "Spearman", "worst quarter shared", "largest rank changes")
+    for layer in result["layers"]:
+        table.add_row(
+            str(layer["layer"]),
+            str(layer["decoder_layer"]),
+            _correlation(layer["spearman"]),
+            f"{layer['bottom_quarter_overlap']:.0%}",
+            ", ".join(_change(change) for change in layer["largest_changes"]) or "none",
+        )
+    mean = f"mean Spearman {_correlation(result['spearman'])}"
+    return [table, f"{mean}, worst quarter shared {result['bottom_quarter_overlap']:.0%}"]
+
+
+def _correlation(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.3f}"
+
+
+def _change(change: dict[str, Any]) -> str:
+    return f"{change['expert']}: {change['rank_before']:g} to {change['rank_after']:g}"
