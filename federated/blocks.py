@@ -53,16 +53,46 @@ def pack_blocks(
     Raises :class:`UserError` for a ``block_size`` beyond ``max_position_embeddings``, for a tokenizer without
     BOS and EOS, and where ``texts`` hold no token.
     """
+    parts = list(
+        stream_blocks(
+            texts,
+            tokenizer,
+            block_size=block_size,
+            max_blocks=max_blocks,
+            max_position_embeddings=max_position_embeddings,
+        )
+    )
+    input_ids, labels = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    return Blocks(input_ids, labels)
+
+
+def stream_blocks(
+    texts: Iterable[str],
+    tokenizer: Any,
+    *,
+    block_size: int,
+    batch_size: int = 1024,
+    max_blocks: int | None = None,
+    max_position_embeddings: int | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The blocks of ``pack_blocks``, at most ``batch_size`` of them in memory: ``(input_ids, labels)``, ``[B, S]`` each.
+
+    Raises :class:`UserError` at the first batch, as ``pack_blocks`` does.
+    """
     if max_position_embeddings is not None and block_size > max_position_embeddings:
         limit = f"the model's max_position_embeddings {max_position_embeddings}"
         raise UserError(f"expected block-size to be at most {limit}, got {block_size}")
     wanted = max_blocks * block_size if max_blocks else None
-    stream = list(islice(_token_stream(texts, tokenizer, _start_token(tokenizer)), wanted))
-    if not stream:
+    stream = islice(_token_stream(texts, tokenizer, _start_token(tokenizer)), wanted)
+    made = 0
+    while tokens := list(islice(stream, batch_size * block_size)):
+        if len(tokens) % block_size == 1 and made + len(tokens) > 1:
+            tokens.pop()
+        if tokens:
+            yield _cut(tokens, block_size)
+        made += len(tokens)
+    if not made:
         raise UserError("expected documents with text, got none; check the data")
-    if len(stream) % block_size == 1 and len(stream) > 1:
-        stream.pop()
-    return _cut(stream, block_size)
 
 
 def take(blocks: Blocks, n: int) -> Blocks:
@@ -109,10 +139,10 @@ def _start_token(tokenizer: Any) -> int:
     )
 
 
-def _cut(stream: list[int], block_size: int) -> Blocks:
+def _cut(stream: list[int], block_size: int) -> tuple[Tensor, Tensor]:
     missing = -len(stream) % block_size
     tokens = torch.tensor(stream, dtype=torch.int64)
-    # Any token of the vocabulary pads, since the labels leave the padding out: the start token always is one.
+    # Any token of the vocabulary pads, since the labels leave the padding out: the first one always is.
     input_ids = torch.nn.functional.pad(tokens, (0, missing), value=stream[0]).view(-1, block_size)
     labels = torch.nn.functional.pad(tokens, (0, missing), value=IGNORED).view(-1, block_size)
-    return Blocks(input_ids, labels)
+    return input_ids, labels

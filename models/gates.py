@@ -5,7 +5,6 @@ Shape suffixes: T tokens, D hidden width, E experts, K visits per token.
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +53,7 @@ class MoELayer:
     @property
     def router_weight(self) -> nn.Parameter:
         """``[E, D]``."""
-        return self.block.router if self.router is None else self.router.weight
+        return cast(nn.Parameter, self.block.router if self.router is None else self.router.weight)
 
     @property
     def selection_bias(self) -> Tensor | None:
@@ -84,14 +84,15 @@ class MoELayer:
     @property
     def act_fn(self) -> nn.Module:
         """Activation of the gate."""
-        return self.experts[0].act_fn if isinstance(self.experts, nn.ModuleList) else self.experts.act_fn
+        owner = self.experts[0] if isinstance(self.experts, nn.ModuleList) else self.experts
+        return cast(nn.Module, owner.act_fn)
 
     def read(self, expert: int) -> tuple[Tensor, Tensor]:
         """``gate_up [2H, D]`` and ``down [D, H]`` of an expert."""
         if isinstance(self.experts, ExpertGraphMLP):
             return self.experts.read_expert(expert)
         if isinstance(self.experts, nn.ModuleList):
-            gate, up, down = _matrices(self.experts[expert])
+            gate, up, down = cast(tuple, _matrices(self.experts[expert]))
             return torch.cat([gate.weight, up.weight]), down.weight
         return self.experts.gate_up_proj[expert], self.experts.down_proj[expert]
 
@@ -163,6 +164,7 @@ _KINDS = {
     "glm4_moe": RouterKind.SIGMOID_BIASED,
 }
 _BLOCKS = ("mlp", "block_sparse_moe", "feed_forward")
+_FUSED = ("gate_up_proj", "down_proj")
 # Gate, up and down of an expert that is a module.
 _MATRICES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 
@@ -193,7 +195,7 @@ def _layer(config: Any, ordinal: int, index: int, block: nn.Module) -> MoELayer:
 def _is_known(experts: Any) -> bool:
     if isinstance(experts, nn.ModuleList):
         return all(_matrices(expert) is not None and hasattr(expert, "act_fn") for expert in experts)
-    shapes = [getattr(getattr(experts, name, None), "shape", ()) for name in ("gate_up_proj", "down_proj")]
+    shapes = [tuple(getattr(getattr(experts, name, None), "shape", ())) for name in _FUSED]
     if [len(shape) for shape in shapes] != [3, 3] or getattr(experts, "has_bias", False):
         return False
     (_, twice, width), down = shapes

@@ -6,7 +6,18 @@ from typing import Annotated
 
 import typer
 
-from scripts.console import DataSources, Device, JsonFlag, Precision, print_result, progress, quiet_libraries
+from scripts.console import (
+    BlockSize,
+    DataSources,
+    Device,
+    JsonFlag,
+    MaxBlocks,
+    Precision,
+    Split,
+    print_result,
+    progress,
+    quiet_libraries,
+)
 
 
 def evaluate(
@@ -17,18 +28,16 @@ def evaluate(
     experts_per_token: Annotated[
         int | None, typer.Option(min=1, help="Experts that a token visits (k), in place of the graph's own.")
     ] = None,
-    split: Annotated[str, typer.Option(help="Documents to use: valid (held out), train, or all.")] = "valid",
-    block_size: Annotated[
-        int | None,
-        typer.Option(min=2, help="Tokens per block; 256 or the model's context, if that is smaller."),
-    ] = None,
-    max_blocks: Annotated[int, typer.Option(min=0, help="Blocks per domain; 0 for all.")] = 0,
+    split: Split = "valid",
+    block_size: BlockSize = None,
+    max_blocks: MaxBlocks = 0,
     precision: Precision = None,
     device: Device = "auto",
     as_json: JsonFlag = False,
 ) -> None:
     """Measure token-weighted perplexity on held-out text, per domain and over all of it."""
     from federated.blocks import pack_blocks
+    from federated.text_batches import texts_by_domain
     from models.config_file import read_config
     from models.llama_loader import load_causal_lm, load_tokenizer
     from models.perplexity import LossSum, evaluate_loss
@@ -36,7 +45,7 @@ def evaluate(
     from models.settings import set_visits
 
     quiet_libraries()
-    texts = _texts_by_domain(data, split)
+    texts = texts_by_domain(data, split)
     lm = load_causal_lm(model, precision=precision, device=choose_device(device))
     tokenizer = load_tokenizer(model)
     if experts_per_token is not None:
@@ -59,19 +68,6 @@ def evaluate(
     domains = {name: {"perplexity": loss.perplexity, "tokens": loss.tokens} for name, loss in losses.items()}
     result = {"perplexity": total.perplexity, "tokens": total.tokens, "domains": domains}
     print_result(result, as_json=as_json, lines=[_table(result)])
-
-
-def _texts_by_domain(sources: list[str], split: str) -> dict[str, list[str]]:
-    from configs.errors import UserError
-    from federated.documents import absolute_sources, load_documents
-
-    if split not in ("valid", "train", "all"):
-        raise UserError(f"expected --split valid, train or all, got {split!r}")
-    texts: dict[str, list[str]] = {}
-    for row in load_documents(absolute_sources(sources)):
-        if split in ("all", row["split"]):
-            texts.setdefault(row["domain"], []).append(row["text"])
-    return texts
 
 
 def _table(result: dict):

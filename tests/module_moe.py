@@ -33,14 +33,14 @@ class ModuleMoE(nn.Module):
         renormalise: whether gates sum to one.
     """
 
-    def __init__(self, fused: nn.Module, top_k: int, renormalise: bool) -> None:
+    def __init__(self, fused, top_k: int, renormalise: bool) -> None:
         super().__init__()
         experts, twice, width = fused.experts.gate_up_proj.shape
         self.top_k, self.renormalise = top_k, renormalise
         self.gate = nn.Linear(width, experts, bias=False)
         self.gate.weight.data = fused.gate.weight.data.clone()
         self.experts = nn.ModuleList(Expert(width, twice // 2, fused.experts.act_fn) for _ in range(experts))
-        for index, expert in enumerate(self.experts):
+        for index, expert in enumerate(list(self.experts)):
             gate, up = fused.experts.gate_up_proj.data[index].chunk(2)
             expert.gate_proj.weight.data, expert.up_proj.weight.data = gate.clone(), up.clone()
             expert.down_proj.weight.data = fused.experts.down_proj.data[index].clone()

@@ -11,7 +11,7 @@ from models.moe_view import RouterKind, moe_layers
 from tests.tiny_graphs import graph_of
 from tests.tiny_moes import FAMILIES, tiny_moe
 
-VARIANTS = [(family, {}) for family in FAMILIES]
+VARIANTS: list[tuple[str, dict]] = [(family, {}) for family in FAMILIES]
 VARIANTS += [("qwen3_moe", {"norm_topk_prob": False}), ("qwen2_moe", {"norm_topk_prob": True})]
 
 
