@@ -27,7 +27,7 @@ _SETTLED_SECONDS = 2.0
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 
-class _Stored(NamedTuple):
+class StoredTensor(NamedTuple):
     """One tensor in a file: its header, and the bytes that it takes."""
 
     name: str
@@ -64,11 +64,11 @@ def checkpoint_fingerprint(source: str) -> str:
         UserError: no weights there, or a file that is damaged.
     """
     digest = hashlib.sha256()
-    stored = [tensor for path in checkpoint_files(source) for tensor in _tensors_of(path)]
+    stored = [tensor for path in checkpoint_files(source) for tensor in stored_tensors(path)]
     for tensor in sorted(stored):
         digest.update(f"{tensor.name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         with tensor.path.open("rb") as file:
-            for chunk in _bytes_between(file, tensor.start, tensor.stop):
+            for chunk in bytes_between(file, tensor.start, tensor.stop):
                 digest.update(chunk)
     return digest.hexdigest()
 
@@ -150,17 +150,27 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _tensors_of(path: Path) -> list[_Stored]:
+def stored_tensors(path: Path) -> list[StoredTensor]:
+    """The tensors of a weight file, without reading their values.
+
+    Raises:
+        UserError: the file is cut short or damaged in its header.
+    """
     check_file(path)
     with path.open("rb") as file:
         data = 8 + int.from_bytes(file.read(8), "little")
     return [
-        _Stored(name, info.dtype, info.shape, path, *(data + offset for offset in info.data_offsets))
+        StoredTensor(name, info.dtype, info.shape, path, *(data + offset for offset in info.data_offsets))
         for name, info in parse_local_safetensors_file_metadata(path).tensors.items()
     ]
 
 
-def _bytes_between(file: BinaryIO, start: int, stop: int) -> Iterator[bytes]:
+def bytes_between(file: BinaryIO, start: int, stop: int) -> Iterator[bytes]:
+    """The bytes of a file from ``start`` to before ``stop``, 1 MiB at a time.
+
+    Raises:
+        UserError: the file ends earlier.
+    """
     file.seek(start)
     while start < stop:
         yield (chunk := file.read(min(_CHUNK_BYTES, stop - start)))
