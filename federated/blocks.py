@@ -75,7 +75,7 @@ def stream_blocks(
     max_blocks: int | None = None,
     max_position_embeddings: int | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The blocks of ``pack_blocks``, at most ``batch_size`` of them in memory: ``(input_ids, labels)``, ``[B, S]`` each.
+    """The blocks of ``pack_blocks``, at most ``batch_size`` at once: ``(input_ids, labels)``, ``[B, S]`` each.
 
     Raises :class:`UserError` at the first batch, as ``pack_blocks`` does.
     """

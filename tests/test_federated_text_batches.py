@@ -31,12 +31,10 @@ def test_batches_hold_the_blocks_of_every_domain_and_leave_the_padding_out(tiny_
     options = {"block_size": 4, "max_blocks": max_blocks}
     batches = list(text_batches(domains, tiny_tokenizer, batch_size=2, **options))
     expected = [pack_blocks(texts, tiny_tokenizer, **options) for texts in domains]
-    assert torch.equal(
-        torch.cat([ids for ids, _ in batches]), torch.cat([each.input_ids for each in expected])
-    )
-    labels = torch.cat([each.labels for each in expected])
-    assert torch.equal(torch.cat([counted for _, counted in batches]), labels != IGNORED)
-    assert max(len(ids) for ids, _ in batches) == 2
+    ids, counted = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    assert torch.equal(counted, torch.cat([each.labels for each in expected]) != IGNORED)
+    assert torch.equal(ids[counted], torch.cat([each.input_ids for each in expected])[counted])
+    assert max(len(batch) for batch, _ in batches) == 2
 
 
 def test_a_domain_without_text_and_blocks_beyond_the_model_are_refused(tiny_tokenizer):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,22 +28,28 @@ def batches_of(model, sizes=(2, 1, 3), length=12, padding=0):
         yield random_ids(model, size, length, seed=seed), counted
 
 
+def block_inputs(model, input_ids) -> list[torch.Tensor]:
+    """What every MoE block receives, ``[T, D]``."""
+    inputs: list[torch.Tensor] = []
+    hooks = [
+        layer.block.register_forward_pre_hook(lambda _, args: inputs.append(args[0].flatten(0, -2)))
+        for layer in moe_layers(model)
+    ]
+    model(input_ids=input_ids, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return inputs
+
+
 @torch.no_grad()
 def plain_saliency(model, batches) -> dict[str, np.ndarray]:
     """REAP's sums, token by token: every expert runs on every token, and gates are those of transformers' router."""
     layers = moe_layers(model)
     sums = {name: np.zeros((len(layers), layers[0].num_experts)) for name in ARRAYS}
     for input_ids, counted in batches:
-        inputs: list[torch.Tensor] = []
-        hooks = [
-            layer.block.register_forward_pre_hook(lambda _, args: inputs.append(args[0].flatten(0, -2)))
-            for layer in layers
-        ]
-        model(input_ids=input_ids, use_cache=False)
-        for hook in hooks:
-            hook.remove()
-        for layer, x_TD in zip(layers, inputs, strict=True):
-            _, gates, experts = layer.router(x_TD)
+        for layer, x_TD in zip(layers, block_inputs(model, input_ids), strict=True):
+            router: Any = layer.router
+            _, gates, experts = router(x_TD)
             for token in counted.flatten().nonzero().flatten().tolist():
                 for gate, expert in zip(gates[token].tolist(), experts[token].tolist(), strict=True):
                     gate_up, down = layer.experts.gate_up_proj[expert], layer.experts.down_proj[expert]
