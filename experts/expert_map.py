@@ -110,12 +110,17 @@ def load_expert_map(path: Path) -> ExpertMap:
 
 
 def _from_json(value: Mapping[str, Any]) -> ExpertMap:
-    flagged = {int(layer): np.asarray(ids, dtype=np.int64) for layer, ids in value["flagged"].items()}
+    flagged = {}
+    for layer, ids in value["flagged"].items():
+        # numpy would cut 1.7 down to expert 1; a bool is an int for Python, not for us.
+        if not isinstance(ids, list) or any(type(expert) is not int for expert in ids):
+            raise UserError(f"expected lists of expert ids as flagged, got {str(ids)[:80]} in layer {layer}")
+        flagged[int(layer)] = np.unique(np.asarray(ids, dtype=np.int64))
     return ExpertMap(
         kind=value["kind"],
         scores=np.asarray(value["scores"], dtype=np.float64),
         thresholds=np.asarray(value["thresholds"], dtype=np.float64),
-        flagged={layer: np.unique(experts) for layer, experts in flagged.items()},
+        flagged=flagged,
         provenance=dict(value.get("provenance", {})),
     )
 

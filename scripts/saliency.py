@@ -102,7 +102,7 @@ def merge(
 def _show_lines(result: dict[str, Any]) -> list:
     from rich.table import Table
 
-    table = Table("layer", "decoder layer", "experts", f"best by {result['metric']}", "worst", "never routed")
+    table = Table("layer", "decoder", "experts", f"best by {result['metric']}", "worst", "never routed")
     for layer in result["layers"]:
         scored = [_with_scores(layer[name], layer["scores"]) for name in ("best", "worst")]
         never = ", ".join(map(str, layer["never_routed"])) or "none"
@@ -111,13 +111,13 @@ def _show_lines(result: dict[str, Any]) -> list:
 
 
 def _with_scores(experts: list[int], scores: list[float]) -> str:
-    return ", ".join(f"{expert} ({scores[expert]:.3g})" for expert in experts)
+    return ", ".join(f"{expert}:{scores[expert]:.3g}" for expert in experts)
 
 
 def _diff_lines(result: dict[str, Any]) -> list:
     from rich.table import Table
 
-    table = Table("layer", "decoder layer", "Spearman", "worst quarter shared", "largest rank changes")
+    table = Table("layer", "decoder", "Spearman", "worst quarter shared", "largest rank changes")
     for layer in result["layers"]:
         table.add_row(
             str(layer["layer"]),
@@ -135,4 +135,4 @@ def _correlation(value: float | None) -> str:
 
 
 def _change(change: dict[str, Any]) -> str:
-    return f"{change['expert']}: {change['rank_before']:g} to {change['rank_after']:g}"
+    return f"{change['expert']}:{change['rank_before']:g}->{change['rank_after']:g}"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from configs.errors import UserError
-from configs.output import check_output_directory, new_directory, write_bytes, write_json
+from configs.output import check_output_directory, check_output_file, new_directory, write_bytes, write_json
 
 
 class Interrupted(BaseException):
@@ -160,3 +160,17 @@ def test_json_is_readable_and_strict(tmp_path):
     with pytest.raises(ValueError):
         write_json(path, {"a": float("nan")})
     assert json.loads(path.read_text())["b"] == "ü" and names(tmp_path) == ["value.json"]
+
+
+def test_an_output_file_may_be_new_or_replaced_when_asked(tmp_path):
+    check_output_file(tmp_path / "new" / "deep" / "file", overwrite=False)
+    (tmp_path / "file").write_text("old")
+    with pytest.raises(UserError, match="file; pass --overwrite"):
+        check_output_file(tmp_path / "file", overwrite=False)
+    check_output_file(tmp_path / "file", overwrite=True)
+    with pytest.raises(UserError, match="can be written"):
+        check_output_file(tmp_path / "file" / "below", overwrite=True)
+    for directory in (tmp_path, Path("/")):
+        with pytest.raises(UserError, match="got the directory"):
+            check_output_file(directory, overwrite=True)
+    assert not (tmp_path / "new").exists()

@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 
 import pytest
 from rich.table import Table
 
-from scripts.console import finite, print_result, progress, quiet_libraries
+from scripts.console import finite, print_result, progress, quiet_libraries, warnings_as_lines
 
 
 def test_numbers_that_json_does_not_know_become_null():
@@ -51,3 +52,11 @@ def test_libraries_are_quiet(tmp_path, capsys, tiny_llama_dir):
     quiet_libraries()
     AutoModelForCausalLM.from_pretrained(tiny_llama_dir).save_pretrained(tmp_path)
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_warning_is_one_line_on_stderr_and_the_old_way_returns(capsys):
+    before = warnings.showwarning
+    with warnings_as_lines():
+        warnings.warn("first\nsecond", stacklevel=1)
+    assert capsys.readouterr() == ("", "fedgraft: warning: first second\n")
+    assert warnings.showwarning is before
