@@ -56,13 +56,13 @@ def collect_saliency(
     """
     model.eval()
     layers, provenance = moe_layers(model), dict(provenance or {})
-    sums = _Sums(layers)
+    sums = SaliencySums(layers)
     before, done, sums.tokens = _resume(partial, provenance)
     saved = monotonic()
-    with observing(layers, sums.add):
+    with observing(layers, lambda layer, rows: sums.add(layer.ordinal, rows)):
         for input_ids, counted in islice(batches, done, None):
             sums.start(counted)
-            model(input_ids=input_ids.to(model.device), **_attention(input_ids, counted), use_cache=False)
+            model(input_ids=input_ids.to(model.device), **attention(input_ids, counted), use_cache=False)
             sums.finish()
             done += 1
             on_batch(done)
@@ -78,25 +78,32 @@ def collect_saliency(
     return result
 
 
-class _Sums:
-    """Running sums ``[3, E]`` (gate x norm, norm, gate) and counts ``[E]`` of each layer, in fp64."""
+class SaliencySums:
+    """Running sums over tokens, in fp64.
+
+    Attributes:
+        values: per layer ``[3, E]``: gate x norm, norm, gate.
+        counts: per layer ``[E]``, tokens routed to the expert.
+        counted: bool ``[T]``, the tokens of the batch that count.
+        tokens: counted so far.
+    """
 
     def __init__(self, layers: list[MoELayer]) -> None:
         self.values = [torch.zeros(3, layer.num_experts, dtype=torch.float64) for layer in layers]
         self.counts = [torch.zeros(layer.num_experts, dtype=torch.float64) for layer in layers]
         self._rows: dict[int, list[tuple[int, Tensor, Tensor, Tensor]]] = defaultdict(list)
-        self._counted = torch.empty(0, dtype=torch.bool)
+        self.counted = torch.empty(0, dtype=torch.bool)
         self.tokens = 0
 
     def start(self, counted: Tensor) -> None:
         """Begin a batch of which the tokens ``counted [B, S]`` count."""
-        self._counted = counted.flatten()
-        self.tokens += int(self._counted.sum())
+        self.counted = counted.flatten()
+        self.tokens += int(self.counted.sum())
 
-    def add(self, layer: MoELayer, rows: ExpertRows) -> None:
-        """Note one expert's rows; only their norms are kept."""
+    def add(self, index: int, rows: ExpertRows) -> None:
+        """Note the rows of an expert of layer ``index``; only their norms are kept."""
         norms = torch.linalg.vector_norm(rows.outputs, dim=-1, dtype=torch.float32)
-        self._rows[layer.ordinal].append((rows.expert, rows.tokens, rows.gates, norms))
+        self._rows[index].append((rows.expert, rows.tokens, rows.gates, norms))
 
     def finish(self) -> None:
         """Add the batch's rows to the sums: once per layer, since experts are many and their rows few."""
@@ -104,7 +111,7 @@ class _Sums:
             experts, tokens, gates, norms = zip(*rows, strict=True)
             sizes = torch.tensor([len(each) for each in tokens])
             expert_N = torch.tensor(experts).repeat_interleave(sizes)
-            counts_N = self._counted[torch.cat(tokens).cpu()].double()
+            counts_N = self.counted[torch.cat(tokens).cpu()].double()
             gate_N = torch.cat(gates).double().cpu() * counts_N
             norm_N = torch.cat(norms).double().cpu() * counts_N
             for total, value_N in zip(self.values[ordinal], (gate_N * norm_N, norm_N, gate_N), strict=True):
@@ -113,12 +120,12 @@ class _Sums:
         self._rows.clear()
 
 
-def _attention(input_ids: Tensor, counted: Tensor) -> dict[str, Tensor]:
+def attention(input_ids: Tensor, counted: Tensor) -> dict[str, Tensor]:
     """The attention mask where something is padded; without one the model takes its fastest path."""
     return {} if bool(counted.all()) else {"attention_mask": counted.to(torch.int64).to(input_ids.device)}
 
 
-def _total(before: Saliency | None, sums: _Sums, layers: list[MoELayer], provenance: dict) -> Saliency:
+def _total(before: Saliency | None, sums: SaliencySums, layers: list[MoELayer], provenance: dict) -> Saliency:
     widest = max(layer.num_experts for layer in layers)
 
     def stacked(rows: list[Tensor]) -> np.ndarray:

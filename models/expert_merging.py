@@ -1,0 +1,200 @@
+"""Merging experts of an opened model, layer by layer, each on what the merged layers before it give.
+
+REAM: Jha et al. 2026, "REAM: Merging Improves Pruning of Experts in LLMs", arXiv:2604.04356.
+Shape suffixes: T tokens, D hidden width, E experts, F = T D.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from configs.errors import UserError
+from experts.expert_list import check_keep_map
+from experts.merging import align_neurons, average_experts, check_alignment, group_experts
+from models.expert_observer import ExpertRows, observing
+from models.gates import all_gates, router_logits
+from models.layer_walk import LayerInputs, walk_layers
+from models.moe_shrink import set_counts, shrink_layer
+from models.moe_view import MoELayer, RouterKind, moe_layers
+from models.saliency_collection import SaliencySums, attention
+
+SIMILARITIES = ("gated", "average")
+Batch = tuple[Tensor, Tensor]
+
+# Of every expert the outputs on so many tokens are in memory.
+_TOKENS_AT_ONCE = 128
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """How experts are merged.
+
+    Attributes:
+        similarity: ``gated``: cosine of two experts' outputs on all tokens, each weighted by its gate (REAM);
+            ``average``: cosine of their mean outputs (HC-SMoE, Chen et al. 2024, arXiv:2410.08589).
+        alignment: of neurons, before they are averaged (see ``experts.merging.align_neurons``).
+        max_group_size: experts that become one, at most.
+        weighted: whether averages are weighted by saliency (REAP), or plain.
+        sample_tokens: on which outputs are compared.
+    """
+
+    similarity: str = "gated"
+    alignment: str = "centroid"
+    max_group_size: int = 4
+    weighted: bool = True
+    sample_tokens: int = 1024
+
+    def __post_init__(self) -> None:
+        check_alignment(self.alignment)
+        if self.similarity not in SIMILARITIES:
+            raise UserError(
+                f"expected a similarity mode of {' or '.join(SIMILARITIES)}, got {self.similarity!r}"
+            )
+        if self.max_group_size < 1:
+            raise UserError(f"expected a largest group size of at least 1, got {self.max_group_size}")
+
+
+@torch.no_grad()
+def merge_experts(
+    model: PreTrainedModel,
+    batches: Sequence[Batch],
+    keep_map: Mapping[int, np.ndarray],
+    plan: MergePlan,
+    *,
+    on_step: Callable[[str, int, int], None] = lambda stage, done, total: None,
+) -> list[dict[int, list[int]]]:
+    """Merge every expert that is not in ``keep_map`` into one that is, in place.
+
+    The router keeps the rows of the experts that stay. Saliency and similarity of a layer are measured on what it
+    receives from the layers before it, which are merged by then.
+
+    Args:
+        model: any with experts (see ``models.moe_view``).
+        batches: calibration text, ``(input_ids [B, S], counted [B, S] bool)``.
+        keep_map: MoE-layer ordinal to the experts that stay; a layer that it does not name keeps all.
+        plan: how.
+        on_step: told of the layers done and of all of them.
+
+    Returns:
+        Per MoE layer the groups: by the number that an expert had, the numbers of all that were merged into it.
+
+    Raises:
+        UserError: a keep map that does not fit, groups that cannot hold all experts, no calibration text.
+    """
+    model.eval()
+    layers = {layer.decoder: layer for layer in moe_layers(model)}
+    check_keep_map(keep_map, [layer.num_experts for layer in layers.values()])
+    if not any(bool(counted.any()) for _, counted in batches):
+        raise UserError("expected calibration text to merge on, got no token; check the data")
+    groups: list[dict[int, list[int]]] = []
+    for inputs in walk_layers(model, [(ids, attention(ids, counted)) for ids, counted in batches]):
+        layer = layers.get(inputs.index)
+        if layer is None:
+            continue
+        kept = np.sort(keep_map.get(layer.ordinal, np.arange(layer.num_experts)))
+        groups.append(_merge_layer(model, layer, inputs, [counted for _, counted in batches], kept, plan))
+        on_step("merging layers", len(groups), len(layers))
+    set_counts(model)
+    return groups
+
+
+def output_similarity(layer: MoELayer, x_TD: Tensor, mode: str) -> np.ndarray:
+    """Cosine ``[E, E]`` between experts' outputs on the tokens ``x``, every expert run on every token.
+
+    Args:
+        layer: of the experts; edges of a graph pass nothing here.
+        x_TD: what the layer receives.
+        mode: one of ``SIMILARITIES``.
+    """
+    gram_EE = torch.zeros(layer.num_experts, layer.num_experts, dtype=torch.float64)
+    sum_ED = torch.zeros(layer.num_experts, x_TD.shape[-1], dtype=torch.float64)
+    for chunk_TD in x_TD.split(_TOKENS_AT_ONCE):
+        weights_ET = _weights(layer, chunk_TD) if mode == "gated" else torch.ones(layer.num_experts, 1)
+        outputs_ETD = torch.stack(
+            [layer.run(expert, chunk_TD) for expert in range(layer.num_experts)]
+        ).float()
+        flat_EF = (outputs_ETD * weights_ET[..., None].to(outputs_ETD)).flatten(1)
+        gram_EE += (flat_EF @ flat_EF.T).double().cpu()
+        sum_ED += outputs_ETD.sum(1).double().cpu()
+    if mode == "average":
+        gram_EE = sum_ED @ sum_ED.T
+    norm_E = gram_EE.diagonal().clamp(min=1e-30).sqrt()
+    return (gram_EE / norm_E / norm_E[:, None]).numpy()
+
+
+def _weights(layer: MoELayer, x_TD: Tensor) -> Tensor:
+    """Weight ``[E, T]`` of each expert's output if every expert were visited."""
+    if layer.kind is RouterKind.GRAPH_WALK:
+        # Outputs of a graph add up with weights of about one, whoever else is visited.
+        return torch.ones(layer.num_experts, len(x_TD))
+    return all_gates(layer, router_logits(layer, x_TD)).T
+
+
+def _merge_layer(
+    model: PreTrainedModel,
+    layer: MoELayer,
+    inputs: LayerInputs,
+    counted: Sequence[Tensor],
+    kept: np.ndarray,
+    plan: MergePlan,
+) -> dict[int, list[int]]:
+    if len(kept) == layer.num_experts:
+        return {int(expert): [int(expert)] for expert in kept}
+    sample_TD, saliency_E = _observe(layer, inputs, counted, plan.sample_tokens)
+    groups = group_experts(output_similarity(layer, sample_TD, plan.similarity), kept, plan.max_group_size)
+    for centroid, group in groups.items():
+        if len(group) > 1:
+            _merge_group(layer, centroid, group, saliency_E if plan.weighted else None, plan.alignment)
+    shrink_layer(model, layer, {gone: centroid for centroid, group in groups.items() for gone in group[1:]})
+    return groups
+
+
+def _merge_group(
+    layer: MoELayer, centroid: int, group: Sequence[int], saliency_E: np.ndarray | None, alignment: str
+) -> None:
+    weights = {expert: _as_numpy(layer, expert) for expert in group}
+    aligned = [align_neurons(*weights[expert], *weights[centroid], alignment) for expert in group]
+    shares = [1.0] * len(group) if saliency_E is None else [float(saliency_E[expert]) for expert in group]
+    gate_up, down = (torch.from_numpy(part) for part in average_experts(aligned, shares))
+    layer.write(centroid, gate_up, down)
+
+
+def _as_numpy(layer: MoELayer, expert: int) -> tuple[np.ndarray, np.ndarray]:
+    gate_up, down = layer.read(expert)
+    return gate_up.float().cpu().numpy(), down.float().cpu().numpy()
+
+
+def _observe(
+    layer: MoELayer, inputs: LayerInputs, counted: Sequence[Tensor], tokens: int
+) -> tuple[Tensor, np.ndarray]:
+    """What the experts receive on the first ``tokens`` counted tokens, ``[T, D]``, and their REAP saliency ``[E]``."""
+    sums = SaliencySums([layer])
+    parts: list[Tensor] = []
+
+    def on_batch(batch: int) -> None:
+        sums.finish()
+        sums.start(counted[batch])
+
+    def on_rows(_: MoELayer, rows: ExpertRows) -> None:
+        sums.add(0, rows)
+
+    def on_input(_: torch.nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        wanted = tokens - sum(len(part) for part in parts)
+        if wanted > 0:
+            parts.append(arguments[0].flatten(0, -2)[sums.counted.to(arguments[0].device)][:wanted])
+
+    hook = layer.block.register_forward_pre_hook(on_input)
+    try:
+        with observing([layer], on_rows):
+            inputs.run(on_batch)
+    finally:
+        hook.remove()
+    sums.finish()
+    gated, counts = sums.values[0][0].numpy(), sums.counts[0].numpy()
+    return torch.cat(parts), gated / np.maximum(counts, 1)
