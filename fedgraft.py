@@ -15,10 +15,11 @@ from scripts.evaluate import evaluate
 from scripts.experts import experts
 from scripts.export import export
 from scripts.generate import generate
+from scripts.prune import prune
 from scripts.saliency import saliency
 from scripts.simulate import simulate
 
-VERBS = (bootstrap, simulate, evaluate, generate, export)
+VERBS = (bootstrap, simulate, evaluate, generate, export, prune)
 
 app = typer.Typer(
     name="fedgraft",

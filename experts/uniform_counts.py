@@ -13,18 +13,19 @@ def check_uniform(keep_map: Mapping[int, np.ndarray], model_type: str) -> None:
     """Refuse a keep map that leaves layers different numbers of experts.
 
     Raises:
-        UserError: names the layers that differ from the most common number.
+        UserError: names the layers with each number.
     """
-    counts = {layer: len(experts) for layer, experts in keep_map.items()}
-    numbers, frequency = np.unique(list(counts.values()), return_counts=True)
-    if len(numbers) <= 1:
-        return
-    common = int(numbers[frequency.argmax()])
-    others = ", ".join(f"layer {layer} keeps {count}" for layer, count in counts.items() if count != common)
-    raise UserError(
-        f"expected equally many experts in every layer, since the configuration of {model_type} holds one number, "
-        f"got {common} but {others}; pass --equalise to take the best of those pruned back"
-    )
+    layers: dict[int, list[int]] = {}
+    for layer, experts in keep_map.items():
+        layers.setdefault(len(experts), []).append(layer)
+    if len(layers) > 1:
+        found = "; ".join(
+            f"{count} in layers {', '.join(map(str, where))}" for count, where in layers.items()
+        )
+        raise UserError(
+            f"expected equally many experts in every layer, since the configuration of {model_type} holds one number, "
+            f"got {found}; pass --equalise to take the best of those pruned back"
+        )
 
 
 def equalise(
