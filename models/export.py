@@ -40,7 +40,8 @@ class DenseExport:
 def export_dense(graph: FedGraftForCausalLM, *, probe_tokens: int = 256, seed: int = 0) -> DenseExport:
     """Lay the experts side by side again, each neuron where the dense model had it.
 
-    Layers whose experts were spawned or retired are padded with zero neurons to the widest layer.
+    Neurons of retired experts are left out, so that the dense model may be narrower than the one that the graph came
+    from; every layer is padded with zero neurons to the widest.
 
     Args:
         graph: any expert graph.
@@ -84,7 +85,7 @@ def dense_weights(layer: ExpertGraphMLP, width: int) -> tuple[Tensor, Tensor, Te
     rows = [gate_EHD.flatten(0, 1), up_EHD.flatten(0, 1), layer.down_proj.transpose(1, 2).flatten(0, 1)]
     origin = layer.neurons.flatten()
     # Spawned neurons have no place in the original FFN (-1): they follow behind the others.
-    order = torch.where(origin < 0, origin.numel() + width, origin).argsort(stable=True)
+    order = torch.where(origin < 0, origin.max() + 1, origin).argsort(stable=True)
     gate, up, down = (torch.nn.functional.pad(part[order], (0, 0, 0, width - len(order))) for part in rows)
     return gate, up, down.T
 

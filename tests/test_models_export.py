@@ -149,6 +149,25 @@ def test_spawned_neurons_follow_behind_those_with_a_place():
     assert exported.exact and exported.max_logit_difference < 1e-4
 
 
+def test_spawned_neurons_follow_behind_those_whose_place_lies_beyond_the_width_left():
+    graph = graph_of()
+    for layer in graph.expert_layers():
+        last = int(layer.neurons[:, 0].argmax())
+        kept = torch.tensor([last, next(e for e in range(4) if e != last)])
+        layer.hold(range(2), layer.gate_up_proj[kept].detach(), layer.down_proj[kept].detach())
+        for name in ("router", "output_gain"):
+            setattr(layer, name, torch.nn.Parameter(getattr(layer, name)[kept].detach()))
+        layer.edge_gain = torch.nn.Parameter(torch.zeros(2, 2))
+        layer.edge_affinity = torch.nn.Parameter(torch.zeros(2, 2))
+        layer.edges, layer.num_visits = torch.eye(2, dtype=torch.bool), 2
+        layer.neurons = torch.stack([torch.arange(1000, 1016), torch.full((16,), -1)])
+    graph.config.num_experts = [2, 2]
+    gate, _, _ = dense_weights(graph.expert_layers()[0], 32)
+    assert torch.equal(gate, graph.expert_layers()[0].gate_up_proj[:, :16].flatten(0, 1))
+    exported = export_dense(graph)
+    assert exported.exact and exported.max_logit_difference < 1e-4
+
+
 def test_the_dense_configuration_drops_what_only_a_graph_has():
     config = dense_config(graph_of().config, 96)
     assert config.intermediate_size == 96 and config.model_type == "llama"
