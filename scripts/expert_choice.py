@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -57,11 +57,13 @@ class ExpertChoice:
         keep_map: MoE-layer ordinal to sorted expert ids, every layer.
         ranks: layer to expert to rank, smaller is better; layers may be missing.
         source: the expert list; None for a choice by saliency alone.
+        loaded: what was read of the list and how many experts it keeps, a line each.
     """
 
     keep_map: dict[int, np.ndarray]
     ranks: dict[int, dict[int, float]]
     source: Path | None = None
+    loaded: tuple[str, ...] = ()
 
 
 def choose_experts(
@@ -84,7 +86,7 @@ def choose_experts(
         n_prune: required with saliency alone, and ignored with a warning beside a list.
         metric: of the saliency.
         equalise: whether every layer is raised to the largest number kept.
-        as_json: whether stdout belongs to the result, so that what is loaded is told on stderr.
+        as_json: whether stdout belongs to the result, so that the lists that were read are told on stderr.
         options: of ``selection_of``.
 
     Raises:
@@ -101,15 +103,17 @@ def choose_experts(
         _check_model(saliencies[0], experts_per_layer)
     if expert_list:
         _warn_of_unused(n_prune=n_prune, **options)
-        choices = [
-            _from_list(path, experts_per_layer, saliencies, metric, as_json=as_json) for path in expert_list
-        ]
+        choices = [_from_list(path, experts_per_layer, saliencies, metric) for path in expert_list]
     elif n_prune is None:
         raise UserError("expected --n-prune N with --saliency, got none; say how many experts go")
     else:
         files = [str(path) for path in saliency or []]
         choices = [_from_saliency(saliencies, metric, files, n_prune=n_prune, **options)]
-    return [_equalised(choice, experts_per_layer) for choice in choices] if equalise else choices
+    if equalise:
+        choices = [_equalised(choice, experts_per_layer) for choice in choices]
+    for line in (line for choice in choices for line in choice.loaded):
+        typer.echo(line, err=as_json)
+    return choices
 
 
 def output_directories(choices: Sequence[ExpertChoice], out: Path | None) -> list[Path]:
@@ -137,14 +141,11 @@ def _from_list(
     experts_per_layer: Sequence[int],
     saliencies: Sequence[Saliency],
     metric: str,
-    *,
-    as_json: bool,
 ) -> ExpertChoice:
     from configs.errors import UserError
     from experts.expert_list import complete_keep_map, load_expert_list, read_ranks
     from experts.saliency import add_saliency
 
-    typer.echo(f"Loading expert list from: {path}", err=as_json)
     listed = load_expert_list(path)
     filling = add_saliency(saliencies) if saliencies else None
     try:
@@ -155,8 +156,11 @@ def _from_list(
     left_out = [layer for layer in keep_map if layer not in listed]
     by = "saliency decides" if saliencies else "all experts stay"
     filled = f"; not listed, so that {by}: layers {', '.join(map(str, left_out))}" if left_out else ""
-    typer.echo(f"keeps {kept} of {sum(experts_per_layer)} experts{filled}", err=as_json)
-    return ExpertChoice(keep_map, _ranks(saliencies, metric) | read_ranks(path), path)
+    loaded = (
+        f"Loading expert list from: {path}",
+        f"keeps {kept} of {sum(experts_per_layer)} experts{filled}",
+    )
+    return ExpertChoice(keep_map, _ranks(saliencies, metric) | read_ranks(path), path, loaded)
 
 
 def _from_saliency(
@@ -171,8 +175,7 @@ def _from_saliency(
 def _equalised(choice: ExpertChoice, experts_per_layer: Sequence[int]) -> ExpertChoice:
     from experts.uniform_counts import equalise
 
-    keep_map = equalise(choice.keep_map, choice.ranks, experts_per_layer)
-    return ExpertChoice(keep_map, choice.ranks, choice.source)
+    return replace(choice, keep_map=equalise(choice.keep_map, choice.ranks, experts_per_layer))
 
 
 def _ranks(saliencies: Sequence[Saliency], metric: str) -> dict[int, dict[int, float]]:
