@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from configs.errors import UserError
+from experts.expert_list import write_expert_list
+from experts.expert_selection import Selection, select_experts
+from experts.saliency import save_saliency
+from scripts.expert_choice import ExpertChoice, choose_experts, output_directories
+from tests.saliency_samples import saliency_of_scores
+
+SALIENCY = saliency_of_scores([[4.0, 0.1, 3.0, 2.0], [0.1, 2.0, 3.0]])
+EXPERTS = [4, 3]
+
+
+@pytest.fixture
+def saliency(tmp_path) -> Path:
+    save_saliency(SALIENCY, tmp_path / "s.npz")
+    return tmp_path / "s.npz"
+
+
+def list_of(path: Path, keep: dict[int, list[int]]) -> Path:
+    path.write_text(
+        json.dumps({"version": "1.0", "keep_map": {str(layer): ids for layer, ids in keep.items()}})
+    )
+    return path
+
+
+def kept(choice: ExpertChoice) -> list[list[int]]:
+    return [choice.keep_map[layer].tolist() for layer in sorted(choice.keep_map)]
+
+
+def test_saliency_chooses_with_a_number_and_brings_its_ranks(saliency):
+    (choice,) = choose_experts(EXPERTS, expert_list=None, saliency=[saliency], n_prune=1)
+    assert kept(choice) == [[0, 2, 3], [1, 2]] and choice.source is None
+    assert choice.ranks[0] == {0: 1.0, 1: 4.0, 2: 2.0, 3: 3.0}
+    assert {expert: choice.ranks[1][expert] for expert in range(3)} == {0: 3.0, 1: 2.0, 2: 1.0}
+
+
+def test_every_list_is_a_choice_of_its_own_and_saliency_fills_in(tmp_path, saliency, capsys):
+    lists = [list_of(tmp_path / "a.json", {0: [0, 1]}), list_of(tmp_path / "b.json", {0: [3], 1: [0]})]
+    first, second = choose_experts(EXPERTS, expert_list=lists, saliency=[saliency], n_prune=None)
+    assert kept(first) == [[0, 1], [1, 2]] and kept(second) == [[3], [0]]
+    assert [choice.source for choice in (first, second)] == lists
+    out = capsys.readouterr().out
+    assert f"Loading expert list from: {lists[0]}\nkeeps 4 of 7 experts; not listed" in out
+    assert f"Loading expert list from: {lists[1]}\nkeeps 2 of 7 experts\n" in out
+    choose_experts(EXPERTS, expert_list=lists, saliency=None, n_prune=None, as_json=True)
+    captured = capsys.readouterr()
+    assert captured.out == "" and "all experts stay: layers 1" in captured.err
+
+
+def test_the_ranks_of_a_table_come_before_those_of_the_saliency(tmp_path, saliency):
+    other = saliency_of_scores([[1.0, 2.0, 3.0, 4.0], [1.0, 2.0, 3.0]])
+    csv, _ = write_expert_list(select_experts([other], "reap", Selection(n_prune=1)), tmp_path)
+    (choice,) = choose_experts(EXPERTS, expert_list=[csv], saliency=[saliency], n_prune=None)
+    assert choice.ranks[0] == {0: 4.0, 1: 3.0, 2: 2.0, 3: 1.0}
+
+
+def test_layers_are_equalised_on_request_only(tmp_path, saliency):
+    uneven = [list_of(tmp_path / "a.json", {0: [0], 1: [0, 1]})]
+    files = {"expert_list": uneven, "saliency": [saliency], "n_prune": None}
+    assert kept(choose_experts(EXPERTS, **files)[0]) == [[0], [0, 1]]
+    assert kept(choose_experts(EXPERTS, **files, equalise=True)[0]) == [[0, 2], [0, 1]]
+
+
+def test_nothing_to_choose_by_is_refused(tmp_path, saliency):
+    for files in (None, []):
+        with pytest.raises(UserError, match="got neither"):
+            choose_experts(EXPERTS, expert_list=files, saliency=files, n_prune=1)
+    with pytest.raises(UserError, match="--n-prune N with --saliency"):
+        choose_experts(EXPERTS, expert_list=None, saliency=[saliency], n_prune=None)
+    with pytest.raises(UserError, match=r"\[4, 4\] experts per layer, got \[4, 3\]"):
+        choose_experts([4, 4], expert_list=None, saliency=[saliency], n_prune=1)
+
+
+def test_defaults_beside_a_list_do_not_warn(tmp_path, recwarn):
+    listed = [list_of(tmp_path / "a.json", {0: [0], 1: [0]})]
+    defaults = {"strategy": "bottom", "model_wide": False, "safety_map": None, "ignore_experts": ""}
+    choose_experts(EXPERTS, expert_list=listed, saliency=None, n_prune=None, **defaults)
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match="--n-prune, --model-wide are ignored beside --expert-list"):
+        choose_experts(
+            EXPERTS, expert_list=listed, saliency=None, n_prune=1, **defaults | {"model_wide": True}
+        )
+
+
+def test_outputs_bear_the_names_of_their_lists():
+    def choice(name: str) -> ExpertChoice:
+        return ExpertChoice({0: np.array([0])}, {}, Path(name))
+
+    out = Path("out")
+    assert output_directories([choice("x/a.csv")], out) == [out]
+    assert output_directories([choice("x/a.csv"), choice("b.json")], out) == [out / "a", out / "b"]
+    with pytest.raises(UserError, match="got a twice"):
+        output_directories([choice("a.csv"), choice("a.json")], out)
+    with pytest.raises(UserError, match="expected --out DIR"):
+        output_directories([choice("a.csv")], None)
