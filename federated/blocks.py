@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from configs.errors import UserError
+from models.perplexity import IGNORED
 
-IGNORED = -100
 _DOCUMENTS_AT_ONCE = 256
 
 

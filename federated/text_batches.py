@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from configs.errors import UserError
-from federated.blocks import IGNORED, stream_blocks
+from federated.blocks import stream_blocks
 from federated.documents import absolute_sources, load_documents
+from models.perplexity import IGNORED
 
 SPLITS = ("valid", "train", "all")
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from models.perplexity import LossSum, evaluate_loss
+from models.perplexity import LossSum, batches_loss, evaluate_loss
 from tests.conftest import tiny_llama
 from tests.tiny_graphs import random_ids
 
@@ -73,3 +73,15 @@ def test_autocast_stays_near(dense):
     ids = random_ids(dense, 4, 30)
     exact, rounded = (evaluate_loss(dense, ids, ids, autocast=on).mean for on in (False, True))
     assert rounded != exact and rounded == pytest.approx(exact, rel=0.02)
+
+
+def test_batches_count_only_the_tokens_that_count(dense):
+    ids = random_ids(dense, 4, 12)
+    counted = torch.ones(4, 12, dtype=torch.bool)
+    counted[3, 5:] = False
+    labels = ids.masked_fill(~counted, -100)
+    expected = evaluate_loss(dense, ids, labels)
+    found = batches_loss(dense, zip(ids.split(3), counted.split(3), strict=True))
+    assert found.tokens == expected.tokens == 3 * 11 + 4
+    assert found.nll == pytest.approx(expected.nll, rel=1e-5)
+    assert batches_loss(dense, []) == LossSum()
