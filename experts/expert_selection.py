@@ -162,7 +162,7 @@ def _removable(ranks: np.ndarray, selection: Selection) -> list[tuple[int, int]]
 
     Of equal experts the one with the higher number goes first, and of those the one in the later layer.
     """
-    candidates = _candidates(ranks, selection)
+    candidates = free_experts(ranks, selection)
     layers, experts = np.nonzero(candidates)
     targets = _targets(ranks.shape, selection)[layers, experts]
     order = np.lexsort((-layers, -experts, -ranks[layers, experts], ~targets))
@@ -175,7 +175,7 @@ def _removable(ranks: np.ndarray, selection: Selection) -> list[tuple[int, int]]
     return removable
 
 
-def _candidates(ranks: np.ndarray, selection: Selection) -> np.ndarray:
+def free_experts(ranks: np.ndarray, selection: Selection) -> np.ndarray:
     """Bool ``[L, E]``: experts that no rule holds."""
     candidates = ~np.isnan(ranks)
     if selection.min_rank is not None:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from configs.errors import UserError
 from experts.saliency import Saliency, add_saliency, load_saliency, save_saliency
-from models.expert_observer import ExpertRows, observing
+from models.expert_observer import ExpertRows, OnRows, observing
 from models.moe_view import MoELayer, moe_layers
 
 Batch = tuple[Tensor, Tensor]
@@ -35,6 +35,7 @@ def collect_saliency(
     *,
     provenance: dict[str, Any] | None = None,
     partial: Path | None = None,
+    on_rows: OnRows = lambda layer, rows: None,
     on_batch: Callable[[int], None] = lambda done: None,
 ) -> Saliency:
     """What every expert of a model does on text.
@@ -49,6 +50,7 @@ def collect_saliency(
             the same.
         partial: file for what is collected so far, written every ``SAVE_SECONDS``, taken up by the next call with the
             same provenance, and removed at the end; None for none.
+        on_rows: also told what each expert receives and gives.
         on_batch: called with the number of batches done.
 
     Raises:
@@ -59,7 +61,12 @@ def collect_saliency(
     sums = SaliencySums(layers)
     before, done, sums.tokens = _resume(partial, provenance)
     saved = monotonic()
-    with observing(layers, lambda layer, rows: sums.add(layer.ordinal, rows)):
+
+    def note(layer: MoELayer, rows: ExpertRows) -> None:
+        sums.add(layer.ordinal, rows)
+        on_rows(layer, rows)
+
+    with observing(layers, note):
         for input_ids, counted in islice(batches, done, None):
             sums.start(counted)
             model(input_ids=input_ids.to(model.device), **attention(input_ids, counted), use_cache=False)

@@ -21,6 +21,7 @@ from scripts.expert_options import (
     Strategy,
     selection_of,
 )
+from scripts.experts_plan import plan
 
 if TYPE_CHECKING:
     import numpy as np
@@ -121,3 +122,6 @@ def _lines(chosen: ExpertList, result: dict) -> list:
 def _removed(ranks: np.ndarray, actions: np.ndarray) -> list[int]:
     gone = [expert for expert, action in enumerate(actions) if action in ("prune", "merge")]
     return sorted(gone, key=lambda expert: -ranks[expert])
+
+
+experts.command()(plan)
