@@ -403,3 +403,27 @@ def test_a_graph_of_bfloat16_keeps_its_exact_gains(tmp_path, tiny_tokenizer):
     }
     assert after["model.layers.0.mlp.edge_gain"].dtype == torch.float32
     assert torch.equal(after["model.layers.1.mlp.neurons"], before["model.layers.1.mlp.neurons"][[0, 2, 3]])
+
+
+def test_the_key_of_hub_checkpoints_is_rewritten_too(tmp_path, tiny_tokenizer):
+    source = saved_moe("qwen3_moe", tmp_path, tiny_tokenizer)
+    config = json.loads((source / "config.json").read_text())
+    config["num_experts"] = config.pop("num_local_experts")
+    (source / "config.json").write_text(json.dumps(config))
+    prune_checkpoint(source, tmp_path / "out", KEEP)
+    pruned = load(tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == config | {"num_experts": 3}
+    assert logit_difference(pruned, sliced("qwen3_moe", KEEP), random_ids(pruned)) <= 1e-5
+
+
+def test_dense_layers_between_are_left_alone(tmp_path, tiny_tokenizer):
+    source = saved_moe("qwen3_moe", tmp_path, tiny_tokenizer, num_hidden_layers=3, mlp_only_layers=[1])
+    assert read_moe_layout(source).decoder_layers == [0, 2]
+    prune_checkpoint(source, tmp_path / "out", KEEP)
+    before, after = tensors_of(source), tensors_of(tmp_path / "out")
+    for ordinal, layer in enumerate((0, 2)):
+        name = f"model.layers.{layer}.mlp.gate.weight"
+        assert torch.equal(after[name], before[name][np.sort(KEEP[ordinal])])
+    dense = {name: value for name, value in before.items() if ".layers.1." in name}
+    assert same_tensors(dense, {name: value for name, value in after.items() if ".layers.1." in name})
+    load(tmp_path / "out")
