@@ -36,7 +36,10 @@ def local_checkpoint(source: str) -> Path:
 
 
 def copy_side_files(source: Path, out: Path) -> None:
-    """Copy everything but weights, ``config.json``, hidden files and folders that are checkpoints themselves."""
+    """Copy everything but weights, ``config.json``, hidden files and folders that are checkpoints themselves.
+
+    The recipe of a bootstrapped graph counts as weights: it builds that graph, and no other.
+    """
     skip = shutil.ignore_patterns(*WEIGHTS, *(f"{pattern}.index.json" for pattern in WEIGHTS), ".*")
 
     def skipped(folder: str, names: list[str]) -> set[str]:

@@ -32,7 +32,7 @@ def test_everything_but_weights_configuration_and_hidden_files_is_copied(tmp_pat
         ".cache/x",
         "pruned/config.json",
     )
-    left += ("pruned/tokenizer.json",)
+    left += ("pruned/tokenizer.json", "recipe.safetensors")
     for name in (*kept, *left):
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_text(name)
