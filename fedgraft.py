@@ -15,11 +15,13 @@ from scripts.evaluate import evaluate
 from scripts.experts import experts
 from scripts.export import export
 from scripts.generate import generate
+from scripts.merge import merge
 from scripts.prune import prune
 from scripts.saliency import saliency
+from scripts.scan import domain_scan, safety_scan
 from scripts.simulate import simulate
 
-VERBS = (bootstrap, simulate, evaluate, generate, export, prune)
+VERBS = (bootstrap, simulate, evaluate, generate, export, prune, merge, safety_scan, domain_scan)
 
 app = typer.Typer(
     name="fedgraft",

@@ -43,8 +43,7 @@ def scan_experts(prompts: Saliency, others: Saliency, *, frequency_weight: float
         UserError: saliency of different models, or a weight outside 0 to 1.
     """
     check_same_model([prompts, others])
-    if not 0 <= frequency_weight <= 1:
-        raise UserError(f"expected a frequency weight between 0 and 1, got {frequency_weight}")
+    check_scan_options(frequency_weight=frequency_weight)
     frequency = _visit_share(prompts) - _visit_share(others)
     one, other = prompts.scores("reap"), others.scores("reap")
     total = one + other
@@ -65,11 +64,18 @@ def map_of_scan(scan: ExpertScan, kind: str, *, quantile: float, provenance: dic
     Raises:
         UserError: an unknown kind, or a quantile out of range.
     """
-    if not 0 <= quantile < 1:
-        raise UserError(f"expected a quantile of at least 0 and below 1, got {quantile}")
+    check_scan_options(quantile=quantile)
     # Scores are centred on their layer: at 0 an expert treats both sets as the layer does.
     thresholds = np.maximum(np.nanquantile(scan.scores, quantile, axis=1), np.finfo(np.float64).tiny)
     return ExpertMap(kind, scan.scores, thresholds, flag_experts(scan.scores, thresholds), provenance)
+
+
+def check_scan_options(*, quantile: float = 0.0, frequency_weight: float = 0.0) -> None:
+    """Refuse a quantile outside 0 to below 1, and a weight outside 0 to 1."""
+    if not 0 <= quantile < 1:
+        raise UserError(f"expected a quantile of at least 0 and below 1, got {quantile}")
+    if not 0 <= frequency_weight <= 1:
+        raise UserError(f"expected a frequency weight between 0 and 1, got {frequency_weight}")
 
 
 def _visit_share(saliency: Saliency) -> np.ndarray:

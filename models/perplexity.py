@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
+
+# Label of a token that is not predicted, as Hugging Face models have it.
+IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,12 @@ def evaluate_loss(
             logits = model(input_ids=ids.to(model.device), use_cache=False).logits
         wanted = targets[:, 1:].to(logits.device)
         nll = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), wanted.flatten(), reduction="sum")
-        total += LossSum(float(nll), int((wanted != -100).sum()))
+        total += LossSum(float(nll), int((wanted != IGNORED).sum()))
     model.train(was_training)
     return total
+
+
+def batches_loss(model: PreTrainedModel, batches: Iterable[tuple[Tensor, Tensor]]) -> LossSum:
+    """The loss over batches ``(input_ids [B, S], counted [B, S] bool)``; see ``evaluate_loss``."""
+    losses = (evaluate_loss(model, ids, ids.masked_fill(~counted, IGNORED)) for ids, counted in batches)
+    return sum(losses, LossSum())

@@ -9,10 +9,12 @@ import typer
 
 from scripts.console import JsonFlag, OverwriteFiles, print_result
 from scripts.expert_options import Metric
+from scripts.saliency_collect import collect
 
 Top = Annotated[int, typer.Option(min=1, help="Experts to list per layer.")]
 
 saliency = typer.Typer(help="Measure how much each expert of a model matters.", no_args_is_help=True)
+saliency.command()(collect)
 
 
 @saliency.command()

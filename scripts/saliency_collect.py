@@ -15,19 +15,18 @@ from scripts.console import (
     Device,
     JsonFlag,
     MaxBlocks,
-    Overwrite,
+    OverwriteFiles,
     Precision,
     Split,
     print_result,
     progress,
     quiet_libraries,
 )
+from scripts.model_text import ExpertModel, open_model_text
 
 
 def collect(
-    model: Annotated[
-        str, typer.Option(help="Directory or hub id of a graph or a Hugging Face mixture of experts.")
-    ],
+    model: ExpertModel,
     data: DataSources,
     out: Annotated[Path, typer.Option("--out", "--output", help="The new saliency file (.npz).")],
     split: Split = "train",
@@ -36,7 +35,7 @@ def collect(
     batch_size: BatchSize = 8,
     precision: Precision = None,
     device: Device = "auto",
-    overwrite: Overwrite = False,
+    overwrite: OverwriteFiles = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Collect saliency: how often each expert is visited, how strongly its gate opens, how much it says.
@@ -45,44 +44,25 @@ def collect(
     """
     from configs.output import check_output_file
     from experts.saliency import save_saliency
-    from federated.text_batches import text_batches, texts_by_domain
-    from models.fingerprint import checkpoint_fingerprint
-    from models.llama_loader import load_causal_lm, load_tokenizer
-    from models.moe_view import moe_layers, router_kind
-    from models.precision import choose_device
     from models.saliency_collection import collect_saliency
 
     quiet_libraries()
     check_output_file(out, overwrite=overwrite)
-    texts = texts_by_domain(data, split)
-    lm = load_causal_lm(model, precision=precision, device=choose_device(device))
-    moe_layers(lm)
-    context = lm.config.max_position_embeddings
-    size = block_size or min(256, context)
-    provenance = {
-        "model": model,
-        "model_fingerprint": checkpoint_fingerprint(model),
-        "router": str(router_kind(lm.config)),
-        "datasets": data,
-        "split": split,
-        "block_size": size,
-        "max_blocks": max_blocks,
-        "batch_size": batch_size,
-    }
-    batches = text_batches(
-        texts.values(),
-        load_tokenizer(model),
-        block_size=size,
+    opened = open_model_text(
+        model,
+        precision=precision,
+        device=device,
+        block_size=block_size,
         batch_size=batch_size,
         max_blocks=max_blocks,
-        max_position_embeddings=context,
     )
+    batches = opened.batches(data, split)
     start = monotonic()
     with progress() as on_step:
         saliency = collect_saliency(
-            lm,
+            opened.model,
             batches,
-            provenance=provenance,
+            provenance=opened.provenance(data, split),
             partial=out.with_name(out.name + ".partial"),
             on_batch=lambda done: on_step("collecting saliency, batches", done, None),
         )

@@ -6,6 +6,7 @@ import pytest
 from experts.saliency import ARRAYS, load_saliency, save_saliency
 from tests.command import assert_refused, run, tree
 from tests.saliency_samples import random_saliency, saliency_of_scores
+from tests.tiny_moes import saved_moe
 
 
 @pytest.fixture
@@ -119,3 +120,25 @@ def test_the_commands_explain_themselves(capsys):
     assert alone.code == 0 and all(name in alone.out for name in ("show", "diff", "merge"))
     for name in ("show", "diff", "merge"):
         assert "--json" in run(capsys, "saliency", name, "--help").out
+
+
+def test_collect_writes_what_one_pass_sees(tmp_path, tiny_tokenizer, capsys):
+    source = saved_moe("olmoe", tmp_path, tiny_tokenizer)
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"a document of number {index}" for index in range(20)))
+    arguments = ["--model", source, "--dataset", text, "--split", "all", "--block-size", 16]
+    outcome = run(capsys, "saliency", "collect", *arguments, "--out", tmp_path / "s.npz", "--json")
+    result, found = outcome.json(), load_saliency(tmp_path / "s.npz")
+    assert result["out"] == str(tmp_path / "s.npz") and result["seconds"] > 0
+    assert result["tokens"] == found.provenance["tokens"] == found.freq[0].sum() / 2
+    assert found.provenance["router"] == "softmax, then top-k" and found.provenance["datasets"] == [str(text)]
+    assert not list(tmp_path.glob("*.partial"))
+    again = run(capsys, "saliency", "collect", *arguments, "--out", tmp_path / "s.npz")
+    assert again.code == 2 and "--overwrite" in again.err
+    assert run(capsys, "saliency", "show", tmp_path / "s.npz").code == 0
+
+
+def test_collect_refuses_a_dense_model(tmp_path, tiny_llama_dir, capsys):
+    arguments = ["--model", tiny_llama_dir, "--data", "wikimix", "--out", tmp_path / "s.npz"]
+    assert_refused(run(capsys, "saliency", "collect", *arguments), "model with experts", as_json=False)
+    assert tree(tmp_path) == {}

@@ -1,0 +1,296 @@
+"""Which experts can go? Pruning by REAP, by frequency, at random, and merging, on mixtures trained here and a graph.
+
+A small mixture is upcycled from a trained Llama and trained on all domains, once per seed. What is kept is chosen on
+training text; perplexity is measured on held-out text of all domains, with no training after the experts went.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel
+
+from benchmarks.material import bootstrapped, data_sources, domain_blocks, model_path
+from benchmarks.quality_runs import DOMAINS
+from benchmarks.runner import Measured, OnStep, measured_apart, run_benchmark
+from benchmarks.small_moe import train_moe, upcycle
+from benchmarks.statistics import alternate, interval, median_ratio
+from experts.expert_selection import Selection, select_experts
+from experts.saliency import METRICS, Saliency
+from federated.blocks import Blocks
+from models.expert_merging import Batch, MergePlan, merge_experts
+from models.moe_shrink import keep_experts
+from models.moe_view import moe_layers
+from models.perplexity import IGNORED, evaluate_loss
+from models.precision import autocast_to_bf16
+from models.saliency_collection import collect_saliency
+
+# How merging is done, beside the default.
+PLANS = {
+    "merge": MergePlan(),
+    "merge, average similarity": MergePlan(similarity="average"),
+    "merge, plain average": MergePlan(alignment="none", weighted=False),
+}
+RANDOM_DRAWS = 3
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much is trained and measured.
+
+    Attributes:
+        domains: of the text; wikimix is one more.
+        experts: E.
+        top_k: experts per token of the mixture.
+        train_blocks: of a domain.
+        calibration_blocks: of a domain, for saliency and merging.
+        valid_blocks: of a domain.
+        block_size: tokens of a block.
+        batch_size: blocks.
+        steps: of training.
+        learning_rate: at its highest.
+        seeds: of the experts, the order of the text, and random experts.
+        calibration_tokens: sampled from the model, for the bootstrap of the graph.
+        peak_shape: width, neurons of an expert and layers of the mixture that is pruned on the disk.
+        repeats: of timings.
+    """
+
+    domains: Sequence[str]
+    experts: int
+    top_k: int
+    train_blocks: int
+    calibration_blocks: int
+    valid_blocks: int
+    block_size: int
+    batch_size: int
+    steps: int
+    learning_rate: float
+    seeds: Sequence[int]
+    calibration_tokens: int
+    peak_shape: tuple[int, int, int]
+    repeats: int
+
+
+FULL = Settings(DOMAINS, 16, 2, 400, 16, 24, 128, 16, 300, 1e-3, (1, 2, 3), 8192, (1024, 2048, 10), 7)
+QUICK = replace(
+    FULL,
+    domains=("a",),
+    experts=4,
+    train_blocks=4,
+    calibration_blocks=2,
+    valid_blocks=2,
+    block_size=32,
+    batch_size=2,
+    steps=2,
+    seeds=(1, 2),
+    calibration_tokens=256,
+    peak_shape=(64, 64, 2),
+    repeats=2,
+)
+
+
+@dataclass(frozen=True)
+class Text:
+    """Blocks of all domains together."""
+
+    train: Blocks
+    calibration: list[Batch]
+    valid: Blocks
+
+
+def measure(quick: bool, on_step: OnStep) -> Measured:
+    """Perplexities of every way to lose a quarter and a half of the experts; time and memory of the tools."""
+    settings = QUICK if quick else FULL
+    path, steps = model_path("mix7M", quick=quick), len(settings.seeds) * 2 + 1
+    found: dict[str, list[dict[str, Any]]] = {"mixture": [], "graph": []}
+    tools: dict[str, float] = {}
+    for number, seed in enumerate(settings.seeds):
+        text = read_text(settings, seed, quick)
+        moe = upcycle(path, experts=settings.experts, top_k=settings.top_k, seed=seed)
+        train_moe(
+            moe,
+            text.train,
+            steps=settings.steps,
+            batch_size=settings.batch_size,
+            learning_rate=settings.learning_rate,
+            autocast=autocast_to_bf16("auto", "cpu"),
+            seed=seed,
+        )
+        found["mixture"].append(compare(moe, text, seed))
+        on_step("models", 2 * number + 1, steps)
+        graph = bootstrapped(path, settings.experts, settings.calibration_tokens)
+        found["graph"].append(compare(graph, text, seed))
+        on_step("models", 2 * number + 2, steps)
+        if not tools:
+            tools = tool_figures(moe, text.calibration, settings.repeats)
+    peak = prune_peak(settings.peak_shape)
+    on_step("models", steps, steps)
+    return _measured(settings, found, tools, peak)
+
+
+def read_text(settings: Settings, seed: int, quick: bool) -> Text:
+    """Text of all domains, documents in an order of ``seed``."""
+    path = model_path("mix7M", quick=quick)
+    sources = [*data_sources(settings.domains, quick=quick), "wikimix"]
+
+    def blocks(split: str, count: int) -> Blocks:
+        size = settings.block_size
+        each = [
+            domain_blocks(source, path, split=split, block_size=size, max_blocks=count, seed=seed)
+            for source in sources
+        ]
+        return Blocks(torch.cat([b.input_ids for b in each]), torch.cat([b.labels for b in each]))
+
+    calibration = blocks("train", settings.calibration_blocks)
+    batches = zip(
+        calibration.input_ids.split(settings.batch_size),
+        (calibration.labels != IGNORED).split(settings.batch_size),
+        strict=True,
+    )
+    return Text(blocks("train", settings.train_blocks), list(batches), blocks("valid", settings.valid_blocks))
+
+
+def compare(model: PreTrainedModel, text: Text, seed: int) -> dict[str, Any]:
+    """Perplexity with all experts, and of every way to lose a quarter and a half of them."""
+    saliency = collect_saliency(model, text.calibration)
+    rng = np.random.default_rng(seed)
+    result: dict[str, Any] = {"all": perplexity(model, text)}
+    for share, name in ((4, "quarter"), (2, "half")):
+        kept = {metric: kept_by(saliency, metric, share) for metric in METRICS}
+        arms = {metric: pruned_perplexity(model, text, keep_map) for metric, keep_map in kept.items()}
+        draws = [
+            pruned_perplexity(model, text, random_experts(saliency, share, rng)) for _ in range(RANDOM_DRAWS)
+        ]
+        arms["random"] = math.exp(fmean(map(math.log, draws)))
+        for plan_name, plan in PLANS.items():
+            merged = copy.deepcopy(model)
+            merge_experts(merged, text.calibration, kept["reap"], plan)
+            arms[plan_name] = perplexity(merged, text)
+        result[name] = arms
+    return result
+
+
+def kept_by(saliency: Saliency, metric: str, share: int) -> dict[int, np.ndarray]:
+    """The experts that stay when one in ``share`` of each layer goes."""
+    return select_experts([saliency], metric, Selection(n_prune=saliency.num_experts // share)).keep_map
+
+
+def random_experts(saliency: Saliency, share: int, rng: np.random.Generator) -> dict[int, np.ndarray]:
+    """As many experts of each layer, drawn at random."""
+    return {
+        layer: np.sort(rng.permutation(count)[: count - count // share])
+        for layer, count in enumerate(saliency.experts_per_layer)
+    }
+
+
+def perplexity(model: PreTrainedModel, text: Text) -> float:
+    """On the held-out text, weighted by tokens."""
+    return evaluate_loss(model, text.valid.input_ids, text.valid.labels).perplexity
+
+
+def pruned_perplexity(model: PreTrainedModel, text: Text, keep_map: Mapping[int, np.ndarray]) -> float:
+    """Without all other experts."""
+    return perplexity(keep_experts(copy.deepcopy(model), keep_map), text)
+
+
+def tool_figures(moe: MixtralForCausalLM, batches: Sequence[Batch], repeats: int) -> dict[str, float]:
+    """How far the collection is from the published formula, and its time over that of a plain forward pass."""
+    found, plain = collect_saliency(moe, batches).scores("reap"), plain_reap(moe, batches)
+
+    @torch.no_grad()
+    def forward() -> None:
+        for input_ids, _ in batches:
+            moe(input_ids=input_ids, use_cache=False)
+
+    times = alternate({"collect": lambda: collect_saliency(moe, batches), "plain": forward}, repeats=repeats)
+    return {
+        "reap_formula_difference": float(np.abs(found - plain).max() / plain.max()),
+        "saliency_time_ratio": median_ratio(times["collect"], times["plain"]),
+    }
+
+
+@torch.no_grad()
+def plain_reap(moe: MixtralForCausalLM, batches: Sequence[Batch]) -> np.ndarray:
+    """REAP (arXiv:2510.13999), every expert run on every token: mean of gate x output norm where routed, ``[L, E]``."""
+    layers = moe_layers(moe)
+    total, count = (torch.zeros(len(layers), layers[0].num_experts, dtype=torch.float64) for _ in range(2))
+    inputs: dict[int, torch.Tensor] = {}
+    hooks = [layer.block.register_forward_pre_hook(_noting(inputs, layer.ordinal)) for layer in layers]
+    for input_ids, counted in batches:
+        moe(input_ids=input_ids, use_cache=False)
+        for layer in layers:
+            x = inputs[layer.ordinal].flatten(0, 1)[counted.flatten()]
+            probabilities = torch.softmax(x @ layer.router_weight.T, -1)
+            best, chosen = probabilities.topk(layer.top_k, -1)
+            gates = torch.zeros_like(probabilities).scatter(-1, chosen, best / best.sum(-1, keepdim=True))
+            for expert in range(layer.num_experts):
+                gate_up, down = layer.read(expert)
+                gate, up = (x @ gate_up.T).chunk(2, -1)
+                norms = (torch.nn.functional.silu(gate) * up @ down.T).norm(dim=-1)
+                total[layer.ordinal, expert] += (gates[:, expert] * norms).sum().double()
+                count[layer.ordinal, expert] += (gates[:, expert] > 0).sum()
+    for hook in hooks:
+        hook.remove()
+    return (total / count.clamp(min=1)).numpy()
+
+
+def prune_peak(shape: tuple[int, int, int]) -> dict[str, float]:
+    """Memory that pruning half of the experts of a random mixture takes on the disk."""
+    width, neurons, layers = shape
+    config = MixtralConfig(
+        vocab_size=1024, hidden_size=width, intermediate_size=neurons, num_hidden_layers=layers, num_local_experts=16,
+        num_attention_heads=8, num_key_value_heads=8, dtype=torch.bfloat16,
+    )  # fmt: skip
+    with TemporaryDirectory(prefix="fedgraft-") as folder:
+        source, out = Path(folder) / "moe", Path(folder) / "pruned"
+        MixtralForCausalLM(config).bfloat16().save_pretrained(source)
+        return measured_apart("prune_peak", [str(source), str(out), "8"])
+
+
+def _noting(inputs: dict[int, torch.Tensor], ordinal: int) -> Callable:
+    def hook(_: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+        inputs[ordinal] = arguments[0]
+
+    return hook
+
+
+def _ratio_of(found: Sequence[Mapping[str, Any]], share: str, one: str, other: str) -> list[float]:
+    return [each[share][one] / each[share][other] for each in found]
+
+
+def _measured(
+    settings: Settings,
+    found: dict[str, list[dict[str, Any]]],
+    tools: dict[str, float],
+    peak: dict[str, float],
+) -> Measured:
+    pairs = {
+        "ppl_frequency_over_reap_50": ("half", "freq", "reap"),
+        "ppl_random_over_reap_50": ("half", "random", "reap"),
+        "ppl_prune_over_merge_25": ("quarter", "reap", "merge"),
+    }
+    intervals = {
+        kind: {name: interval(_ratio_of(runs, *pair)) for name, pair in pairs.items()}
+        for kind, runs in found.items()
+    }
+    figures: dict[str, float | None] = {name: low for name, (low, _) in intervals["mixture"].items()}
+    figures |= tools | {"prune_peak_over_checkpoint": peak["peak_bytes"] / peak["bytes_before"]}
+    note = "lower end of the 95 % interval over seeds"
+    return Measured(
+        figures=figures,
+        peers={"intervals": intervals, "runs": found, "pruned_on_disk": peak, "setting": vars(settings)},
+        notes=dict.fromkeys(pairs, note) | {"reap_formula_difference": "relative to the largest"},
+    )
+
+
+if __name__ == "__main__":
+    run_benchmark("prune_merge", measure)

@@ -1,0 +1,34 @@
+"""Pruning one checkpoint in a process of its own: how much memory that takes.
+
+``python -m benchmarks.prune_peak SOURCE OUT KEEP`` keeps the first KEEP experts of each layer and prints JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from pathlib import Path
+
+import numpy as np
+import psutil
+
+from models.checkpoint_pruning import prune_checkpoint
+from models.moe_layout import read_moe_layout
+
+
+def measure_pruning(source: Path, out: Path, keep: int) -> dict[str, float]:
+    """Peak bytes while pruning beyond what imports take, and bytes of the weight files before and after."""
+    imported = psutil.Process().memory_info().rss
+    layers = range(len(read_moe_layout(source).layers))
+    report = prune_checkpoint(source, out, {layer: np.arange(keep) for layer in layers})
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {
+        "peak_bytes": max(peak - imported, 0),
+        "bytes_before": report.bytes_before,
+        "bytes_after": report.bytes_after,
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure_pruning(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))))

@@ -1,0 +1,56 @@
+"""Writing a checkpoint whose experts were merged in memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from configs.output import new_directory
+from models.checkpoint import save_graph
+from models.llama_loader import load_tokenizer
+from models.modeling_fedgraft import FedGraftForCausalLM
+from models.moe_layout import read_moe_layout
+from models.side_files import copy_side_files
+from models.tensor_stream import count_parameters
+
+
+@dataclass(frozen=True)
+class StoredSize:
+    """Floating-point entries of a checkpoint, and bytes of its weight files."""
+
+    parameters: int
+    bytes: int
+
+
+def stored_size(folder: Path) -> StoredSize:
+    """Size of a checkpoint with experts; reads no weights.
+
+    Raises:
+        UserError: as ``read_moe_layout``.
+    """
+    stored = list(read_moe_layout(folder).tensors.values())
+    files = {tensor.path for tensor in stored}
+    return StoredSize(count_parameters(stored), sum(path.stat().st_size for path in files))
+
+
+def save_merged(
+    model: PreTrainedModel, source: Path, out: Path, *, graph_version: int, overwrite: bool
+) -> None:
+    """Write a model whose experts were merged, with all that lies beside the weights of ``source``.
+
+    Args:
+        model: uniform in its number of experts where its format holds one number.
+        source: folder that the model was opened from.
+        out: new folder; nothing is left there on a failure.
+        graph_version: of an expert graph of ours after the merge.
+        overwrite: whether ``out`` may be replaced.
+    """
+    with new_directory(out, overwrite=overwrite) as directory:
+        copy_side_files(source, directory)
+        if isinstance(model, FedGraftForCausalLM):
+            model.config.graph_version = graph_version
+            save_graph(model, load_tokenizer(str(source)), directory)
+        else:
+            model.save_pretrained(directory)

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.prune_merge import kept_by, measure, plain_reap, random_experts
+from benchmarks.prune_peak import measure_pruning
+from benchmarks.small_moe import train_moe, upcycle
+from experts.saliency import METRICS
+from federated.blocks import Blocks
+from models.perplexity import evaluate_loss
+from models.saliency_collection import collect_saliency
+from tests.tiny_graphs import random_ids
+from tests.tiny_moes import saved_moe, tiny_moe
+
+
+def test_a_quick_run_gives_every_figure():
+    measured = measure(True, lambda stage, done, total: None)
+    assert set(measured.figures) == {
+        "ppl_frequency_over_reap_50",
+        "ppl_random_over_reap_50",
+        "ppl_prune_over_merge_25",
+        "reap_formula_difference",
+        "saliency_time_ratio",
+        "prune_peak_over_checkpoint",
+    }
+    assert all(value is not None and math.isfinite(value) for value in measured.figures.values())
+    assert measured.figures["reap_formula_difference"] < 1e-5
+    for kind in ("mixture", "graph"):
+        for run in measured.peers["runs"][kind]:
+            for share in ("quarter", "half"):
+                assert {*METRICS, "random", "merge"} <= set(run[share])
+
+
+def test_an_upcycled_mixture_starts_near_its_llama_and_learns(tiny_llama_dir):
+    moe = upcycle(str(tiny_llama_dir), experts=4, top_k=2, seed=0)
+    ids = random_ids(moe, 8, 16)
+    assert moe.model.layers[0].mlp.experts.gate_up_proj.shape == (4, 64, 32)
+    before = evaluate_loss(moe, ids, ids).mean
+    told: list[int] = []
+    train_moe(
+        moe,
+        Blocks(ids, ids),
+        steps=20,
+        batch_size=4,
+        learning_rate=1e-2,
+        autocast=False,
+        seed=0,
+        on_step=told.append,
+    )
+    assert evaluate_loss(moe, ids, ids).mean < before and told[-1] == 20 and not moe.training
+
+
+def test_the_plain_formula_leaves_padding_out():
+    moe = tiny_moe("mixtral")
+    counted = torch.ones(2, 10, dtype=torch.bool)
+    counted[1, 4:] = False
+    batches = [(random_ids(moe, 2, 10), counted)]
+    np.testing.assert_allclose(
+        plain_reap(moe, batches), collect_saliency(moe, batches).scores("reap"), rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize("share", [2, 4])
+def test_as_many_experts_stay_by_saliency_as_at_random(share):
+    moe = tiny_moe("mixtral")
+    saliency = collect_saliency(moe, [(random_ids(moe, 2, 10), torch.ones(2, 10, dtype=torch.bool))])
+    for keep_map in (
+        kept_by(saliency, "freq", share),
+        random_experts(saliency, share, np.random.default_rng(0)),
+    ):
+        assert [len(np.unique(kept)) for kept in keep_map.values()] == [4 - 4 // share] * 2
+
+
+def test_memory_of_pruning_is_measured(tmp_path, tiny_tokenizer):
+    found = measure_pruning(saved_moe("mixtral", tmp_path, tiny_tokenizer), tmp_path / "out", 2)
+    assert 0 < found["bytes_after"] < found["bytes_before"] and found["peak_bytes"] >= 0

@@ -1,0 +1,131 @@
+"""``fedgraft merge`` on small checkpoints."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from models.llama_loader import load_causal_lm
+from models.moe_view import moe_layers
+from tests.command import assert_refused, run, tree
+from tests.tiny_moes import saved_moe
+
+
+@pytest.fixture
+def text(tmp_path):
+    rows = [{"text": f"the {word} of a {word} is {word}s, said the cat."} for word in "abcdefghijklmnopqrst"]
+    path = tmp_path / "text.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+@pytest.fixture
+def lists(tmp_path):
+    """An expert list that keeps 2 of 4 experts in each layer, and one that keeps other numbers per layer."""
+    even, uneven = tmp_path / "even.csv", tmp_path / "uneven.csv"
+    rows = {even: ({0, 3}, {1, 2}), uneven: ({0, 3}, {0, 1, 2})}
+    for path, kept in rows.items():
+        lines = ["layer,expert,rank_sum,action"]
+        for layer, stay in enumerate(kept):
+            lines += [f"{layer},{e},{e + 1},{'keep' if e in stay else 'merge'}" for e in range(4)]
+        path.write_text("\n".join(lines) + "\n")
+    return {"even": even, "uneven": uneven}
+
+
+def test_a_merged_mixture_loads_and_tells_what_merging_costs(tmp_path, tiny_tokenizer, text, lists, capsys):
+    source = saved_moe("mixtral", tmp_path, tiny_tokenizer)
+    out = tmp_path / "merged"
+    outcome = run(
+        capsys, "merge", "--model", source, "--dataset", text, "--expert-list", lists["even"], "--output", out,
+        "--block-size", 16, "--json",
+    )  # fmt: skip
+    result = outcome.json()
+    assert result["out"] == str(out) and result["keep_map"] == {"0": [0, 3], "1": [1, 2]}
+    assert [sorted(sum(groups, [])) for groups in result["groups"].values()] == [[0, 1, 2, 3]] * 2
+    model = load_causal_lm(str(out))
+    assert [layer.num_experts for layer in moe_layers(model)] == [2, 2]
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    assert result["parameters_after"] == parameters < result["parameters_before"]
+    assert result["bytes_after"] == (out / "model.safetensors").stat().st_size < result["bytes_before"]
+    assert set(result["perplexity"]) == {"before", "merged", "pruned"} and result["note"] is None
+    told = run(
+        capsys, "evaluate", "--model", out, "--data", text, "--block-size", 16, "--max-blocks", 64, "--json"
+    ).json()
+    assert result["perplexity"]["merged"] == pytest.approx(told["perplexity"], rel=1e-4)
+    assert f"Loading expert list from: {lists['even']}" in outcome.err
+
+
+def test_a_graph_merges_by_saliency_into_layers_of_their_own_size(tmp_path, tiny_graph_dir, text, capsys):
+    saliency, out = tmp_path / "s.npz", tmp_path / "merged"
+    assert (
+        run(capsys, "saliency", "collect", "--model", tiny_graph_dir, "--data", text, "--out", saliency).code
+        == 0
+    )
+    outcome = run(
+        capsys, "merge", "--model", tiny_graph_dir, "--data", text, "--saliency", saliency, "--n-prune", 3,
+        "--model-wide", "--out", out, "--average", "plain", "--similarity-mode", "average",
+    )  # fmt: skip
+    assert outcome.code == 0, outcome
+    assert "share nothing by construction" in " ".join(outcome.out.split())
+    graph = load_causal_lm(str(out))
+    assert sum(graph.config.num_experts) == 5 and graph.config.graph_version == 1
+
+
+def test_a_preview_writes_nothing(tmp_path, tiny_tokenizer, text, lists, capsys):
+    source = saved_moe("mixtral", tmp_path, tiny_tokenizer)
+    before = tree(tmp_path)
+    outcome = run(
+        capsys,
+        "merge",
+        "--model",
+        source,
+        "--data",
+        text,
+        "--expert-list",
+        lists["even"],
+        "--preview",
+        "--json",
+    )
+    assert outcome.json()["out"] is None and outcome.json()["keep_map"] == {"0": [0, 3], "1": [1, 2]}
+    assert tree(tmp_path) == before
+
+
+def test_several_lists_make_several_outputs(tmp_path, tiny_tokenizer, text, lists, capsys):
+    source = saved_moe("mixtral", tmp_path, tiny_tokenizer)
+    result = run(
+        capsys, "merge", "--model", source, "--data", text, "--expert-list", lists["even"], "--expert-list",
+        lists["uneven"], "--equalise", "--out", tmp_path / "out", "--block-size", 16, "--json",
+    ).json()  # fmt: skip
+    assert [each["out"] for each in result["outputs"]] == [
+        str(tmp_path / "out" / n) for n in ("even", "uneven")
+    ]
+    for name, count in (("even", 2), ("uneven", 3)):
+        assert load_causal_lm(str(tmp_path / "out" / name)).config.num_local_experts == count
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_bad_input_is_refused_and_leaves_nothing(tmp_path, tiny_tokenizer, text, lists, capsys, as_json):
+    source = saved_moe("mixtral", tmp_path, tiny_tokenizer)
+    before = tree(tmp_path)
+    base = ["merge", "--model", source, "--data", text, "--out", tmp_path / "out", *["--json"] * as_json]
+    assert_refused(run(capsys, *base), "--expert-list", as_json=as_json)
+    even = ["--expert-list", lists["even"]]
+    assert_refused(run(capsys, *base, *even, "--alignment", "up"), "'up'", as_json=as_json)
+    assert_refused(run(capsys, *base, *even, "--average", "mean"), "'mean'", as_json=as_json)
+    refused = run(capsys, "merge", "--model", source, "--expert-list", lists["even"], *["--json"] * as_json)
+    assert refused.code == 2 and "--data" in refused.err
+    assert tree(tmp_path) == before
+
+
+def test_unequal_layers_of_a_mixture_and_groups_too_small_are_refused(
+    tmp_path, tiny_tokenizer, text, lists, capsys
+):
+    source = saved_moe("mixtral", tmp_path, tiny_tokenizer)
+    before = tree(tmp_path)
+    base = ["merge", "--model", source, "--data", text, "--out", tmp_path / "out"]
+    outcome = run(capsys, *base, "--expert-list", lists["uneven"])
+    assert outcome.code == 2 and "--equalise" in outcome.err
+    outcome = run(capsys, *base, "--expert-list", lists["even"], "--max-group-size", 1)
+    assert outcome.code == 2 and "allow 2" in outcome.err
+    assert tree(tmp_path) == before
