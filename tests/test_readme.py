@@ -39,7 +39,7 @@ def test_linked_files_exist():
 
 def commands(group, prefix="") -> dict:
     """Every command by its full name, those of groups, too."""
-    found = {}
+    found: dict = {}
     for name, command in group.commands.items():
         found |= (
             commands(command, f"{prefix}{name} ")
