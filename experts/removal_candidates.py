@@ -31,6 +31,7 @@ class RemovalCandidates:
         self.left_LE = ~np.isnan(ranks_LE)
         self._free_LE, self._least, self._largest = free_LE, min_experts_per_layer, max_group_size
         self._group_LE = self.left_LE.astype(np.int64)
+        self._refused: dict[Removal, float] = {}
         # Of equal experts the one with the higher number goes first, and of those the one in the later layer.
         layers, experts = np.indices(ranks_LE.shape)
         order = np.lexsort((-layers.ravel(), -experts.ravel(), -ranks_LE.ravel()))
@@ -46,15 +47,31 @@ class RemovalCandidates:
         layer, expert = min(free.tolist(), key=lambda pair: self._turn_LE[tuple(pair)])
         return Removal(layer, expert)
 
-    def to_merge(self, likeness: Sequence[np.ndarray]) -> Removal | None:
-        """The most alike pair of a layer, the less salient going into the other; None where none may.
+    def to_merge(self, likeness: Sequence[np.ndarray], last_loss: float = -np.inf) -> Removal | None:
+        """A pair of a layer, the less salient going into the other; None where none may.
+
+        The most alike pair that was not refused. One that was comes back when the loss measured for it is below
+        ``last_loss``, and when no other is left: the pair of the smallest loss.
 
         Args:
             likeness: per layer ``[E, E]``.
+            last_loss: of the step before.
         """
-        pairs = [self._best_pair(layer, values) for layer, values in enumerate(likeness)]
-        best = max((pair for pair in pairs if pair is not None), key=lambda pair: pair[0], default=None)
-        return None if best is None else best[1]
+        allowed = [self._allowed_EE(layer, len(values)) for layer, values in enumerate(likeness)]
+        refused = {
+            pair: loss for pair, loss in self._refused.items() if allowed[pair.layer][pair.expert, pair.into]
+        }
+        for pair in refused:
+            allowed[pair.layer][pair.expert, pair.into] = False
+        known = min(refused, key=refused.__getitem__, default=None)
+        if known is not None and refused[known] < last_loss:
+            return known
+        return _most_alike(likeness, allowed) or known
+
+    def refuse(self, removal: Removal, loss: float) -> None:
+        """The removal was measured, cost ``loss``, and another was better."""
+        if removal.into is not None:
+            self._refused[removal] = np.inf if np.isnan(loss) else loss
 
     def take(self, removal: Removal) -> None:
         """The removal is made: its expert is there no longer, and the group that it is merged into grows."""
@@ -62,19 +79,30 @@ class RemovalCandidates:
         self.left_LE[place] = False
         if removal.into is not None:
             self._group_LE[removal.layer, removal.into] += self._group_LE[place]
+            # What was measured for pairs of the merged expert is of an expert that is there no longer.
+            self._refused = {
+                pair: loss
+                for pair, loss in self._refused.items()
+                if pair.layer != removal.layer or removal.into not in (pair.expert, pair.into)
+            }
 
     @property
     def _open_LE(self) -> np.ndarray:
         room_L = self.left_LE.sum(axis=1) > self._least
         return self.left_LE & self._free_LE & room_L[:, None]
 
-    def _best_pair(self, layer: int, likeness_EE: np.ndarray) -> tuple[float, Removal] | None:
-        number = len(likeness_EE)
+    def _allowed_EE(self, layer: int, number: int) -> np.ndarray:
+        """Bool ``[E, E]``: whether the expert of the row may go into that of the column."""
         turn_E, group_E = self._turn_LE[layer, :number], self._group_LE[layer, :number]
         allowed_EE = self._open_LE[layer, :number, None] & self.left_LE[layer, :number]
-        allowed_EE &= (turn_E[:, None] < turn_E) & (group_E[:, None] + group_E <= self._largest)
-        if not allowed_EE.any():
-            return None
-        place = int(np.where(allowed_EE, likeness_EE, -np.inf).argmax())
-        gone, into = divmod(place, number)
-        return float(likeness_EE[gone, into]), Removal(layer, gone, into)
+        return allowed_EE & (turn_E[:, None] < turn_E) & (group_E[:, None] + group_E <= self._largest)
+
+
+def _most_alike(likeness: Sequence[np.ndarray], allowed: Sequence[np.ndarray]) -> Removal | None:
+    best, found = -np.inf, None
+    for layer, (values_EE, allowed_EE) in enumerate(zip(likeness, allowed, strict=True)):
+        values_EE = np.where(allowed_EE, values_EE, -np.inf)
+        gone, into = divmod(int(values_EE.argmax()), len(values_EE))
+        if values_EE[gone, into] > best:
+            best, found = values_EE[gone, into], Removal(layer, gone, into)
+    return found

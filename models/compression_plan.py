@@ -1,7 +1,9 @@
 """Planning which experts go, one at a time, by what each step does to perplexity.
 
 Two candidates are measured in every step: pruning the least salient expert of the model (after REAP, arXiv:2510.13999),
-and merging the most alike pair of a layer (after REAM, arXiv:2604.04356); the better one is taken.
+and merging the most alike pair of a layer (after REAM, arXiv:2604.04356); the better one is taken. A pair that was
+measured and not taken makes room for the next one, so that a pair that is alike and yet costs much is not measured
+again and again (see ``RemovalCandidates.to_merge``).
 """
 
 from __future__ import annotations
@@ -123,6 +125,7 @@ class _Planner:
     ) -> None:
         self._model, self._ranks, self._measure, self._options = model, ranks, measure, options
         self._shares, self._likeness = saliency.scores("reap"), likeness
+        self._last_loss = -math.inf
         self._candidates = RemovalCandidates(
             ranks,
             free_experts(ranks, options.selection),
@@ -134,7 +137,7 @@ class _Planner:
         """Measure both candidates, take the better one; pruning where they are equal."""
         offered = [
             self._candidates.to_prune(),
-            self._candidates.to_merge([each.likeness_EE for each in self._likeness]),
+            self._candidates.to_merge([each.likeness_EE for each in self._likeness], self._last_loss),
         ]
         tried = [(removal, *self._try(removal)) for removal in offered if removal is not None]
         taken, *rest = sorted(tried, key=lambda trial: math.inf if math.isnan(trial[1]) else trial[1])
@@ -150,7 +153,10 @@ class _Planner:
             other=other,
             other_perplexity=other_perplexity,
         )
+        self._last_loss = result.perplexity_loss
         self._take(removal, block)
+        for refused, refused_perplexity, _ in rest:
+            self._candidates.refuse(refused, refused_perplexity - before)
         return result
 
     def _try(self, removal: Removal) -> tuple[float, nn.Module]:

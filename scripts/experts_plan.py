@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
     from experts.compression_plan import CompressionPlan
 
+_SOURCE = {"files": [], "selection_mode": "model_wide", "action_mode": "plan"}
+
 
 def plan(
     model: ExpertModel,
@@ -89,6 +91,12 @@ def plan(
         domain_map=domain_map,
         ignore_experts=ignore_experts,
     )
+    if split != "train":
+        warnings.warn(
+            f"--split {split} calibrates on the documents that perplexity is measured on", stacklevel=1
+        )
+    if not n_prune:
+        warnings.warn("nothing to plan with --n-prune 0: all experts stay", stacklevel=1)
     options = PlanOptions(selection, metric, alignment, max_group_size)
     opened = open_model_text(
         model,
@@ -108,22 +116,18 @@ def plan(
             provenance=opened.provenance(data, split),
             on_step=on_step,
         )
-    source = {"files": [], "metric": metric, "selection_mode": "model_wide", "action_mode": "plan"}
-    experts = found.expert_list(source | {"model": model, "datasets": list(data)})
+    experts = found.expert_list({**_SOURCE, "metric": metric, "model": model, "datasets": list(data)})
     write_plan(found, out / PLAN_FILE)
     csv_path, json_path = write_expert_list(experts, out)
-    result = {
-        "csv": str(csv_path),
-        "json": str(json_path),
-        "plan": str(out / PLAN_FILE),
-        "steps": found.rows,
-        "perplexity_before": found.perplexity_before,
-        "perplexity_after": found.perplexity_after,
-        "total_kept": experts.statistics["total_kept"],
-        "total_pruned": experts.statistics["total_pruned"],
-        "equalise": needs_equalising(opened.model),
-    }
-    _warn(result, split)
+    files = {"csv": str(csv_path), "json": str(json_path), "plan": str(out / PLAN_FILE)}
+    equalise = needs_equalising(opened.model)
+    if equalise:
+        warnings.warn(
+            "layers keep different numbers of experts, which this model's format does not hold: pass --equalise to "
+            f"`fedgraft prune` or `fedgraft merge`, so that some come back, or plan with {_even(found)}",
+            stacklevel=1,
+        )
+    result = {**files, **_figures(found), **experts.statistics, "equalise": equalise}
     print_result(result, as_json=as_json, lines=_lines(found, result))
 
 
@@ -135,37 +139,35 @@ def needs_equalising(model: PreTrainedModel) -> bool:
     return layers[0].kind is not RouterKind.GRAPH_WALK and len({layer.num_experts for layer in layers}) > 1
 
 
-def _warn(result: dict[str, Any], split: str) -> None:
-    if split != "train":
-        warnings.warn(
-            f"--split {split} calibrates on the held-out documents that perplexity is measured on",
-            stacklevel=1,
-        )
-    if not result["steps"]:
-        warnings.warn("nothing to plan with --n-prune 0: all experts stay", stacklevel=1)
-    if result["equalise"]:
-        warnings.warn(
-            "layers keep different numbers of experts, which this model's format does not hold: pass --equalise to "
-            "`fedgraft prune` or `fedgraft merge`; some experts then come back",
-            stacklevel=1,
-        )
+def _even(found: CompressionPlan) -> str:
+    """Options with which about as many experts go, equally many in every layer."""
+    import numpy as np
+
+    counts = (~np.isnan(found.ranks)).sum(axis=1).tolist()
+    each = min(-(-len(found.steps) // len(counts)), min(counts) - 1)
+    return f"--n-prune {each * len(counts)} --min-experts-per-layer {min(counts) - each}"
+
+
+def _figures(found: CompressionPlan) -> dict[str, Any]:
+    return {
+        "steps": found.rows,
+        "perplexity_before": found.perplexity_before,
+        "perplexity_after": found.perplexity_after,
+    }
 
 
 def _lines(found: CompressionPlan, result: dict[str, Any]) -> list:
     from rich.table import Table
 
-    table = Table(
-        "step", "layer", "decoder", "action", "cosine", "Jaccard", "rank", "perplexity", "loss", "other"
-    )
+    columns = ("step", "layer:expert", "decoder", "cosine", "Jaccard", "rank", "perplexity", "loss", "other")
+    table = Table(*columns, box=None, collapse_padding=True, pad_edge=False)
+    before = found.perplexity_before
     for number, step in enumerate(found.steps, start=1):
-        removal = step.removal
-        into = "" if removal.into is None else f" into {removal.into}"
-        other = "" if step.other is None else f"{step.other}: {step.other_perplexity:.3f}"
+        other = "" if step.other_perplexity is None else f"{step.other_perplexity - before:+.3f}"
         table.add_row(
             str(number),
-            str(removal.layer),
+            str(step.removal),
             str(step.decoder_layer),
-            f"{removal.action} {removal.expert}{into}",
             _figure(step.weight_cosine),
             _figure(step.jaccard),
             f"{step.saliency_rank:g}",
@@ -173,9 +175,14 @@ def _lines(found: CompressionPlan, result: dict[str, Any]) -> list:
             f"{step.perplexity_loss:+.3f}",
             other,
         )
+        before = step.perplexity
     total = f"keeps {result['total_kept']} experts, removes {result['total_pruned']}"
     change = f"perplexity {found.perplexity_before:.3f} -> {found.perplexity_after:.3f}"
-    return [table, f"{total}: {change}", f"wrote {result['plan']}, {result['csv']} and {result['json']}"]
+    legend = ["other: loss of the candidate that was measured, too, and not taken"]
+    if any(step.removal.into is not None for step in found.steps):
+        legend.append("`fedgraft merge` groups the experts that go by their outputs, not by these pairs")
+    wrote = f"wrote {result['plan']}, {result['csv']} and {result['json']}"
+    return [table, *legend, f"{total}: {change}", wrote]
 
 
 def _figure(value: float | None) -> str:

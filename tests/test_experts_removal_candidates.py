@@ -87,3 +87,35 @@ def test_a_group_that_goes_brings_its_size():
 def test_with_one_expert_left_everywhere_there_is_nothing():
     these = candidates(np.array([[1.0], [2.0]]))
     assert these.to_prune() is None and these.to_merge([np.ones((1, 1))] * 2) is None
+
+
+def test_a_refused_pair_makes_room_and_comes_back_when_its_loss_is_the_smaller():
+    these, alike = candidates(), likeness(l0_02=0.6, l2_12=0.5, l1_01=0.4)
+    first, second, third = Removal(0, 2, 0), Removal(2, 2, 1), Removal(1, 1, 0)
+    assert these.to_merge(alike) == first
+    these.refuse(first, 0.3)
+    assert these.to_merge(alike) == these.to_merge(alike, 0.3) == second
+    assert these.to_merge(alike, 0.31) == first
+    these.refuse(second, 0.2)
+    assert these.to_merge(alike, 0.25) == these.to_merge(alike, 0.5) == second
+    assert these.to_merge(alike, 0.2) == third
+    # A pruned candidate is no pair.
+    these.refuse(Removal(1, 1), -5.0)
+    assert these.to_merge(alike, 0.1) == third
+
+
+def test_what_was_measured_for_an_expert_is_forgotten_when_it_takes_another_in():
+    these, alike = candidates(), likeness(l2_01=0.6, l2_12=0.5)
+    these.refuse(Removal(2, 1, 0), 9.0)
+    assert these.to_merge(alike) == Removal(2, 2, 1)
+    these.take(Removal(2, 2, 1))
+    assert these.to_merge(alike) == Removal(2, 1, 0)
+
+
+def test_refused_pairs_alone_offer_the_one_of_the_smallest_loss():
+    these = candidates(np.array([[1.0, 2.0, 3.0]]))
+    for pair, loss in ((Removal(0, 2, 0), 0.5), (Removal(0, 2, 1), 0.4), (Removal(0, 1, 0), 0.6)):
+        these.refuse(pair, loss)
+    assert these.to_merge([np.eye(3)], 0.1) == Removal(0, 2, 1)
+    these.take(Removal(0, 2))
+    assert these.to_merge([np.eye(3)], 0.1) == Removal(0, 1, 0)
