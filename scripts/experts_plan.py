@@ -91,12 +91,6 @@ def plan(
         domain_map=domain_map,
         ignore_experts=ignore_experts,
     )
-    if split != "train":
-        warnings.warn(
-            f"--split {split} calibrates on the documents that perplexity is measured on", stacklevel=1
-        )
-    if not n_prune:
-        warnings.warn("nothing to plan with --n-prune 0: all experts stay", stacklevel=1)
     options = PlanOptions(selection, metric, alignment, max_group_size)
     opened = open_model_text(
         model,
@@ -107,6 +101,12 @@ def plan(
         max_blocks=max_blocks,
     )
     calibration, held_out = opened.batches(data, split), list(opened.batches(data, "valid"))
+    if split != "train":
+        warnings.warn(
+            f"--split {split} calibrates on the documents that perplexity is measured on", stacklevel=1
+        )
+    if not n_prune:
+        warnings.warn("nothing to plan with --n-prune 0: all experts stay", stacklevel=1)
     with progress() as on_step:
         found = plan_compression(
             opened.model,
