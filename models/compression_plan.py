@@ -23,7 +23,7 @@ from experts.compression_plan import CompressionPlan, Removal, Step
 from experts.expert_ranks import rank_sums
 from experts.expert_selection import Selection, free_experts, select_experts
 from experts.merging import align_neurons, average_experts, check_alignment
-from experts.pair_likeness import Matrices, PairLikeness, weight_cosine, weight_cosines
+from experts.pair_likeness import PairLikeness, weight_cosine, weight_cosines
 from experts.removal_candidates import RemovalCandidates
 from experts.saliency import Saliency, check_metric
 from models.expert_overlap import collect_overlap
@@ -173,7 +173,7 @@ class _Planner:
         layer, left = self._layer(removal.layer), self._left(removal.layer)
         expert, into = left.index(removal.expert), None if removal.into is None else left.index(removal.into)
         if into is not None:
-            pair = [matrices_of(layer, into), matrices_of(layer, expert)]
+            pair = [layer.read_numpy(into), layer.read_numpy(expert)]
             pair[1] = align_neurons(*pair[1], *pair[0], self._options.alignment)
             shares = self._shares[removal.layer, [removal.into, removal.expert]]
             layer.write(into, *(torch.from_numpy(part) for part in average_experts(pair, shares)))
@@ -191,9 +191,9 @@ class _Planner:
     def _cosines(self, ordinal: int, expert: int) -> dict[int, float]:
         """Between an expert and all others that are left, by their numbers."""
         layer, left = self._layer(ordinal), self._left(ordinal)
-        merged = matrices_of(layer, left.index(expert))
+        merged = layer.read_numpy(left.index(expert))
         return {
-            other: weight_cosine(matrices_of(layer, row), merged, self._options.alignment)
+            other: weight_cosine(layer.read_numpy(row), merged, self._options.alignment)
             for row, other in enumerate(left)
             if other != expert
         }
@@ -219,18 +219,12 @@ class _Planner:
         setattr(decoder, name, block)
 
 
-def matrices_of(layer: MoELayer, expert: int) -> Matrices:
-    """``gate_up [2H, D]`` and ``down [D, H]`` of an expert, fp32."""
-    gate_up, down = layer.read(expert)
-    return gate_up.float().cpu().numpy(), down.float().cpu().numpy()
-
-
 def _likeness(
     layers: list[MoELayer], visits: list[np.ndarray], alignment: str, on_step: OnStep
 ) -> list[PairLikeness]:
     found = []
     for layer, visits_EB in zip(layers, visits, strict=True):
-        experts = [matrices_of(layer, expert) for expert in range(layer.num_experts)]
+        experts = [layer.read_numpy(expert) for expert in range(layer.num_experts)]
         found.append(PairLikeness(weight_cosines(experts, alignment), visits_EB))
         on_step("comparing experts, layers", len(found), len(layers))
     return found

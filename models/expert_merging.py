@@ -158,16 +158,11 @@ def _merge_layer(
 def _merge_group(
     layer: MoELayer, centroid: int, group: Sequence[int], saliency_E: np.ndarray | None, alignment: str
 ) -> None:
-    weights = {expert: _as_numpy(layer, expert) for expert in group}
+    weights = {expert: layer.read_numpy(expert) for expert in group}
     aligned = [align_neurons(*weights[expert], *weights[centroid], alignment) for expert in group]
     shares = [1.0] * len(group) if saliency_E is None else [float(saliency_E[expert]) for expert in group]
     gate_up, down = (torch.from_numpy(part) for part in average_experts(aligned, shares))
     layer.write(centroid, gate_up, down)
-
-
-def _as_numpy(layer: MoELayer, expert: int) -> tuple[np.ndarray, np.ndarray]:
-    gate_up, down = layer.read(expert)
-    return gate_up.float().cpu().numpy(), down.float().cpu().numpy()
 
 
 def _observe(

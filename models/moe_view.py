@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -95,6 +96,12 @@ class MoELayer:
             gate, up, down = cast(tuple, _matrices(self.experts[expert]))
             return torch.cat([gate.weight, up.weight]), down.weight
         return self.experts.gate_up_proj[expert], self.experts.down_proj[expert]
+
+    @torch.no_grad()
+    def read_numpy(self, expert: int) -> tuple[np.ndarray, np.ndarray]:
+        """``gate_up [2H, D]`` and ``down [D, H]`` of an expert, fp32."""
+        gate_up, down = self.read(expert)
+        return gate_up.float().cpu().numpy(), down.float().cpu().numpy()
 
     @torch.no_grad()
     def write(self, expert: int, gate_up: Tensor, down: Tensor) -> None:

@@ -17,7 +17,7 @@ from experts.expert_selection import Selection
 from experts.merging import average_experts
 from experts.pair_likeness import jaccard, weight_cosines
 from experts.removal_candidates import RemovalCandidates
-from models.compression_plan import PlanOptions, matrices_of, plan_compression
+from models.compression_plan import PlanOptions, plan_compression
 from models.expert_overlap import collect_overlap
 from models.moe_shrink import keep_experts, shrink_layer
 from models.moe_view import moe_layers
@@ -114,7 +114,7 @@ def test_a_merge_is_the_average_of_the_most_alike_pair(family, alignment, merges
     layer, gone, into = step.removal.layer, step.removal.expert, step.removal.into
     pairs = {}
     for one in moe_layers(expected):
-        experts = [matrices_of(one, expert) for expert in range(one.num_experts)]
+        experts = [one.read_numpy(expert) for expert in range(one.num_experts)]
         cosine, overlap = weight_cosines(experts, alignment), jaccard(visits[one.ordinal])
         for p in range(one.num_experts):
             for q in range(p):
@@ -125,7 +125,7 @@ def test_a_merge_is_the_average_of_the_most_alike_pair(family, alignment, merges
     assert ranks[layer, gone] > ranks[layer, into] and step.saliency_rank == ranks[layer, gone]
     if alignment == "none":
         view = moe_layers(expected)[layer]
-        average = average_experts([matrices_of(view, e) for e in (into, gone)], scores[layer, [into, gone]])
+        average = average_experts([view.read_numpy(e) for e in (into, gone)], scores[layer, [into, gone]])
         view.write(into, *map(torch.from_numpy, average))
         shrink_layer(expected, view, {gone: into})
         assert step.perplexity == pytest.approx(perplexity(expected), rel=1e-6)
@@ -141,8 +141,8 @@ def test_a_chain_of_merges_is_the_average_of_the_group(merges_only):
     assert {layer.num_experts for layer in moe_layers(model)} == {1}
     for layer in moe_layers(original):
         shares = saliency.scores("reap")[layer.ordinal]
-        average = average_experts([matrices_of(layer, expert) for expert in range(4)], shares)
-        for part, expected in zip(matrices_of(moe_layers(model)[layer.ordinal], 0), average, strict=True):
+        average = average_experts([layer.read_numpy(expert) for expert in range(4)], shares)
+        for part, expected in zip(moe_layers(model)[layer.ordinal].read_numpy(0), average, strict=True):
             np.testing.assert_allclose(part, expected, atol=1e-6)
     check_keep_map(found.expert_list({}).keep_map, [4, 4])
 
@@ -154,9 +154,9 @@ def test_later_merges_compare_what_merged_experts_are_by_then(merges_only):
     saliency, (visits,) = collect_overlap(original, text(original))
     first, second = plan(model, 2, alignment="none").steps
     (layer,), pair = moe_layers(original), [first.removal.into, first.removal.expert]
-    merged = average_experts([matrices_of(layer, e) for e in pair], saliency.scores("reap")[0, pair])
+    merged = average_experts([layer.read_numpy(e) for e in pair], saliency.scores("reap")[0, pair])
     other = 3 - sum(pair)
-    cosine = weight_cosines([merged, matrices_of(layer, other)], "none")[0, 1]
+    cosine = weight_cosines([merged, layer.read_numpy(other)], "none")[0, 1]
     assert second.weight_cosine == pytest.approx(cosine, abs=1e-6)
     overlap = jaccard(np.stack([visits[pair[0]] | visits[pair[1]], visits[other]]))[0, 1]
     assert second.jaccard == pytest.approx(overlap)

@@ -51,6 +51,8 @@ def test_what_is_written_is_read_and_runs(storage):
     gate_up, down = (torch.randn(part.shape) for part in layer.read(2))
     layer.write(2, gate_up, down)
     assert torch.equal(layer.read(2)[0], gate_up) and torch.equal(layer.read(2)[1], down)
+    for part, expected in zip(layer.read_numpy(2), (gate_up, down), strict=True):
+        assert part.dtype == "float32" and (part == expected.numpy()).all()
     for expert, (one, other) in enumerate(zip(before, read_all(layer), strict=True)):
         assert torch.equal(one, other) == (expert != 2)
     rows = torch.randn(5, 32)
