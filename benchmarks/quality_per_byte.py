@@ -123,7 +123,7 @@ def _measured(settings: Settings, runs: Runs) -> Measured:
         "total_ratio_dense": _ratios(dense, ours, goals, _all_bytes),
         "uplink_ratio_half_active": _ratios(half, half_ours, [target(run) for run in half], _uplink_bytes),
         "uplink_ratio_fedit": _ratios(fedit, ours, [run.loss for run in fedit], _uplink_bytes),
-        "worst_client_ratio": _ratios(ours, dense, goals, Run.worst_change),
+        "worst_client_ratio": _worst_ratios(ours, dense, goals),
     }
     complete = {name: values for name, values in found.items() if None not in values}
     config = RunConfig().values()
@@ -156,6 +156,14 @@ def _ratios(ones: Sequence[Run], others: Sequence[Run], goals: Sequence[float], 
         values = [measure_at(run, entry) for run, entry in zip((one, other), entries, strict=True) if entry]
         ratios.append(values[0] / values[1] if len(values) == 2 and values[1] else None)
     return ratios
+
+
+def _worst_ratios(ones: Sequence[Run], others: Sequence[Run], goals: Sequence[float]) -> list:
+    """By seed, the worst client's change of one over that of the other, both at the same mean loss."""
+    changes = [
+        [run.worst_change(goal) for run in pair] for *pair, goal in zip(ones, others, goals, strict=True)
+    ]
+    return [one / other if one is not None and other is not None else None for one, other in changes]
 
 
 def _uplink_bytes(run: Run, entry: Mapping[str, Any]) -> float:

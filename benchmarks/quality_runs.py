@@ -115,10 +115,22 @@ class Run:
         """Mean over clients of the loss at the end, nats per token."""
         return mean_loss(self.trajectory[-1])
 
-    def worst_change(self, entry: Mapping[str, Any]) -> float:
-        """Largest ratio over clients of a client's perplexity at ``entry`` to that at the start."""
-        start = self.trajectory[0]["losses"]
-        return max(math.exp(loss - start[name]) for name, loss in entry["losses"].items())
+    def worst_change(self, target: float) -> float | None:
+        """Largest ratio over clients of a client's perplexity to that at the start, when the mean loss is ``target``.
+
+        Interpolated between the two rounds around it: runs pass it by different steps, and the worst client of one that
+        went further would look better. None where the run does not reach the target.
+        """
+        index = next((i for i, entry in enumerate(self.trajectory) if mean_loss(entry) <= target), None)
+        if index is None:
+            return None
+        start, before, after = (self.trajectory[i] for i in (0, max(index - 1, 0), index))
+        passed = mean_loss(before) - mean_loss(after)
+        share = (mean_loss(before) - target) / passed if passed > 0 else 0.0
+        return max(
+            math.exp((1 - share) * before["losses"][name] + share * loss - start["losses"][name])
+            for name, loss in after["losses"].items()
+        )
 
     def reached(self, target: float) -> dict[str, Any] | None:
         """The first entry of the trajectory with a mean loss of at most ``target``; None without one."""

@@ -53,7 +53,11 @@ def test_the_first_round_that_is_good_enough_counts():
     assert run.reached(1.0) is None
 
 
-def test_the_worst_change_is_that_of_the_client_that_gained_least():
+def test_the_worst_change_is_that_of_the_client_that_gained_least_at_the_target():
     run = _run(5.0, 4.0)
-    run.trajectory[1]["losses"]["b"] = 4.5
-    assert run.worst_change(run.trajectory[1]) == pytest.approx(math.exp(0.5))
+    run.trajectory[1]["losses"]["b"] = 3.8
+    assert run.worst_change(3.9) == pytest.approx(math.exp(-0.2))
+    # Half way between the start, 4.5, and the only round.
+    assert run.worst_change(4.2) == pytest.approx(math.exp(-0.1))
+    assert run.worst_change(4.5) == pytest.approx(1)
+    assert run.worst_change(3.0) is None
