@@ -65,18 +65,10 @@ def attach_lora(
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def lora_changes(model: FedGraftForCausalLM) -> Iterator[tuple[Unit, Tensor]]:
-    """For each resident unit in order the change of its weights, ``alpha / rank * B A``, fp32 ``[3hd]`` on the CPU.
-
-    One unit is computed at a time; see ``models.units`` for the layout.
-    """
-    for index, layer in enumerate(model.expert_layers()):
-        for expert in layer.storage.held:
-            yield (index, expert), lora_change(model, (index, expert))
-
-
 def lora_change(model: FedGraftForCausalLM, unit: Unit) -> Tensor:
-    """The change of one resident unit's weights, as ``lora_changes`` gives it.
+    """The change of one resident unit's weights, ``alpha / rank * B A``, fp32 ``[3hd]`` on the CPU.
+
+    See ``models.units`` for the layout.
 
     Raises:
         ValueError: the model does not hold this expert.

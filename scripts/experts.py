@@ -95,7 +95,8 @@ def select(
         ignore_experts=ignore_experts,
     )
     files = [str(path) for path in saliency]
-    chosen = select_experts([load_saliency(path) for path in saliency], metric, selection, files=files)
+    saliencies = [load_saliency(path) for path in saliency]
+    chosen = select_experts(saliencies, metric, selection, files=files)
     if action != "analyze" and not n_prune:
         warnings.warn(
             f"nothing to {action}: pass --n-prune, or --action analyze for ranks only", stacklevel=1
@@ -104,17 +105,18 @@ def select(
         warnings.warn("--n-prune is ignored with --action analyze, which removes nothing", stacklevel=1)
     csv_path, json_path = write_expert_list(chosen, out)
     result = {"csv": str(csv_path), "json": str(json_path), **chosen.statistics}
-    print_result(result, as_json=as_json, lines=_lines(chosen, result))
+    print_result(result, as_json=as_json, lines=_lines(chosen, result, saliencies[0].decoder_layers))
 
 
-def _lines(chosen: ExpertList, result: dict) -> list:
+def _lines(chosen: ExpertList, result: dict, decoder_layers: list[int]) -> list:
     from rich.table import Table
 
-    table = Table("layer", "kept", "removed", "experts removed, worst first")
+    table = Table("layer", "decoder", "kept", "removed", "experts removed, worst first")
     for layer in range(len(chosen.actions)):
         gone = _removed(chosen.rank_sum[layer], chosen.actions[layer])
         kept = int((chosen.actions[layer] == "keep").sum())
-        table.add_row(str(layer), str(kept), str(len(gone)), ", ".join(map(str, gone)) or "none")
+        numbers = (layer, decoder_layers[layer], kept, len(gone))
+        table.add_row(*map(str, numbers), ", ".join(map(str, gone)) or "none")
     total = f"keeps {result['total_kept']} experts, removes {result['total_pruned']}"
     return [table, f"{total}: wrote {result['csv']} and {result['json']}"]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from models.attention import attention_count, read_attention, write_attention
-from models.lora import attach_lora, attention_changes, lora_changes
+from models.lora import attach_lora, attention_changes, lora_change
 from models.modeling_fedgraft import FedGraftForCausalLM
 from models.settings import residents
 from models.units import read_routing, weight_count, write_routing
@@ -43,6 +43,12 @@ def train(model, steps: int = 2, *, autocast: bool = False, rate: float = 0.05) 
             model.zero_grad()
     model.eval()
     return losses
+
+
+def changes_of(model) -> list[tuple[tuple[int, int], torch.Tensor]]:
+    """Every resident unit and its change."""
+    units = [(index, e) for index, layer in enumerate(model.expert_layers()) for e in layer.storage.held]
+    return [(unit, lora_change(model, unit)) for unit in units]
 
 
 def factors(model) -> dict[str, torch.nn.Parameter]:
@@ -95,7 +101,7 @@ def test_factors_start_without_effect():
     graph = graph_of()
     model = adapted("plain", graph=graph)
     assert logit_difference(model, graph, IDS) < 1e-5
-    assert not any(change.any() for _, change in [*lora_changes(model), *attention_changes(model)])
+    assert not any(change.any() for _, change in [*changes_of(model), *attention_changes(model)])
 
 
 def test_the_base_does_not_move_and_the_classes_stay():
@@ -119,7 +125,7 @@ def test_adding_the_changes_to_the_fused_graph_gives_the_adapted_model(make):
     model = adapted("plain", graph=graph)
     train(model, 3)
     fused = copy.deepcopy(graph)
-    for (index, expert), change in lora_changes(model):
+    for (index, expert), change in changes_of(model):
         layer = fused.expert_layers()[index]
         assert change.shape == (weight_count(layer),) and change.dtype == torch.float32
         gate, up, down = change.view(3, layer.expert_size, layer.hidden_size)
@@ -136,7 +142,7 @@ def test_adding_the_changes_to_the_fused_graph_gives_the_adapted_model(make):
 def test_changes_are_what_a_merge_adds():
     model = adapted("plain")
     train(model)
-    changes = dict(lora_changes(model))
+    changes = dict(changes_of(model))
     for (index, expert), change in changes.items():
         module = model.expert_layers()[index].storage.expert(expert)
         before = [linear.base_layer.weight.clone() for linear in (module.gate_up, module.down)]
@@ -160,7 +166,7 @@ def test_a_change_is_alpha_over_rank_times_the_product_of_the_factors():
         for linear in (module.gate_up, module.down)
     )
     expected = torch.cat([gate_up.flatten(), down.T.flatten()])
-    torch.testing.assert_close(dict(lora_changes(model))[1, 3], expected.detach())
+    torch.testing.assert_close(dict(changes_of(model))[1, 3], expected.detach())
     assert torch.linalg.matrix_rank(gate_up) == 2
 
 
@@ -168,7 +174,7 @@ def test_only_residents_carry_factors():
     held = [mask(1), mask(0, 2)]
     model = adapted("nf4", held=held)
     train(model)
-    assert [unit for unit, _ in lora_changes(model)] == [(0, 1), (1, 0), (1, 2)]
+    assert [unit for unit, _ in changes_of(model)] == [(0, 1), (1, 0), (1, 2)]
     assert [each.tolist() for each in residents(model)] == [each.tolist() for each in held]
     assert without_gradient(model) == []
 
