@@ -93,7 +93,8 @@ def merge_experts(
     if not any(bool(counted.any()) for _, counted in batches):
         raise UserError("expected calibration text to merge on, got no token; check the data")
     groups: list[dict[int, list[int]]] = []
-    for inputs in walk_layers(model, [(ids, attention(ids, counted)) for ids, counted in batches]):
+    placed = [(ids.to(model.device), counted) for ids, counted in batches]
+    for inputs in walk_layers(model, [(ids, attention(ids, counted)) for ids, counted in placed]):
         layer = layers.get(inputs.index)
         if layer is None:
             continue

@@ -48,7 +48,7 @@ def walk_layers(
 
     Args:
         model: a decoder with ``model.layers``.
-        batches: ``(input_ids [B, S], further arguments of the model)``.
+        batches: ``(input_ids [B, S], further arguments of the model)``, on the model's device.
     """
     decoders = list(model.model.layers)
     arguments: list[list[dict[str, Any]]] = [[] for _ in decoders]
@@ -76,7 +76,7 @@ def _record(
 
     hooks = [decoder.register_forward_pre_hook(note, with_kwargs=True) for decoder in decoders]
     try:
-        model.model(input_ids=input_ids.to(model.device), use_cache=False, **further)
+        model.model(input_ids=input_ids, use_cache=False, **further)
     finally:
         for hook in hooks:
             hook.remove()

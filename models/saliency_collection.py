@@ -69,7 +69,8 @@ def collect_saliency(
     with observing(layers, note):
         for input_ids, counted in islice(batches, done, None):
             sums.start(counted)
-            model(input_ids=input_ids.to(model.device), **attention(input_ids, counted), use_cache=False)
+            ids = input_ids.to(model.device)
+            model(input_ids=ids, **attention(ids, counted), use_cache=False)
             sums.finish()
             done += 1
             on_batch(done)
