@@ -49,7 +49,8 @@ class Settings:
 
     Attributes:
         domains: of the text; wikimix is one more.
-        experts: E.
+        experts: E of the mixture.
+        graph_experts: E of the graph.
         top_k: experts per token of the mixture.
         train_blocks: of a domain.
         calibration_blocks: of a domain, for saliency and merging.
@@ -66,6 +67,7 @@ class Settings:
 
     domains: Sequence[str]
     experts: int
+    graph_experts: int
     top_k: int
     train_blocks: int
     calibration_blocks: int
@@ -80,11 +82,12 @@ class Settings:
     repeats: int
 
 
-FULL = Settings(DOMAINS, 16, 2, 400, 16, 24, 128, 16, 300, 1e-3, (1, 2, 3), 8192, (1024, 2048, 10), 7)
+FULL = Settings(DOMAINS, 8, 16, 2, 400, 16, 24, 128, 16, 150, 1e-3, (1, 2, 3), 8192, (1024, 2048, 10), 7)
 QUICK = replace(
     FULL,
     domains=("a",),
     experts=4,
+    graph_experts=4,
     train_blocks=4,
     calibration_blocks=2,
     valid_blocks=2,
@@ -127,7 +130,7 @@ def measure(quick: bool, on_step: OnStep) -> Measured:
         )
         found["mixture"].append(compare(moe, text, seed))
         on_step("models", 2 * number + 1, steps)
-        graph = bootstrapped(path, settings.experts, settings.calibration_tokens)
+        graph = bootstrapped(path, settings.graph_experts, settings.calibration_tokens)
         found["graph"].append(compare(graph, text, seed))
         on_step("models", 2 * number + 2, steps)
         if not tools:

@@ -1,7 +1,7 @@
 """A small mixture of experts, upcycled from a trained Llama and trained on text.
 
-Sparse upcycling: Komatsuzaki et al. 2023 (arXiv:2212.05055). Experts start as random halves of the dense FFN's neurons,
-so that they differ, and a token's two experts together are about as wide as the FFN was.
+Sparse upcycling: Komatsuzaki et al. 2023 (arXiv:2212.05055). Every expert starts as a copy of the dense FFN; since the
+gates of a token sum to one, the mixture starts as the Llama, and its experts part as they are trained.
 """
 
 from __future__ import annotations
@@ -14,10 +14,14 @@ from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, ge
 
 from federated.blocks import Blocks, batches
 from models.llama_loader import load_dense
+from models.router_losses import Routing, router_loss
+
+# Of the load-balance loss: strong, since training is short.
+BALANCE_WEIGHT = 0.1
 
 
 def upcycle(path: str, *, experts: int, top_k: int, seed: int) -> MixtralForCausalLM:
-    """A Mixtral whose experts are random halves of the FFNs of the Llama in ``path``, fp32."""
+    """A Mixtral whose experts are copies of the FFNs of the Llama in ``path``, and random routers, fp32."""
     dense = load_dense(path).float()
     torch.manual_seed(seed)
     moe = MixtralForCausalLM(_config(dense, experts, top_k))
@@ -25,12 +29,11 @@ def upcycle(path: str, *, experts: int, top_k: int, seed: int) -> MixtralForCaus
     moe.load_state_dict(shared, strict=False)
     with torch.no_grad():
         for source, target in zip(dense.model.layers, moe.model.layers, strict=True):
-            for expert in range(experts):
-                half = torch.randperm(dense.config.intermediate_size)[: moe.config.intermediate_size]
-                rows = [source.mlp.gate_proj.weight[half], source.mlp.up_proj.weight[half]]
-                target.mlp.experts.gate_up_proj[expert] = torch.cat(rows)
-                # Half of the neurons give half of the output; the gates of a token sum to one.
-                target.mlp.experts.down_proj[expert] = 2 * source.mlp.down_proj.weight[:, half]
+            mlp, fused = source.mlp, target.mlp.experts
+            fused.gate_up_proj.copy_(
+                torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]).expand_as(fused.gate_up_proj)
+            )
+            fused.down_proj.copy_(mlp.down_proj.weight.expand_as(fused.down_proj))
     return moe
 
 
@@ -45,7 +48,7 @@ def train_moe(
     seed: int,
     on_step: Callable[[int], None] = lambda done: None,
 ) -> None:
-    """Train all weights with AdamW, the rate falling linearly, and the load-balance loss of the configuration."""
+    """Train all weights with AdamW, the rate falling linearly, and a load-balance loss of each layer."""
     optimizer = torch.optim.AdamW(moe.parameters(), lr=learning_rate, fused=True)
     schedule = get_linear_schedule_with_warmup(optimizer, steps // 20, steps)
     stream = batches(text, batch_size, generator=torch.Generator().manual_seed(seed))
@@ -63,9 +66,13 @@ def train_moe(
 
 def _loss(moe: MixtralForCausalLM, input_ids: Tensor, labels: Tensor, autocast: bool) -> Tensor:
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        loss = moe(input_ids=input_ids, labels=labels, use_cache=False, output_router_logits=True).loss
-    assert loss is not None
-    return loss
+        output = moe(input_ids=input_ids, labels=labels, use_cache=False, output_router_logits=True)
+    # transformers' own loss balances the load over all layers together, and leaves it uneven in each.
+    routings = [
+        Routing(logits.float(), logits.topk(moe.config.num_experts_per_tok, -1).indices, None)
+        for logits in output.router_logits
+    ]
+    return output.loss + router_loss(routings, load_balance_weight=BALANCE_WEIGHT)
 
 
 def _config(dense: LlamaForCausalLM, experts: int, top_k: int) -> MixtralConfig:
@@ -73,7 +80,7 @@ def _config(dense: LlamaForCausalLM, experts: int, top_k: int) -> MixtralConfig:
     return MixtralConfig(
         vocab_size=ours.vocab_size,
         hidden_size=ours.hidden_size,
-        intermediate_size=ours.intermediate_size // 2,
+        intermediate_size=ours.intermediate_size,
         num_hidden_layers=ours.num_hidden_layers,
         num_attention_heads=ours.num_attention_heads,
         num_key_value_heads=ours.num_key_value_heads,
@@ -88,6 +95,6 @@ def _config(dense: LlamaForCausalLM, experts: int, top_k: int) -> MixtralConfig:
         pad_token_id=None,
         num_local_experts=experts,
         num_experts_per_tok=top_k,
-        router_aux_loss_coef=0.01,
+        router_aux_loss_coef=0.0,
         sliding_window=None,
     )
