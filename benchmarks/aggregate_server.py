@@ -21,6 +21,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
+from configs.schema import RunConfig
 from federated.aggregation import aggregate
 from federated.codec import unpack_update
 from federated.messages import Reply, write_reply
@@ -108,7 +109,11 @@ def packed_round(server: GlobalModel, updates: list[Path], scratch: Path) -> Non
         replies = check_replies(answers, server)
         if len(replies.accepted) != len(updates):
             raise RuntimeError(f"replies were refused: {sorted(set(replies.refused.values()))}")
-        change = aggregate([accepted.contribution for accepted in replies.accepted], clip_norm_multiple=2.0)
+        change = aggregate(
+            [accepted.contribution for accepted in replies.accepted],
+            combine=RunConfig().combine,
+            clip_norm_multiple=2.0,
+        )
     server.advance(change, value_bits=4)
 
 
