@@ -62,9 +62,9 @@ class _Runner:
         self._settings, self._quick, self._on_step = settings, quick, on_step
         self._graphs = {seed: bootstrap_graph(folder, seed, settings, quick) for seed in settings.seeds}
         self._done = 0
-        # The rates tried on the first seed, and on each seed the half active; on all others the rest.
+        # The rates tried on the first seed, on all others what was best, and twice the half active.
         tried, seeds = sum(map(len, settings.learning_rates.values())), len(settings.seeds)
-        self._total = tried + 3 * (seeds - 1) + 2 * seeds
+        self._total = tried + 3 * (seeds - 1) + 2 * len(settings.half_seeds)
 
     def all_runs(self) -> Runs:
         """The runs of each method, one per seed in order, and under ``tried`` all on the first seed."""
@@ -77,7 +77,7 @@ class _Runner:
         rates = {name: run.learning_rate for name, run in best.items()}
         runs = self._run(
             [Job(name, seed, rates[name]) for name in PEERS for seed in others]
-            + [Job("half dense", seed, rates["dense"]) for seed in self._settings.seeds]
+            + [Job("half dense", seed, rates["dense"]) for seed in self._settings.half_seeds]
         )
         half = _of("half dense", runs)
         peers = zip(others, _of("dense", runs), _of("fedit", runs), strict=True)
@@ -131,7 +131,7 @@ def _measured(settings: Settings, runs: Runs) -> Measured:
         figures={name: fmean(complete[name]) if name in complete else None for name in found},
         peers={
             "seeds": found,
-            "intervals": {name: interval(values) for name, values in complete.items()},
+            "intervals": {name: interval(values) for name, values in complete.items() if len(values) > 1},
             "perplexity": {name: [_perplexities(run) for run in each] for name, each in runs.items()},
             "config": {key: config[key] for key in _CONFIG},
             "setting": vars(settings),
@@ -139,11 +139,11 @@ def _measured(settings: Settings, runs: Runs) -> Measured:
         },
         notes={
             name: (
-                "mean over seeds"
+                f"mean over seeds ({len(values)})"
                 if name in complete
                 else "not reached on every seed within the rounds there are"
             )
-            for name in found
+            for name, values in found.items()
         },
     )
 

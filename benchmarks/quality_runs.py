@@ -47,6 +47,7 @@ class Settings:
         batch_size: blocks.
         local_steps: of a client in a round.
         seeds: of the order of the text and of the clusters.
+        half_seeds: those with half of the experts active, which train four times as long: routers and gains, too.
         learning_rates: tried on the first seed, by method, each with its schedule over the rounds; the half active take
             what all active did best with.
         calibration_tokens: sampled from the model, for the bootstrap.
@@ -63,6 +64,7 @@ class Settings:
     batch_size: int
     local_steps: int
     seeds: Sequence[int]
+    half_seeds: Sequence[int]
     learning_rates: Mapping[str, Sequence[Rate]]
     calibration_tokens: int
     jobs: int
@@ -73,7 +75,7 @@ RATES: dict[str, Sequence[Rate]] = {
     "fedit": ((2e-3, "constant"), (5e-3, "constant"), (1e-2, "constant"), (5e-3, "linear")),
     "ours": ((7e-4, "linear"), (1e-3, "linear"), (1.5e-3, "linear")),
 }
-FULL = Settings(DOMAINS, 16, 12, 20, 400, 24, 128, 4, 10, (0, 1, 2), RATES, 8192, 2)
+FULL = Settings(DOMAINS, 16, 12, 20, 400, 24, 128, 4, 10, (0, 1, 2), (0,), RATES, 8192, 2)
 QUICK = replace(
     FULL,
     domains=("a",),
@@ -85,6 +87,7 @@ QUICK = replace(
     block_size=32,
     local_steps=1,
     seeds=(0, 1),
+    half_seeds=(0,),
     learning_rates={name: rates[:1] for name, rates in RATES.items()},
     calibration_tokens=256,
     jobs=1,
