@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import tempfile
 import time
@@ -21,6 +20,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
+from benchmarks.runner import peak_bytes
 from configs.schema import RunConfig
 from federated.aggregation import aggregate
 from federated.codec import unpack_update
@@ -34,7 +34,7 @@ from server.round_replies import check_replies
 from server.run_observer import RunObserver  # noqa: F401 - imports that a server makes count as imports
 
 _MIB = 2**20
-_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_CLEAR = Path("/proc/self/clear_refs")
 EXAMPLES = 100.0
 
 
@@ -144,7 +144,7 @@ def measure_server(graph: str, replies: Path, clients: int, method: str) -> dict
         started = time.perf_counter()
         METHODS[method](server, sorted(replies.glob("*.update"))[:clients], Path(scratch))
         seconds = time.perf_counter() - started
-    return {"imports_mib": imported, "peak_mib": _peak_mib() - imported, "round_seconds": seconds}
+    return {"imports_mib": imported, "peak_mib": peak_bytes() / _MIB - imported, "round_seconds": seconds}
 
 
 def _dense(path: Path, sizes: dict) -> np.ndarray:
@@ -156,14 +156,6 @@ def _reset_peak() -> None:
     """Forget what imports took for a moment; elsewhere than on Linux it counts."""
     if _CLEAR.exists():
         _CLEAR.write_text("5")
-
-
-def _peak_mib() -> float:
-    # The peak of getrusage would include what the parent process held when it started this one.
-    if _STATUS.exists():
-        line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) / 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / _MIB
 
 
 def main() -> None:

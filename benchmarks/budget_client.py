@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import statistics
 import sys
 import time
@@ -17,6 +16,7 @@ import psutil
 import torch
 from flwr.app import Context, RecordDict
 
+from benchmarks.runner import peak_bytes
 from clients.data_stream import client_documents
 from clients.participant import Participant
 from clients.trainer import train_locally
@@ -61,7 +61,7 @@ def measure_client(graph: str, budget: int, folder: Path, steps: int, settings: 
     started = time.perf_counter()
     reply = client.train_round(request)
     round_seconds = time.perf_counter() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / _MIB
+    peak = peak_bytes() / _MIB
     return {
         "imports_mib": imported,
         "peak_mib": peak - imported,

@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 import json
-import resource
 import sys
 from pathlib import Path
 
 import numpy as np
 import psutil
 
+from benchmarks.runner import peak_bytes
 from models.checkpoint_pruning import prune_checkpoint
 from models.moe_layout import read_moe_layout
 
@@ -22,7 +22,7 @@ def measure_pruning(source: Path, out: Path, keep: int) -> dict[str, float]:
     imported = psutil.Process().memory_info().rss
     layers = range(len(read_moe_layout(source).layers))
     report = prune_checkpoint(source, out, {layer: np.arange(keep) for layer in layers})
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_bytes()
     return {
         "peak_bytes": max(peak - imported, 0),
         "bytes_before": report.bytes_before,

@@ -102,6 +102,17 @@ def measured_apart(module: str, arguments: Sequence[str]) -> dict[str, float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def peak_bytes() -> int:
+    """The most memory that this process has held.
+
+    Not ``getrusage``: what that counts passes on from the process that started this one, whose memory may be larger.
+    """
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("expected VmHWM in /proc/self/status, got none; measure on Linux")
+
+
 def machine() -> dict[str, Any]:
     """The machine of this run: processor, cores, memory in GiB, threads, and what it computes with."""
     flags = _cpu_field("flags").split()

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import torch
 
 from benchmarks.prune_merge import kept_by, measure, plain_reap, random_experts
 from benchmarks.prune_peak import measure_pruning
+from benchmarks.runner import peak_bytes
 from benchmarks.small_moe import train_moe, upcycle
 from experts.saliency import METRICS
 from federated.blocks import Blocks
@@ -79,3 +82,17 @@ def test_as_many_experts_stay_by_saliency_as_at_random(share):
 def test_memory_of_pruning_is_measured(tmp_path, tiny_tokenizer):
     found = measure_pruning(saved_moe("mixtral", tmp_path, tiny_tokenizer), tmp_path / "out", 2)
     assert 0 < found["bytes_after"] < found["bytes_before"] and found["peak_bytes"] >= 0
+
+
+def test_the_peak_of_a_process_is_not_that_of_the_one_that_started_it():
+    held = np.ones(300 * 2**20, dtype=np.uint8)
+    assert peak_bytes() > held.nbytes
+    code = "from benchmarks.runner import peak_bytes; import numpy; print(peak_bytes())"
+    alone = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout)
+    big = "import numpy; from benchmarks.runner import peak_bytes; x = numpy.ones(300 << 20, dtype='u1'); "
+    grown = int(
+        subprocess.run(
+            [sys.executable, "-c", big + "print(peak_bytes())"], capture_output=True, text=True
+        ).stdout
+    )
+    assert 250 * 2**20 < grown - alone < 350 * 2**20
