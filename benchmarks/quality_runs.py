@@ -124,10 +124,10 @@ class Run:
         Interpolated between the two rounds around it: runs pass it by different steps, and the worst client of one that
         went further would look better. None where the run does not reach the target.
         """
-        index = next((i for i, entry in enumerate(self.trajectory) if mean_loss(entry) <= target), None)
-        if index is None:
+        after = self.reached(target)
+        if after is None:
             return None
-        start, before, after = (self.trajectory[i] for i in (0, max(index - 1, 0), index))
+        start, before = self.trajectory[0], self.trajectory[max(self.trajectory.index(after) - 1, 0)]
         passed = mean_loss(before) - mean_loss(after)
         share = (mean_loss(before) - target) / passed if passed > 0 else 0.0
         return max(

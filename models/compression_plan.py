@@ -22,10 +22,11 @@ from configs.errors import UserError
 from experts.compression_plan import CompressionPlan, Removal, Step
 from experts.expert_ranks import rank_sums
 from experts.expert_selection import Selection, free_experts, select_experts
-from experts.merging import align_neurons, average_experts, check_alignment
+from experts.merging import check_alignment
 from experts.pair_likeness import PairLikeness, weight_cosine, weight_cosines
 from experts.removal_candidates import RemovalCandidates
 from experts.saliency import Saliency, check_metric
+from models.expert_merging import merge_group
 from models.expert_overlap import collect_overlap
 from models.moe_shrink import set_counts, shrink_layer
 from models.moe_view import MoELayer, moe_layers
@@ -173,10 +174,8 @@ class _Planner:
         layer, left = self._layer(removal.layer), self._left(removal.layer)
         expert, into = left.index(removal.expert), None if removal.into is None else left.index(removal.into)
         if into is not None:
-            pair = [layer.read_numpy(into), layer.read_numpy(expert)]
-            pair[1] = align_neurons(*pair[1], *pair[0], self._options.alignment)
             shares = self._shares[removal.layer, [removal.into, removal.expert]]
-            layer.write(into, *(torch.from_numpy(part) for part in average_experts(pair, shares)))
+            merge_group(layer, [into, expert], shares.tolist(), self._options.alignment)
         shrink_layer(self._model, layer, {expert: into})
 
     def _take(self, removal: Removal, block: nn.Module) -> None:

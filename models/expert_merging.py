@@ -149,21 +149,28 @@ def _merge_layer(
         return {int(expert): [int(expert)] for expert in kept}
     sample_TD, saliency_E = _observe(layer, inputs, counted, plan.sample_tokens)
     groups = group_experts(output_similarity(layer, sample_TD, plan.similarity), kept, plan.max_group_size)
-    for centroid, group in groups.items():
+    weights_E = saliency_E if plan.weighted else np.ones_like(saliency_E)
+    for group in groups.values():
         if len(group) > 1:
-            _merge_group(layer, centroid, group, saliency_E if plan.weighted else None, plan.alignment)
+            merge_group(layer, group, weights_E[group].tolist(), plan.alignment)
     shrink_layer(model, layer, {gone: centroid for centroid, group in groups.items() for gone in group[1:]})
     return groups
 
 
-def _merge_group(
-    layer: MoELayer, centroid: int, group: Sequence[int], saliency_E: np.ndarray | None, alignment: str
-) -> None:
-    weights = {expert: layer.read_numpy(expert) for expert in group}
-    aligned = [align_neurons(*weights[expert], *weights[centroid], alignment) for expert in group]
-    shares = [1.0] * len(group) if saliency_E is None else [float(saliency_E[expert]) for expert in group]
+@torch.no_grad()
+def merge_group(layer: MoELayer, group: Sequence[int], shares: Sequence[float], alignment: str) -> None:
+    """Write the average of a group of experts into its first one; the others stay as they are.
+
+    Args:
+        layer: of the experts.
+        group: their numbers; the neurons of all others are aligned to those of the first.
+        shares: weight of each.
+        alignment: one of ``experts.merging.ALIGNMENTS``.
+    """
+    first, *others = (layer.read_numpy(expert) for expert in group)
+    aligned = [first, *(align_neurons(*other, *first, alignment) for other in others)]
     gate_up, down = (torch.from_numpy(part) for part in average_experts(aligned, shares))
-    layer.write(centroid, gate_up, down)
+    layer.write(group[0], gate_up, down)
 
 
 def _observe(
