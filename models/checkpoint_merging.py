@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -11,28 +10,7 @@ from configs.output import new_directory
 from models.checkpoint import save_graph
 from models.llama_loader import load_tokenizer
 from models.modeling_fedgraft import FedGraftForCausalLM
-from models.moe_layout import read_moe_layout
 from models.side_files import copy_side_files
-from models.tensor_stream import count_parameters
-
-
-@dataclass(frozen=True)
-class StoredSize:
-    """Floating-point entries of a checkpoint, and bytes of its weight files."""
-
-    parameters: int
-    bytes: int
-
-
-def stored_size(folder: Path) -> StoredSize:
-    """Size of a checkpoint with experts; reads no weights.
-
-    Raises:
-        UserError: as ``read_moe_layout``.
-    """
-    stored = list(read_moe_layout(folder).tensors.values())
-    files = {tensor.path for tensor in stored}
-    return StoredSize(count_parameters(stored), sum(path.stat().st_size for path in files))
 
 
 def save_merged(

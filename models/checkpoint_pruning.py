@@ -167,13 +167,12 @@ def _write_weights(plan: _Plan, directory: Path, on_step: Callable[[str, int, in
 
 
 def _report(plan: _Plan, out: Path | None) -> PruneReport:
-    stored = list(plan.layout.tensors.values())
     return PruneReport(
         out=out,
         keep_map=plan.keep_map,
-        parameters_before=count_parameters(stored),
+        parameters_before=plan.layout.parameters,
         parameters_after=_parameters(plan),
-        bytes_before=sum(path.stat().st_size for path in {tensor.path for tensor in stored}),
+        bytes_before=plan.layout.weight_bytes,
         bytes_after=sum(map(file_bytes, plan.files.values())),
         warnings=plan.warnings,
     )

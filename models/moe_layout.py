@@ -15,6 +15,7 @@ from typing import Any
 from configs.errors import UserError
 from models.fingerprint import StoredTensor, checkpoint_files, stored_tensors
 from models.moe_families import FAMILIES, MoEFamily
+from models.tensor_stream import count_parameters
 
 _OF_EXPERT = re.compile(r"experts\.\d+\..+")
 
@@ -66,6 +67,16 @@ class MoELayout:
     def model_type(self) -> str:
         """As the configuration names it."""
         return self.config["model_type"]
+
+    @property
+    def parameters(self) -> int:
+        """Entries of all floating-point tensors."""
+        return count_parameters(list(self.tensors.values()))
+
+    @property
+    def weight_bytes(self) -> int:
+        """Size of the weight files."""
+        return sum(path.stat().st_size for path in {tensor.path for tensor in self.tensors.values()})
 
     @property
     def experts_per_layer(self) -> list[int]:

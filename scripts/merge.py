@@ -154,9 +154,10 @@ def _merge(
     **opening: Any,
 ) -> dict[str, Any]:
     """Merge as one choice says; without ``out`` only tell what would go."""
-    from models.checkpoint_merging import save_merged, stored_size
+    from models.checkpoint_merging import save_merged
     from models.checkpoint_pruning import preview_prune
     from models.expert_merging import merge_experts
+    from models.moe_layout import read_moe_layout
     from models.moe_shrink import keep_experts
     from models.perplexity import batches_loss
 
@@ -175,7 +176,7 @@ def _merge(
     pruned = keep_experts(open_model_text(str(layout.source), **opening).model, choice.keep_map)
     return result | {
         "out": str(out),
-        "bytes_after": stored_size(out).bytes,
+        "bytes_after": read_moe_layout(out).weight_bytes,
         "groups": {str(layer): list(each.values()) for layer, each in enumerate(groups)},
         "perplexity": {
             "before": before,

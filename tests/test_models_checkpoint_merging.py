@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from configs.errors import UserError
-from models.checkpoint_merging import save_merged, stored_size
+from models.checkpoint_merging import save_merged
 from models.llama_loader import load_causal_lm, load_tokenizer
+from models.moe_layout import read_moe_layout
 from models.moe_shrink import keep_experts
 from tests.tiny_graphs import logit_difference, random_ids
 from tests.tiny_moes import FAMILIES, saved_moe
@@ -24,9 +25,9 @@ def test_what_is_saved_is_what_was_in_memory_with_all_that_lay_beside(family, tm
     saved = load_causal_lm(str(tmp_path / "out"))
     assert logit_difference(saved, model, random_ids(model, 1, 12)) < 1e-5
     assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
-    size = stored_size(tmp_path / "out")
-    assert size.bytes == (tmp_path / "out" / "model.safetensors").stat().st_size
-    assert size.parameters < stored_size(source).parameters
+    size = read_moe_layout(tmp_path / "out")
+    assert size.weight_bytes == (tmp_path / "out" / "model.safetensors").stat().st_size
+    assert size.parameters < read_moe_layout(source).parameters
 
 
 def test_a_graph_keeps_its_code_and_tokenizer_and_counts_its_version(tmp_path, tiny_graph_dir):
