@@ -38,7 +38,8 @@ from models.saliency_collection import collect_saliency
 PLANS = {
     "merge": MergePlan(),
     "merge, average similarity": MergePlan(similarity="average"),
-    "merge, plain average": MergePlan(alignment="none", weighted=False),
+    "merge, mean saliency": MergePlan(weights="mean-saliency"),
+    "merge, plain average": MergePlan(alignment="none", weights="plain"),
 }
 RANDOM_DRAWS = 3
 

@@ -75,7 +75,8 @@ def plan_compression(
     """Take experts out of a model one after another, in place, and record what each step costs.
 
     Saliency and visits are collected once, on the model as it is; weight cosines follow the merges. A merged expert is
-    the average of its members weighted by their REAP saliency, and answers to the router row of the most salient one.
+    the average of its members, weighted by saliency summed over tokens, and answers to the router row of the most
+    salient one.
 
     Args:
         model: any with experts (see ``models.moe_view``), held in memory; afterwards it is what the plan leaves. Layers
@@ -125,7 +126,7 @@ class _Planner:
         options: PlanOptions,
     ) -> None:
         self._model, self._ranks, self._measure, self._options = model, ranks, measure, options
-        self._shares, self._likeness = saliency.scores("reap"), likeness
+        self._shares, self._likeness = saliency.reap_sum.copy(), likeness
         self._last_loss = -math.inf
         self._candidates = RemovalCandidates(
             ranks,

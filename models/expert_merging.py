@@ -25,6 +25,7 @@ from models.moe_view import MoELayer, RouterKind, moe_layers
 from models.saliency_collection import SaliencySums, attention
 
 SIMILARITIES = ("gated", "average")
+WEIGHTS = ("saliency", "mean-saliency", "plain")
 Batch = tuple[Tensor, Tensor]
 
 # Of every expert the outputs on so many tokens are in memory.
@@ -40,14 +41,16 @@ class MergePlan:
             ``average``: cosine of their mean outputs (HC-SMoE, Chen et al. 2024, arXiv:2410.08589).
         alignment: of neurons, before they are averaged (see ``experts.merging.align_neurons``).
         max_group_size: experts that become one, at most.
-        weighted: whether averages are weighted by saliency (REAP), or plain.
+        weights: of an average. ``saliency``: gate times output norm, summed over the tokens routed to an expert, so
+            that of two alike the one with more tokens counts more; ``mean-saliency``: their mean, which is REAP;
+            ``plain``: all alike.
         sample_tokens: on which outputs are compared.
     """
 
     similarity: str = "gated"
     alignment: str = "centroid"
     max_group_size: int = 4
-    weighted: bool = True
+    weights: str = "saliency"
     sample_tokens: int = 1024
 
     def __post_init__(self) -> None:
@@ -56,6 +59,8 @@ class MergePlan:
             raise UserError(
                 f"expected a similarity mode of {' or '.join(SIMILARITIES)}, got {self.similarity!r}"
             )
+        if self.weights not in WEIGHTS:
+            raise UserError(f"expected an average by one of {', '.join(WEIGHTS)}, got {self.weights!r}")
         if self.max_group_size < 1:
             raise UserError(f"expected a largest group size of at least 1, got {self.max_group_size}")
 
@@ -147,9 +152,8 @@ def _merge_layer(
 ) -> dict[int, list[int]]:
     if len(kept) == layer.num_experts:
         return {int(expert): [int(expert)] for expert in kept}
-    sample_TD, saliency_E = _observe(layer, inputs, counted, plan.sample_tokens)
+    sample_TD, weights_E = _observe(layer, inputs, counted, plan)
     groups = group_experts(output_similarity(layer, sample_TD, plan.similarity), kept, plan.max_group_size)
-    weights_E = saliency_E if plan.weighted else np.ones_like(saliency_E)
     for group in groups.values():
         if len(group) > 1:
             merge_group(layer, group, weights_E[group].tolist(), plan.alignment)
@@ -174,9 +178,9 @@ def merge_group(layer: MoELayer, group: Sequence[int], shares: Sequence[float], 
 
 
 def _observe(
-    layer: MoELayer, inputs: LayerInputs, counted: Sequence[Tensor], tokens: int
+    layer: MoELayer, inputs: LayerInputs, counted: Sequence[Tensor], plan: MergePlan
 ) -> tuple[Tensor, np.ndarray]:
-    """What the experts receive on the first ``tokens`` counted tokens, ``[T, D]``, and their REAP saliency ``[E]``."""
+    """What the experts receive on the first counted tokens, ``[T, D]``, and their weights in averages, ``[E]``."""
     sums = SaliencySums([layer])
     parts: list[Tensor] = []
 
@@ -188,7 +192,7 @@ def _observe(
         sums.add(0, rows)
 
     def on_input(_: torch.nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        wanted = tokens - sum(len(part) for part in parts)
+        wanted = plan.sample_tokens - sum(len(part) for part in parts)
         if wanted > 0:
             parts.append(arguments[0].flatten(0, -2)[sums.counted.to(arguments[0].device)][:wanted])
 
@@ -199,5 +203,6 @@ def _observe(
     finally:
         hook.remove()
     sums.finish()
-    gated, counts = sums.values[0][0].numpy(), sums.counts[0].numpy()
-    return torch.cat(parts), gated / np.maximum(counts, 1)
+    saliency_E, counts_E = sums.values[0][0].numpy(), sums.counts[0].numpy()
+    weights = {"saliency": saliency_E, "mean-saliency": saliency_E / np.maximum(counts_E, 1)}
+    return torch.cat(parts), weights.get(plan.weights, np.ones_like(saliency_E))

@@ -68,7 +68,10 @@ def merge(
     ] = "centroid",
     max_group_size: Annotated[int, typer.Option(min=1, help="Experts that become one, at most.")] = 4,
     average: Annotated[
-        str, typer.Option(help="saliency: averages weighted by REAP saliency; plain: all alike.")
+        str,
+        typer.Option(
+            help="Weights: saliency (gate x output norm, over all tokens), mean-saliency (a token), plain (alike)."
+        ),
     ] = "saliency",
     metric: Metric = "reap",
     strategy: Strategy = "bottom",
@@ -94,16 +97,13 @@ def merge(
     Calibrates on the training documents of --data, layer by layer, and measures perplexity on the held-out ones:
     before, merged, and with the same experts pruned instead.
     """
-    from configs.errors import UserError
     from configs.output import check_output_directory
     from models.expert_merging import MergePlan
     from models.moe_layout import read_moe_layout
     from models.side_files import local_checkpoint
 
     quiet_libraries()
-    if average not in ("saliency", "plain"):
-        raise UserError(f"expected --average saliency or plain, got {average!r}")
-    plan = MergePlan(similarity_mode, alignment, max_group_size, weighted=average == "saliency")
+    plan = MergePlan(similarity_mode, alignment, max_group_size, average)
     source = local_checkpoint(model)
     layout = read_moe_layout(source)
     choices = choose_experts(

@@ -108,7 +108,7 @@ def test_a_merge_is_the_average_of_the_most_alike_pair(family, alignment, merges
     model = moe_of(family)
     expected = copy.deepcopy(model)
     saliency, visits = collect_overlap(expected, text(expected))
-    scores, ranks = saliency.scores("reap"), rank_sums([saliency], "reap", model_wide=True)
+    ranks = rank_sums([saliency], "reap", model_wide=True)
     found = plan(model, 1, alignment=alignment)
     (step,) = found.steps
     layer, gone, into = step.removal.layer, step.removal.expert, step.removal.into
@@ -125,7 +125,9 @@ def test_a_merge_is_the_average_of_the_most_alike_pair(family, alignment, merges
     assert ranks[layer, gone] > ranks[layer, into] and step.saliency_rank == ranks[layer, gone]
     if alignment == "none":
         view = moe_layers(expected)[layer]
-        average = average_experts([view.read_numpy(e) for e in (into, gone)], scores[layer, [into, gone]])
+        average = average_experts(
+            [view.read_numpy(e) for e in (into, gone)], saliency.reap_sum[layer, [into, gone]]
+        )
         view.write(into, *map(torch.from_numpy, average))
         shrink_layer(expected, view, {gone: into})
         assert step.perplexity == pytest.approx(perplexity(expected), rel=1e-6)
@@ -140,7 +142,7 @@ def test_a_chain_of_merges_is_the_average_of_the_group(merges_only):
     found = plan(model, 6, alignment="none")
     assert {layer.num_experts for layer in moe_layers(model)} == {1}
     for layer in moe_layers(original):
-        shares = saliency.scores("reap")[layer.ordinal]
+        shares = saliency.reap_sum[layer.ordinal]
         average = average_experts([layer.read_numpy(expert) for expert in range(4)], shares)
         for part, expected in zip(moe_layers(model)[layer.ordinal].read_numpy(0), average, strict=True):
             np.testing.assert_allclose(part, expected, atol=1e-6)
@@ -154,7 +156,7 @@ def test_later_merges_compare_what_merged_experts_are_by_then(merges_only):
     saliency, (visits,) = collect_overlap(original, text(original))
     first, second = plan(model, 2, alignment="none").steps
     (layer,), pair = moe_layers(original), [first.removal.into, first.removal.expert]
-    merged = average_experts([layer.read_numpy(e) for e in pair], saliency.scores("reap")[0, pair])
+    merged = average_experts([layer.read_numpy(e) for e in pair], saliency.reap_sum[0, pair])
     other = 3 - sum(pair)
     cosine = weight_cosines([merged, layer.read_numpy(other)], "none")[0, 1]
     assert second.weight_cosine == pytest.approx(cosine, abs=1e-6)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from configs.errors import UserError
-from models.expert_merging import MergePlan, merge_experts, output_similarity
+from models.expert_merging import WEIGHTS, MergePlan, merge_experts, output_similarity
 from models.gates import all_gates, router_logits
 from models.moe_shrink import keep_experts
 from models.moe_view import moe_layers
@@ -71,11 +71,16 @@ def test_without_alignment_twins_in_another_order_spoil_each_other():
 
 
 @torch.no_grad()
-def test_the_first_layer_is_the_average_weighted_by_its_saliency():
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_the_first_layer_is_the_average_with_the_weights_asked_for(weights):
     model = tiny_moe("olmoe")
     expected = tiny_moe("olmoe")
-    saliency = collect_saliency(model, calibration(model)).scores("reap")[0]
-    group, *_ = merge_experts(model, calibration(model), {0: np.array([1, 3])}, MergePlan(alignment="none"))
+    found = collect_saliency(model, calibration(model))
+    saliency = {"saliency": found.reap_sum[0], "mean-saliency": found.scores("reap")[0], "plain": np.ones(5)}[
+        weights
+    ]
+    plan = MergePlan(alignment="none", weights=weights)
+    group, *_ = merge_experts(model, calibration(model), {0: np.array([1, 3])}, plan)
     assert sorted(sum(group.values(), [])) == list(range(5))
     before, after = moe_layers(expected)[0], moe_layers(model)[0]
     for index, (centroid, members) in enumerate(group.items()):
@@ -92,7 +97,7 @@ def test_later_layers_see_what_merged_layers_give(monkeypatch):
     model = tiny_moe("mixtral")
     merged_first = tiny_moe("mixtral")
     merge_experts(merged_first, calibration(model), {0: KEPT[0]}, MergePlan())
-    expected = collect_saliency(merged_first, calibration(model)).scores("reap")[1]
+    expected = collect_saliency(merged_first, calibration(model)).reap_sum[1]
     seen = []
     import models.expert_merging as module
 
@@ -151,6 +156,8 @@ def test_bad_plans_and_no_text_are_refused():
         MergePlan(similarity="cosine")
     with pytest.raises(UserError, match="'up'"):
         MergePlan(alignment="up")
+    with pytest.raises(UserError, match="'mean'"):
+        MergePlan(weights="mean")
     with pytest.raises(UserError, match="got 0"):
         MergePlan(max_group_size=0)
     with pytest.raises(UserError, match="no token"):
