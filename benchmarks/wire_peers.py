@@ -12,9 +12,20 @@ from torch import Tensor
 from zstandard import ZstdCompressor, ZstdDecompressor
 
 from benchmarks.statistics import alternate
-from federated.update import SparseUpdate, Unit, join_indices, join_values, split_columns
+from federated.update import SparseUpdate, SparseVector, Unit, join_indices, join_values, split_columns
 
 _INDEX, _VALUE = np.dtype("<i4"), np.dtype("<f2")
+
+
+def plain_select(vectors: Mapping[Unit, Tensor], density: float) -> SparseUpdate:
+    """A share ``density`` of each unit's entries, the largest, as torch.topk finds them."""
+    found = {}
+    for unit, vector in vectors.items():
+        positions = (
+            torch.topk(vector.abs(), round(density * vector.numel()), sorted=False).indices.sort().values
+        )
+        found[unit] = SparseVector(vector.numel(), positions.numpy(), vector[positions].numpy())
+    return SparseUpdate(0, "", found)
 
 
 def plain_pack(update: SparseUpdate, level: int = 3) -> bytes:

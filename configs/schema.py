@@ -90,7 +90,7 @@ class RunConfig(BaseModel):
     """What a client weighs: its training blocks (examples) or the tokens it trained on in the round."""
     ship_experts: Whole = 0
     """Experts per layer a client ships each round; 0: all it trained."""
-    density: Annotated[float, Field(gt=0, le=1)] = 0.003
+    density: Annotated[float, Field(gt=0, le=1)] = 0.006
     """Kept entries / all entries of the experts a client ships; a node's own density counts before it."""
     density_scope: Literal["expert", "all"] = "all"
     """Entries that compete for the density: of each expert by itself, or of all that a client ships (all)."""
@@ -132,7 +132,7 @@ class RunConfig(BaseModel):
     """Tokens per block; at most the model's max_position_embeddings."""
     optimizer: Literal["adamw", "adafactor", "sgd"] = "adamw"
     """Optimizer of the clients: adamw, adafactor (needs the least memory) or sgd."""
-    learning_rate: Positive = 1e-3
+    learning_rate: Positive = 5e-4
     """Learning rate of the clients' optimizer."""
     gain_learning_rate: Positive = 1.0
     """Learning rate of edge gains and output gains, as a multiple of learning-rate."""

@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.wire import measure, smallest_bytes
 from benchmarks.wire_lowrank import energy_ratios, factor_energy, sparse_energy
-from benchmarks.wire_peers import dense_peers, plain_pack, plain_unpack
+from benchmarks.wire_peers import dense_peers, plain_pack, plain_select, plain_unpack
 from benchmarks.wire_updates import kept, random_update, side_by_side
 
 FIGURES = {
@@ -19,6 +19,7 @@ FIGURES = {
     "overhead_bytes",
     "container_share_100k",
     "pack_speed_ratio",
+    "pack_speed_ratio_same_selection",
     "pack_speed_ratio_without_selection",
     "unpack_speed_ratio",
     "size_ratio",
@@ -51,6 +52,14 @@ def test_plain_coding_gives_back_positions_and_half_precision_values():
     for unit, vector in update.vectors.items():
         np.testing.assert_array_equal(again.vectors[unit].indices, vector.indices)
         np.testing.assert_allclose(again.vectors[unit].values, vector.values, rtol=1e-3, atol=1e-7)
+
+
+def test_plain_selection_finds_the_same_entries_as_ours():
+    vectors = {(0, 0): normal(1000), (0, 1): normal(500, seed=1)}
+    plain, ours = (select(vectors, 0.1).vectors for select in (plain_select, kept))
+    for unit in vectors:
+        np.testing.assert_array_equal(plain[unit].indices, ours[unit].indices)
+        np.testing.assert_array_equal(plain[unit].values, ours[unit].values)
 
 
 def test_clients_side_by_side_are_layers():
