@@ -1,10 +1,10 @@
 """How many bytes does quality cost? Ours against dense FedAvg, FedIT, and the same graph under uncompressed FedAvg.
 
 All methods train on the same batches, equally many steps a round, at a learning rate and with a schedule that are
-tuned for each on the first seed: of the others for the lowest mean loss, of ours for the worst client, who pays where
-few bytes are spent. A method's bytes are those of its Flower messages up to the end of the first round in which the
-geometric mean of the clients' held-out perplexities has reached the target. Ours runs with the defaults of the
-project.
+tuned for each: the others' on the first seed for the lowest mean loss, ours on all seeds for the worst client, who
+pays where few bytes are spent. A method's bytes are those of its Flower messages up to the end of the first round in
+which the geometric mean of the clients' held-out perplexities has reached the target. Ours runs with the defaults of
+the project.
 """
 
 from __future__ import annotations
@@ -18,7 +18,17 @@ from typing import Any
 
 from joblib import Parallel, delayed
 
-from benchmarks.quality_runs import FULL, QUICK, Job, Run, Settings, bootstrap_graph, mean_loss, run_job
+from benchmarks.quality_runs import (
+    FULL,
+    QUICK,
+    Job,
+    Rate,
+    Run,
+    Settings,
+    bootstrap_graph,
+    mean_loss,
+    run_job,
+)
 from benchmarks.runner import Measured, OnStep, run_benchmark
 from benchmarks.statistics import interval
 from configs.schema import RunConfig
@@ -64,31 +74,33 @@ class _Runner:
         self._settings, self._quick, self._on_step = settings, quick, on_step
         self._graphs = {seed: bootstrap_graph(folder, seed, settings, quick) for seed in settings.seeds}
         self._done = 0
-        # The rates tried on the first seed, on all others what was best, and twice the half active.
-        tried, seeds = sum(map(len, settings.learning_rates.values())), len(settings.seeds)
-        self._total = tried + 3 * (seeds - 1) + 2 * len(settings.half_seeds)
+        # Of the peers all rates on the first seed, on the others what was best there; of ours all rates on all seeds.
+        rates, seeds = settings.learning_rates, len(settings.seeds)
+        peers = sum(len(rates[name]) + seeds - 1 for name in PEERS)
+        self._total = peers + len(rates["ours"]) * seeds + 2 * len(settings.half_seeds)
 
     def all_runs(self) -> Runs:
-        """The runs of each method, one per seed in order, and under ``tried`` all on the first seed."""
+        """The runs of each method, one per seed in order, and under ``tried`` all that were made to find a rate."""
         first, *others = self._settings.seeds
         tried = self._tune([Job(name, first, _UNTUNED) for name in PEERS])
         best = {name: min(_of(name, tried), key=lambda run: run.loss) for name in PEERS}
-        goals = (target(best["dense"]), best["fedit"].loss)
-        tried += self._tune([Job("ours", first, _UNTUNED, goals)])
-        best["ours"] = min(_of("ours", tried), key=lambda run: _worst(run, goals[0]))
-        rates = {name: run.learning_rate for name, run in best.items()}
         runs = self._run(
-            [Job(name, seed, rates[name]) for name in PEERS for seed in others]
-            + [Job("half dense", seed, rates["dense"]) for seed in self._settings.half_seeds]
+            [Job(name, seed, best[name].learning_rate) for name in PEERS for seed in others]
+            + [Job("half dense", seed, best["dense"].learning_rate) for seed in self._settings.half_seeds]
         )
-        half = _of("half dense", runs)
-        peers = zip(others, _of("dense", runs), _of("fedit", runs), strict=True)
-        runs += self._run(
-            [Job("ours", seed, rates["ours"], (target(dense), fedit.loss)) for seed, dense, fedit in peers]
-            + [Job("half ours", run.seed, rates["ours"], (target(run),)) for run in half]
+        found = {name: [run, *_of(name, runs)] for name, run in best.items()}
+        found["half dense"] = _of("half dense", runs)
+        peers = zip(found["dense"], found["fedit"], strict=True)
+        ours = self._tune(
+            [Job("ours", dense.seed, _UNTUNED, (target(dense), fedit.loss)) for dense, fedit in peers]
         )
-        found = {name: _of(name, [*best.values(), *runs]) for name in (*best, "half dense", "half ours")}
-        return {**found, "tried": tried}
+        by_rate = [_at(rate, ours) for rate in self._settings.learning_rates["ours"]]
+        found["ours"] = min(by_rate, key=lambda runs: _mean_worst(runs, found["dense"]))
+        rate = found["ours"][0].learning_rate
+        found["half ours"] = self._run(
+            [Job("half ours", run.seed, rate, (target(run),)) for run in found["half dense"]]
+        )
+        return {**found, "tried": tried + ours}
 
     def _tune(self, jobs: Sequence[Job]) -> list[Run]:
         """Each job at every learning rate that is tried for its method."""
@@ -111,9 +123,14 @@ def _of(method: str, runs: Sequence[Run]) -> list[Run]:
     return [run for run in runs if run.method == method]
 
 
-def _worst(run: Run, goal: float) -> tuple[float, float]:
-    change = run.worst_change(goal)
-    return (math.inf if change is None else change, run.loss)
+def _at(rate: Rate, runs: Sequence[Run]) -> list[Run]:
+    return [run for run in runs if run.learning_rate == rate]
+
+
+def _mean_worst(ours: Sequence[Run], dense: Sequence[Run]) -> float:
+    """Mean over seeds of the worst client's ratio; infinite where a run does not reach the target."""
+    ratios = _worst_ratios(ours, dense, [target(run) for run in dense])
+    return fmean(math.inf if ratio is None else ratio for ratio in ratios)
 
 
 def _measured(settings: Settings, runs: Runs) -> Measured:

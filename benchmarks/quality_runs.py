@@ -48,8 +48,8 @@ class Settings:
         local_steps: of a client in a round.
         seeds: of the order of the text and of the clusters.
         half_seeds: those with half of the experts active, which train four times as long: routers and gains, too.
-        learning_rates: tried on the first seed, by method, each with its schedule over the rounds; the half active take
-            what all active did best with.
+        learning_rates: tried, by method, each with its schedule over the rounds; the half active take what all active
+            did best with.
         calibration_tokens: sampled from the model, for the bootstrap.
         jobs: runs side by side, a thread each.
     """
