@@ -1,6 +1,6 @@
 """Which experts can go? Pruning by REAP, by frequency, at random, and merging, on mixtures trained here and a graph.
 
-A small mixture is upcycled from a trained Llama and trained on all domains, once per seed. What is kept is chosen on
+A small mixture is grown on a trained Llama and trained on all domains, once per seed. What is kept is chosen on
 training text; perplexity is measured on held-out text of all domains, with no training after the experts went.
 """
 
@@ -22,7 +22,7 @@ from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel
 from benchmarks.material import bootstrapped, data_sources, domain_blocks, model_path
 from benchmarks.quality_runs import DOMAINS
 from benchmarks.runner import Measured, OnStep, measured_apart, run_benchmark
-from benchmarks.small_moe import train_moe, upcycle
+from benchmarks.small_moe import grow, train_moe
 from benchmarks.statistics import alternate, interval, median_ratio
 from experts.expert_selection import Selection, select_experts
 from experts.saliency import METRICS, Saliency
@@ -38,8 +38,9 @@ from models.saliency_collection import collect_saliency
 PLANS = {
     "merge": MergePlan(),
     "merge, average similarity": MergePlan(similarity="average"),
-    "merge, mean saliency": MergePlan(weights="mean-saliency"),
-    "merge, plain average": MergePlan(alignment="none", weights="plain"),
+    "merge, REAM": MergePlan(weights="mean-saliency", refit=False),
+    "merge, REAM by all tokens, refitted": MergePlan(weights="saliency"),
+    "merge, plain average": MergePlan(alignment="none", weights="plain", refit=False),
 }
 RANDOM_DRAWS = 3
 
@@ -53,6 +54,7 @@ class Settings:
         experts: E of the mixture.
         graph_experts: E of the graph.
         top_k: experts per token of the mixture.
+        neurons: of an expert of the mixture.
         train_blocks: of a domain.
         calibration_blocks: of a domain, for saliency and merging.
         valid_blocks: of a domain.
@@ -70,6 +72,7 @@ class Settings:
     experts: int
     graph_experts: int
     top_k: int
+    neurons: int
     train_blocks: int
     calibration_blocks: int
     valid_blocks: int
@@ -83,12 +86,14 @@ class Settings:
     repeats: int
 
 
-FULL = Settings(DOMAINS, 8, 16, 2, 400, 16, 24, 128, 16, 150, 1e-3, (1, 2, 3), 8192, (1024, 2048, 10), 7)
+FULL = Settings(DOMAINS, 32, 16, 4, 64, 400, 16, 24, 128, 16, 120, 2e-3, (1, 2, 3), 8192, (1024, 2048, 10), 7)
 QUICK = replace(
     FULL,
     domains=("a",),
     experts=4,
     graph_experts=4,
+    top_k=2,
+    neurons=8,
     train_blocks=4,
     calibration_blocks=2,
     valid_blocks=2,
@@ -119,7 +124,7 @@ def measure(quick: bool, on_step: OnStep) -> Measured:
     tools: dict[str, float] = {}
     for number, seed in enumerate(settings.seeds):
         text = read_text(settings, seed, quick)
-        moe = upcycle(path, experts=settings.experts, top_k=settings.top_k, seed=seed)
+        moe = grow(path, experts=settings.experts, top_k=settings.top_k, neurons=settings.neurons, seed=seed)
         train_moe(
             moe,
             text.train,
@@ -206,7 +211,7 @@ def pruned_perplexity(model: PreTrainedModel, text: Text, keep_map: Mapping[int,
     return perplexity(keep_experts(copy.deepcopy(model), keep_map), text)
 
 
-def tool_figures(moe: MixtralForCausalLM, batches: Sequence[Batch], repeats: int) -> dict[str, float]:
+def tool_figures(moe: PreTrainedModel, batches: Sequence[Batch], repeats: int) -> dict[str, float]:
     """How far the collection is from the published formula, and its time over that of a plain forward pass."""
     found, plain = collect_saliency(moe, batches).scores("reap"), plain_reap(moe, batches)
 
@@ -223,7 +228,7 @@ def tool_figures(moe: MixtralForCausalLM, batches: Sequence[Batch], repeats: int
 
 
 @torch.no_grad()
-def plain_reap(moe: MixtralForCausalLM, batches: Sequence[Batch]) -> np.ndarray:
+def plain_reap(moe: PreTrainedModel, batches: Sequence[Batch]) -> np.ndarray:
     """REAP (arXiv:2510.13999), every expert run on every token: mean of gate x output norm where routed, ``[L, E]``."""
     layers = moe_layers(moe)
     total, count = (torch.zeros(len(layers), layers[0].num_experts, dtype=torch.float64) for _ in range(2))

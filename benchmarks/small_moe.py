@@ -1,7 +1,7 @@
-"""A small mixture of experts, upcycled from a trained Llama and trained on text.
+"""A small mixture of experts, grown on a trained Llama that stays as it is, and trained on text.
 
-Sparse upcycling: Komatsuzaki et al. 2023 (arXiv:2212.05055). Every expert starts as a copy of the dense FFN; since the
-gates of a token sum to one, the mixture starts as the Llama, and its experts part as they are trained.
+In the manner of PESC (Wu et al. 2024, arXiv:2401.02731), which adds experts to a frozen dense model: each FFN becomes
+the shared expert of its layer, and routed experts beside it learn what it lacks. In the format of Qwen2-MoE.
 """
 
 from __future__ import annotations
@@ -10,7 +10,12 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, get_linear_schedule_with_warmup
+from transformers import (
+    LlamaForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+    get_linear_schedule_with_warmup,
+)
 
 from federated.blocks import Blocks, batches
 from models.llama_loader import load_dense
@@ -20,25 +25,34 @@ from models.router_losses import Routing, router_loss
 BALANCE_WEIGHT = 0.1
 
 
-def upcycle(path: str, *, experts: int, top_k: int, seed: int) -> MixtralForCausalLM:
-    """A Mixtral whose experts are copies of the FFNs of the Llama in ``path``, and random routers, fp32."""
+def grow(path: str, *, experts: int, top_k: int, neurons: int, seed: int) -> Qwen2MoeForCausalLM:
+    """A Qwen2-MoE that starts as the Llama in ``path``, fp32.
+
+    Every routed expert starts with the gate and up rows of the same ``neurons`` of the FFN and gives nothing at first;
+    routers are random.
+    """
     dense = load_dense(path).float()
     torch.manual_seed(seed)
-    moe = MixtralForCausalLM(_config(dense, experts, top_k))
-    shared = {name: value for name, value in dense.state_dict().items() if ".mlp." not in name}
-    moe.load_state_dict(shared, strict=False)
+    moe = Qwen2MoeForCausalLM(_config(dense, experts, top_k, neurons))
+    others = {name: value for name, value in dense.state_dict().items() if ".mlp." not in name}
+    moe.load_state_dict(others, strict=False)
     with torch.no_grad():
         for source, target in zip(dense.model.layers, moe.model.layers, strict=True):
-            mlp, fused = source.mlp, target.mlp.experts
-            fused.gate_up_proj.copy_(
-                torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]).expand_as(fused.gate_up_proj)
-            )
-            fused.down_proj.copy_(mlp.down_proj.weight.expand_as(fused.down_proj))
+            gate, up, down = (getattr(source.mlp, f"{name}_proj").weight for name in ("gate", "up", "down"))
+            shared, chosen = target.mlp.shared_expert, torch.randperm(len(gate))[:neurons]
+            shared.gate_proj.weight.copy_(gate)
+            shared.up_proj.weight.copy_(up)
+            # A shared expert passes through a sigmoid gate, which is one half here.
+            target.mlp.shared_expert_gate.weight.zero_()
+            shared.down_proj.weight.copy_(2 * down)
+            rows = torch.cat([gate[chosen], up[chosen]])
+            target.mlp.experts.gate_up_proj.copy_(rows.expand_as(target.mlp.experts.gate_up_proj))
+            target.mlp.experts.down_proj.zero_()
     return moe
 
 
 def train_moe(
-    moe: MixtralForCausalLM,
+    moe: Qwen2MoeForCausalLM,
     text: Blocks,
     *,
     steps: int,
@@ -48,8 +62,11 @@ def train_moe(
     seed: int,
     on_step: Callable[[int], None] = lambda done: None,
 ) -> None:
-    """Train all weights with AdamW, the rate falling linearly, and a load-balance loss of each layer."""
-    optimizer = torch.optim.AdamW(moe.parameters(), lr=learning_rate, fused=True)
+    """Train routed experts and routers with AdamW, the rate falling linearly, and a load-balance loss of each layer."""
+    for name, parameter in moe.named_parameters():
+        parameter.requires_grad_(".mlp.experts." in name or ".mlp.gate." in name)
+    trained = [parameter for parameter in moe.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=learning_rate, fused=True)
     schedule = get_linear_schedule_with_warmup(optimizer, steps // 20, steps)
     stream = batches(text, batch_size, generator=torch.Generator().manual_seed(seed))
     moe.train()
@@ -57,14 +74,14 @@ def train_moe(
         loss = _loss(moe, input_ids, labels, autocast)
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(moe.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         schedule.step()
         on_step(step + 1)
     moe.eval()
 
 
-def _loss(moe: MixtralForCausalLM, input_ids: Tensor, labels: Tensor, autocast: bool) -> Tensor:
+def _loss(moe: Qwen2MoeForCausalLM, input_ids: Tensor, labels: Tensor, autocast: bool) -> Tensor:
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         output = moe(input_ids=input_ids, labels=labels, use_cache=False, output_router_logits=True)
     # transformers' own loss balances the load over all layers together, and leaves it uneven in each.
@@ -75,16 +92,14 @@ def _loss(moe: MixtralForCausalLM, input_ids: Tensor, labels: Tensor, autocast: 
     return output.loss + router_loss(routings, load_balance_weight=BALANCE_WEIGHT)
 
 
-def _config(dense: LlamaForCausalLM, experts: int, top_k: int) -> MixtralConfig:
+def _config(dense: LlamaForCausalLM, experts: int, top_k: int, neurons: int) -> Qwen2MoeConfig:
     ours = dense.config
-    return MixtralConfig(
+    return Qwen2MoeConfig(
         vocab_size=ours.vocab_size,
         hidden_size=ours.hidden_size,
-        intermediate_size=ours.intermediate_size,
         num_hidden_layers=ours.num_hidden_layers,
         num_attention_heads=ours.num_attention_heads,
         num_key_value_heads=ours.num_key_value_heads,
-        head_dim=ours.head_dim,
         hidden_act=ours.hidden_act,
         max_position_embeddings=ours.max_position_embeddings,
         rms_norm_eps=ours.rms_norm_eps,
@@ -93,8 +108,11 @@ def _config(dense: LlamaForCausalLM, experts: int, top_k: int) -> MixtralConfig:
         bos_token_id=ours.bos_token_id,
         eos_token_id=ours.eos_token_id,
         pad_token_id=None,
-        num_local_experts=experts,
+        qkv_bias=False,
+        shared_expert_intermediate_size=ours.intermediate_size,
+        moe_intermediate_size=neurons,
+        num_experts=experts,
         num_experts_per_tok=top_k,
+        norm_topk_prob=True,
         router_aux_loss_coef=0.0,
-        sliding_window=None,
     )

@@ -1,6 +1,7 @@
 """Merging experts of an opened model, layer by layer, each on what the merged layers before it give.
 
-REAM: Jha et al. 2026, "REAM: Merging Improves Pruning of Experts in LLMs", arXiv:2604.04356.
+REAM: Jha et al. 2026, "REAM: Merging Improves Pruning of Experts in LLMs", arXiv:2604.04356. Beyond it, merged experts
+are fitted to what the layer gave before (see ``models.expert_refit``).
 Shape suffixes: T tokens, D hidden width, E experts, F = T D.
 """
 
@@ -18,6 +19,7 @@ from configs.errors import UserError
 from experts.expert_list import check_keep_map
 from experts.merging import align_neurons, average_experts, check_alignment, group_experts
 from models.expert_observer import ExpertRows, observing
+from models.expert_refit import block_output, refit_experts
 from models.gates import all_gates, router_logits
 from models.layer_walk import LayerInputs, walk_layers
 from models.moe_shrink import set_counts, shrink_layer
@@ -25,7 +27,7 @@ from models.moe_view import MoELayer, RouterKind, moe_layers
 from models.saliency_collection import SaliencySums, attention
 
 SIMILARITIES = ("gated", "average")
-WEIGHTS = ("saliency", "mean-saliency", "plain")
+WEIGHTS = ("centroid", "saliency", "mean-saliency", "plain")
 Batch = tuple[Tensor, Tensor]
 
 # Of every expert the outputs on so many tokens are in memory.
@@ -41,17 +43,22 @@ class MergePlan:
             ``average``: cosine of their mean outputs (HC-SMoE, Chen et al. 2024, arXiv:2410.08589).
         alignment: of neurons, before they are averaged (see ``experts.merging.align_neurons``).
         max_group_size: experts that become one, at most.
-        weights: of an average. ``saliency``: gate times output norm, summed over the tokens routed to an expert, so
-            that of two alike the one with more tokens counts more; ``mean-saliency``: their mean, which is REAP;
-            ``plain``: all alike.
+        weights: of the average that a merged expert is. ``centroid``: none but that of the expert that stays, which
+            the fit then makes stand for its group; ``saliency``: gate times output norm, summed over the tokens routed
+            to an expert, so that of two alike the one with more tokens counts more; ``mean-saliency``: their mean, as
+            in REAM; ``plain``: all alike.
+        refit: whether the down projections of merged experts are fitted to what the layer gave before.
         sample_tokens: on which outputs are compared.
+        refit_tokens: on which they are fitted.
     """
 
     similarity: str = "gated"
     alignment: str = "centroid"
     max_group_size: int = 4
-    weights: str = "saliency"
+    weights: str = "centroid"
+    refit: bool = True
     sample_tokens: int = 1024
+    refit_tokens: int = 16384
 
     def __post_init__(self) -> None:
         check_alignment(self.alignment)
@@ -61,6 +68,10 @@ class MergePlan:
             )
         if self.weights not in WEIGHTS:
             raise UserError(f"expected an average by one of {', '.join(WEIGHTS)}, got {self.weights!r}")
+        if self.weights == "centroid" and not self.refit:
+            raise UserError(
+                "expected a refit of experts that nothing is averaged into, got none; that is pruning"
+            )
         if self.max_group_size < 1:
             raise UserError(f"expected a largest group size of at least 1, got {self.max_group_size}")
 
@@ -152,12 +163,17 @@ def _merge_layer(
 ) -> dict[int, list[int]]:
     if len(kept) == layer.num_experts:
         return {int(expert): [int(expert)] for expert in kept}
-    sample_TD, weights_E = _observe(layer, inputs, counted, plan)
-    groups = group_experts(output_similarity(layer, sample_TD, plan.similarity), kept, plan.max_group_size)
+    x_TD, weights_E = _observe(layer, inputs, counted, plan)
+    alike_EE = output_similarity(layer, x_TD[: plan.sample_tokens], plan.similarity)
+    groups = group_experts(alike_EE, kept, plan.max_group_size)
+    wanted_TD = block_output(layer, x_TD) if plan.refit else None
     for group in groups.values():
-        if len(group) > 1:
+        if len(group) > 1 and plan.weights != "centroid":
             merge_group(layer, group, weights_E[group].tolist(), plan.alignment)
     shrink_layer(model, layer, {gone: centroid for centroid, group in groups.items() for gone in group[1:]})
+    if wanted_TD is not None:
+        merged = [index for index, group in enumerate(groups.values()) if len(group) > 1]
+        refit_experts(moe_layers(model)[layer.ordinal], merged, x_TD, wanted_TD)
     return groups
 
 
@@ -181,7 +197,7 @@ def _observe(
     layer: MoELayer, inputs: LayerInputs, counted: Sequence[Tensor], plan: MergePlan
 ) -> tuple[Tensor, np.ndarray]:
     """What the experts receive on the first counted tokens, ``[T, D]``, and their weights in averages, ``[E]``."""
-    sums = SaliencySums([layer])
+    sums, tokens = SaliencySums([layer]), max(plan.sample_tokens, plan.refit_tokens if plan.refit else 0)
     parts: list[Tensor] = []
 
     def on_batch(batch: int) -> None:
@@ -192,7 +208,7 @@ def _observe(
         sums.add(0, rows)
 
     def on_input(_: torch.nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        wanted = plan.sample_tokens - sum(len(part) for part in parts)
+        wanted = tokens - sum(len(part) for part in parts)
         if wanted > 0:
             parts.append(arguments[0].flatten(0, -2)[sums.counted.to(arguments[0].device)][:wanted])
 

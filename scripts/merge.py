@@ -70,9 +70,13 @@ def merge(
     average: Annotated[
         str,
         typer.Option(
-            help="Weights: saliency (gate x output norm, over all tokens), mean-saliency (a token), plain (alike)."
+            help="What a merged expert is before its refit: the expert that stays (centroid), or an average of its "
+            "group by saliency, mean-saliency (REAM) or plain."
         ),
-    ] = "saliency",
+    ] = "centroid",
+    refit: Annotated[
+        bool, typer.Option(help="Fit merged experts to what their layer gave before, by least squares.")
+    ] = True,
     metric: Metric = "reap",
     strategy: Strategy = "bottom",
     model_wide: ModelWide = False,
@@ -92,7 +96,7 @@ def merge(
     overwrite: Overwrite = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Merge experts that go into experts that stay and behave alike (REAM), and write the smaller checkpoint.
+    """Merge experts that go into experts that stay and behave alike, and write the smaller checkpoint.
 
     Calibrates on the training documents of --data, layer by layer, and measures perplexity on the held-out ones:
     before, merged, and with the same experts pruned instead.
@@ -103,7 +107,7 @@ def merge(
     from models.side_files import local_checkpoint
 
     quiet_libraries()
-    plan = MergePlan(similarity_mode, alignment, max_group_size, average)
+    plan = MergePlan(similarity_mode, alignment, max_group_size, average, refit)
     source = local_checkpoint(model)
     layout = read_moe_layout(source)
     choices = choose_experts(

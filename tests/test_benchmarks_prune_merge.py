@@ -11,7 +11,7 @@ import torch
 from benchmarks.prune_merge import kept_by, measure, plain_reap, random_experts
 from benchmarks.prune_peak import measure_pruning
 from benchmarks.runner import peak_bytes
-from benchmarks.small_moe import train_moe, upcycle
+from benchmarks.small_moe import grow, train_moe
 from experts.saliency import METRICS
 from federated.blocks import Blocks
 from models.llama_loader import load_dense
@@ -39,11 +39,14 @@ def test_a_quick_run_gives_every_figure():
                 assert {*METRICS, "random", "merge"} <= set(run[share])
 
 
-def test_an_upcycled_mixture_starts_as_its_llama_and_learns(tiny_llama_dir):
-    moe = upcycle(str(tiny_llama_dir), experts=4, top_k=2, seed=0)
+def test_a_grown_mixture_starts_as_its_llama_and_learns(tiny_llama_dir):
+    moe = grow(str(tiny_llama_dir), experts=4, top_k=2, neurons=8, seed=0)
     ids = random_ids(moe, 8, 16)
     assert logit_difference(moe, load_dense(str(tiny_llama_dir)), ids) < 1e-5
-    before = evaluate_loss(moe, ids, ids).mean
+    before, dense = (
+        evaluate_loss(moe, ids, ids).mean,
+        moe.model.layers[0].mlp.shared_expert.up_proj.weight.clone(),
+    )
     told: list[int] = []
     train_moe(
         moe,
@@ -56,6 +59,7 @@ def test_an_upcycled_mixture_starts_as_its_llama_and_learns(tiny_llama_dir):
         on_step=told.append,
     )
     assert evaluate_loss(moe, ids, ids).mean < before and told[-1] == 20 and not moe.training
+    assert torch.equal(moe.model.layers[0].mlp.shared_expert.up_proj.weight, dense)
 
 
 def test_the_plain_formula_leaves_padding_out():
