@@ -75,7 +75,7 @@ RATES: dict[str, Sequence[Rate]] = {
     "fedit": ((2e-3, "constant"), (5e-3, "constant"), (1e-2, "constant"), (5e-3, "linear")),
     "ours": ((5e-4, "linear"), (7e-4, "linear"), (1e-3, "linear")),
 }
-FULL = Settings(DOMAINS, 16, 12, 20, 400, 24, 128, 4, 10, (0, 1, 2), (0,), RATES, 8192, 2)
+FULL = Settings(DOMAINS, 16, 12, 20, 400, 24, 128, 4, 10, (0, 1, 2), (0, 1, 2), RATES, 8192, 2)
 QUICK = replace(
     FULL,
     domains=("a",),
