@@ -28,12 +28,14 @@ class ExpertRows(NamedTuple):
         expert: number.
         tokens: ``[N]``, those that visit it, as positions in the flattened batch.
         gates: ``[N]``, what multiplies its output.
+        inputs: ``[N, D]``, what it receives, in a graph with what passes along edges.
         outputs: ``[N, D]``, before the gates.
     """
 
     expert: int
     tokens: Tensor
     gates: Tensor
+    inputs: Tensor
     outputs: Tensor
 
 
@@ -68,8 +70,9 @@ def _observing_fused(layer: MoELayer, on_rows: OnRows) -> Iterator[None]:
     def forward(hidden_TD: Tensor, experts_TK: Tensor, gates_TK: Tensor) -> Tensor:
         result_TD, gates = torch.zeros_like(hidden_TD), gates_TK.flatten()
         for expert, places, tokens in _visited(sort_visits(experts_TK, layer.num_experts)):
-            outputs_ND = layer.run(expert, hidden_TD[tokens])
-            on_rows(layer, ExpertRows(expert, tokens, gates[places], outputs_ND))
+            inputs_ND = hidden_TD[tokens]
+            outputs_ND = layer.run(expert, inputs_ND)
+            on_rows(layer, ExpertRows(expert, tokens, gates[places], inputs_ND, outputs_ND))
             result_TD.index_add_(0, tokens, (outputs_ND * gates[places, None]).to(result_TD.dtype))
         return result_TD
 
@@ -91,8 +94,9 @@ def _observing_modules(layer: MoELayer, on_rows: OnRows) -> Iterator[None]:
         gates = gates_TK.flatten().to(x_TD.dtype)
         expected = [0] * layer.num_experts
         for expert, places, tokens in _visited(sort_visits(experts_TK, layer.num_experts)):
-            outputs_ND = layer.run(expert, x_TD[tokens])
-            on_rows(layer, ExpertRows(expert, tokens, gates[places], outputs_ND))
+            inputs_ND = x_TD[tokens]
+            outputs_ND = layer.run(expert, inputs_ND)
+            on_rows(layer, ExpertRows(expert, tokens, gates[places], inputs_ND, outputs_ND))
             expected[expert] = len(tokens)
         counted[:] = expected
 
@@ -135,7 +139,7 @@ class _Observed:
         outputs_ND = self._run(expert, rows_ND)
         assert self._visits is not None
         places, tokens = self._visits.places[expert], self._visits.tokens[expert]
-        self._on_rows(self._layer, ExpertRows(expert, tokens, self._weights[places], outputs_ND))
+        self._on_rows(self._layer, ExpertRows(expert, tokens, self._weights[places], rows_ND, outputs_ND))
         return outputs_ND
 
     def _run(self, expert: int, rows_ND: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from models.execution_fedgraft import gated
 from models.expert_observer import ExpertRows, observing
-from models.moe_view import MoELayer, RouterKind
+from models.moe_view import MoELayer
 
 # Of the mean square of an expert's neurons: what holds its down projection where the text says little.
 RIDGE = 0.01
@@ -34,8 +34,7 @@ def refit_experts(layer: MoELayer, experts: Sequence[int], x_TD: Tensor, wanted_
     """Change the down projections of ``experts`` so that the layer gives ``wanted`` for ``x`` as closely as they can.
 
     One expert after another, in several sweeps, each by ridge regression on what the others leave, towards the
-    projection that it has by then. A graph that passes information along edges stays as it is: its experts see more
-    than ``x``.
+    projection that it has by then.
 
     Args:
         layer: after its experts were merged.
@@ -43,20 +42,20 @@ def refit_experts(layer: MoELayer, experts: Sequence[int], x_TD: Tensor, wanted_
         x_TD: what the layer receives.
         wanted_TD: what its block gave for that before.
     """
-    if layer.kind is RouterKind.GRAPH_WALK and bool(layer.block.edge_gain.any()):
-        return
     visited: dict[int, ExpertRows] = {}
-    with observing([layer], lambda _, rows: visited.update({rows.expert: rows})):
-        missing_TD = wanted_TD.float() - block_output(layer, x_TD)
-    for expert in [expert for _ in range(SWEEPS) for expert in experts if expert in visited]:
-        rows = visited[expert]
-        missing_TD[rows.tokens] -= _refit(layer, rows, x_TD[rows.tokens], missing_TD[rows.tokens])
+    for _ in range(SWEEPS):
+        with observing([layer], lambda _, rows: visited.update({rows.expert: rows})):
+            missing_TD = wanted_TD.float() - block_output(layer, x_TD)
+        for expert in experts:
+            if expert in visited:
+                tokens = visited[expert].tokens
+                missing_TD[tokens] -= _refit(layer, visited[expert], missing_TD[tokens])
 
 
-def _refit(layer: MoELayer, rows: ExpertRows, x_ND: Tensor, missing_ND: Tensor) -> Tensor:
+def _refit(layer: MoELayer, rows: ExpertRows, missing_ND: Tensor) -> Tensor:
     """Refit one expert and return what it adds by that, ``[N, D]``."""
     gate_up, down = layer.read(rows.expert)
-    hidden_NH = gated(layer.act_fn, x_ND.float() @ gate_up.float().T) * rows.gates.float()[:, None]
+    hidden_NH = gated(layer.act_fn, rows.inputs.float() @ gate_up.float().T) * rows.gates.float()[:, None]
     gram_HH = hidden_NH.T @ hidden_NH
     gram_HH.diagonal().add_(RIDGE * gram_HH.diagonal().mean().clamp(min=1e-12))
     change_HD = torch.linalg.solve(gram_HH, hidden_NH.T @ missing_ND)

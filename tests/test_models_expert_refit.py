@@ -31,10 +31,14 @@ def error(layer, x, wanted):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", [*FAMILIES, "graph", "modules"])
+@pytest.mark.parametrize("family", [*FAMILIES, "graph", "passing graph", "modules"])
 def test_spoiled_experts_come_back(family):
-    if family == "graph":
+    if family.endswith("graph"):
         model = graph_of(num_experts=4, visits=2)
+        if family == "passing graph":
+            block = moe_layers(model)[0].block
+            block.edges.copy_(torch.ones(4, 4).triu().bool())
+            block.edge_gain.copy_(0.3 * torch.ones(4, 4).triu(1))
     else:
         model = with_module_experts(tiny_moe("qwen3_moe")) if family == "modules" else tiny_moe(family)
     layer, x = layer_and_tokens(model)
@@ -74,7 +78,7 @@ def test_what_is_right_already_stays():
 
 
 @torch.no_grad()
-def test_experts_that_no_token_visits_and_graphs_that_pass_stay():
+def test_an_expert_that_no_token_visits_stays():
     layer, x = layer_and_tokens(tiny_moe("mixtral"))
     wanted = block_output(layer, x) + 1
     scores = x @ layer.router_weight.T
@@ -82,8 +86,3 @@ def test_experts_that_no_token_visits_and_graphs_that_pass_stay():
     down = layer.read(3)[1].clone()
     refit_experts(layer, [3], alone, wanted[: len(alone)])
     assert torch.equal(layer.read(3)[1], down)
-    layer, x = layer_and_tokens(graph_of(num_experts=4, visits=2))
-    layer.block.edge_gain[0, 1] = 0.5
-    downs = [layer.read(expert)[1].clone() for expert in range(4)]
-    refit_experts(layer, range(4), x, block_output(layer, x) + 1)
-    assert all(torch.equal(layer.read(expert)[1], down) for expert, down in enumerate(downs))

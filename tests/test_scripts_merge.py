@@ -113,6 +113,7 @@ def test_bad_input_is_refused_and_leaves_nothing(tmp_path, tiny_tokenizer, text,
     even = ["--expert-list", lists["even"]]
     assert_refused(run(capsys, *base, *even, "--alignment", "up"), "'up'", as_json=as_json)
     assert_refused(run(capsys, *base, *even, "--average", "mean"), "'mean'", as_json=as_json)
+    assert_refused(run(capsys, *base, *even, "--no-refit"), "that is pruning", as_json=as_json)
     refused = run(capsys, "merge", "--model", source, "--expert-list", lists["even"], *["--json"] * as_json)
     assert refused.code == 2 and "--data" in refused.err
     assert tree(tmp_path) == before
