@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -22,14 +22,14 @@ from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel
 from benchmarks.material import bootstrapped, data_sources, domain_blocks, model_path
 from benchmarks.quality_runs import DOMAINS
 from benchmarks.runner import Measured, OnStep, measured_apart, run_benchmark
+from benchmarks.saliency_tools import tool_figures
 from benchmarks.small_moe import grow, train_moe
-from benchmarks.statistics import alternate, interval, median_ratio
+from benchmarks.statistics import interval
 from experts.expert_selection import Selection, select_experts
 from experts.saliency import METRICS, Saliency
 from federated.blocks import Blocks
 from models.expert_merging import Batch, MergePlan, merge_experts
 from models.moe_shrink import keep_experts
-from models.moe_view import moe_layers
 from models.perplexity import IGNORED, evaluate_loss
 from models.precision import autocast_to_bf16
 from models.saliency_collection import collect_saliency
@@ -211,47 +211,6 @@ def pruned_perplexity(model: PreTrainedModel, text: Text, keep_map: Mapping[int,
     return perplexity(keep_experts(copy.deepcopy(model), keep_map), text)
 
 
-def tool_figures(moe: PreTrainedModel, batches: Sequence[Batch], repeats: int) -> dict[str, float]:
-    """How far the collection is from the published formula, and its time over that of a plain forward pass."""
-    found, plain = collect_saliency(moe, batches).scores("reap"), plain_reap(moe, batches)
-
-    @torch.no_grad()
-    def forward() -> None:
-        for input_ids, _ in batches:
-            moe(input_ids=input_ids, use_cache=False)
-
-    times = alternate({"collect": lambda: collect_saliency(moe, batches), "plain": forward}, repeats=repeats)
-    return {
-        "reap_formula_difference": float(np.abs(found - plain).max() / plain.max()),
-        "saliency_time_ratio": median_ratio(times["collect"], times["plain"]),
-    }
-
-
-@torch.no_grad()
-def plain_reap(moe: PreTrainedModel, batches: Sequence[Batch]) -> np.ndarray:
-    """REAP (arXiv:2510.13999), every expert run on every token: mean of gate x output norm where routed, ``[L, E]``."""
-    layers = moe_layers(moe)
-    total, count = (torch.zeros(len(layers), layers[0].num_experts, dtype=torch.float64) for _ in range(2))
-    inputs: dict[int, torch.Tensor] = {}
-    hooks = [layer.block.register_forward_pre_hook(_noting(inputs, layer.ordinal)) for layer in layers]
-    for input_ids, counted in batches:
-        moe(input_ids=input_ids, use_cache=False)
-        for layer in layers:
-            x = inputs[layer.ordinal].flatten(0, 1)[counted.flatten()]
-            probabilities = torch.softmax(x @ layer.router_weight.T, -1)
-            best, chosen = probabilities.topk(layer.top_k, -1)
-            gates = torch.zeros_like(probabilities).scatter(-1, chosen, best / best.sum(-1, keepdim=True))
-            for expert in range(layer.num_experts):
-                gate_up, down = layer.read(expert)
-                gate, up = (x @ gate_up.T).chunk(2, -1)
-                norms = (torch.nn.functional.silu(gate) * up @ down.T).norm(dim=-1)
-                total[layer.ordinal, expert] += (gates[:, expert] * norms).sum().double()
-                count[layer.ordinal, expert] += (gates[:, expert] > 0).sum()
-    for hook in hooks:
-        hook.remove()
-    return (total / count.clamp(min=1)).numpy()
-
-
 def prune_peak(shape: tuple[int, int, int]) -> dict[str, float]:
     """Memory that pruning half of the experts of a random mixture takes on the disk."""
     width, neurons, layers = shape
@@ -263,13 +222,6 @@ def prune_peak(shape: tuple[int, int, int]) -> dict[str, float]:
         source, out = Path(folder) / "moe", Path(folder) / "pruned"
         MixtralForCausalLM(config).bfloat16().save_pretrained(source)
         return measured_apart("prune_peak", [str(source), str(out), "8"])
-
-
-def _noting(inputs: dict[int, torch.Tensor], ordinal: int) -> Callable:
-    def hook(_: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-        inputs[ordinal] = arguments[0]
-
-    return hook
 
 
 def _ratio_of(found: Sequence[Mapping[str, Any]], share: str, one: str, other: str) -> list[float]:

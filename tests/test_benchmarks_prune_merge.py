@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.prune_merge import kept_by, measure, plain_reap, random_experts
+from benchmarks.prune_merge import kept_by, measure, random_experts
 from benchmarks.prune_peak import measure_pruning
 from benchmarks.runner import peak_bytes
+from benchmarks.saliency_tools import plain_reap
 from benchmarks.small_moe import grow, train_moe
 from experts.saliency import METRICS
 from federated.blocks import Blocks
