@@ -49,7 +49,7 @@ def collect_saliency(
         provenance: what the result carries, with the number of ``tokens`` counted; a collection is only resumed with
             the same.
         partial: file for what is collected so far, written every ``SAVE_SECONDS``, taken up by the next call with the
-            same provenance, and removed at the end; None for none.
+            same provenance; None for none. The caller removes it when it has saved the result.
         on_rows: also told what each expert receives and gives.
         on_batch: called with the number of batches done.
 
@@ -81,8 +81,6 @@ def collect_saliency(
     result = _total(before, sums, layers, {**provenance, _TOKENS: sums.tokens})
     if not result.freq[result.present].any():
         raise UserError("expected text to collect saliency on, got no token; check the data")
-    if partial is not None:
-        partial.unlink(missing_ok=True)
     return result
 
 

@@ -57,17 +57,18 @@ def collect(
         max_blocks=max_blocks,
     )
     batches = opened.batches(data, split)
-    start = monotonic()
+    start, partial = monotonic(), out.with_name(out.name + ".partial")
     with progress() as on_step:
         saliency = collect_saliency(
             opened.model,
             batches,
             provenance=opened.provenance(data, split),
-            partial=out.with_name(out.name + ".partial"),
+            partial=partial,
             on_batch=lambda done: on_step("collecting saliency, batches", done, None),
         )
     seconds = monotonic() - start
     save_saliency(saliency, out)
+    partial.unlink(missing_ok=True)
     result = {"out": str(out), "tokens": saliency.provenance["tokens"], "seconds": seconds}
     print_result(result, as_json=as_json, lines=[_line(result)])
 

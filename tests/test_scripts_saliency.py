@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from configs.errors import UserError
 from experts.saliency import ARRAYS, load_saliency, save_saliency
 from tests.command import assert_refused, run, tree
 from tests.saliency_samples import random_saliency, saliency_of_scores
@@ -136,6 +137,36 @@ def test_collect_writes_what_one_pass_sees(tmp_path, tiny_tokenizer, capsys):
     again = run(capsys, "saliency", "collect", *arguments, "--out", tmp_path / "s.npz")
     assert again.code == 2 and "--overwrite" in again.err
     assert run(capsys, "saliency", "show", tmp_path / "s.npz").code == 0
+
+
+def test_a_collection_that_could_not_be_saved_is_not_lost(tmp_path, tiny_tokenizer, capsys, monkeypatch):
+    monkeypatch.setattr("models.saliency_collection.SAVE_SECONDS", -1)
+    source = saved_moe("olmoe", tmp_path, tiny_tokenizer)
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"a document of number {index}" for index in range(20)))
+    arguments = [
+        "saliency",
+        "collect",
+        "--model",
+        source,
+        "--data",
+        text,
+        "--split",
+        "all",
+        "--block-size",
+        16,
+    ]
+
+    def full(saliency, path):
+        raise UserError(f"no space left for {path}")
+
+    with monkeypatch.context() as disk:
+        disk.setattr("experts.saliency.save_saliency", full)
+        failed = run(capsys, *arguments, "--out", tmp_path / "s.npz")
+    assert failed.code == 2 and "no space left" in failed.err
+    assert (tmp_path / "s.npz.partial").exists() and not (tmp_path / "s.npz").exists()
+    assert run(capsys, *arguments, "--out", tmp_path / "s.npz").code == 0
+    assert (tmp_path / "s.npz").exists() and not (tmp_path / "s.npz.partial").exists()
 
 
 def test_collect_refuses_a_dense_model(tmp_path, tiny_llama_dir, capsys):
