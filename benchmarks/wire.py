@@ -222,26 +222,33 @@ def _speed(vectors: Mapping[Unit, Tensor], settings: Settings) -> dict[str, Any]
             "unpack_speed_ratio": median_ratio(seconds["plain, unpack"], seconds["ours, unpack"]),
             "size_ratio": len(ours) / len(plain),
         },
-        "peers": {
-            **{
-                f"selection of the largest entries, {label}": {
-                    "seconds": statistics.median(seconds[f"{name}, select"])
-                }
-                for label, name in (("ours", "ours"), ("torch.topk", "plain"))
-            },
-            **{
-                label: {
-                    "bytes_per_entry": len(data) / entries,
-                    "seconds": statistics.median(seconds[f"{name}, pack"]),
-                    "processor_seconds": processor[name],
-                    "unpack_seconds": statistics.median(seconds[f"{name}, unpack"]),
-                }
-                for label, name, data in (
-                    (f"ours at density {settings.speed_density}, int4", "ours", ours),
-                    (f"int32 fp16 zstd -3 at density {settings.speed_density}", "plain", plain),
-                )
-            },
-        },
+        "peers": _speed_peers(seconds, processor, {"ours": ours, "plain": plain}, settings, entries),
+    }
+
+
+def _speed_peers(
+    seconds: Mapping[str, Sequence[float]],
+    processor: Mapping[str, float],
+    packed: Mapping[str, bytes],
+    settings: Settings,
+    entries: int,
+) -> dict[str, Any]:
+    """Medians of seconds, and bytes per entry, of ours and of plain coding."""
+    selections = {"ours": "ours", "torch.topk": "plain"}
+    codings = {"ours": "ours at density {}, int4", "plain": "int32 fp16 zstd -3 at density {}"}
+    return {
+        f"selection of the largest entries, {label}": {
+            "seconds": statistics.median(seconds[f"{name}, select"])
+        }
+        for label, name in selections.items()
+    } | {
+        label.format(settings.speed_density): {
+            "bytes_per_entry": len(packed[name]) / entries,
+            "seconds": statistics.median(seconds[f"{name}, pack"]),
+            "processor_seconds": processor[name],
+            "unpack_seconds": statistics.median(seconds[f"{name}, unpack"]),
+        }
+        for name, label in codings.items()
     }
 
 

@@ -21,9 +21,8 @@ def plain_select(vectors: Mapping[Unit, Tensor], density: float) -> SparseUpdate
     """A share ``density`` of each unit's entries, the largest, as torch.topk finds them."""
     found = {}
     for unit, vector in vectors.items():
-        positions = (
-            torch.topk(vector.abs(), round(density * vector.numel()), sorted=False).indices.sort().values
-        )
+        count = round(density * vector.numel())
+        positions = torch.topk(vector.abs(), count, sorted=False).indices.sort().values
         found[unit] = SparseVector(vector.numel(), positions.numpy(), vector[positions].numpy())
     return SparseUpdate(0, "", found)
 

@@ -43,13 +43,17 @@ def refit_experts(layer: MoELayer, experts: Sequence[int], x_TD: Tensor, wanted_
         wanted_TD: what its block gave for that before.
     """
     visited: dict[int, ExpertRows] = {}
+
+    def keep(_: MoELayer, rows: ExpertRows) -> None:
+        # What all the others receive and give would be many times what the layer does.
+        if rows.expert in experts:
+            visited[rows.expert] = rows
+
     for _ in range(SWEEPS):
-        with observing([layer], lambda _, rows: visited.update({rows.expert: rows})):
+        with observing([layer], keep):
             missing_TD = wanted_TD.float() - block_output(layer, x_TD)
-        for expert in experts:
-            if expert in visited:
-                tokens = visited[expert].tokens
-                missing_TD[tokens] -= _refit(layer, visited[expert], missing_TD[tokens])
+        for rows in (visited[expert] for expert in experts if expert in visited):
+            missing_TD[rows.tokens] -= _refit(layer, rows, missing_TD[rows.tokens])
 
 
 def _refit(layer: MoELayer, rows: ExpertRows, missing_ND: Tensor) -> Tensor:

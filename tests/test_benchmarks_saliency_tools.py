@@ -1,0 +1,19 @@
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from benchmarks.saliency_tools import plain_reap
+from models.saliency_collection import collect_saliency
+from tests.tiny_graphs import random_ids
+from tests.tiny_moes import tiny_moe
+
+
+def test_the_plain_formula_leaves_padding_out():
+    moe = tiny_moe("mixtral")
+    counted = torch.ones(2, 10, dtype=torch.bool)
+    counted[1, 4:] = False
+    batches = [(random_ids(moe, 2, 10), counted)]
+    np.testing.assert_allclose(
+        plain_reap(moe, batches), collect_saliency(moe, batches).scores("reap"), rtol=1e-4
+    )
