@@ -15,7 +15,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-SHARED = Path(__file__).parents[2] / "shared"
+from tests.paths import SHARED
 
 
 @pytest.fixture(autouse=True)

@@ -3,16 +3,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from clients.data_stream import all_clients, client_documents, pack_client
 from configs.errors import UserError
 from federated.partition import ClientDocuments
+from tests.paths import ROOT
 from tests.tiny_federation import TEXTS, tiny_config
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture

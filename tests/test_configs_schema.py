@@ -1,14 +1,12 @@
 from __future__ import annotations
 
 import tomllib
-from pathlib import Path
 
 import pytest
 
 from configs.errors import UserError
 from configs.schema import RunConfig, defaults_toml, load_run_config, read_config_file, run_config_defaults
-
-ROOT = Path(__file__).parents[1]
+from tests.paths import ROOT
 
 
 def test_flower_app_config_equals_the_defaults():

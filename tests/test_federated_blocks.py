@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from itertools import islice
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +11,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from configs.errors import UserError
 from federated.blocks import Blocks, batches, pack_blocks, take
+from tests.paths import SHARED
 
-SHARED = Path(__file__).parents[2] / "shared"
 BOS, EOS = 256, 257
 
 

@@ -11,8 +11,7 @@ from datasets import Dataset
 
 from configs.errors import UserError
 from federated.documents import absolute_sources, held_out_count, is_wikimix, load_documents, source_labels
-
-SHARED = Path(__file__).parents[2] / "shared"
+from tests.paths import SHARED
 
 
 def write(path: Path, *records: object) -> str:

@@ -15,7 +15,6 @@ import re
 import subprocess
 import sys
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,10 +23,10 @@ from configs.errors import UserError
 from federated import wikimix
 from federated.wikimix import words
 
-ROOT = Path(__file__).resolve().parents[1]
 _HASH_PROGRAM = """
 import hashlib
 from federated import wikimix
+from tests.paths import ROOT
 text = "|".join(t for d in wikimix.DOMAINS for s in wikimix.SPLITS for t in wikimix.documents(d, 20, seed=3, split=s))
 print(hashlib.sha256(text.encode()).hexdigest())
 """

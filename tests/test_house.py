@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.paths import ROOT
+
 # Each folder may import itself and the folders of the ranks before its own; two folders of one rank never each other.
 RANKS = (
     ("configs",),
@@ -111,11 +112,19 @@ def test_no_two_modules_import_each_other_in_a_circle():
     assert set(edges) - done == set()
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "models").glob("*_fedgraft.py")), ids=name_of)
+REMOTE_CODE = sorted((ROOT / "models").rglob("*_fedgraft.py"))
+
+
+def test_the_code_that_travels_with_a_checkpoint_is_found():
+    assert {path.name for path in REMOTE_CODE} >= {"configuration_fedgraft.py", "modeling_fedgraft.py"}
+    assert len({path.parent for path in REMOTE_CODE}) == 1
+
+
+@pytest.mark.parametrize("path", REMOTE_CODE, ids=name_of)
 def test_what_travels_with_a_checkpoint_needs_torch_and_transformers_only(path):
     for level, name in imports(path.read_text()):
         if level:
-            sibling = ROOT / "models" / f"{name}.py"
+            sibling = path.with_name(f"{name}.py")
             assert level == 1 and name.endswith("_fedgraft") and sibling.is_file(), f"{'.' * level}{name}"
         else:
             top = name.partition(".")[0]
@@ -124,7 +133,9 @@ def test_what_travels_with_a_checkpoint_needs_torch_and_transformers_only(path):
 
 def test_configurations_import_nothing_heavy():
     heavy = {"torch", "transformers", "datasets", "flwr", "tensorboard", "gradio"}
-    for path in (ROOT / "configs").glob("*.py"):
+    found = list((ROOT / "configs").rglob("*.py"))
+    assert len(found) > 5
+    for path in found:
         assert not {name.partition(".")[0] for _, name in imports(path.read_text())} & heavy, path.name
 
 

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -14,9 +13,10 @@ from clients.store import ClientStore
 from models.checkpoint import read_graph
 from models.mapped_experts import open_mapped
 from scripts.deploy import submit
+from tests.paths import ROOT
 from tests.tiny_federation import assert_run_succeeded, run_values, save_tiny_graph, write_texts
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "deploy" / "local.sh"
+SCRIPT = ROOT / "scripts" / "deploy" / "local.sh"
 
 
 def deploy(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, 
 from configs.errors import UserError
 from federated import wikimix
 from scripts import pretrain_demo
+from tests.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "models" / "demo"
 QUIET = Console(quiet=True)
 UNICODE = [

@@ -12,8 +12,8 @@ import pytest
 from configs.schema import load_run_config, read_config_file
 from scripts import quickstart
 from scripts.quickstart import CONFIG, EXPERTS, QuickStart, lines, run
+from tests.paths import ROOT
 
-ROOT = Path(__file__).parents[1]
 SHARES = {"router": 9.0, "centroid": 9.5, "static": 12.0, "oracle": 8.0, "random": 11.0}
 RESULTS = {
     "bootstrap": {"out": "g", "perplexity": {"dense": 7.0, "75": SHARES, "50": SHARES, "25": SHARES}},

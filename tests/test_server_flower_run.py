@@ -23,8 +23,8 @@ from server.flower_run import (
     wait_for_run,
 )
 from tests.flower_apps import write_throwaway_app
+from tests.paths import ROOT
 
-ROOT = Path(__file__).parents[1]
 COMPLETED = '{"success": true, "runs": [{"status": "finished:completed", "status-details": "N/A"}]}'
 RUNNING = COMPLETED.replace("finished:completed", "running")
 
