@@ -25,8 +25,8 @@ from benchmarks.runner import Measured, OnStep, measured_apart, run_benchmark
 from benchmarks.saliency_tools import tool_figures
 from benchmarks.small_moe import grow, train_moe
 from benchmarks.statistics import interval
-from experts.expert_selection import Selection, select_experts
-from experts.saliency import METRICS, Saliency
+from experts.saliency.measures import METRICS, Saliency
+from experts.selection.rules import Selection, select_experts
 from federated.blocks import Blocks
 from models.expert_merging import Batch, MergePlan, merge_experts
 from models.moe_shrink import keep_experts

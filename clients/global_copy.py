@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from clients.checked_file import read_checked, write_checked
-from experts.graph import ExpertGraph
+from experts.graph.expert_graph import ExpertGraph
 from federated.copy_hash import copy_hash, unit_digest, vector_digest
 from federated.update import parse_unit, unit_name
 from models.attention import attention_count, read_attention, write_attention

@@ -19,7 +19,7 @@ from safetensors.numpy import save
 from torch import Tensor
 
 from configs.errors import UserError
-from experts.graph import ExpertGraph, check_reachable
+from experts.graph.expert_graph import ExpertGraph, check_reachable
 from federated.columns import pack_column, unpack_column
 from federated.copy_hash import moved_vector, routing_vector
 from federated.update import RefusedUpdate, Unit

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import torch
 
 from configs.errors import UserError
-from experts.edits import Edit, apply_edits, edits_from_dicts
-from experts.graph import ExpertGraph
+from experts.graph.edge_edits import Edit, apply_edits, edits_from_dicts
+from experts.graph.expert_graph import ExpertGraph
 from federated.codec import PackedStats, packed_stats, unpack_update
 from federated.update import RefusedUpdate, SparseUpdate, Unit
 from models.checkpoint import read_graph, write_graph

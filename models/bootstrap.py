@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from configs.errors import UserError
 from experts.clustering import Clusters, check_expert_count, timed_clusters
-from experts.graph import edges_by_lift
+from experts.graph.expert_graph import edges_by_lift
 from models.calibration import Calibration, NeuronStatistics, visit_ffn_inputs
 from models.checkpoint import cast_weights
 from models.configuration_fedgraft import FedGraftConfig

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from experts.clustering import Clusters
-from experts.graph import ExpertGraph, check_reachable
+from experts.graph.expert_graph import ExpertGraph, check_reachable
 from models.configuration_fedgraft import FedGraftConfig
 from models.modeling_fedgraft import FedGraftForCausalLM
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from configs.output import check_output_directory, new_directory, write_json
-from experts.expert_list import check_keep_map
-from experts.uniform_counts import check_uniform
+from experts.selection.expert_list import check_keep_map
+from experts.selection.uniform_counts import check_uniform
 from models.graph_pruning import edited_pairs, retire_stored_experts
 from models.moe_config import pruned_config
 from models.moe_layout import LayerLayout, MoELayout, read_moe_layout

@@ -19,13 +19,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from configs.errors import UserError
-from experts.compression_plan import CompressionPlan, Removal, Step
-from experts.expert_ranks import rank_sums
-from experts.expert_selection import Selection, free_experts, select_experts
-from experts.merging import check_alignment
-from experts.pair_likeness import PairLikeness, weight_cosine, weight_cosines
-from experts.removal_candidates import RemovalCandidates
-from experts.saliency import Saliency, check_metric
+from experts.merging.alignment import check_alignment
+from experts.merging.similarity import PairLikeness, weight_cosine, weight_cosines
+from experts.saliency.measures import Saliency, check_metric
+from experts.saliency.ranks import rank_sums
+from experts.selection.compression_trace import CompressionPlan, Removal, Step
+from experts.selection.removal_candidates import RemovalCandidates
+from experts.selection.rules import Selection, free_experts, select_experts
 from models.expert_merging import merge_group
 from models.expert_overlap import collect_overlap
 from models.moe_shrink import set_counts, shrink_layer
@@ -44,7 +44,7 @@ class PlanOptions:
         selection: how many experts go in the whole model, and which stay: the minimum per layer, ignored ones and those
             that maps protect.
         metric: of saliency, by which experts are ranked.
-        alignment: of neurons, for weight cosines and averages (see ``experts.merging.align_neurons``).
+        alignment: of neurons, for weight cosines and averages (see ``experts.merging.alignment.align_neurons``).
         max_group_size: experts that become one, at most.
     """
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from configs.errors import UserError
-from experts.expert_list import check_keep_map
-from experts.merging import align_neurons, average_experts, check_alignment, group_experts
+from experts.merging.alignment import align_neurons, average_experts, check_alignment, group_experts
+from experts.selection.expert_list import check_keep_map
 from models.expert_observer import ExpertRows, observing
 from models.expert_refit import block_output, refit_experts
 from models.gates import all_gates, router_logits
@@ -41,7 +41,7 @@ class MergePlan:
     Attributes:
         similarity: ``gated``: cosine of two experts' outputs on all tokens, each weighted by its gate (REAM);
             ``average``: cosine of their mean outputs (HC-SMoE, Chen et al. 2024, arXiv:2410.08589).
-        alignment: of neurons, before they are averaged (see ``experts.merging.align_neurons``).
+        alignment: of neurons, before they are averaged (see ``experts.merging.alignment.align_neurons``).
         max_group_size: experts that become one, at most.
         weights: of the average that a merged expert is. ``centroid``: none but that of the expert that stays, which
             the fit then makes stand for its group; ``saliency``: gate times output norm, summed over the tokens routed
@@ -185,7 +185,7 @@ def merge_group(layer: MoELayer, group: Sequence[int], shares: Sequence[float], 
         layer: of the experts.
         group: their numbers; the neurons of all others are aligned to those of the first.
         shares: weight of each.
-        alignment: one of ``experts.merging.ALIGNMENTS``.
+        alignment: one of ``experts.merging.alignment.ALIGNMENTS``.
     """
     first, *others = (layer.read_numpy(expert) for expert in group)
     aligned = [first, *(align_neurons(*other, *first, alignment) for other in others)]

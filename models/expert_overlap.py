@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from experts.pair_likeness import pack_visits
-from experts.saliency import Saliency
+from experts.merging.similarity import pack_visits
+from experts.saliency.measures import Saliency
 from models.expert_observer import ExpertRows
 from models.moe_view import MoELayer, moe_layers
 from models.saliency_collection import Batch, collect_saliency

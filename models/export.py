@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from experts.graph import reachable
+from experts.graph.expert_graph import reachable
 from models.configuration_fedgraft import FedGraftConfig
 from models.experts_fedgraft import ExpertGraphMLP
 from models.modeling_fedgraft import FedGraftForCausalLM

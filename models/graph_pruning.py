@@ -9,8 +9,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from experts.expert_edits import EditedGraph, apply_expert_edits, retirements
-from experts.graph import ExpertGraph
+from experts.graph.expert_edits import EditedGraph, apply_expert_edits, retirements
+from experts.graph.expert_graph import ExpertGraph
 from models.moe_layout import MoELayout
 
 MASK = "edges"

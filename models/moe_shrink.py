@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from configs.errors import UserError
-from experts.edits import Edit
-from experts.expert_edits import MERGE, RETIRE, EditedGraph, apply_expert_edits
-from experts.graph import ExpertGraph
+from experts.graph.edge_edits import Edit
+from experts.graph.expert_edits import MERGE, RETIRE, EditedGraph, apply_expert_edits
+from experts.graph.expert_graph import ExpertGraph
 from models.checkpoint import read_graph
 from models.experts_fedgraft import ExpertGraphMLP
 from models.moe_view import MoELayer, moe_layers

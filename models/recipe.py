@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig
 from transformers.utils.hub import cached_file
 
 from configs.errors import UserError
-from experts.graph import check_mask, check_reachable
+from experts.graph.expert_graph import check_mask, check_reachable
 from models.config_file import check_is_dense, check_is_graph, read_config
 from models.fingerprint import checkpoint_fingerprint, remembered_fingerprint
 from models.modeling_fedgraft import FedGraftForCausalLM

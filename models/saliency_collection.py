@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from configs.errors import UserError
-from experts.saliency import Saliency, add_saliency, load_saliency, save_saliency
+from experts.saliency.measures import Saliency, add_saliency, load_saliency, save_saliency
 from models.expert_observer import ExpertRows, OnRows, observing
 from models.moe_view import MoELayer, moe_layers
 

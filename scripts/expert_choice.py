@@ -15,7 +15,7 @@ from scripts.expert_options import selection_of
 if TYPE_CHECKING:
     import numpy as np
 
-    from experts.saliency import Saliency
+    from experts.saliency.measures import Saliency
 
 ExpertLists = Annotated[
     list[Path] | None,
@@ -93,7 +93,7 @@ def choose_experts(
         UserError: neither list nor saliency; saliency alone without ``n_prune``; files that do not fit the model.
     """
     from configs.errors import UserError
-    from experts.saliency import check_same_model, load_saliency
+    from experts.saliency.measures import check_same_model, load_saliency
 
     saliencies = [load_saliency(path) for path in saliency or []]
     if not expert_list and not saliencies:
@@ -143,8 +143,8 @@ def _from_list(
     metric: str,
 ) -> ExpertChoice:
     from configs.errors import UserError
-    from experts.expert_list import complete_keep_map, load_expert_list, read_ranks
-    from experts.saliency import add_saliency
+    from experts.saliency.measures import add_saliency
+    from experts.selection.expert_list import complete_keep_map, load_expert_list, read_ranks
 
     listed = load_expert_list(path)
     filling = add_saliency(saliencies) if saliencies else None
@@ -166,20 +166,20 @@ def _from_list(
 def _from_saliency(
     saliencies: Sequence[Saliency], metric: str, files: Sequence[str], **options: Any
 ) -> ExpertChoice:
-    from experts.expert_selection import select_experts
+    from experts.selection.rules import select_experts
 
     chosen = select_experts(saliencies, metric, selection_of(**options), files=files)
     return ExpertChoice(chosen.keep_map, _as_mapping(chosen.rank_sum))
 
 
 def _equalised(choice: ExpertChoice, experts_per_layer: Sequence[int]) -> ExpertChoice:
-    from experts.uniform_counts import equalise
+    from experts.selection.uniform_counts import equalise
 
     return replace(choice, keep_map=equalise(choice.keep_map, choice.ranks, experts_per_layer))
 
 
 def _ranks(saliencies: Sequence[Saliency], metric: str) -> dict[int, dict[int, float]]:
-    from experts.expert_ranks import rank_sums
+    from experts.saliency.ranks import rank_sums
 
     return _as_mapping(rank_sums(saliencies, metric, model_wide=False)) if saliencies else {}
 

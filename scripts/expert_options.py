@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from experts.expert_selection import Selection
+    from experts.selection.rules import Selection
 
 SaliencyFiles = Annotated[
     list[Path],
@@ -46,8 +46,8 @@ def selection_of(
     Raises:
         UserError: as ``Selection``, ``load_expert_map`` and ``parse_expert_ids``.
     """
-    from experts.expert_map import load_expert_map
-    from experts.expert_selection import Selection, parse_expert_ids
+    from experts.saliency.expert_map import load_expert_map
+    from experts.selection.rules import Selection, parse_expert_ids
 
     return Selection(
         safety=load_expert_map(safety_map) if safety_map else None,

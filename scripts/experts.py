@@ -26,7 +26,7 @@ from scripts.experts_plan import plan
 if TYPE_CHECKING:
     import numpy as np
 
-    from experts.expert_list import ExpertList
+    from experts.selection.expert_list import ExpertList
 
 experts = typer.Typer(help="Decide which experts of a model stay.", no_args_is_help=True)
 
@@ -70,9 +70,9 @@ def select(
     """
     from configs.errors import UserError, nearest
     from configs.output import check_output_file
-    from experts.expert_list import CSV_FILE, JSON_FILE, write_expert_list
-    from experts.expert_selection import select_experts
-    from experts.saliency import load_saliency
+    from experts.saliency.measures import load_saliency
+    from experts.selection.expert_list import CSV_FILE, JSON_FILE, write_expert_list
+    from experts.selection.rules import select_experts
 
     modes = ("per_layer", "model_wide")
     if selection_mode not in modes:

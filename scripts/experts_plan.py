@@ -27,7 +27,7 @@ from scripts.model_text import ExpertModel, open_model_text
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from experts.compression_plan import CompressionPlan
+    from experts.selection.compression_trace import CompressionPlan
 
 _SOURCE = {"files": [], "selection_mode": "model_wide", "action_mode": "plan"}
 
@@ -71,8 +71,8 @@ def plan(
     """
     from configs.errors import UserError
     from configs.output import check_output_file
-    from experts.compression_plan import PLAN_FILE, write_plan
-    from experts.expert_list import CSV_FILE, JSON_FILE, write_expert_list
+    from experts.selection.compression_trace import PLAN_FILE, write_plan
+    from experts.selection.expert_list import CSV_FILE, JSON_FILE, write_expert_list
     from models.compression_plan import PlanOptions, plan_compression
     from models.perplexity import batches_loss
 

@@ -25,8 +25,8 @@ def show(
     as_json: JsonFlag = False,
 ) -> None:
     """Show the best, worst and never routed experts of each layer."""
-    from experts.saliency import load_saliency
-    from experts.saliency_report import layer_summaries
+    from experts.saliency.measures import load_saliency
+    from experts.saliency.saliency_report import layer_summaries
 
     loaded = load_saliency(file)
     layers = layer_summaries(loaded, metric, top=top)
@@ -53,8 +53,8 @@ def diff(
 
     Spearman's rank correlation, the overlap of the worst quarters, and the experts whose rank moved most.
     """
-    from experts.saliency import load_saliency
-    from experts.saliency_report import compare_layers
+    from experts.saliency.measures import load_saliency
+    from experts.saliency.saliency_report import compare_layers
 
     layers = compare_layers(load_saliency(before), load_saliency(after), metric, top=top)
     known = [layer["spearman"] for layer in layers if layer["spearman"] is not None]
@@ -84,7 +84,7 @@ def merge(
     """
     from configs.errors import UserError
     from configs.output import check_output_file
-    from experts.saliency import add_saliency, load_saliency, save_saliency
+    from experts.saliency.measures import add_saliency, load_saliency, save_saliency
 
     if len({path.resolve() for path in files}) < max(2, len(files)):
         raise UserError(f"expected at least two different saliency files, got {', '.join(map(str, files))}")

@@ -43,7 +43,7 @@ def collect(
     An interrupted collection leaves OUT.partial and goes on from there when it is called again in the same way.
     """
     from configs.output import check_output_file
-    from experts.saliency import save_saliency
+    from experts.saliency.measures import save_saliency
     from models.saliency_collection import collect_saliency
 
     quiet_libraries()

@@ -26,8 +26,8 @@ from scripts.model_text import ExpertModel, ModelText, open_model_text
 if TYPE_CHECKING:
     import numpy as np
 
-    from experts.expert_scan import ExpertScan
-    from experts.saliency import Saliency
+    from experts.saliency.expert_scan import ExpertScan
+    from experts.saliency.measures import Saliency
 
 _SOURCES = "a .txt or .jsonl file, a folder, wikimix:DOMAIN, or a hub dataset; repeatable."
 MapFile = Annotated[Path, typer.Option("--out", "--output", help="The new expert map (JSON).")]
@@ -119,8 +119,8 @@ def _scan(
 ) -> None:
     """Scan with the two ``sets`` of data sources; ``opening`` says how to open the model."""
     from configs.output import check_output_file
-    from experts.expert_map import save_expert_map
-    from experts.expert_scan import check_scan_options, map_of_scan, scan_experts
+    from experts.saliency.expert_map import save_expert_map
+    from experts.saliency.expert_scan import check_scan_options, map_of_scan, scan_experts
 
     quiet_libraries()
     check_scan_options(quantile=quantile, frequency_weight=frequency_weight)

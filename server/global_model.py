@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from configs.output import new_directory
-from experts.edits import Edit, apply_edits
-from experts.graph import ExpertGraph
+from experts.graph.edge_edits import Edit, apply_edits
+from experts.graph.expert_graph import ExpertGraph
 from federated.copy_hash import copy_hash, unit_digest
 from federated.snapshot import pack_snapshot
 from federated.steps import ServerStep, apply_step, steps_after

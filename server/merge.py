@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from experts.edits import Edit, propose_edits
+from experts.graph.edge_edits import Edit, propose_edits
 from federated.blocks import Blocks
 from models.perplexity import evaluate_loss
 from server.global_model import GlobalModel

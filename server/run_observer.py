@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from configs.output import finite, write_json
-from experts.graph import ExpertGraph
+from experts.graph.expert_graph import ExpertGraph
 from federated.messages import Reply, read_reply
 from federated.steps import step_stats
 from federated.update import RefusedUpdate

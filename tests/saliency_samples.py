@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from experts.expert_map import ExpertMap, flag_experts
-from experts.saliency import Saliency
+from experts.saliency.expert_map import ExpertMap, flag_experts
+from experts.saliency.measures import Saliency
 
 
 def saliency_of_scores(scores: Sequence[Sequence[float]], **provenance: Any) -> Saliency:

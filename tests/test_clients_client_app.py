@@ -9,7 +9,7 @@ from flwr.app import Message, RecordDict
 from clients import client_app
 from clients.client_app import prepare_torch
 from configs.schema import load_run_config
-from experts.edits import Edit
+from experts.graph.edge_edits import Edit
 from federated.messages import NEEDS_RECIPE, REFUSED, RESEND, Request, read_reply, write_request
 from federated.steps import ServerStep, apply_step
 from models.checkpoint import read_graph

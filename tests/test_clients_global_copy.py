@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from clients.checked_file import write_checked
 from clients.global_copy import GlobalCopy
-from experts.edits import Edit
-from experts.graph import ExpertGraph
+from experts.graph.edge_edits import Edit
+from experts.graph.expert_graph import ExpertGraph
 from federated.copy_hash import copy_hash, unit_digest
 from federated.steps import ServerStep, apply_step
 from models.checkpoint import read_graph, save_graph, write_graph

@@ -8,7 +8,7 @@ import torch
 from clients.local_copy import VersionMismatch, bring_to_version, client_folder
 from clients.store import ClientStore
 from configs.schema import load_run_config
-from experts.edits import Edit
+from experts.graph.edge_edits import Edit
 from federated.steps import apply_step
 from federated.update import RefusedUpdate
 from models.checkpoint import read_graph

@@ -10,7 +10,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from flwr.clientapp import ClientApp
 
 from configs.errors import UserError
-from experts.edits import Edit
+from experts.graph.edge_edits import Edit
 from federated.messages import (
     Reply,
     Request,

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save
 
-from experts.edits import Edit
-from experts.graph import ExpertGraph
+from experts.graph.edge_edits import Edit
+from experts.graph.expert_graph import ExpertGraph
 from federated.snapshot import apply_snapshot, pack_snapshot
 from federated.steps import ServerStep, apply_step
 from federated.update import RefusedUpdate

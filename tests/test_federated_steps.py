@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from experts.edits import Edit
-from experts.graph import ExpertGraph
+from experts.graph.edge_edits import Edit
+from experts.graph.expert_graph import ExpertGraph
 from federated.codec import packed_stats
 from federated.steps import (
     ServerStep,

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from experts.graph import ExpertGraph
+from experts.graph.expert_graph import ExpertGraph
 from federated.update import RefusedUpdate
 from federated.usage import UsageCounter, demand, pack_usage, traversals, unpack_usage
 from models.checkpoint import read_graph, write_graph

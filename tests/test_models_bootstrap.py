@@ -6,7 +6,7 @@ import torch
 
 from configs.errors import UserError
 from experts.clustering import Clusters, balanced_clusters
-from experts.graph import edges_by_lift
+from experts.graph.expert_graph import edges_by_lift
 from models.bootstrap import (
     FEATURES,
     BootstrapPlan,

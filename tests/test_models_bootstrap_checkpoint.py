@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from configs.errors import UserError
-from experts.graph import reachable
+from experts.graph.expert_graph import reachable
 from models import bootstrap_checkpoint as module
 from models.bootstrap import BootstrapPlan
 from models.bootstrap_checkpoint import bootstrap_checkpoint, sample_calibration, split_tokens

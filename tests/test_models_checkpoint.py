@@ -6,7 +6,7 @@ import torch
 
 from configs.errors import UserError
 from experts.clustering import balanced_clusters
-from experts.graph import ExpertGraph
+from experts.graph.expert_graph import ExpertGraph
 from models.checkpoint import (
     cast_weights,
     cluster_table,

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from configs.errors import UserError
-from experts.compression_plan import Removal
-from experts.expert_list import check_keep_map
-from experts.expert_ranks import rank_sums
-from experts.expert_selection import Selection
-from experts.merging import average_experts
-from experts.pair_likeness import jaccard, weight_cosines
-from experts.removal_candidates import RemovalCandidates
+from experts.merging.alignment import average_experts
+from experts.merging.similarity import jaccard, weight_cosines
+from experts.saliency.ranks import rank_sums
+from experts.selection.compression_trace import Removal
+from experts.selection.expert_list import check_keep_map
+from experts.selection.removal_candidates import RemovalCandidates
+from experts.selection.rules import Selection
 from models.compression_plan import PlanOptions, plan_compression
 from models.expert_overlap import collect_overlap
 from models.moe_shrink import keep_experts, shrink_layer

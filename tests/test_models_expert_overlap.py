@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from configs.errors import UserError
-from experts.pair_likeness import jaccard
-from experts.saliency import ARRAYS
+from experts.merging.similarity import jaccard
+from experts.saliency.measures import ARRAYS
 from models.expert_overlap import collect_overlap
 from models.moe_view import moe_layers
 from models.saliency_collection import collect_saliency

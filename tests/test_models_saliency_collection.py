@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from configs.errors import UserError
-from experts.saliency import ARRAYS, load_saliency
+from experts.saliency.measures import ARRAYS, load_saliency
 from models import saliency_collection
 from models.moe_view import moe_layers
 from models.saliency_collection import collect_saliency

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from configs.errors import UserError
-from experts.expert_list import write_expert_list
-from experts.expert_selection import Selection, select_experts
-from experts.saliency import save_saliency
+from experts.saliency.measures import save_saliency
+from experts.selection.expert_list import write_expert_list
+from experts.selection.rules import Selection, select_experts
 from scripts.expert_choice import ExpertChoice, choose_experts, output_directories
 from tests.saliency_samples import saliency_of_scores
 

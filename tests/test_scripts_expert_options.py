@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 
 from configs.errors import UserError
-from experts.expert_map import save_expert_map
-from experts.expert_selection import Selection
+from experts.saliency.expert_map import save_expert_map
+from experts.selection.rules import Selection
 from scripts.expert_options import selection_of
 from tests.saliency_samples import map_of
 

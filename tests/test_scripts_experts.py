@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from experts.expert_list import load_expert_list
-from experts.expert_map import save_expert_map
-from experts.saliency import save_saliency
+from experts.saliency.expert_map import save_expert_map
+from experts.saliency.measures import save_saliency
+from experts.selection.expert_list import load_expert_list
 from tests.command import assert_refused, run, tree
 from tests.saliency_samples import map_of, random_saliency, saliency_of_scores
 

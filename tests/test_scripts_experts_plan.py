@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from experts.compression_plan import COLUMNS
-from experts.expert_list import load_expert_list
-from experts.expert_map import save_expert_map
+from experts.saliency.expert_map import save_expert_map
+from experts.selection.compression_trace import COLUMNS
+from experts.selection.expert_list import load_expert_list
 from tests.command import assert_refused, run, tree
 from tests.saliency_samples import map_of
 from tests.tiny_moes import saved_moe

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from configs.errors import UserError
-from experts.saliency import ARRAYS, load_saliency, save_saliency
+from experts.saliency.measures import ARRAYS, load_saliency, save_saliency
 from tests.command import assert_refused, run, tree
 from tests.saliency_samples import random_saliency, saliency_of_scores
 from tests.tiny_moes import saved_moe
@@ -161,7 +161,7 @@ def test_a_collection_that_could_not_be_saved_is_not_lost(tmp_path, tiny_tokeniz
         raise UserError(f"no space left for {path}")
 
     with monkeypatch.context() as disk:
-        disk.setattr("experts.saliency.save_saliency", full)
+        disk.setattr("experts.saliency.measures.save_saliency", full)
         failed = run(capsys, *arguments, "--out", tmp_path / "s.npz")
     assert failed.code == 2 and "no space left" in failed.err
     assert (tmp_path / "s.npz.partial").exists() and not (tmp_path / "s.npz").exists()

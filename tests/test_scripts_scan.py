@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from experts.expert_map import load_expert_map
+from experts.saliency.expert_map import load_expert_map
 from tests.command import assert_refused, run, tree
 from tests.tiny_moes import saved_moe
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from configs.errors import UserError
-from experts.edits import Edit
+from experts.graph.edge_edits import Edit
 from federated.copy_hash import copy_hash, unit_digest
 from federated.snapshot import apply_snapshot
 from federated.steps import apply_step

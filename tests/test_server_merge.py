@@ -5,8 +5,8 @@ import copy
 import numpy as np
 import pytest
 
-from experts.edits import Edit, propose_edits
-from experts.graph import ExpertGraph
+from experts.graph.edge_edits import Edit, propose_edits
+from experts.graph.expert_graph import ExpertGraph
 from federated.blocks import Blocks
 from models.checkpoint import write_graph
 from models.perplexity import LossSum, evaluate_loss

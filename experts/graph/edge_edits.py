@@ -1,0 +1,167 @@
+"""Changes of the graph as data: a plan of edits, and the one function that applies it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from configs.errors import UserError
+from experts.graph.expert_graph import ExpertGraph, reachable
+
+OPERATIONS = ("add-edge", "remove-edge")
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One change of the graph.
+
+    Attributes:
+        op: one of ``OPERATIONS``.
+        layer: where.
+        p: source expert.
+        q: target expert, above p.
+        reason: why, for the reader of the log.
+    """
+
+    op: str
+    layer: int
+    p: int
+    q: int
+    reason: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The edit as plain values, for JSON."""
+        return asdict(self)
+
+
+def edits_from_dicts(values: Any) -> list[Edit]:
+    """Undo ``Edit.as_dict`` for a list.
+
+    Raises:
+        UserError: no list, other keys, or values of other types.
+    """
+    if not isinstance(values, list):
+        raise UserError(f"expected a list of edits, got {type(values).__name__}")
+    return [_edit_from_dict(value) for value in values]
+
+
+def apply_edits(graph: ExpertGraph, edits: Sequence[Edit]) -> ExpertGraph:
+    """A new graph, one version on, with all ``edits`` made in order; ``graph`` stays as it is.
+
+    Raises:
+        UserError: an edit that does not fit (unknown operation, layer or expert, an edge that exists or does not).
+    """
+    masks = [mask.copy() for mask in graph.masks]
+    for edit in edits:
+        _check(edit, masks)
+        masks[edit.layer][edit.p, edit.q] = edit.op == "add-edge"
+    return ExpertGraph(tuple(masks), graph.version + 1)
+
+
+def propose_edits(
+    graph: ExpertGraph, usage: Sequence[np.ndarray], rho_max: int, *, margin: float = 1.0
+) -> list[Edit]:
+    """Swap the least travelled edges for the most demanded ones, at most ``rho_max`` edits in all.
+
+    A swap stays in its layer and is made only where the demand for the new edge exceeds ``margin`` times the
+    traversals of the old; the swaps that gain most are made first. A single edit is left over when ``rho_max`` is odd:
+    the most demanded edge. No expert becomes unreachable.
+
+    Args:
+        graph: as it is.
+        usage: per layer ``[E, E]``, counts as ``federated.usage.UsageCounter`` defines them.
+        rho_max: 0 for no edit.
+        margin: demand counts every pair of a token's k experts, ``k (k - 1) / 2`` of them, while a visit credits one
+            parent, at most ``k - 1`` in all: ``k / 2`` makes the two comparable.
+    """
+    swaps = [
+        swap
+        for layer, counts in enumerate(usage)
+        for swap in _swaps(graph.masks[layer], counts, layer, rho_max // 2, margin)
+    ]
+    swaps.sort(key=lambda swap: -swap[0])
+    edits = [edit for _, pair in swaps[: rho_max // 2] for edit in pair]
+    if rho_max % 2:
+        edits += _most_demanded(graph, usage, taken={(edit.layer, edit.p, edit.q) for edit in edits})
+    return edits
+
+
+def _edit_from_dict(value: Any) -> Edit:
+    types: dict[str, type] = {"op": str, "layer": int, "p": int, "q": int, "reason": str}
+    names: dict[str, Any] = {"reason": ""} | value if isinstance(value, dict) else {}
+    # A bool is an int for Python, not for us.
+    if set(names) != set(types) or any(type(names[key]) is not kind for key, kind in types.items()):
+        raise UserError(f"expected an edit with op, layer, p, q and reason, got {str(value)[:200]}")
+    return Edit(**names)
+
+
+def _check(edit: Edit, masks: Sequence[np.ndarray]) -> None:
+    if edit.op not in OPERATIONS:
+        raise UserError(f"expected an edit to be one of {', '.join(OPERATIONS)}, got {edit.op!r}")
+    if not 0 <= edit.layer < len(masks) or not 0 <= edit.p < edit.q < len(masks[edit.layer]):
+        raise UserError(
+            f"expected a known layer and experts p < q, got {edit.op} {edit.layer}:{edit.p} -> {edit.q}"
+        )
+    if masks[edit.layer][edit.p, edit.q] == (edit.op == "add-edge"):
+        state = "exists already" if edit.op == "add-edge" else "does not exist"
+        raise UserError(f"cannot {edit.op} {edit.p} -> {edit.q} in layer {edit.layer}: the edge {state}")
+
+
+def _swaps(
+    mask: np.ndarray, counts: np.ndarray, layer: int, most: int, margin: float
+) -> list[tuple[float, tuple[Edit, Edit]]]:
+    """Gain and edits of the swaps of one layer, best first."""
+    missing = _by_count(~mask, counts)[::-1][:most]
+    removable = _removable(mask, counts, most)
+    swaps = []
+    for (p, q), (a, b) in zip(missing, removable, strict=False):
+        gain = float(counts[p, q] - margin * counts[a, b])
+        if gain <= 0:
+            break
+        add = Edit("add-edge", layer, p, q, f"demanded by {counts[p, q]:.0f} tokens")
+        remove = Edit("remove-edge", layer, a, b, f"travelled by {counts[a, b]:.0f} tokens")
+        swaps.append((gain, (remove, add)))
+    return swaps
+
+
+def _removable(mask: np.ndarray, counts: np.ndarray, most: int) -> list[tuple[int, int]]:
+    """Edges that may all go together, least travelled first."""
+    left = mask.copy()
+    chosen: list[tuple[int, int]] = []
+    for pair in _by_count(mask, counts):
+        if len(chosen) < most and _can_go(left, pair):
+            left[pair] = False
+            chosen.append(pair)
+    return chosen
+
+
+def _by_count(where: np.ndarray, counts: np.ndarray) -> list[tuple[int, int]]:
+    """Pairs p < q of ``where``, ascending by count."""
+    pairs = np.argwhere(np.triu(where, 1))
+    order = np.argsort(counts[pairs[:, 0], pairs[:, 1]], kind="stable")
+    return [(int(p), int(q)) for p, q in pairs[order]]
+
+
+def _can_go(mask: np.ndarray, pair: tuple[int, int]) -> bool:
+    """Whether every expert that can be reached still can be without this edge."""
+    if mask[pair[1], pair[1]]:
+        return True
+    without = mask.copy()
+    without[pair] = False
+    return bool((reachable(without) == reachable(mask)).all())
+
+
+def _most_demanded(graph: ExpertGraph, usage: Sequence[np.ndarray], taken: set) -> list[Edit]:
+    best: tuple[float, Edit] | None = None
+    for layer, (mask, counts) in enumerate(zip(graph.masks, usage, strict=True)):
+        for p, q in _by_count(~mask, counts)[::-1]:
+            if (layer, p, q) not in taken:
+                if counts[p, q] > (best[0] if best else 0):
+                    best = float(counts[p, q]), Edit(
+                        "add-edge", layer, p, q, f"demanded by {counts[p, q]:.0f} tokens"
+                    )
+                break
+    return [best[1]] if best else []

@@ -1,0 +1,128 @@
+"""Edits that take experts out of a graph, by retiring them or by merging them into others.
+
+They renumber the experts that stay, so that no client can replay them: ``experts.graph.edge_edits.apply_edits`` refuses them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from configs.errors import UserError
+from experts.graph.edge_edits import Edit
+from experts.graph.expert_graph import ExpertGraph, reachable
+
+RETIRE, MERGE = EXPERT_OPERATIONS = ("retire-expert", "merge-experts")
+
+
+@dataclass(frozen=True, eq=False)
+class EditedGraph:
+    """A graph with fewer experts, and how its numbers follow from those before.
+
+    Attributes:
+        graph: one version on; every expert within reach of a root.
+        kept: per layer, the old numbers of the experts that stay, ascending: entry n is the old number of n.
+        numbers: per layer, old number to new; a merged expert has that of the one it went into, a retired one none.
+        added: per layer, bool ``[E', E']``: edges that the rewiring made. Nothing was learned for them, so that their
+            gains and affinities start at zero.
+    """
+
+    graph: ExpertGraph
+    kept: tuple[np.ndarray, ...]
+    numbers: tuple[dict[int, int], ...]
+    added: tuple[np.ndarray, ...]
+
+
+def retirements(
+    keep_map: Mapping[int, np.ndarray], experts_per_layer: Sequence[int], reason: str = ""
+) -> list[Edit]:
+    """The plan that leaves each layer the experts of ``keep_map``; a layer that it does not name keeps all."""
+    return [
+        Edit(RETIRE, layer, expert, expert, reason)
+        for layer, kept in sorted(keep_map.items())
+        for expert in np.setdiff1d(np.arange(experts_per_layer[layer]), kept).tolist()
+    ]
+
+
+def apply_expert_edits(graph: ExpertGraph, edits: Sequence[Edit]) -> EditedGraph:
+    """Take experts out of a graph, all at once; ``graph`` stays as it is.
+
+    ``retire-expert`` (p == q): the expert's parents get edges to its children, also through several retired experts in
+    a row. ``merge-experts``: q goes into p, which takes over the edges and the root of q as far as edges may run from
+    the lower to the higher expert; the others are dropped. An expert that no root reaches any more becomes a root.
+
+    Args:
+        graph: as it is.
+        edits: numbers refer to ``graph``, so that their order does not matter.
+
+    Raises:
+        UserError: an edit that does not fit: unknown operation, layer or expert, an expert taken out twice, one merged
+            into an expert that goes itself, a layer that would lose all its experts.
+    """
+    goes: list[dict[int, int | None]] = [{} for _ in graph.masks]  # expert -> the one it goes into
+    for edit in edits:
+        _check(edit, graph.num_experts)
+        gone = edit.q
+        if gone in goes[edit.layer]:
+            raise UserError(f"expected expert {edit.layer}:{gone} to be taken out once, got it twice")
+        goes[edit.layer][gone] = None if edit.op == RETIRE else edit.p
+    layers = [_edit_layer(mask, goes[layer], layer) for layer, mask in enumerate(graph.masks)]
+    masks, kept, numbers, added = zip(*layers, strict=True) if layers else ((), (), (), ())
+    return EditedGraph(ExpertGraph(masks, graph.version + 1), kept, numbers, added)
+
+
+def _check(edit: Edit, num_experts: Sequence[int]) -> None:
+    if edit.op not in EXPERT_OPERATIONS:
+        raise UserError(f"expected an edit to be one of {', '.join(EXPERT_OPERATIONS)}, got {edit.op!r}")
+    known = 0 <= edit.layer < len(num_experts) and all(
+        0 <= expert < num_experts[edit.layer] for expert in (edit.p, edit.q)
+    )
+    if not known or (edit.p == edit.q) != (edit.op == RETIRE):
+        raise UserError(
+            "expected a known layer and known experts, p == q to retire and p != q to merge, got "
+            f"{edit.op} {edit.layer}:{edit.p} {edit.q}"
+        )
+
+
+def _edit_layer(
+    mask: np.ndarray, goes: Mapping[int, int | None], layer: int
+) -> tuple[np.ndarray, np.ndarray, dict[int, int], np.ndarray]:
+    kept = np.array([expert for expert in range(len(mask)) if expert not in goes], dtype=np.int64)
+    if not len(kept):
+        raise UserError(f"expected an expert to stay in layer {layer}, got all of them taken out")
+    into = np.arange(len(mask))
+    for gone, target in goes.items():
+        if target in goes:
+            raise UserError(f"expected experts of layer {layer} to merge into one that stays, got {target}")
+        into[gone] = gone if target is None else target
+    rewired = _move(_bridge(mask, [gone for gone, target in goes.items() if target is None]), into)
+    after = rewired[np.ix_(kept, kept)]
+    _open_roots(after)
+    number = {int(old): new for new, old in enumerate(kept)}
+    numbers = {old: number[int(new)] for old, new in enumerate(into) if int(new) in number}
+    return after, kept, numbers, np.triu(after & ~mask[np.ix_(kept, kept)], 1)
+
+
+def _bridge(mask: np.ndarray, retired: Sequence[int]) -> np.ndarray:
+    """Edges from the parents of every retired expert to its children."""
+    mask = mask.copy()
+    for expert in sorted(retired):
+        mask[:expert, expert + 1 :] |= np.outer(mask[:expert, expert], mask[expert, expert + 1 :])
+    return mask
+
+
+def _move(mask: np.ndarray, into: np.ndarray) -> np.ndarray:
+    """Edges and roots of experts that go into others, those that may run so; ``into`` maps expert to expert."""
+    moved = np.zeros_like(mask)
+    for p, q in np.argwhere(mask):
+        if p == q or into[p] < into[q]:
+            moved[into[p], into[q]] = True
+    return moved
+
+
+def _open_roots(mask: np.ndarray) -> None:
+    """Make roots of experts out of reach, the lowest first, since edges lead on from it; in place."""
+    while len(lost := np.flatnonzero(~reachable(mask))):
+        mask[lost[0], lost[0]] = True

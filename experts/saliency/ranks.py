@@ -1,0 +1,36 @@
+"""Ranks of experts: comparable between texts and metrics where raw sums are not, and apart from frequencies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from scipy.stats import rankdata
+
+from experts.saliency.measures import Saliency, check_same_model
+
+
+def rank_sums(saliencies: Sequence[Saliency], metric: str, *, model_wide: bool) -> np.ndarray:
+    """Ranks summed over the files, ``[L, E]``; rank 1 is the best, ties share their average, NaN where absent.
+
+    Within a layer each expert is ranked among the experts of its layer. Model-wide it is ranked among all experts of
+    the model by its score over the mean score of its layer: norms grow with depth, and raw scores would keep the
+    late layers and empty the early ones.
+
+    Raises:
+        UserError: no files, files of different models, an unknown metric.
+    """
+    check_same_model(saliencies)
+    return np.sum([_ranks(saliency.scores(metric), model_wide) for saliency in saliencies], axis=0)
+
+
+def _ranks(scores: np.ndarray, model_wide: bool) -> np.ndarray:
+    if model_wide:
+        return rankdata(-over_layer_mean(scores), axis=None, nan_policy="omit").reshape(scores.shape)
+    return rankdata(-scores, axis=1, nan_policy="omit")
+
+
+def over_layer_mean(scores: np.ndarray) -> np.ndarray:
+    """Scores ``[L, E]`` over the mean magnitude of their layer; a layer of zeros stays as it is."""
+    means = np.nanmean(np.abs(scores), axis=1, keepdims=True)
+    return scores / np.where(means == 0, 1.0, means)

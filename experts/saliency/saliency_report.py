@@ -1,0 +1,82 @@
+"""What a saliency file says, for a reader: best, worst and idle experts, and how two files differ."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from scipy.stats import spearmanr
+
+from configs.errors import UserError
+from experts.saliency.measures import Saliency
+from experts.saliency.ranks import rank_sums
+
+
+def layer_summaries(saliency: Saliency, metric: str, *, top: int = 4) -> list[dict[str, Any]]:
+    """One entry a layer: its ordinal and decoder index, the ``top`` best and worst experts, those never routed to.
+
+    ``best`` starts with the best, ``worst`` with the worst; ``scores`` holds all, by expert.
+    """
+    scores = saliency.scores(metric)
+    summaries = []
+    for layer, number in enumerate(saliency.experts_per_layer):
+        order = np.argsort(-scores[layer, :number], kind="stable")
+        summaries.append(
+            {
+                "layer": layer,
+                "decoder_layer": int(saliency.decoder_layers[layer]),
+                "experts": number,
+                "best": order[:top].tolist(),
+                "worst": order[::-1][:top].tolist(),
+                "never_routed": np.flatnonzero(saliency.freq[layer, :number] == 0).tolist(),
+                "scores": scores[layer, :number].tolist(),
+            }
+        )
+    return summaries
+
+
+def compare_layers(first: Saliency, second: Saliency, metric: str, *, top: int = 4) -> list[dict[str, Any]]:
+    """One entry a layer: how two files, of one model or of two of the same shape, rank its experts.
+
+    ``spearman`` is the rank correlation (None where a file ranks all experts alike), ``bottom_quarter_overlap`` the
+    share of the worst quarter (at least one expert) of the one that is in that of the other, and ``largest_changes``
+    lists up to ``top`` experts whose rank moved most.
+
+    Raises:
+        UserError: another number of layers or experts.
+    """
+    if first.experts_per_layer != second.experts_per_layer:
+        raise UserError(
+            f"expected two files with the same experts per layer, got {first.experts_per_layer} and "
+            f"{second.experts_per_layer}"
+        )
+    ranks = [rank_sums([saliency], metric, model_wide=False) for saliency in (first, second)]
+    return [
+        {
+            "layer": layer,
+            "decoder_layer": int(first.decoder_layers[layer]),
+            **_compare(ranks[0][layer, :number], ranks[1][layer, :number], top),
+        }
+        for layer, number in enumerate(first.experts_per_layer)
+    ]
+
+
+def _compare(first: np.ndarray, second: np.ndarray, top: int) -> dict[str, Any]:
+    quarter = max(1, len(first) // 4)
+    bottoms = [set(np.argsort(-ranks, kind="stable")[:quarter].tolist()) for ranks in (first, second)]
+    moved = np.abs(first - second)
+    largest = [expert for expert in np.argsort(-moved, kind="stable")[:top].tolist() if moved[expert] > 0]
+    return {
+        "spearman": _spearman(first, second),
+        "bottom_quarter_overlap": len(bottoms[0] & bottoms[1]) / quarter,
+        "largest_changes": [
+            {"expert": expert, "rank_before": float(first[expert]), "rank_after": float(second[expert])}
+            for expert in largest
+        ],
+    }
+
+
+def _spearman(first: np.ndarray, second: np.ndarray) -> float | None:
+    if min(np.ptp(first), np.ptp(second)) == 0:
+        return None
+    return float(spearmanr(first, second).statistic)

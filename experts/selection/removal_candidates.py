@@ -1,0 +1,108 @@
+"""Which expert may go next: the least salient of the model, or the less salient of the most alike pair.
+
+Shape suffixes: L layers, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from experts.selection.compression_trace import Removal
+
+
+class RemovalCandidates:
+    """The experts that are left, and the rules that hold them. Numbers never change.
+
+    Args:
+        ranks_LE: by saliency among all experts of the model, 1 the best, NaN where absent.
+        free_LE: bool, experts that may go.
+        min_experts_per_layer: that stay.
+        max_group_size: experts that become one, at most.
+
+    Attributes:
+        left_LE: bool, experts that are there.
+    """
+
+    def __init__(
+        self, ranks_LE: np.ndarray, free_LE: np.ndarray, *, min_experts_per_layer: int, max_group_size: int
+    ) -> None:
+        self.left_LE = ~np.isnan(ranks_LE)
+        self._free_LE, self._least, self._largest = free_LE, min_experts_per_layer, max_group_size
+        self._group_LE = self.left_LE.astype(np.int64)
+        self._refused: dict[Removal, float] = {}
+        # Of equal experts the one with the higher number goes first, and of those the one in the later layer.
+        layers, experts = np.indices(ranks_LE.shape)
+        order = np.lexsort((-layers.ravel(), -experts.ravel(), -ranks_LE.ravel()))
+        turns = np.empty(ranks_LE.size, dtype=np.int64)
+        turns[order] = np.arange(ranks_LE.size)
+        self._turn_LE = turns.reshape(ranks_LE.shape)
+
+    def to_prune(self) -> Removal | None:
+        """The least salient expert that may go; None where none may."""
+        free = np.argwhere(self._open_LE)
+        if not len(free):
+            return None
+        layer, expert = min(free.tolist(), key=lambda pair: self._turn_LE[tuple(pair)])
+        return Removal(layer, expert)
+
+    def to_merge(self, likeness: Sequence[np.ndarray], last_loss: float = -np.inf) -> Removal | None:
+        """A pair of a layer, the less salient going into the other; None where none may.
+
+        The most alike pair that was not refused. One that was comes back when the loss measured for it is below
+        ``last_loss``, and when no other is left: the pair of the smallest loss.
+
+        Args:
+            likeness: per layer ``[E, E]``.
+            last_loss: of the step before.
+        """
+        allowed = [self._allowed_EE(layer, len(values)) for layer, values in enumerate(likeness)]
+        refused = {
+            pair: loss for pair, loss in self._refused.items() if allowed[pair.layer][pair.expert, pair.into]
+        }
+        for pair in refused:
+            allowed[pair.layer][pair.expert, pair.into] = False
+        known = min(refused, key=refused.__getitem__, default=None)
+        if known is not None and refused[known] < last_loss:
+            return known
+        return _most_alike(likeness, allowed) or known
+
+    def refuse(self, removal: Removal, loss: float) -> None:
+        """The removal was measured, cost ``loss``, and another was better."""
+        if removal.into is not None:
+            self._refused[removal] = np.inf if np.isnan(loss) else loss
+
+    def take(self, removal: Removal) -> None:
+        """The removal is made: its expert is there no longer, and the group that it is merged into grows."""
+        place = removal.layer, removal.expert
+        self.left_LE[place] = False
+        if removal.into is not None:
+            self._group_LE[removal.layer, removal.into] += self._group_LE[place]
+            # What was measured for pairs of the merged expert is of an expert that is there no longer.
+            self._refused = {
+                pair: loss
+                for pair, loss in self._refused.items()
+                if pair.layer != removal.layer or removal.into not in (pair.expert, pair.into)
+            }
+
+    @property
+    def _open_LE(self) -> np.ndarray:
+        room_L = self.left_LE.sum(axis=1) > self._least
+        return self.left_LE & self._free_LE & room_L[:, None]
+
+    def _allowed_EE(self, layer: int, number: int) -> np.ndarray:
+        """Bool ``[E, E]``: whether the expert of the row may go into that of the column."""
+        turn_E, group_E = self._turn_LE[layer, :number], self._group_LE[layer, :number]
+        allowed_EE = self._open_LE[layer, :number, None] & self.left_LE[layer, :number]
+        return allowed_EE & (turn_E[:, None] < turn_E) & (group_E[:, None] + group_E <= self._largest)
+
+
+def _most_alike(likeness: Sequence[np.ndarray], allowed: Sequence[np.ndarray]) -> Removal | None:
+    best, found = -np.inf, None
+    for layer, (values_EE, allowed_EE) in enumerate(zip(likeness, allowed, strict=True)):
+        values_EE = np.where(allowed_EE, values_EE, -np.inf)
+        gone, into = divmod(int(values_EE.argmax()), len(values_EE))
+        if values_EE[gone, into] > best:
+            best, found = values_EE[gone, into], Removal(layer, gone, into)
+    return found
