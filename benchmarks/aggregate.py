@@ -19,11 +19,11 @@ from benchmarks.runner import Measured, OnStep, measured_apart, run_benchmark
 from federated.codec import pack_update
 from federated.quantise import quantise_update
 from federated.update import SparseUpdate, SparseVector
-from models.bootstrap import BootstrapPlan, build_graph, plan_experts
-from models.checkpoint import read_graph, save_graph
-from models.llama_loader import load_dense, load_graph, load_tokenizer
-from models.modeling_fedgraft import FedGraftForCausalLM
-from models.units import unit_sizes
+from models.bootstrap.build import BootstrapPlan, build_graph, plan_experts
+from models.checkpoints.load import load_dense, load_graph, load_tokenizer
+from models.checkpoints.save import read_graph, save_graph
+from models.graph.unit_vectors import unit_sizes
+from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 
 FEW, MANY = 2, 64
 METHODS = ("packed", "dense")

@@ -26,7 +26,7 @@ from federated.aggregation import aggregate
 from federated.codec import unpack_update
 from federated.messages import Reply, write_reply
 from federated.usage import pack_usage
-from models.units import unit_sizes
+from models.graph.unit_vectors import unit_sizes
 from server.exchange import exchange
 from server.global_model import GlobalModel
 from server.reply_spool import ReplySpool

@@ -22,14 +22,14 @@ from benchmarks.material import bootstrapped, data_sources, domain_blocks, model
 from benchmarks.runner import Measured, OnStep, run_benchmark
 from benchmarks.statistics import interval
 from clients.lookahead import best_residents
+from clients.residents.assembler import Assembler, choose_residents, most_used, train_assembler
+from clients.residents.expert_features import expert_features
 from clients.trainer import LocalTraining, train_locally
 from configs.schema import RunConfig
 from federated.blocks import Blocks, batches, take
-from models.assembler import Assembler, choose_residents, most_used, train_assembler
-from models.expert_features import expert_features
-from models.modeling_fedgraft import FedGraftForCausalLM
-from models.perplexity import evaluate_loss
-from models.settings import residents, scaled_visits, set_residents, visiting
+from models.graph.runtime_settings import residents, scaled_visits, set_residents, visiting
+from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
+from models.runtime.perplexity import evaluate_loss
 
 ARMS = ("learned", "usage", "random", "usage, more steps")
 _BATCH = 8

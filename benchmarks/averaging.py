@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from benchmarks.federated_methods import Client, Schedule, Traffic, held_out_losses
 from clients.optimiser import make_optimizer, make_schedule
 from federated.messages import message_bytes
-from models.perplexity import LossSum
+from models.runtime.perplexity import LossSum
 
 
 class Averaging:

@@ -15,10 +15,10 @@ import torch
 
 from benchmarks.material import DEMO_MODEL
 from benchmarks.runner import Measured, OnStep, measured_apart, run_benchmark
-from models.checkpoint import save_graph
-from models.configuration_fedgraft import FedGraftConfig
-from models.llama_loader import load_tokenizer
-from models.modeling_fedgraft import FedGraftForCausalLM
+from models.checkpoints.load import load_tokenizer
+from models.checkpoints.save import save_graph
+from models.remote_code.configuration_fedgraft import FedGraftConfig
+from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 
 EXPERTS = 16
 

@@ -23,10 +23,10 @@ from clients.trainer import train_locally
 from configs.schema import load_run_config
 from federated.blocks import batches
 from federated.messages import Request
-from models.checkpoint import read_graph
-from models.mapped_experts import open_mapped
-from models.recipe import graph_fingerprint
-from models.settings import visiting
+from models.bootstrap.recipe import graph_fingerprint
+from models.checkpoints.disk_experts import open_mapped
+from models.checkpoints.save import read_graph
+from models.graph.runtime_settings import visiting
 
 _MIB = 2**20
 

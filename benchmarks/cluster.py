@@ -16,7 +16,7 @@ from k_means_constrained import KMeansConstrained
 from benchmarks.material import model_path
 from benchmarks.runner import Measured, OnStep, run_benchmark
 from experts.clustering import balanced_clusters
-from models.llama_loader import load_dense
+from models.checkpoints.load import load_dense
 
 _INITIALISATIONS, _REPEATS = 3, 5
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from clients.trainer import LocalTraining
 from federated.blocks import Blocks, batches
-from models.perplexity import LossSum, evaluate_loss
+from models.runtime.perplexity import LossSum, evaluate_loss
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,13 @@ from benchmarks.runner import Measured, OnStep, run_benchmark
 from benchmarks.statistics import interval
 from clients.trainer import LocalTraining, train_locally
 from federated.blocks import Blocks, batches
-from models.bootstrap import BootstrapPlan, LayerExperts, build_graph, plan_experts
-from models.experts_fedgraft import ExpertGraphMLP
-from models.llama_loader import load_dense
-from models.modeling_fedgraft import FedGraftForCausalLM
-from models.perplexity import evaluate_loss
-from models.routing_fedgraft import Walk
-from models.settings import Observer, observing
+from models.bootstrap.build import BootstrapPlan, LayerExperts, build_graph, plan_experts
+from models.checkpoints.load import load_dense
+from models.graph.runtime_settings import Observer, observing
+from models.remote_code.experts_fedgraft import ExpertGraphMLP
+from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
+from models.remote_code.routing_fedgraft import Walk
+from models.runtime.perplexity import evaluate_loss
 
 DOMAINS = ("math_gsm8k", "medical_qa", "recipes", "law_dc")
 ARMS = ("graph", "topk")

@@ -17,9 +17,9 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from benchmarks.runner import Measured, OnStep, run_benchmark
 from benchmarks.statistics import alternate, median_ratio
-from models.execution_fedgraft import gated, gated_ffn, run_visits
-from models.experts_fedgraft import ExpertGraphMLP
-from models.visits_fedgraft import find_links, sort_visits
+from models.remote_code.dispatch_fedgraft import find_links, sort_visits
+from models.remote_code.execution_fedgraft import gated, gated_ffn, run_visits
+from models.remote_code.experts_fedgraft import ExpertGraphMLP
 
 THREADS = 2
 EXPERTS, VISITS, DECODE_VISITS, EDGES = 16, 4, 8, 4

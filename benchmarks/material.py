@@ -11,10 +11,10 @@ from configs.errors import UserError
 from federated.blocks import Blocks, pack_blocks
 from federated.documents import load_documents
 from federated.wikimix import DOMAINS
-from models.bootstrap import BootstrapPlan, build_graph, plan_experts
-from models.bootstrap_checkpoint import sample_calibration
-from models.llama_loader import load_dense, load_tokenizer
-from models.modeling_fedgraft import FedGraftForCausalLM
+from models.bootstrap.build import BootstrapPlan, build_graph, plan_experts
+from models.bootstrap.pipeline import sample_calibration
+from models.checkpoints.load import load_dense, load_tokenizer
+from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 
 SHARED = Path(os.environ.get("FEDGRAFT_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 DEMO_MODEL = Path(__file__).resolve().parents[1] / "models" / "demo"

@@ -28,11 +28,11 @@ from benchmarks.statistics import interval
 from experts.saliency.measures import METRICS, Saliency
 from experts.selection.rules import Selection, select_experts
 from federated.blocks import Blocks
-from models.expert_merging import Batch, MergePlan, merge_experts
-from models.moe_shrink import keep_experts
-from models.perplexity import IGNORED, evaluate_loss
-from models.precision import autocast_to_bf16
-from models.saliency_collection import collect_saliency
+from models.moe.merge import Batch, MergePlan, merge_experts
+from models.moe.remove import keep_experts
+from models.moe.saliency_collection import collect_saliency
+from models.runtime.perplexity import IGNORED, evaluate_loss
+from models.runtime.precision import autocast_to_bf16
 
 # How merging is done, beside the default.
 PLANS = {

@@ -13,8 +13,8 @@ import numpy as np
 import psutil
 
 from benchmarks.runner import peak_bytes
-from models.checkpoint_pruning import prune_checkpoint
-from models.moe_layout import read_moe_layout
+from models.moe_files.layout import read_moe_layout
+from models.moe_files.prune import prune_checkpoint
 
 
 def measure_pruning(source: Path, out: Path, keep: int) -> dict[str, float]:

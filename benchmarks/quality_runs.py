@@ -18,11 +18,11 @@ from benchmarks.material import data_sources, domain_blocks, model_path
 from benchmarks.sparse_experts import SparseExperts
 from clients.trainer import LocalTraining
 from configs.schema import RunConfig
-from models.bootstrap import BootstrapPlan
-from models.bootstrap_checkpoint import bootstrap_checkpoint
-from models.llama_loader import load_dense
-from models.precision import autocast_to_bf16
-from models.settings import set_visits
+from models.bootstrap.build import BootstrapPlan
+from models.bootstrap.pipeline import bootstrap_checkpoint
+from models.checkpoints.load import load_dense
+from models.graph.runtime_settings import set_visits
+from models.runtime.precision import autocast_to_bf16
 from scripts.console import quiet_libraries
 from server.global_model import GlobalModel
 

@@ -22,19 +22,19 @@ from transformers import PreTrainedModel
 from benchmarks.material import data_sources, domain_blocks, model_path
 from benchmarks.runner import Measured, OnStep, run_benchmark
 from benchmarks.statistics import interval
-from models.bootstrap import BootstrapPlan, plan_experts
-from models.bootstrap_checkpoint import sample_calibration
-from models.calibration import Calibration
-from models.llama_loader import load_dense
-from models.perplexity import evaluate_loss
-from models.router_init import elimination_places, metric_root
-from models.selection_report import (
+from models.bootstrap.build import BootstrapPlan, plan_experts
+from models.bootstrap.calibration import Calibration
+from models.bootstrap.pipeline import sample_calibration
+from models.bootstrap.router_init import elimination_places, metric_root
+from models.bootstrap.selection_report import (
     SHARES,
     Selection,
     baselines,
     linear_selection,
     select_neurons,
 )
+from models.checkpoints.load import load_dense
+from models.runtime.perplexity import evaluate_loss
 
 DOMAINS = (
     "shakespeare",

@@ -9,8 +9,8 @@ import torch
 from transformers import PreTrainedModel
 
 from benchmarks.statistics import alternate, median_ratio
-from models.moe_view import moe_layers
-from models.saliency_collection import Batch, collect_saliency
+from models.moe.saliency_collection import Batch, collect_saliency
+from models.moe.views import moe_layers
 
 
 def tool_figures(moe: PreTrainedModel, batches: Sequence[Batch], repeats: int) -> dict[str, float]:

@@ -18,8 +18,8 @@ from transformers import (
 )
 
 from federated.blocks import Blocks, batches
-from models.llama_loader import load_dense
-from models.router_losses import Routing, router_loss
+from models.checkpoints.load import load_dense
+from models.graph.router_losses import Routing, router_loss
 
 # Of the load-balance loss: strong, since training is short.
 BALANCE_WEIGHT = 0.1

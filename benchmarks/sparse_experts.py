@@ -20,8 +20,8 @@ from federated.codec import pack_update, unpack_update
 from federated.lazy_vectors import LazyVectors
 from federated.messages import Reply, Request, message_bytes, write_reply, write_request
 from federated.update import parse_unit
-from models.perplexity import LossSum
-from models.units import Unit, read_unit, unit_sizes
+from models.graph.unit_vectors import Unit, read_unit, unit_sizes
+from models.runtime.perplexity import LossSum
 from server.global_model import GlobalModel
 
 

@@ -16,8 +16,8 @@ from federated.blocks import Blocks, batches
 from federated.entries import largest_share, sparsify
 from federated.quantise import quantise_update
 from federated.update import SparseUpdate, SparseVector, Unit
-from models.modeling_fedgraft import FedGraftForCausalLM
-from models.units import read_unit, unit_sizes, weight_count
+from models.graph.unit_vectors import read_unit, unit_sizes, weight_count
+from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 
 _BATCH = 8
 

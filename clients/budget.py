@@ -8,8 +8,8 @@ import psutil
 
 from configs.errors import UserError
 from configs.schema import RunConfig
-from models.modeling_fedgraft import FedGraftForCausalLM
-from models.units import weight_count
+from models.graph.unit_vectors import weight_count
+from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 
 _MIB = 2**20
 # Bytes per weight of a resident expert while its matrix trains: fp32 weight and gradient, and what the optimizer keeps.

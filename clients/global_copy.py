@@ -16,18 +16,18 @@ from clients.checked_file import read_checked, write_checked
 from experts.graph.expert_graph import ExpertGraph
 from federated.copy_hash import copy_hash, unit_digest, vector_digest
 from federated.update import parse_unit, unit_name
-from models.attention import attention_count, read_attention, write_attention
-from models.checkpoint import read_graph, write_graph
-from models.experts_fedgraft import ROUTING
-from models.modeling_fedgraft import FedGraftForCausalLM
-from models.units import OTHERS, Unit, weight_count
+from models.checkpoints.save import read_graph, write_graph
+from models.graph.attention_vectors import attention_count, read_attention, write_attention
+from models.graph.unit_vectors import OTHERS, Unit, weight_count
+from models.remote_code.experts_fedgraft import ROUTING
+from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 
 
 class GlobalCopy:
     """The experts that ever moved, fp32, a file each, and one file with the routing, the graph, and the names of those.
 
     The latter is replaced last and in one step, so that a process that dies leaves the version before. Experts are read
-    where they are needed (see ``models.mapped_experts``): nobody has to hold all of them.
+    where they are needed (see ``models.checkpoints.disk_experts``): nobody has to hold all of them.
 
     Args:
         folder: made on the first write.

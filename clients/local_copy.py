@@ -14,9 +14,9 @@ from federated.messages import Request
 from federated.snapshot import apply_snapshot
 from federated.steps import ServerStep, apply_step, steps_after
 from federated.update import RefusedUpdate
-from models.checkpoint import read_graph
-from models.modeling_fedgraft import FedGraftForCausalLM
-from models.units import Unit
+from models.checkpoints.save import read_graph
+from models.graph.unit_vectors import Unit
+from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 
 
 class VersionMismatch(RuntimeError):

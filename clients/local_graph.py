@@ -5,7 +5,7 @@ server's graph folder::
 
     flower-supernode ... --node-config 'partition-id=0 num-partitions=2 base="/models/llama" cache-dir="/var/fedgraft"'
 
-It asks the server once for the recipe of the graph (see ``models.recipe``), builds the graph under
+It asks the server once for the recipe of the graph (see ``models.bootstrap.recipe``), builds the graph under
 ``cache-dir/graphs``, or in the user's cache folder without ``cache-dir``, and uses it in all runs that start from it.
 """
 
@@ -23,8 +23,8 @@ from configs.output import new_directory
 from configs.paths import cache_folder, default_graph
 from configs.schema import RunConfig
 from federated.messages import Request
-from models.recipe import graph_fingerprint, read_recipe
-from models.recipe_build import build_into
+from models.bootstrap.recipe import graph_fingerprint, read_recipe
+from models.bootstrap.recipe_build import build_into
 
 _FINGERPRINT = re.compile("[0-9a-f]{64}")
 

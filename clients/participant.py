@@ -16,6 +16,8 @@ from clients.local_copy import bring_to_version, client_folder
 from clients.local_graph import local_graph
 from clients.lookahead import best_residents
 from clients.resident_model import changes, hold_residents
+from clients.residents.assembler import most_used, train_assembler
+from clients.residents.expert_features import expert_features
 from clients.shipment import carried_over, choose_shipment, drawn_with, shipped_in, with_own_limits
 from clients.slopes import entry_slopes
 from clients.starting_point import StartingPoint
@@ -27,15 +29,10 @@ from federated.codec import pack_update
 from federated.messages import Reply, Request
 from federated.update import density
 from federated.usage import UsageCounter, pack_usage
-from models.assembler import most_used, train_assembler
-from models.checkpoint import read_graph
-from models.expert_features import expert_features
-from models.llama_loader import load_tokenizer
-from models.mapped_experts import materialise, open_mapped
-from models.modeling_fedgraft import FedGraftForCausalLM
-from models.perplexity import LossSum, evaluate_loss
-from models.precision import autocast_to_bf16, choose_device
-from models.settings import (
+from models.checkpoints.disk_experts import materialise, open_mapped
+from models.checkpoints.load import load_tokenizer
+from models.checkpoints.save import read_graph
+from models.graph.runtime_settings import (
     residents,
     scaled_visits,
     set_residents,
@@ -44,7 +41,10 @@ from models.settings import (
     visiting,
     warn_where_fewer_reside,
 )
-from models.units import Unit, unit_sizes
+from models.graph.unit_vectors import Unit, unit_sizes
+from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
+from models.runtime.perplexity import LossSum, evaluate_loss
+from models.runtime.precision import autocast_to_bf16, choose_device
 
 # Blocks of the client's own text from which the assembler takes its features.
 _FEATURE_BLOCKS = 16

@@ -10,11 +10,11 @@ from torch import Tensor
 from clients.starting_point import StartingPoint, resident_units
 from configs.schema import RunConfig
 from federated.lazy_vectors import LazyVectors
-from models.expert_modules import materialise_modules
-from models.lora import attach_lora, attention_changes, lora_change
-from models.mapped_experts import materialise
-from models.modeling_fedgraft import FedGraftForCausalLM
-from models.units import OTHERS, Unit
+from models.checkpoints.disk_experts import materialise
+from models.graph.expert_modules import materialise_modules
+from models.graph.lora import attach_lora, attention_changes, lora_change
+from models.graph.unit_vectors import OTHERS, Unit
+from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 
 
 def hold_residents(

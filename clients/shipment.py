@@ -16,9 +16,9 @@ from federated.lazy_vectors import LazyVectors
 from federated.messages import Request
 from federated.selection import Limits, PreparedUpdate, choose_update
 from federated.update import SparseUpdate, SparseVector, Unit, unit_name
-from models.checkpoint import read_graph
-from models.modeling_fedgraft import FedGraftForCausalLM
-from models.units import unit_shapes
+from models.checkpoints.save import read_graph
+from models.graph.unit_vectors import unit_shapes
+from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 
 _OWN = ("density", "upload-budget-mb")
 _MB = 10**6

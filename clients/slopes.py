@@ -10,9 +10,9 @@ from torch.optim import Optimizer
 
 from clients.starting_point import resident_units
 from federated.lazy_vectors import LazyVectors
-from models.experts_fedgraft import ExpertGraphMLP
-from models.modeling_fedgraft import FedGraftForCausalLM
-from models.units import Unit, flatten_weights
+from models.graph.unit_vectors import Unit, flatten_weights
+from models.remote_code.experts_fedgraft import ExpertGraphMLP
+from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 
 
 def second_moments(optimizer: Optimizer) -> dict[Tensor, Tensor]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from models.modeling_fedgraft import FedGraftForCausalLM
-from models.settings import residents
-from models.units import Unit, flatten_weights, read_routing, read_unit, write_routing
+from models.graph.runtime_settings import residents
+from models.graph.unit_vectors import Unit, flatten_weights, read_routing, read_unit, write_routing
+from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 
 
 class StartingPoint:

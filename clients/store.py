@@ -11,9 +11,9 @@ import torch
 
 from clients.checked_file import read_checked, write_checked
 from clients.global_copy import GlobalCopy
+from clients.residents.assembler import Assembler
 from clients.residual import ResidualStore
 from federated.blocks import Blocks
-from models.assembler import Assembler
 
 
 class ClientStore:

@@ -17,10 +17,10 @@ from torch.optim.lr_scheduler import LRScheduler
 from clients.optimiser import make_optimizer, make_schedule
 from clients.slopes import second_moments
 from configs.errors import UserError
-from models.experts_fedgraft import ROUTING
-from models.modeling_fedgraft import FedGraftForCausalLM
-from models.router_losses import Routing, collect_routing, router_loss
-from models.settings import checkpointing
+from models.graph.router_losses import Routing, collect_routing, router_loss
+from models.graph.runtime_settings import checkpointing
+from models.remote_code.experts_fedgraft import ROUTING
+from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 
 MATRICES = ("gate_up_proj", "down_proj")
 # Those that start at zero and scale outputs. One number stands for a whole vector, so it may move faster than weights.
@@ -49,8 +49,8 @@ class LocalTraining:
         total_steps: steps of the run; 0 where these are its last.
         accumulation_steps: batches per optimizer step.
         gradient_checkpointing: compute activations again in the backward pass in place of keeping them.
-        load_balance_weight: of ``models.router_losses.load_balance_loss``.
-        z_loss_weight: of ``models.router_losses.z_loss``.
+        load_balance_weight: of ``models.graph.router_losses.load_balance_loss``.
+        z_loss_weight: of ``models.graph.router_losses.z_loss``.
         keep_moments: return those of the gradients, which the optimizer has in memory anyway.
     """
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from configs.errors import UserError
-from models.perplexity import IGNORED
+from models.runtime.perplexity import IGNORED
 
 _DOCUMENTS_AT_ONCE = 256
 

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from models.attention import read_attention
-from models.checkpoint import read_graph
-from models.experts_fedgraft import ROUTING, ExpertGraphMLP
-from models.modeling_fedgraft import FedGraftForCausalLM
-from models.units import OTHERS, Unit, flatten_weights
+from models.checkpoints.save import read_graph
+from models.graph.attention_vectors import read_attention
+from models.graph.unit_vectors import OTHERS, Unit, flatten_weights
+from models.remote_code.experts_fedgraft import ROUTING, ExpertGraphMLP
+from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 
 _DIGEST_BYTES = 16
 

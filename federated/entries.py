@@ -17,7 +17,7 @@ from torch import Tensor
 from configs.errors import UserError
 from federated.top_entries import top_entries
 from federated.update import SparseUpdate, SparseVector, Unit, join_indices, join_values, split_columns
-from models.memory import return_freed_memory
+from models.runtime.memory import return_freed_memory
 
 Vectors = dict[Unit, SparseVector]
 Score = Callable[[Unit, Tensor], Tensor]

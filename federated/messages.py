@@ -30,7 +30,7 @@ class Request:
         server_round: counts from 1.
         version: of the global model after ``steps``.
         graph_hash: of the graph after ``steps``.
-        base_fingerprint: of the bootstrapped checkpoint that both sides start from (see ``models.recipe``).
+        base_fingerprint: of the bootstrapped checkpoint that both sides start from (see ``models.bootstrap.recipe``).
         steps: what the client misses.
         last: whether this is the last round.
         accepted_round: server round of the last update of this client that went into the model; 0 for none.

@@ -23,11 +23,11 @@ from experts.graph.expert_graph import ExpertGraph, check_reachable
 from federated.columns import pack_column, unpack_column
 from federated.copy_hash import moved_vector, routing_vector
 from federated.update import RefusedUpdate, Unit
-from models.attention import write_attention
-from models.checkpoint import read_graph, write_graph
-from models.experts_fedgraft import ROUTING, ExpertGraphMLP
-from models.modeling_fedgraft import FedGraftForCausalLM
-from models.units import OTHERS, unflatten_weights
+from models.checkpoints.save import read_graph, write_graph
+from models.graph.attention_vectors import write_attention
+from models.graph.unit_vectors import OTHERS, unflatten_weights
+from models.remote_code.experts_fedgraft import ROUTING, ExpertGraphMLP
+from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 
 _UNIT = re.compile(r"unit\.(\d{1,9})\.(-1|\d{1,9})")
 _WIDTH = 32  # bits of a difference

@@ -13,9 +13,9 @@ from experts.graph.edge_edits import Edit, apply_edits, edits_from_dicts
 from experts.graph.expert_graph import ExpertGraph
 from federated.codec import PackedStats, packed_stats, unpack_update
 from federated.update import RefusedUpdate, SparseUpdate, Unit
-from models.checkpoint import read_graph, write_graph
-from models.modeling_fedgraft import FedGraftForCausalLM
-from models.units import add_to_unit, unit_sizes
+from models.checkpoints.save import read_graph, write_graph
+from models.graph.unit_vectors import add_to_unit, unit_sizes
+from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 
 # No packed update starts like this: its first eight bytes are a small number.
 _PARTS = b"fedgraft"

@@ -10,7 +10,7 @@ from torch import Tensor
 from configs.errors import UserError
 from federated.blocks import stream_blocks
 from federated.documents import absolute_sources, load_documents
-from models.perplexity import IGNORED
+from models.runtime.perplexity import IGNORED
 
 SPLITS = ("valid", "train", "all")
 

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from federated.columns import pack_column, unpack_column
 from federated.update import RefusedUpdate
-from models.experts_fedgraft import ExpertGraphMLP
-from models.modeling_fedgraft import FedGraftForCausalLM
-from models.routing_fedgraft import Walk
-from models.settings import Observer, observing
+from models.graph.runtime_settings import Observer, observing
+from models.remote_code.experts_fedgraft import ExpertGraphMLP
+from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
+from models.remote_code.routing_fedgraft import Walk
 
 _WIDTH = 32  # bits of a count
 

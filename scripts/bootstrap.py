@@ -39,8 +39,8 @@ def bootstrap(
     With every expert active the new model computes what the dense one computes. The report shows the perplexity
     when 75, 50 and 25 % of the experts are active, beside other ways to choose as many neurons.
     """
-    from models.bootstrap import BootstrapPlan
-    from models.bootstrap_checkpoint import bootstrap_checkpoint
+    from models.bootstrap.build import BootstrapPlan
+    from models.bootstrap.pipeline import bootstrap_checkpoint
 
     quiet_libraries()
     plan = BootstrapPlan(
@@ -76,8 +76,8 @@ def _token_blocks(model: str, sources: list[str], tokens: int):
     """Training text of ``sources`` as blocks ``[N, S]`` of the model's own tokens."""
     from federated.blocks import pack_blocks
     from federated.documents import absolute_sources, load_documents
-    from models.config_file import read_config
-    from models.llama_loader import load_tokenizer
+    from models.checkpoints.load import load_tokenizer
+    from models.files.config_file import read_config
 
     block_size = min(256, read_config(model).max_position_embeddings)
     rows = load_documents(absolute_sources(sources)).shuffle(seed=0)

@@ -38,11 +38,11 @@ def evaluate(
     """Measure token-weighted perplexity on held-out text, per domain and over all of it."""
     from federated.blocks import pack_blocks
     from federated.text_batches import texts_by_domain
-    from models.config_file import read_config
-    from models.llama_loader import load_causal_lm, load_tokenizer
-    from models.perplexity import LossSum, evaluate_loss
-    from models.precision import choose_device
-    from models.settings import set_visits
+    from models.checkpoints.load import load_causal_lm, load_tokenizer
+    from models.files.config_file import read_config
+    from models.graph.runtime_settings import set_visits
+    from models.runtime.perplexity import LossSum, evaluate_loss
+    from models.runtime.precision import choose_device
 
     quiet_libraries()
     texts = texts_by_domain(data, split)

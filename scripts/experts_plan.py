@@ -73,8 +73,8 @@ def plan(
     from configs.output import check_output_file
     from experts.selection.compression_trace import PLAN_FILE, write_plan
     from experts.selection.expert_list import CSV_FILE, JSON_FILE, write_expert_list
-    from models.compression_plan import PlanOptions, plan_compression
-    from models.perplexity import batches_loss
+    from models.moe.planner import PlanOptions, plan_compression
+    from models.runtime.perplexity import batches_loss
 
     quiet_libraries()
     for name in (PLAN_FILE, CSV_FILE, JSON_FILE):
@@ -133,7 +133,7 @@ def plan(
 
 def needs_equalising(model: PreTrainedModel) -> bool:
     """Whether layers differ in their number of experts in a format whose configuration holds one number for all."""
-    from models.moe_view import RouterKind, moe_layers
+    from models.moe.views import RouterKind, moe_layers
 
     layers = moe_layers(model)
     return layers[0].kind is not RouterKind.GRAPH_WALK and len({layer.num_experts for layer in layers}) > 1

@@ -23,8 +23,8 @@ def export(
     """
     from configs.errors import UserError
     from configs.output import check_output_directory, new_directory
-    from models.export import export_dense
-    from models.llama_loader import load_graph, load_tokenizer
+    from models.checkpoints.dense_export import export_dense
+    from models.checkpoints.load import load_graph, load_tokenizer
 
     quiet_libraries()
     if to != "dense":

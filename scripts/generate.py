@@ -25,9 +25,9 @@ def generate(
     import torch
     from transformers import TextStreamer
 
-    from models.generation import continue_prompt
-    from models.llama_loader import load_causal_lm, load_tokenizer
-    from models.precision import choose_device
+    from models.checkpoints.load import load_causal_lm, load_tokenizer
+    from models.runtime.generation import continue_prompt
+    from models.runtime.precision import choose_device
 
     quiet_libraries()
     lm = load_causal_lm(model, precision=precision, device=choose_device(device))

@@ -44,8 +44,8 @@ from scripts.model_text import ExpertModel, open_model_text
 from scripts.prune import as_result, result_lines
 
 if TYPE_CHECKING:
-    from models.expert_merging import MergePlan
-    from models.moe_layout import MoELayout
+    from models.moe.merge import MergePlan
+    from models.moe_files.layout import MoELayout
 
 _OURS = (
     "the experts of a graph are disjoint parts of one dense FFN and share nothing by construction: compare what "
@@ -102,9 +102,9 @@ def merge(
     before, merged, and with the same experts pruned instead.
     """
     from configs.output import check_output_directory
-    from models.expert_merging import MergePlan
-    from models.moe_layout import read_moe_layout
-    from models.side_files import local_checkpoint
+    from models.files.side_files import local_checkpoint
+    from models.moe.merge import MergePlan
+    from models.moe_files.layout import read_moe_layout
 
     quiet_libraries()
     plan = MergePlan(similarity_mode, alignment, max_group_size, average, refit)
@@ -158,12 +158,12 @@ def _merge(
     **opening: Any,
 ) -> dict[str, Any]:
     """Merge as one choice says; without ``out`` only tell what would go."""
-    from models.checkpoint_merging import save_merged
-    from models.checkpoint_pruning import preview_prune
-    from models.expert_merging import merge_experts
-    from models.moe_layout import read_moe_layout
-    from models.moe_shrink import keep_experts
-    from models.perplexity import batches_loss
+    from models.moe.merge import merge_experts
+    from models.moe.remove import keep_experts
+    from models.moe_files.layout import read_moe_layout
+    from models.moe_files.prune import preview_prune
+    from models.moe_files.save_merged import save_merged
+    from models.runtime.perplexity import batches_loss
 
     report = preview_prune(layout.source, choice.keep_map)
     result = as_result(report, layout)

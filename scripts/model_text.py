@@ -56,8 +56,8 @@ class ModelText:
 
     def provenance(self, data: Sequence[str], split: str) -> dict[str, Any]:
         """What figures of this model on this text carry with them. Reads the whole checkpoint, for its fingerprint."""
-        from models.fingerprint import checkpoint_fingerprint
-        from models.moe_view import router_kind
+        from models.files.fingerprint import checkpoint_fingerprint
+        from models.moe.views import router_kind
 
         return {
             "model": self.source,
@@ -85,9 +85,9 @@ def open_model_text(
     Raises:
         UserError: as ``load_causal_lm``, and a model whose layers have no experts or store them in an unknown way.
     """
-    from models.llama_loader import load_causal_lm, load_tokenizer
-    from models.moe_view import moe_layers
-    from models.precision import choose_device
+    from models.checkpoints.load import load_causal_lm, load_tokenizer
+    from models.moe.views import moe_layers
+    from models.runtime.precision import choose_device
 
     model = load_causal_lm(source, precision=precision, device=choose_device(device))
     moe_layers(model)

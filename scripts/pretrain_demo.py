@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))  # run from a clone, without installation
 
 from configs.errors import UserError  # noqa: E402
 from federated import wikimix  # noqa: E402
-from models.precision import bf16_is_faster  # noqa: E402
+from models.runtime.precision import bf16_is_faster  # noqa: E402
 
 CONFIG = ROOT / "configs" / "llama_demo.json"
 STEPS_PER_MINUTE = 60

@@ -31,8 +31,8 @@ from scripts.expert_options import (
 )
 
 if TYPE_CHECKING:
-    from models.checkpoint_pruning import PruneReport
-    from models.moe_layout import MoELayout
+    from models.moe_files.layout import MoELayout
+    from models.moe_files.prune import PruneReport
 
 
 def prune(
@@ -63,9 +63,9 @@ def prune(
     go; formats whose configuration holds one number of experts need equally many in every layer (--equalise).
     """
     from configs.output import check_output_directory
-    from models.checkpoint_pruning import preview_prune, prune_checkpoint
-    from models.moe_layout import read_moe_layout
-    from models.side_files import local_checkpoint
+    from models.files.side_files import local_checkpoint
+    from models.moe_files.layout import read_moe_layout
+    from models.moe_files.prune import preview_prune, prune_checkpoint
 
     quiet_libraries()
     source = local_checkpoint(model)

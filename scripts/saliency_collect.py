@@ -44,7 +44,7 @@ def collect(
     """
     from configs.output import check_output_file
     from experts.saliency.measures import save_saliency
-    from models.saliency_collection import collect_saliency
+    from models.moe.saliency_collection import collect_saliency
 
     quiet_libraries()
     check_output_file(out, overwrite=overwrite)

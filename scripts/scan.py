@@ -141,7 +141,7 @@ def _scan(
 
 
 def _saliency_of_each(opened: ModelText, sets: dict[str, list[str]]) -> dict[str, Saliency]:
-    from models.saliency_collection import collect_saliency
+    from models.moe.saliency_collection import collect_saliency
 
     batches = {name: opened.batches(sources, "all") for name, sources in sets.items()}
     found = {}

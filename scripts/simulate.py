@@ -113,9 +113,9 @@ def check_run(run) -> None:
     from clients.data_stream import all_clients
     from configs.output import check_output_directory
     from federated.documents import load_documents
-    from models.config_file import read_config
-    from models.llama_loader import check_weights
-    from models.recipe import check_base
+    from models.bootstrap.recipe import check_base
+    from models.checkpoints.load import check_weights
+    from models.files.config_file import read_config
     from server.app import check_fit, graph_source
 
     for folder in filter(None, (run.log_dir, run.out)):

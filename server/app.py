@@ -16,9 +16,9 @@ from configs.paths import cache_folder, default_graph
 from configs.schema import RunConfig, load_run_config
 from federated.blocks import Blocks, pack_blocks
 from federated.documents import load_documents
-from models.calibration import sample_text
-from models.config_file import check_is_graph, read_config
-from models.settings import set_visits, set_walk
+from models.bootstrap.calibration import sample_text
+from models.files.config_file import check_is_graph, read_config
+from models.graph.runtime_settings import set_visits, set_walk
 from server.call_trace import call_trace
 from server.federation import Federation
 from server.global_model import GlobalModel

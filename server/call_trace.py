@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.modeling_fedgraft import FedGraftForCausalLM
-from models.settings import Observer, observing
+from models.graph.runtime_settings import Observer, observing
+from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from models.perplexity import LossSum
+from models.runtime.perplexity import LossSum
 
 
 class EarlyStop:

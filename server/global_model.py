@@ -16,12 +16,12 @@ from experts.graph.expert_graph import ExpertGraph
 from federated.copy_hash import copy_hash, unit_digest
 from federated.snapshot import pack_snapshot
 from federated.steps import ServerStep, apply_step, steps_after
-from models.checkpoint import cast_weights, read_graph, save_graph, write_graph
-from models.config_file import read_dtype
-from models.llama_loader import load_graph, load_tokenizer
-from models.mapped_experts import open_mapped
-from models.recipe import graph_fingerprint, read_recipe_file
-from models.units import Unit, unit_sizes, weight_count
+from models.bootstrap.recipe import graph_fingerprint, read_recipe_file
+from models.checkpoints.disk_experts import open_mapped
+from models.checkpoints.load import load_graph, load_tokenizer
+from models.checkpoints.save import cast_weights, read_graph, save_graph, write_graph
+from models.files.config_file import read_dtype
+from models.graph.unit_vectors import Unit, unit_sizes, weight_count
 from server.downlink import pack_step
 
 # As many missing steps may outweigh a snapshot, which takes time to pack; fewer hardly can.

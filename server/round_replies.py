@@ -15,8 +15,8 @@ from federated.codec import PackedStats, packed_stats, unpack_update
 from federated.messages import Reply, read_reply
 from federated.update import RefusedUpdate, SparseUpdate, Unit
 from federated.usage import unpack_usage
-from models.perplexity import LossSum
-from models.units import OTHERS, unit_sizes
+from models.graph.unit_vectors import OTHERS, unit_sizes
+from models.runtime.perplexity import LossSum
 from server.exchange import Answer
 from server.global_model import GlobalModel
 

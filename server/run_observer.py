@@ -15,7 +15,7 @@ from experts.graph.expert_graph import ExpertGraph
 from federated.messages import Reply, read_reply
 from federated.steps import step_stats
 from federated.update import RefusedUpdate
-from models.perplexity import LossSum
+from models.runtime.perplexity import LossSum
 from server.exchange import Answer
 from server.global_model import GlobalModel
 from server.round_replies import Accepted, RoundReplies, check_numbers, held_out_loss, reply_loss

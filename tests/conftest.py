@@ -74,8 +74,8 @@ def tiny_llama_dir(tmp_path_factory, tiny_tokenizer) -> Path:
 @pytest.fixture(scope="session")
 def tiny_graph_dir(tmp_path_factory, tiny_llama_dir) -> Path:
     """The tiny Llama as a graph of 4 experts a layer, 2 a token."""
-    from models.bootstrap import BootstrapPlan
-    from models.bootstrap_checkpoint import bootstrap_checkpoint
+    from models.bootstrap.build import BootstrapPlan
+    from models.bootstrap.pipeline import bootstrap_checkpoint
 
     directory = tmp_path_factory.mktemp("tiny-graph") / "graph"
     bootstrap_checkpoint(

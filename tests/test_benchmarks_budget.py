@@ -3,7 +3,7 @@ from __future__ import annotations
 import math
 
 from benchmarks.budget import EXPERTS, measure, write_random_graph
-from models.llama_loader import load_graph
+from models.checkpoints.load import load_graph
 
 
 def test_a_quick_run_gives_every_figure():

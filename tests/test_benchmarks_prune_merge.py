@@ -9,7 +9,7 @@ import torch
 from benchmarks.prune_merge import kept_by, measure, random_experts
 from benchmarks.prune_peak import measure_pruning
 from experts.saliency.measures import METRICS
-from models.saliency_collection import collect_saliency
+from models.moe.saliency_collection import collect_saliency
 from tests.tiny_graphs import random_ids
 from tests.tiny_moes import saved_moe, tiny_moe
 

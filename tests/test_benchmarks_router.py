@@ -15,10 +15,10 @@ from benchmarks.router import (
     seed_tables,
     summary,
 )
-from models.calibration import Calibration
-from models.perplexity import evaluate_loss
-from models.router_init import elimination_places, metric_root
-from models.selection_report import linear_selection
+from models.bootstrap.calibration import Calibration
+from models.bootstrap.router_init import elimination_places, metric_root
+from models.bootstrap.selection_report import linear_selection
+from models.runtime.perplexity import evaluate_loss
 from tests.conftest import tiny_llama
 from tests.tiny_graphs import ffn_inputs, random_ids
 

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from benchmarks.saliency_tools import plain_reap
-from models.saliency_collection import collect_saliency
+from models.moe.saliency_collection import collect_saliency
 from tests.tiny_graphs import random_ids
 from tests.tiny_moes import tiny_moe
 

@@ -4,8 +4,8 @@ import torch
 
 from benchmarks.small_moe import grow, train_moe
 from federated.blocks import Blocks
-from models.llama_loader import load_dense
-from models.perplexity import evaluate_loss
+from models.checkpoints.load import load_dense
+from models.runtime.perplexity import evaluate_loss
 from tests.tiny_graphs import logit_difference, random_ids
 
 

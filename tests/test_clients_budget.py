@@ -6,8 +6,8 @@ import pytest
 from clients.budget import activation_bytes, budget_of_memory, client_budget, expert_bytes
 from configs.errors import UserError
 from configs.schema import load_run_config
-from models.mapped_experts import open_mapped
-from models.units import weight_count
+from models.checkpoints.disk_experts import open_mapped
+from models.graph.unit_vectors import weight_count
 
 MIB = 2**20
 

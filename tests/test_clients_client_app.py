@@ -12,9 +12,9 @@ from configs.schema import load_run_config
 from experts.graph.edge_edits import Edit
 from federated.messages import NEEDS_RECIPE, REFUSED, RESEND, Request, read_reply, write_request
 from federated.steps import ServerStep, apply_step
-from models.checkpoint import read_graph
-from models.llama_loader import load_graph, load_tokenizer
-from models.recipe import read_recipe_file
+from models.bootstrap.recipe import read_recipe_file
+from models.checkpoints.load import load_graph, load_tokenizer
+from models.checkpoints.save import read_graph
 from tests.grid import InProcessGrid
 from tests.tiny_federation import next_step, request_at, run_values, save_tiny_graph
 

@@ -13,10 +13,10 @@ from experts.graph.edge_edits import Edit
 from experts.graph.expert_graph import ExpertGraph
 from federated.copy_hash import copy_hash, unit_digest
 from federated.steps import ServerStep, apply_step
-from models.checkpoint import read_graph, save_graph, write_graph
-from models.llama_loader import load_graph
-from models.mapped_experts import open_mapped
-from models.units import OTHERS, read_unit, unit_sizes
+from models.checkpoints.disk_experts import open_mapped
+from models.checkpoints.load import load_graph
+from models.checkpoints.save import read_graph, save_graph, write_graph
+from models.graph.unit_vectors import OTHERS, read_unit, unit_sizes
 from tests.test_clients_checked_file import DAMAGES, damaged
 from tests.tiny_federation import all_equal, next_step, packed_change, random_change, save_tiny_graph
 from tests.tiny_graphs import graph_of, with_random_gains

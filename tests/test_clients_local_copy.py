@@ -11,9 +11,9 @@ from configs.schema import load_run_config
 from experts.graph.edge_edits import Edit
 from federated.steps import apply_step
 from federated.update import RefusedUpdate
-from models.checkpoint import read_graph
-from models.llama_loader import load_graph
-from models.mapped_experts import open_mapped
+from models.checkpoints.disk_experts import open_mapped
+from models.checkpoints.load import load_graph
+from models.checkpoints.save import read_graph
 from server.global_model import GlobalModel
 from tests.tiny_federation import (
     all_equal,

@@ -7,8 +7,8 @@ import torch
 
 from clients.lookahead import best_residents
 from clients.trainer import LocalTraining, train_locally
-from models.mapped_experts import materialise, open_mapped
-from models.settings import residents, set_residents
+from models.checkpoints.disk_experts import materialise, open_mapped
+from models.graph.runtime_settings import residents, set_residents
 from tests.tiny_graphs import graph_of, random_ids
 
 TRAINING = LocalTraining(steps=99, learning_rate=0.01, autocast=False, schedule="linear", warmup_steps=5)

@@ -12,10 +12,10 @@ from clients.residual import ResidualStore
 from configs.schema import load_run_config
 from federated.codec import unpack_update
 from federated.usage import unpack_usage
-from models.checkpoint import read_graph
-from models.llama_loader import load_graph
-from models.perplexity import evaluate_loss
-from models.units import unit_sizes
+from models.checkpoints.load import load_graph
+from models.checkpoints.save import read_graph
+from models.graph.unit_vectors import unit_sizes
+from models.runtime.perplexity import evaluate_loss
 from tests.tiny_federation import (
     all_equal,
     client_folder_of,

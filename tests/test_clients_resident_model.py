@@ -9,10 +9,10 @@ from clients.resident_model import changes, hold_residents
 from clients.starting_point import StartingPoint
 from clients.trainer import LocalTraining, train_locally
 from configs.schema import load_run_config
-from models.expert_modules import ExpertModules
-from models.llama_loader import load_graph
-from models.mapped_experts import open_mapped
-from models.units import OTHERS, add_to_unit, unit_sizes
+from models.checkpoints.disk_experts import open_mapped
+from models.checkpoints.load import load_graph
+from models.graph.expert_modules import ExpertModules
+from models.graph.unit_vectors import OTHERS, add_to_unit, unit_sizes
 from tests.tiny_graphs import logit_difference, random_ids
 
 HELD = [torch.tensor([True, False, True, False]), torch.tensor([False, False, False, True])]

@@ -24,8 +24,8 @@ from federated.messages import Request, read_reply, read_request
 from federated.quantise import quantise_update
 from federated.selection import Limits, PreparedUpdate, choose_update
 from federated.update import SparseUpdate, SparseVector
-from models.checkpoint import read_graph
-from models.units import unit_sizes
+from models.checkpoints.save import read_graph
+from models.graph.unit_vectors import unit_sizes
 from tests.grid import Late
 from tests.tiny_federation import TinyGrid, client_folder_of, save_tiny_graph, tiny_config, tiny_federation
 from tests.tiny_graphs import graph_of

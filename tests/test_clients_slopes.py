@@ -9,10 +9,10 @@ from clients.optimiser import make_optimizer
 from clients.slopes import entry_slopes, second_moments
 from clients.starting_point import resident_units
 from clients.trainer import LocalTraining, train_locally
-from models.expert_modules import materialise_modules
-from models.lora import attach_lora
-from models.settings import residents, set_residents
-from models.units import read_unit, unit_sizes
+from models.graph.expert_modules import materialise_modules
+from models.graph.lora import attach_lora
+from models.graph.runtime_settings import residents, set_residents
+from models.graph.unit_vectors import read_unit, unit_sizes
 from tests.tiny_graphs import graph_of, random_ids, with_random_gains
 
 

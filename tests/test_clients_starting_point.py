@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from clients.starting_point import StartingPoint, resident_units
-from models.mapped_experts import materialise, open_mapped
-from models.units import read_unit, write_unit
+from models.checkpoints.disk_experts import materialise, open_mapped
+from models.graph.unit_vectors import read_unit, write_unit
 from tests.tiny_federation import all_equal
 from tests.tiny_graphs import graph_of
 

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from clients.residents.assembler import Assembler
 from clients.store import ClientStore
 from federated.blocks import Blocks
-from models.assembler import Assembler
-from models.mapped_experts import open_mapped
+from models.checkpoints.disk_experts import open_mapped
 from tests.test_clients_checked_file import damaged
 
 BLOCKS = Blocks(torch.arange(12).view(3, 4), torch.arange(12).view(3, 4) - 100)

@@ -11,12 +11,12 @@ from clients.starting_point import resident_units
 from clients.trainer import LocalTraining, expert_parameters, train_locally
 from configs.errors import UserError
 from federated.usage import UsageCounter
-from models.checkpoint import read_graph
-from models.expert_modules import materialise_modules
-from models.lora import attach_lora
-from models.router_losses import collect_routing, load_balance_loss, router_loss
-from models.settings import residents, set_residents
-from models.units import read_unit, unit_sizes
+from models.checkpoints.save import read_graph
+from models.graph.expert_modules import materialise_modules
+from models.graph.lora import attach_lora
+from models.graph.router_losses import collect_routing, load_balance_loss, router_loss
+from models.graph.runtime_settings import residents, set_residents
+from models.graph.unit_vectors import read_unit, unit_sizes
 from tests.tiny_graphs import graph_of, random_ids, with_random_gains
 
 HELD = [torch.tensor([True, False, True, False]), torch.tensor([False, False, False, True])]

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from federated.copy_hash import copy_hash, routing_vector, unit_digest, vector_digest
-from models.attention import read_attention, write_attention
-from models.units import OTHERS, read_unit, write_unit
+from models.graph.attention_vectors import read_attention, write_attention
+from models.graph.unit_vectors import OTHERS, read_unit, write_unit
 from tests.tiny_graphs import graph_of, with_random_gains
 
 UNITS = [(0, 1), (1, 3), (1, OTHERS)]

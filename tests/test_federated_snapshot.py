@@ -15,9 +15,9 @@ from experts.graph.expert_graph import ExpertGraph
 from federated.snapshot import apply_snapshot, pack_snapshot
 from federated.steps import ServerStep, apply_step
 from federated.update import RefusedUpdate
-from models.attention import read_attention, write_attention
-from models.checkpoint import read_graph, write_graph
-from models.units import OTHERS
+from models.checkpoints.save import read_graph, write_graph
+from models.graph.attention_vectors import read_attention, write_attention
+from models.graph.unit_vectors import OTHERS
 from tests.tiny_federation import all_equal, packed_change, random_change
 from tests.tiny_graphs import graph_of, with_random_gains
 

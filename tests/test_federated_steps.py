@@ -20,8 +20,8 @@ from federated.steps import (
     steps_after,
 )
 from federated.update import RefusedUpdate
-from models.checkpoint import read_graph, write_graph
-from models.units import read_unit, unit_sizes
+from models.checkpoints.save import read_graph, write_graph
+from models.graph.unit_vectors import read_unit, unit_sizes
 from tests.tiny_federation import all_equal, next_step, packed_change, random_change
 from tests.tiny_graphs import graph_of, with_random_gains
 

@@ -10,7 +10,7 @@ import torch
 from configs.errors import UserError
 from federated.blocks import pack_blocks
 from federated.text_batches import text_batches, texts_by_domain
-from models.perplexity import IGNORED
+from models.runtime.perplexity import IGNORED
 
 
 def test_texts_are_those_of_the_split_by_domain(tmp_path):

@@ -7,9 +7,9 @@ import torch
 from experts.graph.expert_graph import ExpertGraph
 from federated.update import RefusedUpdate
 from federated.usage import UsageCounter, demand, pack_usage, traversals, unpack_usage
-from models.checkpoint import read_graph, write_graph
-from models.routing_fedgraft import Walk, walk_graph
-from models.settings import observing, set_residents, set_walk, visiting
+from models.checkpoints.save import read_graph, write_graph
+from models.graph.runtime_settings import observing, set_residents, set_walk, visiting
+from models.remote_code.routing_fedgraft import Walk, walk_graph
 from tests.reference_walk import walk_token
 from tests.tiny_graphs import graph_of, random_ids, with_random_gains
 

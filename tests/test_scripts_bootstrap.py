@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from rich.console import Console
 
-from models.llama_loader import load_graph
+from models.checkpoints.load import load_graph
 from scripts.bootstrap import report_table
 from tests.command import run, tree
 

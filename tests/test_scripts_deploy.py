@@ -10,8 +10,8 @@ import sys
 import pytest
 
 from clients.store import ClientStore
-from models.checkpoint import read_graph
-from models.mapped_experts import open_mapped
+from models.checkpoints.disk_experts import open_mapped
+from models.checkpoints.save import read_graph
 from scripts.deploy import submit
 from tests.paths import ROOT
 from tests.tiny_federation import assert_run_succeeded, run_values, save_tiny_graph, write_texts

@@ -6,8 +6,8 @@ import math
 import pytest
 
 from federated.blocks import pack_blocks
-from models.llama_loader import load_causal_lm, load_tokenizer
-from models.perplexity import evaluate_loss
+from models.checkpoints.load import load_causal_lm, load_tokenizer
+from models.runtime.perplexity import evaluate_loss
 from tests.command import run
 
 PROSE = [

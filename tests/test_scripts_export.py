@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from models.checkpoint import save_graph
-from models.fingerprint import fingerprint
-from models.llama_loader import load_dense, load_graph, load_tokenizer
+from models.checkpoints.load import load_dense, load_graph, load_tokenizer
+from models.checkpoints.save import save_graph
+from models.files.fingerprint import fingerprint
 from tests.command import run
 from tests.tiny_graphs import graph_of, with_random_gains
 

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from models.generation import continue_prompt
-from models.llama_loader import load_causal_lm, load_tokenizer
+from models.checkpoints.load import load_causal_lm, load_tokenizer
+from models.runtime.generation import continue_prompt
 from tests.command import run
 
 

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from models.llama_loader import load_causal_lm
-from models.moe_view import moe_layers
+from models.checkpoints.load import load_causal_lm
+from models.moe.views import moe_layers
 from tests.command import assert_refused, run, tree
 from tests.tiny_moes import saved_moe
 

@@ -11,7 +11,7 @@ from experts.saliency.expert_map import save_expert_map
 from experts.saliency.measures import save_saliency
 from experts.selection.expert_list import write_expert_list
 from experts.selection.rules import Selection, select_experts
-from models.llama_loader import load_dense, load_graph
+from models.checkpoints.load import load_dense, load_graph
 from tests.command import assert_refused, run, tree
 from tests.saliency_samples import map_of, saliency_of_scores
 from tests.tiny_moes import saved_moe

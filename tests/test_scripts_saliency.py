@@ -140,7 +140,7 @@ def test_collect_writes_what_one_pass_sees(tmp_path, tiny_tokenizer, capsys):
 
 
 def test_a_collection_that_could_not_be_saved_is_not_lost(tmp_path, tiny_tokenizer, capsys, monkeypatch):
-    monkeypatch.setattr("models.saliency_collection.SAVE_SECONDS", -1)
+    monkeypatch.setattr("models.moe.saliency_collection.SAVE_SECONDS", -1)
     source = saved_moe("olmoe", tmp_path, tiny_tokenizer)
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(f"a document of number {index}" for index in range(20)))

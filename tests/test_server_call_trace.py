@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from models.settings import observing, set_walk
+from models.graph.runtime_settings import observing, set_walk
 from server.call_trace import call_trace
 from tests.reference_walk import walk_token
 from tests.tiny_graphs import graph_of, random_ids, with_random_gains

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from models.perplexity import LossSum
+from models.runtime.perplexity import LossSum
 from server.early_stop import EarlyStop
 
 

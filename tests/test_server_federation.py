@@ -23,11 +23,11 @@ from configs.errors import UserError
 from configs.schema import RunConfig
 from federated.messages import RESEND, message_bytes, read_reply, read_request
 from federated.usage import unpack_usage
-from models.attention import read_attention
-from models.checkpoint import read_graph
-from models.llama_loader import load_graph
-from models.mapped_experts import open_mapped
-from models.perplexity import LossSum, evaluate_loss
+from models.checkpoints.disk_experts import open_mapped
+from models.checkpoints.load import load_graph
+from models.checkpoints.save import read_graph
+from models.graph.attention_vectors import read_attention
+from models.runtime.perplexity import LossSum, evaluate_loss
 from server.federation import Federation
 from tests.fresh_process import FreshProcessApp
 from tests.grid import Drop, Late

@@ -11,9 +11,9 @@ from experts.graph.edge_edits import Edit
 from federated.copy_hash import copy_hash, unit_digest
 from federated.snapshot import apply_snapshot
 from federated.steps import apply_step
-from models.checkpoint import cast_weights, read_graph, save_graph
-from models.llama_loader import load_graph
-from models.units import read_unit, unit_sizes
+from models.checkpoints.load import load_graph
+from models.checkpoints.save import cast_weights, read_graph, save_graph
+from models.graph.unit_vectors import read_unit, unit_sizes
 from server.global_model import GlobalModel
 from tests.tiny_federation import all_equal, random_change, save_tiny_graph
 from tests.tiny_graphs import graph_of, random_ids, with_random_gains

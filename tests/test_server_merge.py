@@ -8,8 +8,8 @@ import pytest
 from experts.graph.edge_edits import Edit, propose_edits
 from experts.graph.expert_graph import ExpertGraph
 from federated.blocks import Blocks
-from models.checkpoint import write_graph
-from models.perplexity import LossSum, evaluate_loss
+from models.checkpoints.save import write_graph
+from models.runtime.perplexity import LossSum, evaluate_loss
 from server.global_model import GlobalModel
 from server.merge import UsageAverage, merge
 from tests.tiny_federation import all_equal, random_change, save_tiny_graph

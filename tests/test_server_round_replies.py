@@ -12,7 +12,7 @@ from federated.codec import packed_stats
 from federated.messages import Reply, detach_update, write_reply
 from federated.update import RefusedUpdate
 from federated.usage import pack_usage
-from models.checkpoint import read_graph
+from models.checkpoints.save import read_graph
 from server.exchange import Answer
 from server.global_model import GlobalModel
 from server.reply_spool import ReplySpool, SpooledBytes

@@ -13,7 +13,7 @@ from federated.codec import packed_stats
 from federated.messages import Reply, read_reply, write_reply
 from federated.steps import step_stats
 from federated.usage import pack_usage
-from models.llama_loader import load_graph
+from models.checkpoints.load import load_graph
 from server.exchange import Answer
 from server.global_model import GlobalModel
 from server.round_replies import check_replies

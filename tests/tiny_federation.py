@@ -19,12 +19,12 @@ from federated.messages import Request
 from federated.quantise import quantise_update
 from federated.steps import ServerStep
 from federated.update import SparseUpdate, SparseVector, Unit
-from models.checkpoint import read_graph, save_graph
-from models.llama_loader import load_graph
-from models.mapped_experts import materialise
-from models.modeling_fedgraft import FedGraftForCausalLM
-from models.recipe import graph_fingerprint
-from models.units import unit_sizes
+from models.bootstrap.recipe import graph_fingerprint
+from models.checkpoints.disk_experts import materialise
+from models.checkpoints.load import load_graph
+from models.checkpoints.save import read_graph, save_graph
+from models.graph.unit_vectors import unit_sizes
+from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 from server.app import open_global_model, server_text
 from server.federation import Federation
 from server.run_observer import RunObserver

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from models.bootstrap import BootstrapPlan, build_graph, plan_experts
-from models.calibration import visit_ffn_inputs
-from models.modeling_fedgraft import FedGraftForCausalLM
+from models.bootstrap.build import BootstrapPlan, build_graph, plan_experts
+from models.bootstrap.calibration import visit_ffn_inputs
+from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 from tests.conftest import tiny_llama
 
 

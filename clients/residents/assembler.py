@@ -1,0 +1,156 @@
+"""The assembler: which experts a client holds, learned from its own data within its budget."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from clients.residents.expert_features import FREQUENCY, NUM_FEATURES
+from models.graph.runtime_settings import frozen, gating
+from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
+
+# The MLP, which speaks for all experts at once, learns at this share of the learning rate of an expert's own logit.
+_MLP_RATE = 1 / 30
+
+
+class Assembler(nn.Module):
+    """Scores every pair of experts of a layer from features of the single experts.
+
+    One MLP serves all layers; the depth of a layer is a feature. Beside it each expert has a logit of its own, for what
+    features do not tell. All of these start at or near zero, so that an untrained assembler ranks experts by feature 0.
+
+    Args:
+        num_experts: experts of each layer.
+        hidden_size: width of the MLP.
+        embedding_size: width of the source and target embeddings.
+    """
+
+    def __init__(self, num_experts: Sequence[int], *, hidden_size: int = 32, embedding_size: int = 8):
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(NUM_FEATURES, hidden_size), nn.SiLU())
+        self.embed = nn.Linear(hidden_size, 2 * embedding_size)
+        self.root = nn.Linear(hidden_size, 1)
+        self.own = nn.ParameterList(torch.zeros(count) for count in num_experts)
+        nn.init.zeros_(self.root.weight)
+        nn.init.zeros_(self.root.bias)
+        nn.init.normal_(self.embed.weight, std=1e-2)
+        nn.init.zeros_(self.embed.bias)
+
+    def forward(self, features_EF: Tensor, layer: int) -> Tensor:
+        """Logits ``Z [E, E]`` of a layer: ``Z[e, e]`` for holding e, ``Z[p, q]`` for the pair along an edge p -> q."""
+        hidden = self.encoder(features_EF)
+        source, target = self.embed(hidden).chunk(2, -1)
+        pair_EE = source @ target.T / math.sqrt(source.shape[-1])
+        alone_E = self.root(hidden).squeeze(-1) + features_EF[:, 0] + self.own[layer]
+        return pair_EE.triu(1) + torch.diag_embed(alone_E)
+
+
+def holding_scores(logits_EE: Tensor, edges_EE: Tensor) -> Tensor:
+    """How much a client wants each expert, ``[E]``: its own logit plus the mean logit of its edges in the graph."""
+    edges_EE = edges_EE.triu(1)
+    touching = logits_EE * edges_EE
+    degree = (edges_EE.sum(0) + edges_EE.sum(1)).clamp(min=1)
+    return logits_EE.diagonal() + (touching.sum(0) + touching.sum(1)) / degree
+
+
+def choose_residents(scores_E: Tensor, budget: int) -> Tensor:
+    """The ``budget`` best-scored experts, bool ``[E]``; all of them for a budget of 0 or above E.
+
+    On ties the lower, more general expert is held.
+    """
+    if budget <= 0 or budget >= len(scores_E):
+        return torch.ones_like(scores_E, dtype=torch.bool)
+    best = scores_E.argsort(descending=True, stable=True)[:budget]
+    return torch.zeros_like(scores_E, dtype=torch.bool).scatter(0, best, True)
+
+
+def most_used(features: Sequence[Tensor], budget: int) -> list[Tensor]:
+    """The experts of each layer that the client's tokens select most often, bool ``[E]``.
+
+    Args:
+        features: as ``expert_features`` gives them.
+        budget: experts per layer; 0 for all.
+    """
+    return [choose_residents(rows[:, FREQUENCY], budget) for rows in features]
+
+
+def straight_through(scores_E: Tensor, resident_E: Tensor) -> Tensor:
+    """The residency as 0 and 1, with the gradient of a sigmoid around the score at which the budget cuts.
+
+    Straight-through estimator of Bengio et al. (2013, arXiv:1308.3432).
+    """
+    if bool(resident_E.all()):
+        return torch.ones_like(scores_E)
+    inside, outside = scores_E[resident_E].min(), scores_E[~resident_E].max()
+    soft = torch.sigmoid(scores_E - ((inside + outside) / 2).detach())
+    # In this order the sum is exactly 0 or 1.
+    return resident_E.to(soft) + (soft - soft.detach())
+
+
+def train_assembler(
+    assembler: Assembler,
+    model: FedGraftForCausalLM,
+    features: Sequence[Tensor],
+    batches: Iterator[tuple[Tensor, Tensor]],
+    *,
+    budget: int,
+    steps: int,
+    learning_rate: float,
+    autocast: bool,
+) -> list[float]:
+    """Learn residency through the task loss, the experts themselves left alone.
+
+    Each token also computes its best expert outside the budget, with an output weight of zero, so that experts on
+    both sides of the cut learn whether they should change places.
+
+    Args:
+        assembler: trained in place.
+        model: the global graph; on return its residency is that of the trained assembler.
+        features: as ``expert_features`` gives them.
+        batches: endless ``(input_ids, labels)`` of the client's training blocks.
+        budget: experts per layer the client can hold; 0 for all.
+        steps: optimizer steps; 0 leaves the assembler as it is.
+        learning_rate: of Adam, for each expert's own logit; the MLP learns at a thirtieth of it.
+        autocast: run matrix products in bf16.
+
+    Returns:
+        The loss of each step, nats per token.
+    """
+    optimizer = _optimizer(assembler, learning_rate)
+    losses = []
+    device = model.device.type
+    with frozen(model), gating(model):
+        for _ in range(steps):
+            _set_residency(model, assembler, features, budget, learn=True)
+            input_ids, labels = (each.to(model.device) for each in next(batches))
+            with torch.autocast(device, dtype=torch.bfloat16, enabled=autocast):
+                loss = model(input_ids=input_ids, labels=labels, use_cache=False).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(float(loss.detach()))
+    with torch.no_grad():
+        _set_residency(model, assembler, features, budget, learn=False)
+    return losses
+
+
+def _optimizer(assembler: Assembler, learning_rate: float) -> torch.optim.Optimizer:
+    own = list(assembler.own.parameters())
+    mlp = [parameter for name, parameter in assembler.named_parameters() if not name.startswith("own.")]
+    groups = [{"params": own, "lr": learning_rate}, {"params": mlp, "lr": learning_rate * _MLP_RATE}]
+    # A handful of steps: moments over many of them would still be near zero at the end.
+    return torch.optim.Adam([group for group in groups if group["params"]], betas=(0.5, 0.9))
+
+
+def _set_residency(
+    model: FedGraftForCausalLM, assembler: Assembler, features: Sequence[Tensor], budget: int, *, learn: bool
+) -> None:
+    for index, (layer, rows) in enumerate(zip(model.expert_layers(), features, strict=True)):
+        scores = holding_scores(assembler(rows, index), layer.edges.to(rows.device))
+        resident = choose_residents(scores.detach(), budget)
+        gate = straight_through(scores, resident) if learn else None
+        layer.resident = resident.to(layer.edges.device)
+        layer.residency_gate = None if gate is None else gate.to(layer.edges.device)

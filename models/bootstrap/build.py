@@ -1,0 +1,230 @@
+"""From a dense Llama to an expert graph: the same function, its neurons dealt to experts.
+
+The construction follows EMoE (Qiu et al., 2023, arXiv:2310.10908); router and edges are FedGraft's own.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from joblib import Parallel, cpu_count, delayed
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from configs.errors import UserError
+from experts.clustering import Clusters, check_expert_count, timed_clusters
+from experts.graph.expert_graph import edges_by_lift
+from models.bootstrap.calibration import Calibration, NeuronStatistics, visit_ffn_inputs
+from models.bootstrap.router_init import ROUTERS, centroid_router, ridge_routers
+from models.checkpoints.save import cast_weights
+from models.remote_code.configuration_fedgraft import FedGraftConfig
+from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
+
+# Weights of a projection from which on the clustering of a layer takes longer than the start of a process.
+_PARALLEL_WEIGHTS = 16_000_000
+
+FEATURES = ("gate", "up", "down", "gate+up", "joint", "activation")
+
+
+@dataclass(frozen=True)
+class BootstrapPlan:
+    """How a dense model is turned into experts.
+
+    Attributes:
+        num_experts: experts per layer; must divide the FFN width.
+        features: what k-means sees of a neuron, one of ``FEATURES``.
+        router: ``ridge`` or ``centroid``.
+        experts_per_token: k; None for half of the experts.
+        edges_per_expert: edges that leave an expert at most.
+        seed: of the k-means initialisation.
+        jobs: layers clustered side by side; None for one per core where layers are large enough to gain from it.
+    """
+
+    num_experts: int
+    features: str = "gate"
+    router: str = "ridge"
+    experts_per_token: int | None = None
+    edges_per_expert: int = 4
+    seed: int = 0
+    jobs: int | None = None
+
+    def __post_init__(self):
+        if self.features not in FEATURES:
+            raise UserError(f"expected features to be one of {', '.join(FEATURES)}, got {self.features!r}")
+        if self.router not in ROUTERS:
+            raise UserError(f"expected router to be one of {', '.join(ROUTERS)}, got {self.router!r}")
+        # A count below one is answered with those that divide the FFN width, once that is known.
+        if self.num_experts >= 1 and not 1 <= self.visits <= self.num_experts:
+            raise UserError(
+                f"expected experts per token between 1 and the {self.num_experts} experts, got {self.visits}"
+            )
+        if self.edges_per_expert < 0:
+            raise UserError(f"expected at least 0 edges per expert, got {self.edges_per_expert}")
+        if self.jobs is not None and self.jobs < 1:
+            raise UserError(f"expected at least 1 of the jobs that run side by side, got {self.jobs}")
+
+    @property
+    def visits(self) -> int:
+        """k."""
+        return self.experts_per_token if self.experts_per_token is not None else max(1, self.num_experts // 2)
+
+
+@dataclass(frozen=True)
+class LayerExperts:
+    """The experts of one layer before they are built.
+
+    Attributes:
+        clusters: the neurons of each expert, numbered by falling mean activation.
+        router: ``[E, D]``, fp32.
+        edges: bool ``[E, E]``.
+        seconds: wall time of the clustering.
+    """
+
+    clusters: Clusters
+    router: Tensor
+    edges: np.ndarray
+    seconds: float
+
+
+def plan_experts(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    plan: BootstrapPlan,
+    *,
+    measured: Calibration | None = None,
+    on_layer: Callable[[int], None] = lambda layer: None,
+) -> list[LayerExperts]:
+    """Cluster the neurons of each layer, order the experts, fit the routers, and draw the first edges.
+
+    Args:
+        model: a dense Llama.
+        input_ids: calibration text, ``[N, S]``.
+        plan: how.
+        measured: of this model on this text, where others use it too; None to measure here.
+        on_layer: called with the index of each layer when its clustering is done.
+
+    Raises:
+        UserError: E does not divide the FFN width; weights that are not finite.
+    """
+    check_expert_count(model.config.intermediate_size, plan.num_experts)
+    measured = measured or Calibration(model, input_ids)
+    statistics = measured.statistics
+    layers = [layer.mlp for layer in model.model.layers]
+    features = (
+        neuron_features(mlp, plan.features, profile)
+        for mlp, profile in zip(layers, statistics.profiles, strict=True)
+    )
+    timed = Parallel(n_jobs=plan.jobs or _parallel_jobs(model), return_as="generator")(
+        delayed(timed_clusters)(rows, plan.num_experts, plan.seed) for rows in features
+    )
+    clustered = []
+    for index, (clusters, seconds) in enumerate(timed):
+        clustered.append((order_by_activation(clusters, statistics, index), seconds))
+        on_layer(index)
+    members = [torch.from_numpy(clusters.members) for clusters, _ in clustered]
+    routers = fit_routers(measured, members, plan.router)
+    edges = first_edges(model, input_ids, routers, plan.visits, plan.edges_per_expert)
+    return [
+        LayerExperts(clusters, router, mask, seconds)
+        for (clusters, seconds), router, mask in zip(clustered, routers, edges, strict=True)
+    ]
+
+
+def neuron_features(mlp: nn.Module, kind: str, profile: Tensor) -> np.ndarray:
+    """What k-means sees of each neuron, ``[m, F]`` fp32.
+
+    ``gate``, ``up`` and ``down`` are the neuron's weights, ``gate+up`` and ``joint`` (all three) concatenations,
+    ``activation`` its activations on calibration tokens (``profile [m, P]``) scaled to unit length.
+    """
+    weights = {
+        "gate": mlp.gate_proj.weight,
+        "up": mlp.up_proj.weight,
+        "down": mlp.down_proj.weight.T,
+    }
+    if kind == "activation":
+        return nn.functional.normalize(profile.float(), dim=-1).numpy()
+    names = {"gate+up": ("gate", "up"), "joint": ("gate", "up", "down")}.get(kind, (kind,))
+    return torch.cat([weights[name].detach().float().cpu() for name in names], dim=-1).numpy()
+
+
+def fit_routers(measured: Calibration, members: Sequence[Tensor], kind: str) -> list[Tensor]:
+    """Routers ``[E, D]`` of every layer; ``kind`` is ``ridge`` or ``centroid``."""
+    model = measured.model
+    if kind == "ridge":
+        return ridge_routers(model, measured.input_ids, members, metrics=measured.metrics)
+    return [centroid_router(layer.mlp, rows) for layer, rows in zip(model.model.layers, members, strict=True)]
+
+
+def first_edges(
+    model: PreTrainedModel, input_ids: Tensor, routers: Sequence[Tensor], visits: int, edges_per_expert: int
+) -> list[np.ndarray]:
+    """Edges ``[E, E]`` of every layer, by co-selection lift of the routers' top-k on the calibration text."""
+    selected: list[list[Tensor]] = [[] for _ in routers]
+
+    def visit(layer: int, x_TD: Tensor) -> None:
+        scores = x_TD.float() @ routers[layer].to(x_TD.device).T
+        chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, scores.topk(visits, -1).indices, True)
+        selected[layer].append(chosen.cpu())
+
+    visit_ffn_inputs(model, input_ids, visit)
+    return [edges_by_lift(torch.cat(parts).numpy(), edges_per_expert) for parts in selected]
+
+
+def order_by_activation(clusters: Clusters, statistics: NeuronStatistics, layer: int) -> Clusters:
+    """Number the experts by falling mean activation, so that edges run from the general to the special."""
+    mean = statistics.mean_activation[layer].numpy()[clusters.members].mean(axis=1)
+    return replace(clusters, members=clusters.members[np.argsort(-mean, kind="stable")])
+
+
+@torch.no_grad()
+def build_graph(
+    model: PreTrainedModel, experts: Sequence[LayerExperts], visits: int, *, base_fingerprint: str = ""
+) -> FedGraftForCausalLM:
+    """The expert graph, in the dtype of the dense ``model``, whose weights it copies.
+
+    With every expert active it computes what ``model`` computes, to rounding.
+    """
+    config = graph_config(model, [len(layer.edges) for layer in experts], visits)
+    config.base_fingerprint = base_fingerprint
+    graph = cast_weights(FedGraftForCausalLM(config), model.dtype)
+    graph.generation_config = copy.deepcopy(model.generation_config)
+    rest = {name: value for name, value in model.state_dict().items() if ".mlp." not in name}
+    graph.load_state_dict(rest, strict=False)
+    for target, source, planned in zip(graph.expert_layers(), model.model.layers, experts, strict=True):
+        members = torch.from_numpy(planned.clusters.members)
+        target.gate_up_proj.copy_(fuse_gate_up(source.mlp, members))
+        target.down_proj.copy_(source.mlp.down_proj.weight.T[members].transpose(1, 2))
+        target.router.copy_(planned.router)
+        target.edges.copy_(torch.from_numpy(planned.edges))
+        target.neurons.copy_(members)
+    return graph.eval()
+
+
+def fuse_gate_up(mlp: nn.Module, members_EH: Tensor) -> Tensor:
+    """Gate and up rows of each expert's neurons, ``[E, 2H, D]``."""
+    return torch.cat([mlp.gate_proj.weight[members_EH], mlp.up_proj.weight[members_EH]], dim=1)
+
+
+def graph_config(model: PreTrainedModel, num_experts: list[int], visits: int) -> FedGraftConfig:
+    """Configuration of the graph: that of the dense ``model`` plus the shape of the experts."""
+    inherited = model.config.to_dict()
+    for key in ("model_type", "architectures", "auto_map", "transformers_version"):
+        inherited.pop(key, None)
+    return FedGraftConfig(
+        **inherited,
+        num_experts=num_experts,
+        expert_size=model.config.intermediate_size // num_experts[0],
+        experts_per_token=visits,
+    )
+
+
+def _parallel_jobs(model: PreTrainedModel) -> int:
+    """Processes for the clustering: starting them takes seconds, which small layers do not."""
+    config = model.config
+    if config.intermediate_size * config.hidden_size < _PARALLEL_WEIGHTS:
+        return 1
+    return min(cpu_count(), config.num_hidden_layers)

@@ -1,0 +1,144 @@
+"""One bootstrap from checkpoint to checkpoint: load, calibrate, cluster, report, write."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from configs.errors import UserError
+from configs.output import check_output_directory, new_directory, write_bytes
+from experts.clustering import check_expert_count
+from models.bootstrap.build import BootstrapPlan, LayerExperts, build_graph, plan_experts
+from models.bootstrap.calibration import Calibration, sample_text
+from models.bootstrap.recipe import RECIPE_NAME, recipe_of, write_recipe
+from models.bootstrap.selection_report import SHARES, selection_report
+from models.checkpoints.load import load_dense, load_tokenizer
+from models.checkpoints.save import cast_weights, cluster_table, save_graph
+from models.files.config_file import read_config
+from models.files.fingerprint import fingerprint
+from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
+
+Step = Callable[[str, int, int], None]
+
+# Larger models are calibrated in the dtype of their checkpoint.
+_FP32_PARAMETERS = 2_000_000_000
+
+
+def bootstrap_checkpoint(
+    *,
+    source: str,
+    out: Path,
+    plan: BootstrapPlan,
+    calibration_ids: Tensor | None,
+    calibration_tokens: int,
+    evaluation_tokens: int,
+    overwrite: bool = False,
+    on_step: Step = lambda stage, done, total: None,
+) -> dict[str, Any]:
+    """Turn the dense Llama at ``source`` into an expert graph at ``out``, with its recipe (see ``models.bootstrap.recipe``).
+
+    Args:
+        source: directory or hub id.
+        out: directory to make; nothing is written there until all is done.
+        plan: how the experts are made.
+        calibration_ids: text ``[N, S]``; None to sample it from the model.
+        calibration_tokens: tokens of it that are used.
+        evaluation_tokens: further tokens, for the report.
+        overwrite: replace ``out`` if it is not empty.
+        on_step: called with the name of a stage, the steps done and their total.
+
+    Returns:
+        ``{"out", "experts", "experts_per_token", "layers": [{"sizes", "inertia", "seconds"}], "perplexity"}``.
+
+    Raises:
+        UserError: a checkpoint that cannot be used, an E that does not divide the FFN width, too little text.
+    """
+    check_output_directory(out, overwrite=overwrite)
+    check_expert_count(
+        getattr(read_config(source), "intermediate_size", 0) or plan.num_experts, plan.num_experts
+    )
+    dense, tokenizer = load_dense(source), load_tokenizer(source)
+    dtype, base = dense.dtype, fingerprint(dense)
+    if dense.num_parameters() <= _FP32_PARAMETERS:
+        dense = dense.float()
+    on_step("calibration text", 0, 1)
+    ids = calibration_ids
+    if ids is None:
+        ids = sample_calibration(dense, calibration_tokens + evaluation_tokens, plan.seed)
+    calibration, held_out = split_tokens(ids, calibration_tokens, evaluation_tokens)
+    on_step("calibration text", 1, 1)
+    total = dense.config.num_hidden_layers
+    measured = Calibration(dense, calibration)
+    experts = plan_experts(
+        dense,
+        calibration,
+        plan,
+        measured=measured,
+        on_layer=lambda layer: on_step("clustering layers", layer + 1, total),
+    )
+    graph = build_graph(dense, experts, plan.visits, base_fingerprint=base)
+    report = _report(measured, graph, experts, held_out, on_step)
+    with new_directory(out, overwrite=overwrite) as directory:
+        save_graph(cast_weights(graph, dtype), tokenizer, directory)
+        write_bytes(directory / RECIPE_NAME, write_recipe(recipe_of(graph)))
+        (directory / "cluster_stats.txt").write_text(cluster_table([layer.clusters for layer in experts]))
+    return {
+        "out": str(out),
+        "experts": plan.num_experts,
+        "experts_per_token": plan.visits,
+        "layers": [
+            {"sizes": layer.clusters.sizes, "inertia": layer.clusters.inertia, "seconds": layer.seconds}
+            for layer in experts
+        ],
+        "perplexity": report,
+    }
+
+
+def sample_calibration(dense: PreTrainedModel, tokens: int, seed: int) -> Tensor:
+    """About ``tokens`` tokens sampled from the model, ``[N, S]`` in blocks of at most 256."""
+    block_size = min(256, dense.config.max_position_embeddings)
+    return sample_text(dense, blocks=-(-tokens // block_size), block_size=block_size, seed=seed)
+
+
+def split_tokens(ids: Tensor, calibration_tokens: int, evaluation_tokens: int) -> tuple[Tensor, Tensor]:
+    """Blocks for calibration and blocks held out for the report; a short text is split in the same proportion.
+
+    Raises:
+        UserError: fewer than two blocks.
+    """
+    if len(ids) < 2:
+        raise UserError("expected at least two blocks of calibration text, got less; give more text")
+    share = calibration_tokens / (calibration_tokens + evaluation_tokens)
+    wanted = max(2, -(-(calibration_tokens + evaluation_tokens) // ids.shape[1]))
+    ids = ids[:wanted]
+    cut = min(max(1, round(len(ids) * share)), len(ids) - 1)
+    return ids[:cut], ids[cut:]
+
+
+def _report(
+    measured: Calibration,
+    graph: FedGraftForCausalLM,
+    experts: list[LayerExperts],
+    held_out: Tensor,
+    on_step: Step,
+) -> dict[str, Any]:
+    total, done = 1 + 5 * len(SHARES), 0
+
+    def count() -> None:
+        nonlocal done
+        done += 1
+        on_step("comparing routers", done, total)
+
+    return selection_report(
+        measured.model,
+        graph,
+        experts,
+        measured.input_ids,
+        (held_out, held_out),
+        measured=measured,
+        on_step=count,
+    )

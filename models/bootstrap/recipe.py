@@ -1,0 +1,257 @@
+"""What turns a dense base into its expert graph: the experts' neurons, routers and masks, without one base weight.
+
+A client that has the base builds the graph from it bit for bit (see ``models.bootstrap.recipe_build``): per layer two bytes per
+neuron and four per router weight, in place of the whole graph.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import safetensors
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors.numpy import save
+from transformers import PreTrainedConfig
+from transformers.utils.hub import cached_file
+
+from configs.errors import UserError
+from experts.graph.expert_graph import check_mask, check_reachable
+from models.files.config_file import check_is_dense, check_is_graph, read_config
+from models.files.fingerprint import checkpoint_fingerprint, remembered_fingerprint
+from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
+
+RECIPE_NAME = "recipe.safetensors"
+_DTYPES = {"U8": np.uint8, "U16": np.uint16, "U32": np.uint32, "F32": np.float32, "BOOL": np.uint8}
+_INDICES = ("U16", "U32")
+_BASE_FACTS = (
+    "hidden_act",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+    "attention_bias",
+)
+
+
+class RecipeFacts(BaseModel):
+    """What a recipe says beside its arrays.
+
+    Attributes:
+        format: of the recipe.
+        base_fingerprint: SHA-256 of the base's parameters, see ``models.files.fingerprint.fingerprint``.
+        dtype: of the graph's weights.
+        experts_per_token: k.
+        walk: ``best-first`` or ``depth-first``.
+        base_config: what the base's ``config.json`` says that no weight shows, see ``base_facts``.
+    """
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+    format: Literal[1] = 1
+    base_fingerprint: str = Field(pattern="^[0-9a-f]{64}$")
+    dtype: Literal["float32", "bfloat16", "float16"]
+    experts_per_token: int = Field(ge=1)
+    walk: Literal["best-first", "depth-first"]
+    base_config: dict[str, bool | int | float | str | None]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The experts of every layer, L layers of E experts with H neurons each.
+
+    Attributes:
+        facts: the rest.
+        neurons: ``[L, E, H]`` uint16 or uint32, the base's neurons in the experts' order.
+        routers: ``[L, E, D]`` fp32.
+        masks: ``[L, E, E]`` bool.
+    """
+
+    facts: RecipeFacts
+    neurons: np.ndarray
+    routers: np.ndarray
+    masks: np.ndarray
+
+
+def recipe_of(graph: FedGraftForCausalLM) -> Recipe:
+    """The recipe of a graph that was just bootstrapped, in the dtype that it is stored with."""
+    layers, config = graph.expert_layers(), graph.config
+    neurons = np.stack([layer.neurons.cpu().numpy() for layer in layers])
+    facts = RecipeFacts(
+        base_fingerprint=config.base_fingerprint,
+        dtype=str(graph.dtype).removeprefix("torch."),
+        experts_per_token=config.experts_per_token,
+        walk=config.walk,
+        base_config=base_facts(config),
+    )
+    return Recipe(
+        facts,
+        neurons.astype(np.uint16 if neurons.max() < 1 << 16 else np.uint32),
+        np.stack([layer.router.detach().float().cpu().numpy() for layer in layers]),
+        np.stack([layer.edges.cpu().numpy() for layer in layers]),
+    )
+
+
+def graph_fingerprint(source: str, memory: Path | None = None) -> str:
+    """SHA-256 over all tensors of a graph checkpoint and what its ``config.json`` says of walks through it.
+
+    Args:
+        source: directory or hub id.
+        memory: see ``models.files.fingerprint.remembered_fingerprint``; None to read all weights.
+
+    Raises:
+        UserError: no such graph, or a file that is damaged.
+    """
+    config = read_config(source)
+    check_is_graph(config, source)
+    weights = remembered_fingerprint(source, memory) if memory else checkpoint_fingerprint(source)
+    facts = [weights, config.experts_per_token, config.walk, config.graph_version]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def base_facts(config: PreTrainedConfig) -> dict[str, bool | int | float | str | None]:
+    """What decides what a Llama computes, beside weights and their shapes."""
+    rope = config.rope_parameters or {}
+    facts = {name: getattr(config, name) for name in _BASE_FACTS}
+    return facts | {name: rope.get(name) for name in ("rope_theta", "rope_type", "factor")}
+
+
+def write_recipe(recipe: Recipe) -> bytes:
+    """A recipe as safetensors, the same bytes for the same recipe."""
+    facts = np.frombuffer(recipe.facts.model_dump_json().encode(), dtype=np.uint8)
+    arrays = {"neurons": recipe.neurons, "routers": recipe.routers, "masks": recipe.masks}
+    return save({"facts": facts, **{name: np.ascontiguousarray(array) for name, array in arrays.items()}})
+
+
+def read_recipe(data: bytes) -> Recipe:
+    """Undo ``write_recipe``; the bytes may come from anywhere.
+
+    Raises:
+        UserError: no recipe, neurons that are no permutation, routers that are not finite, masks that are no graph.
+    """
+    views = _views(data)
+    facts = _read_facts(bytes(views["facts"]["data"]))
+    neurons, routers = _array(views, "neurons", _INDICES, 3), _array(views, "routers", ("F32",), 3)
+    bits = _array(views, "masks", ("BOOL",), 3)
+    layers, experts, size = neurons.shape
+    if not neurons.size or routers.shape[:2] != (layers, experts) or bits.shape != (layers, experts, experts):
+        raise _defect(
+            "as many experts in neurons, routers and masks",
+            f"shapes {neurons.shape}, {routers.shape} and {bits.shape}",
+        )
+    if facts.experts_per_token > experts:
+        raise _defect(f"at most {experts} experts per token", f"{facts.experts_per_token}")
+    recipe = Recipe(facts, neurons, routers, bits.astype(bool))
+    _check_values(recipe, bits)
+    return recipe
+
+
+def read_recipe_file(source: str) -> bytes:
+    """The recipe that ``fedgraft bootstrap`` left beside a graph, as bytes; empty where there is none.
+
+    Args:
+        source: directory or hub id.
+    """
+    try:
+        path = cached_file(source, RECIPE_NAME)
+    except OSError:
+        return b""
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def check_fits(recipe: Recipe, config: PreTrainedConfig, source: str) -> None:
+    """Refuse a recipe for another base than the one in ``source``, whose ``config.json`` is ``config``.
+
+    Raises:
+        UserError: names the first fact that differs.
+    """
+    layers, experts, size = recipe.neurons.shape
+    shapes = {
+        "num_hidden_layers": layers,
+        "intermediate_size": experts * size,
+        "hidden_size": recipe.routers.shape[2],
+    }
+    found = {name: getattr(config, name) for name in shapes} | base_facts(config)
+    for name, value in {**shapes, **recipe.facts.base_config}.items():
+        if name not in found or found[name] != value:
+            raise UserError(
+                f"expected a base with {name} = {value}, as the server's graph was made from, "
+                f"got {found.get(name)} in {source}; name that checkpoint in base"
+            )
+
+
+def check_base(base: str, graph: str) -> None:
+    """Refuse, without opening weights, a base from which the graph in ``graph`` cannot be built.
+
+    Args:
+        base: directory or hub id of a dense model.
+        graph: directory or hub id of a graph.
+
+    Raises:
+        UserError: no dense model, a graph without a recipe, or one of another base.
+    """
+    config = read_config(base)
+    check_is_dense(config, base)
+    recipe = read_recipe_file(graph)
+    if not recipe:
+        raise UserError(
+            f"expected {RECIPE_NAME} in {graph}, from which clients build it, got none; run `fedgraft bootstrap` "
+            "again, or leave base empty and give the clients the graph folder"
+        )
+    check_fits(read_recipe(recipe), config, base)
+
+
+def _views(data: bytes) -> dict[str, dict]:
+    try:
+        views = dict(safetensors.deserialize(data))
+    except (safetensors.SafetensorError, ValueError, TypeError) as error:
+        raise _defect("safetensors", f"other bytes ({error})") from error
+    expected = {"facts", "neurons", "routers", "masks"}
+    if set(views) != expected:
+        raise _defect(f"the tensors {', '.join(sorted(expected))}", ", ".join(sorted(views)) or "none")
+    return views
+
+
+def _read_facts(data: bytes) -> RecipeFacts:
+    try:
+        return RecipeFacts.model_validate_json(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "facts"
+        raise _defect(f"facts that can be read ({place}: {first['msg']})", "others") from error
+
+
+def _array(views: dict[str, dict], name: str, dtypes: tuple[str, ...], ndim: int) -> np.ndarray:
+    view = views[name]
+    if view["dtype"] not in dtypes or len(view["shape"]) != ndim:
+        raise _defect(
+            f"{name} of {' or '.join(dtypes)} in {ndim} dimensions", f"{view['dtype']} {view['shape']}"
+        )
+    return np.frombuffer(view["data"], dtype=_DTYPES[view["dtype"]]).reshape(view["shape"])
+
+
+def _check_values(recipe: Recipe, bits: np.ndarray) -> None:
+    layers, experts, size = recipe.neurons.shape
+    order = np.sort(recipe.neurons.reshape(layers, -1), axis=1)
+    broken = np.flatnonzero((order != np.arange(experts * size)).any(axis=1))
+    if len(broken):
+        raise _defect(f"each of the {experts * size} neurons once in layer {broken[0]}", "others")
+    if not np.isfinite(recipe.routers).all():
+        raise _defect("finite routers", "NaN or Inf")
+    if bits.max() > 1:
+        raise _defect("masks of 0 and 1", str(bits.max()))
+    for layer, mask in enumerate(recipe.masks):
+        check_mask(mask, layer)
+        check_reachable(mask, layer)
+
+
+def _defect(expected: str, got: str) -> UserError:
+    return UserError(
+        f"expected a recipe with {expected}, got {got}; run `fedgraft bootstrap` on the server again"
+    )

@@ -1,0 +1,122 @@
+"""Routers in closed form, without any training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from models.bootstrap.calibration import contributions, hidden_activations, visit_ffn_inputs
+from models.bootstrap.fisher import output_metrics
+
+ROUTERS = ("ridge", "centroid")
+
+# Values of experts' outputs held at once, 64 MiB.
+_OUTPUT_VALUES = 2**24
+
+
+def expert_contributions(mlp: nn.Module, x_TD: Tensor, members_EH: Tensor) -> Tensor:
+    """Contribution of each expert, ``[T, E]``: the sum over its neurons of ``|h_i| * norm(w_down_i)``."""
+    return contributions(mlp, x_TD)[:, members_EH].sum(-1)
+
+
+def centroid_router(mlp: nn.Module, members_EH: Tensor) -> Tensor:
+    """Mean gate row of each expert, ``[E, D]`` (EMoE's avg-k gating, arXiv:2310.10908)."""
+    return mlp.gate_proj.weight.float()[members_EH].mean(1)
+
+
+def ridge_routers(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    members: Sequence[Tensor],
+    *,
+    metrics: Sequence[Tensor] | None = None,
+    penalty: float = 1e-2,
+) -> list[Tensor]:
+    """Regress on the FFN input how long each expert outlasts the others when they are dropped one by one.
+
+    The targets are ``-sqrt(place)``, place 1 for the expert that is dropped last (see ``elimination_places``). Places,
+    not amounts: a router only ranks, and the amounts of few tokens are a hundred times those of the others. The root
+    tells the first places apart more than the last ones.
+
+    Args:
+        model: a dense Llama.
+        input_ids: calibration text, ``[N, S]``.
+        members: per layer ``[E, H]``, the neurons of each expert.
+        metrics: ``output_metrics`` of the model on this text; None to measure them.
+        penalty: ridge penalty as a share of the mean squared input.
+
+    Returns:
+        Per layer ``[E, D]``, fp32: ``argmin_W sum_t |W x_t - c_t|^2 + penalty * tr(X'X)/D * |W|^2``, where the
+        targets ``c`` are taken relative to their mean over experts, which no ranking depends on.
+    """
+    layers = [layer.mlp for layer in model.model.layers]
+    factors = [metric_root(metric) for metric in metrics or output_metrics(model, input_ids)]
+    width = model.config.hidden_size
+    gram = [torch.zeros(width, width, dtype=torch.float64) for _ in layers]
+    moment = [torch.zeros(width, len(rows), dtype=torch.float64) for rows in members]
+
+    def visit(layer: int, x_TD: Tensor) -> None:
+        target = -elimination_places(layers[layer], x_TD, members[layer], factors[layer]).sqrt()
+        target = (target - target.mean(-1, keepdim=True)).double().cpu()
+        x = x_TD.double().cpu()
+        gram[layer] += x.T @ x
+        moment[layer] += x.T @ target
+
+    visit_ffn_inputs(model, input_ids, visit)
+    return [_solve(g, m, penalty) for g, m in zip(gram, moment, strict=True)]
+
+
+def elimination_places(mlp: nn.Module, x_TD: Tensor, members_EH: Tensor, root_DD: Tensor) -> Tensor:
+    """Rank the experts of each token by what the layer's output loses without them.
+
+    Experts are dropped one by one, each time the one whose absence, with those dropped before, changes the output
+    least; so two experts that cancel each other go together.
+
+    Args:
+        mlp: FFN of width m.
+        x_TD: its input, ``[T, D]``.
+        members_EH: the neurons of each expert.
+        root_DD: the change ``d`` of the output is measured as ``|d @ root|``.
+
+    Returns:
+        fp32 ``[T, E]``: from 1 for the expert dropped last to E for the first one.
+    """
+    hidden_Tm = hidden_activations(mlp, x_TD).float()
+    down_EHD = (mlp.down_proj.weight.float().T @ root_DD)[members_EH]
+    # The experts' outputs are E times as large as the layer's: few tokens at a time.
+    rows = max(1, _OUTPUT_VALUES // (len(members_EH) * x_TD.shape[1]))
+    places = []
+    for hidden in hidden_Tm.split(rows):
+        outputs_TED = torch.einsum("teh,ehd->ted", hidden[:, members_EH], down_EHD)
+        places.append(_places(outputs_TED @ outputs_TED.transpose(1, 2)))
+    return torch.cat(places)
+
+
+def _places(gram_TEE: Tensor) -> Tensor:
+    """Backward elimination by the inner products of the experts' outputs."""
+    own_TE = gram_TEE.diagonal(dim1=1, dim2=2)
+    # Of an expert's output with the sum of the outputs dropped so far.
+    cross_TE, places_TE = torch.zeros_like(own_TE), torch.zeros_like(own_TE)
+    for place in range(own_TE.shape[1], 0, -1):
+        cost_TE = (own_TE + 2 * cross_TE).masked_fill(places_TE > 0, torch.inf)
+        dropped_T1 = cost_TE.argmin(-1, keepdim=True)
+        places_TE.scatter_(1, dropped_T1, float(place))
+        cross_TE += gram_TEE.take_along_dim(dropped_T1[:, None], dim=1).squeeze(1)
+    return places_TE
+
+
+def metric_root(metric: Tensor) -> Tensor:
+    """``R [D, D]`` fp32 with ``R R'`` the metric."""
+    return torch.linalg.cholesky(metric.double()).float()
+
+
+def _solve(gram: Tensor, moment: Tensor, penalty: float) -> Tensor:
+    ridge = penalty * gram.diagonal().mean().clamp(min=1e-12)
+    return (
+        torch.linalg.solve(gram + ridge * torch.eye(len(gram), dtype=gram.dtype), moment)
+        .T.float()
+        .contiguous()
+    )

@@ -1,0 +1,114 @@
+"""From an expert graph back to a plain dense Llama."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from experts.graph.expert_graph import reachable
+from models.graph.runtime_settings import visiting
+from models.remote_code.configuration_fedgraft import FedGraftConfig
+from models.remote_code.experts_fedgraft import ExpertGraphMLP
+from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
+
+
+@dataclass(frozen=True)
+class DenseExport:
+    """A dense model and how far it is from the graph it came from.
+
+    Attributes:
+        model: the dense Llama.
+        not_representable: what the graph has and a dense Llama cannot hold, one line each; empty if exact.
+        max_logit_difference: largest absolute difference to the graph's logits with every expert active.
+    """
+
+    model: LlamaForCausalLM
+    not_representable: list[str]
+    max_logit_difference: float
+
+    @property
+    def exact(self) -> bool:
+        """Whether the dense model computes what the graph with every expert active does, to rounding."""
+        return not self.not_representable
+
+
+@torch.no_grad()
+def export_dense(graph: FedGraftForCausalLM, *, probe_tokens: int = 256, seed: int = 0) -> DenseExport:
+    """Lay the experts side by side again, each neuron where the dense model had it.
+
+    Neurons of retired experts are left out, so that the dense model may be narrower than the one that the graph came
+    from; every layer is padded with zero neurons to the widest.
+
+    Args:
+        graph: any expert graph.
+        probe_tokens: random tokens on which the logits are compared, fp32.
+        seed: of these tokens.
+    """
+    layers = graph.expert_layers()
+    width = max(layer.neurons.numel() for layer in layers)
+    config = dense_config(graph.config, width)
+    config.dtype = graph.dtype
+    dense = LlamaForCausalLM(config).eval()
+    for parameter in dense.parameters():  # not the buffers: rotary frequencies stay in fp32
+        parameter.data = parameter.data.to(graph.dtype)
+    dense.generation_config = copy.deepcopy(graph.generation_config)
+    rest = {name: value for name, value in graph.state_dict().items() if ".mlp." not in name}
+    dense.load_state_dict(rest, strict=False)
+    for target, source in zip(dense.model.layers, layers, strict=True):
+        gate, up, down = dense_weights(source, width)
+        target.mlp.gate_proj.weight.copy_(gate)
+        target.mlp.up_proj.weight.copy_(up)
+        target.mlp.down_proj.weight.copy_(down)
+    difference = _logit_difference(graph, dense, probe_tokens, seed)
+    return DenseExport(dense, not_representable(graph), difference)
+
+
+def dense_config(config: FedGraftConfig, width: int) -> LlamaConfig:
+    """The Llama configuration of an FFN ``width`` neurons wide, without the graph's own fields."""
+    own = set(FedGraftConfig.__annotations__) | {
+        "model_type",
+        "architectures",
+        "auto_map",
+        "transformers_version",
+    }
+    inherited = {key: value for key, value in config.to_dict().items() if key not in own}
+    return LlamaConfig(**{**inherited, "intermediate_size": width})
+
+
+def dense_weights(layer: ExpertGraphMLP, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Gate ``[width, D]``, up ``[width, D]`` and down ``[D, width]`` of a layer's experts side by side."""
+    gate_EHD, up_EHD = layer.gate_up_proj.chunk(2, dim=1)
+    rows = [gate_EHD.flatten(0, 1), up_EHD.flatten(0, 1), layer.down_proj.transpose(1, 2).flatten(0, 1)]
+    origin = layer.neurons.flatten()
+    # Spawned neurons have no place in the original FFN (-1): they follow behind the others.
+    order = torch.where(origin < 0, origin.max() + 1, origin).argsort(stable=True)
+    gate, up, down = (torch.nn.functional.pad(part[order], (0, 0, 0, width - len(order))) for part in rows)
+    return gate, up, down.T
+
+
+def not_representable(graph: FedGraftForCausalLM) -> list[str]:
+    """What of a graph a dense Llama cannot hold, one line a kind, with the layers in which it occurs."""
+    found: dict[str, list[int]] = {}
+    for index, layer in enumerate(graph.expert_layers()):
+        if bool(((layer.edge_gain != 0) & layer.edges.triu(1)).any()):
+            found.setdefault("information passed along edges (edge gains are not zero)", []).append(index)
+        if bool((layer.output_gain != 0).any()):
+            found.setdefault("outputs weighted by the router (output gains are not zero)", []).append(index)
+        if not reachable(layer.edges.cpu().numpy()).all():
+            found.setdefault("experts that no walk reaches, and a dense FFN always runs", []).append(index)
+    return [f"{what}: layers {', '.join(map(str, where))}" for what, where in found.items()]
+
+
+def _logit_difference(graph: FedGraftForCausalLM, dense: LlamaForCausalLM, tokens: int, seed: int) -> float:
+    length = min(tokens, graph.config.max_position_embeddings)
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(graph.config.vocab_size, (1, length), generator=generator)
+    # bf16 rounds far above 1e-4, so that both sides are compared in fp32, on copies.
+    wide = copy.deepcopy(graph).float()
+    with visiting(wide, wide.config.num_experts):
+        expected = wide(input_ids=ids).logits
+    return float((expected - copy.deepcopy(dense).float()(input_ids=ids).logits).abs().max())

@@ -1,0 +1,194 @@
+"""A graph whose experts stay on disk: each is read where it runs, so that nobody has to hold the whole."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import GenerationConfig
+
+from configs.errors import UserError
+from models.checkpoints.save import check_graph
+from models.files.config_file import check_is_graph, read_config
+from models.files.fingerprint import checkpoint_files
+from models.graph.runtime_settings import held_experts
+from models.graph.unit_vectors import flatten_weights, unflatten_weights
+from models.remote_code.execution_fedgraft import gated_ffn
+from models.remote_code.experts_fedgraft import ExpertGraphMLP
+from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
+
+_EXPERT_WEIGHTS = re.compile(r"model\.layers\.\d+\.mlp\.(gate_up_proj|down_proj)")
+
+
+class MovedExperts(Protocol):
+    """Experts that differ from the checkpoint."""
+
+    def read(self, unit: tuple[int, int]) -> Tensor | None:
+        """Weights ``[3hd]`` fp32 of the unit ``(layer, expert)``; None where it is still the checkpoint's."""
+
+    def write(self, unit: tuple[int, int], weights: Tensor) -> None:
+        """Keep other weights ``[3hd]`` of the unit."""
+
+
+class GraphFiles:
+    """The weight files of a graph checkpoint, of which single tensors and experts are read.
+
+    A file is mapped for one read only: pages that stay mapped would count as this process's memory.
+
+    Args:
+        source: directory or hub id.
+
+    Raises:
+        UserError: no weights there, or a file that is damaged.
+    """
+
+    def __init__(self, source: str) -> None:
+        self._file_of: dict[str, Path] = {}
+        self._shapes: dict[str, list[int]] = {}
+        for path in checkpoint_files(source):
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118
+                    self._file_of[name], self._shapes[name] = path, file.get_slice(name).get_shape()
+
+    def names(self) -> list[str]:
+        """Names of all tensors, sorted."""
+        return sorted(self._file_of)
+
+    def tensor(self, name: str) -> Tensor:
+        """A whole tensor."""
+        with safe_open(self._file_of[name], framework="pt") as file:
+            return file.get_tensor(name)
+
+    def expert(self, layer: int, expert: int) -> tuple[Tensor, Tensor]:
+        """``gate_up [2h, d]`` and ``down [d, h]`` of one expert, in the checkpoint's dtype."""
+        gate_up, down = (
+            self._row(f"model.layers.{layer}.mlp.{name}", expert) for name in ("gate_up_proj", "down_proj")
+        )
+        return gate_up, down
+
+    def shape(self, name: str) -> list[int]:
+        """Shape of a tensor."""
+        return self._shapes[name]
+
+    def _row(self, name: str, row: int) -> Tensor:
+        with safe_open(self._file_of[name], framework="pt") as file:
+            return file.get_slice(name)[row]
+
+
+class MappedExperts:
+    """Storage of one layer whose experts are read from disk each time they run.
+
+    Args:
+        layer: that they belong to.
+        files: of the checkpoint.
+        moved: experts that have other weights than the checkpoint; None for none.
+    """
+
+    def __init__(self, layer: ExpertGraphMLP, files: GraphFiles, moved: MovedExperts | None) -> None:
+        self._layer, self._files, self._moved = layer.layer_index, files, moved
+        self._act_fn, self._hidden_size = layer.act_fn, layer.hidden_size
+
+    def run(self, expert: int, rows_ND: Tensor) -> Tensor:
+        """Output ``[N, D]``; gradients reach the rows, for which the expert is read a second time."""
+        if not torch.is_grad_enabled():
+            return self._run(expert, rows_ND)
+        return checkpoint(self._run, expert, rows_ND, use_reentrant=False, preserve_rng_state=False)
+
+    def read(self, expert: int) -> tuple[Tensor, Tensor]:
+        """``gate_up [2h, d]`` and ``down [d, h]``, fp32."""
+        moved = self._moved.read((self._layer, expert)) if self._moved is not None else None
+        if moved is not None:
+            return unflatten_weights(moved, self._hidden_size)
+        gate_up, down = self._files.expert(self._layer, expert)
+        return gate_up.float(), down.float()
+
+    def write(self, expert: int, gate_up: Tensor, down: Tensor) -> None:
+        """Keep other weights of an expert.
+
+        Raises:
+            ValueError: the graph was opened for reading only.
+        """
+        if self._moved is None:
+            raise ValueError("expected a place for experts that move, got a graph opened for reading only")
+        self._moved.write((self._layer, expert), flatten_weights(gate_up, down))
+
+    def _run(self, expert: int, rows_ND: Tensor) -> Tensor:
+        gate_up, down = (weight.to(rows_ND.device) for weight in self.read(expert))
+        return gated_ffn(self._act_fn, rows_ND, gate_up, down)
+
+
+def open_mapped(source: str, moved: MovedExperts | None = None) -> FedGraftForCausalLM:
+    """Open a graph in fp32 with its experts left on disk.
+
+    Args:
+        source: directory or hub id.
+        moved: experts that have other weights than the checkpoint, and the place for those that will.
+
+    Raises:
+        UserError: no such checkpoint, not an expert graph, weights missing or of other shapes than the configuration's.
+    """
+    config = read_config(source)
+    check_is_graph(config, source)
+    config.dtype = torch.float32
+    files = GraphFiles(source)
+    with torch.device("meta"):
+        model = FedGraftForCausalLM(config)
+    _check_shapes(model, files, source)
+    rest = {name: files.tensor(name) for name in files.names() if not _EXPERT_WEIGHTS.fullmatch(name)}
+    rest = {name: value.float() if value.is_floating_point() else value for name, value in rest.items()}
+    model.load_state_dict(rest, strict=False, assign=True)
+    for layer in model.expert_layers():
+        layer.keep_in(MappedExperts(layer, files, moved))
+    check_graph(model)
+    # Its frequencies are computed, not stored.
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
+    model.tie_weights()
+    model.generation_config = _generation_config(source, model)
+    return model.eval()
+
+
+@torch.no_grad()
+def materialise(model: FedGraftForCausalLM, residents: Sequence[Tensor | None]) -> None:
+    """Hold ``residents`` (per layer bool ``[E]``, None for all) in fused fp32 tensors, and no other expert.
+
+    Each expert is read once, straight into its row.
+    """
+    for layer, resident in zip(model.expert_layers(), residents, strict=True):
+        held = held_experts(layer, resident)
+        layer.resident, layer.residency_gate = resident, None
+        if layer.storage is None and layer.held == held:
+            continue
+        gate_up = torch.empty(len(held), 2 * layer.expert_size, layer.hidden_size, device=model.device)
+        down = torch.empty(len(held), layer.hidden_size, layer.expert_size, device=model.device)
+        for row, expert in enumerate(held):
+            for target, weight in zip((gate_up[row], down[row]), layer.read_expert(expert), strict=True):
+                target.copy_(weight)
+        layer.hold(held, gate_up, down)
+        layer.storage = None
+
+
+def _check_shapes(model: nn.Module, files: GraphFiles, source: str) -> None:
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    stored = set(files.names())
+    for name, value in model.state_dict().items():
+        if name in tied and name not in stored:
+            continue
+        shape = files.shape(name) if name in stored else None
+        if shape != list(value.shape):
+            raise UserError(
+                f"expected {name} of shape {list(value.shape)}, as config.json describes it, in {source}, "
+                f"got {shape or 'none'}; the checkpoint is incomplete or its config.json belongs to another"
+            )
+
+
+def _generation_config(source: str, model: FedGraftForCausalLM) -> GenerationConfig:
+    try:
+        return GenerationConfig.from_pretrained(source)
+    except OSError:
+        return GenerationConfig.from_model_config(model.config)

@@ -1,0 +1,165 @@
+"""Opening checkpoints: dense Llamas, expert graphs, and any causal language model that Hugging Face knows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from configs.errors import UserError, nearest
+from models.checkpoints.disk_experts import open_mapped
+from models.checkpoints.save import cast_weights, check_graph
+from models.files.config_file import check_is_dense, check_is_graph, read_config
+from models.files.fingerprint import check_file, checkpoint_files, first_line
+from models.graph.expert_modules import materialise_modules
+from models.remote_code.configuration_fedgraft import FedGraftConfig
+from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
+from models.runtime.nf4 import compute_dtype, quantisation_config, replace_linear4bit
+
+WEIGHT_PRECISIONS = ("fp32", "bf16", "nf4")
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+# With the classes known here, a graph's own copy of the modelling code is never run by us.
+AutoModelForCausalLM.register(FedGraftConfig, FedGraftForCausalLM)
+
+
+def load_dense(
+    source: str,
+    *,
+    dtype: torch.dtype | str = "auto",
+    precision: str | None = None,
+    device: torch.device | str = "cpu",
+) -> PreTrainedModel:
+    """Load a dense Llama from a directory or a hub id.
+
+    Args:
+        source: directory or hub id.
+        dtype: of the weights; ``auto`` for that of the checkpoint. With ``nf4``: of the matrix products and of what is
+            not quantised; ``auto`` for bf16 where the device gains from it, else fp32.
+        precision: ``fp32``, ``bf16`` or ``nf4`` (4-bit linear layers but for the output head); None to go by ``dtype``.
+        device: where to put the model.
+
+    Raises:
+        UserError: no such checkpoint, not a Llama, biased FFN, weights missing or damaged, unknown precision.
+    """
+    check_is_dense(read_config(source), source)
+    return _load(AutoModelForCausalLM, source, dtype, precision, device)
+
+
+def load_graph(
+    source: str,
+    *,
+    dtype: torch.dtype | str = "auto",
+    precision: str | None = None,
+    device: torch.device | str = "cpu",
+) -> FedGraftForCausalLM:
+    """Load an expert graph that ``fedgraft bootstrap`` or a federation wrote.
+
+    Args:
+        source: directory or hub id.
+        dtype: as in ``load_dense``.
+        precision: as in ``load_dense``; with ``nf4`` experts and attention are 4-bit modules
+            (see ``models.graph.expert_modules``), and never lie in memory otherwise.
+        device: where to put the model.
+
+    Raises:
+        UserError: no such checkpoint, not an expert graph, weights missing or damaged, masks that are no graph or leave
+            an expert out of reach, unknown precision.
+    """
+    check_is_graph(read_config(source), source)
+    if precision != "nf4":
+        graph = _load(FedGraftForCausalLM, source, dtype, precision, device)
+        check_graph(graph)
+        return graph
+    products = _product_dtype(dtype, device)
+    model = cast_weights(open_mapped(source), products).to(device)
+    materialise_modules(model, [None] * len(model.expert_layers()), kind="nf4", dtype=products)
+    return model.eval()
+
+
+def load_causal_lm(
+    source: str,
+    *,
+    dtype: torch.dtype | str = "auto",
+    precision: str | None = None,
+    device: torch.device | str = "cpu",
+) -> PreTrainedModel:
+    """Load an expert graph or any causal language model that Hugging Face's own classes open; see ``load_dense``."""
+    if read_config(source).model_type == FedGraftConfig.model_type:
+        return load_graph(source, dtype=dtype, precision=precision, device=device)
+    return _load(AutoModelForCausalLM, source, dtype, precision, device)
+
+
+def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer beside a checkpoint.
+
+    Raises:
+        UserError: there is none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"expected a tokenizer beside the model in {source}, got: {first_line(error)}"
+        ) from error
+
+
+def check_weights(source: str) -> None:
+    """Open the weight files of a checkpoint folder without reading them; a hub id passes unseen.
+
+    Raises:
+        UserError: there are none, or one is missing, cut short or damaged in its header.
+    """
+    if not Path(source).is_dir():
+        return
+    for file in checkpoint_files(source):
+        check_file(file)
+
+
+def _load(
+    kind: Any, source: str, dtype: torch.dtype | str, precision: str | None, device: torch.device | str
+) -> Any:
+    options = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    options |= _dtype_options(dtype, precision, device)
+    try:
+        model, report = kind.from_pretrained(source, **options)
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise UserError(
+            f"expected whole safetensors weights in {source}, got: {first_line(error)}"
+        ) from error
+    missing = sorted(report["missing_keys"]) + sorted(key[0] for key in report["mismatched_keys"])
+    if missing:
+        named = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise UserError(
+            f"expected every weight that config.json describes in {source}, got none or another shape for {named}; "
+            "the checkpoint is incomplete"
+        )
+    return (replace_linear4bit(model) if precision == "nf4" else model.to(device)).eval()
+
+
+def _dtype_options(
+    dtype: torch.dtype | str, precision: str | None, device: torch.device | str
+) -> dict[str, Any]:
+    if precision not in (None, *WEIGHT_PRECISIONS):
+        hint = nearest(str(precision), WEIGHT_PRECISIONS)
+        raise UserError(f"expected a precision of {', '.join(WEIGHT_PRECISIONS)}, got {precision!r}{hint}")
+    if precision == "nf4":
+        products = _product_dtype(dtype, device)
+        return {
+            "dtype": products,
+            "quantization_config": quantisation_config(products),
+            "device_map": {"": device},
+        }
+    return {"dtype": _DTYPES[precision] if precision else dtype}
+
+
+def _product_dtype(dtype: torch.dtype | str, device: torch.device | str) -> torch.dtype:
+    return dtype if isinstance(dtype, torch.dtype) else compute_dtype(device)

@@ -1,0 +1,141 @@
+"""Experts as linear layers of their own, plain or 4-bit, so that each can carry LoRA factors.
+
+Fused experts cannot: transformers leaves fused three-dimensional experts in fp32 when it loads in 4 bits, and LoRA on
+fused parameters under bitsandbytes gives some factors no gradient. Shape suffixes: N rows, D hidden width, H neurons.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.graph.attention_vectors import quantise_attention
+from models.graph.runtime_settings import held_experts
+from models.remote_code.experts_fedgraft import ExpertGraphMLP
+from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
+from models.runtime.memory import return_freed_memory
+from models.runtime.nf4 import compute_dtype, quantised_linear, weight_of
+
+KINDS = ("plain", "nf4")
+
+
+class ExpertFFN(nn.Module):
+    """The gated FFN of one expert, of linear layers: ``down(act(gate x) * up x)``.
+
+    Args:
+        gate_up: ``D -> 2H``.
+        down: ``H -> D``.
+        act_fn: of the gate.
+    """
+
+    def __init__(self, gate_up: nn.Module, down: nn.Module, act_fn: nn.Module) -> None:
+        super().__init__()
+        self.gate_up, self.down, self.act_fn = gate_up, down, act_fn
+
+    def forward(self, rows_ND: Tensor) -> Tensor:
+        """``[N, D] -> [N, D]``."""
+        gate_NH, up_NH = self.gate_up(rows_ND).chunk(2, -1)
+        return self.down(self.act_fn(gate_NH) * up_NH)
+
+
+class ExpertModules(nn.Module):
+    """Storage of one layer (see ``ExpertStorage``) whose experts are modules.
+
+    Args:
+        experts: by number.
+        dtype: in which they compute.
+    """
+
+    def __init__(self, experts: dict[int, ExpertFFN], dtype: torch.dtype) -> None:
+        super().__init__()
+        self.experts = nn.ModuleDict({str(expert): module for expert, module in experts.items()})
+        self.dtype = dtype
+
+    @property
+    def held(self) -> list[int]:
+        """The experts that are here, in order."""
+        return sorted(int(expert) for expert in self.experts)
+
+    def expert(self, expert: int) -> Any:
+        """One expert, an ``ExpertFFN``.
+
+        Raises:
+            ValueError: it is not here.
+        """
+        if str(expert) not in self.experts:
+            raise ValueError(f"expected an expert among {self.held}, got {expert}, which is not held")
+        return self.experts[str(expert)]
+
+    def run(self, expert: int, rows_ND: Tensor) -> Tensor:
+        """Output ``[N, D]`` of an expert with its LoRA factors, in the dtype of the rows."""
+        return self.expert(expert)(rows_ND.to(self.dtype)).to(rows_ND.dtype)
+
+    @torch.no_grad()
+    def read(self, expert: int) -> tuple[Tensor, Tensor]:
+        """``gate_up [2H, D]`` and ``down [D, H]`` of an expert without its LoRA factors; dequantised where 4-bit."""
+        module = self.expert(expert)
+        return weight_of(module.gate_up), weight_of(module.down)
+
+    def write(self, expert: int, gate_up: Tensor, down: Tensor) -> None:
+        """Refuse: the base under LoRA factors is fixed.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(f"expert {expert} is a fixed base under LoRA; write it before materialise_modules")
+
+
+@torch.no_grad()
+def materialise_modules(
+    model: FedGraftForCausalLM,
+    residents: Sequence[Tensor | None],
+    *,
+    kind: str,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Hold ``residents`` (per layer bool ``[E]``, None for all) as modules on the model's device, and no other expert.
+
+    Each expert is read once from where it is stored, so a graph whose experts are on disk never lies whole in memory.
+    With ``nf4`` the attention projections become 4-bit too; embeddings, norms, output head, routers and gains stay.
+
+    Args:
+        model: changed in place.
+        residents: as above.
+        kind: ``plain`` or ``nf4``.
+        dtype: of the matrix products, and of the weights where they are plain; None for bf16 where the device gains
+            from it, else fp32.
+
+    Raises:
+        ValueError: another kind.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"expected experts of kind {' or '.join(KINDS)}, got {kind!r}")
+    dtype = dtype or compute_dtype(model.device)
+    for layer, resident in zip(model.expert_layers(), residents, strict=True):
+        held = held_experts(layer, resident)
+        experts = {expert: _build_expert(layer, expert, kind, dtype, model.device) for expert in held}
+        layer.keep_in(ExpertModules(experts, dtype))
+        layer.resident = None if resident is None else resident.to(model.device)
+        layer.residency_gate = None
+        return_freed_memory()
+    if kind == "nf4":
+        quantise_attention(model, dtype)
+        vars(model)["is_loaded_in_4bit"] = True  # where peft and transformers look
+
+
+def _build_expert(
+    layer: ExpertGraphMLP, expert: int, kind: str, dtype: torch.dtype, device: torch.device
+) -> ExpertFFN:
+    build = quantised_linear if kind == "nf4" else _plain_linear
+    gate_up, down = (build(weight, dtype=dtype, device=device) for weight in layer.read_expert(expert))
+    return ExpertFFN(gate_up, down, layer.act_fn)
+
+
+def _plain_linear(weight: Tensor, *, dtype: torch.dtype, device: torch.device) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    # A copy: a view would keep the fused tensor of all experts alive.
+    linear.weight = nn.Parameter(weight.detach().to(device, dtype, copy=True), requires_grad=False)
+    return linear

@@ -1,0 +1,92 @@
+"""Losses on the router scores of a forward pass: balance of the load, and size of the scores.
+
+Shape suffixes: T tokens, E experts of the layer, K visits per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from models.graph.runtime_settings import Observer, observing
+from models.remote_code.experts_fedgraft import ExpertGraphMLP
+from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
+from models.remote_code.routing_fedgraft import Walk
+
+
+class Routing(NamedTuple):
+    """What the router of one layer did in one forward pass.
+
+    Attributes:
+        scores_TE: router scores, with their gradient.
+        experts_TK: experts visited; -1 where no visit was made.
+        resident_E: bool, the experts that may be visited; None for all.
+    """
+
+    scores_TE: Tensor
+    experts_TK: Tensor
+    resident_E: Tensor | None
+
+
+@contextmanager
+def collect_routing(model: FedGraftForCausalLM) -> Iterator[list[Routing]]:
+    """Collect the routing of every layer in every forward pass within the block.
+
+    Nothing is computed while a layer runs, so that a layer which is checkpointed can be repeated without it.
+    """
+    collected: list[Routing] = []
+
+    def observer(index: int) -> Observer:
+        def observe(layer: ExpertGraphMLP, scores_TE: Tensor, walk: Walk, weights_TK: Tensor) -> None:
+            collected.append(Routing(scores_TE, walk.experts_TK, layer.resident))
+
+        return observe
+
+    with observing(model, observer):
+        yield collected
+
+
+def router_loss(
+    routings: Sequence[Routing], *, load_balance_weight: float = 0.0, z_loss_weight: float = 0.0
+) -> Tensor:
+    """Weighted sum of the load-balance loss and the z-loss, each the mean over layers, a scalar."""
+    total = torch.zeros((), device=routings[0].scores_TE.device)
+    for routing in routings:
+        if load_balance_weight:
+            total = total + load_balance_weight * load_balance_loss(routing)
+        if z_loss_weight:
+            total = total + z_loss_weight * z_loss(routing)
+    return total / len(routings)
+
+
+def load_balance_loss(routing: Routing) -> Tensor:
+    """``E * sum_e f_e P_e`` over the residents; 1 where tokens and scores spread evenly, up to E where one takes all.
+
+    Switch Transformer, Fedus et al. (2021, arXiv:2101.03961), equation 4. ``f_e`` is the share of all visits that
+    expert e received, so that the loss does not grow with the visits per token, and ``P_e`` the mean over tokens of
+    its softmax share among the residents. Only P carries a gradient.
+    """
+    scores_TE = _resident_scores(routing)
+    made = routing.experts_TK[routing.experts_TK >= 0]
+    visits_E = torch.bincount(made, minlength=scores_TE.shape[-1]).to(scores_TE.dtype)
+    share_E = scores_TE.softmax(-1).mean(0)
+    residents = (scores_TE[0] > float("-inf")).sum()
+    return residents * (visits_E / len(made) * share_E).sum()
+
+
+def z_loss(routing: Routing) -> Tensor:
+    """Mean over tokens of the squared log-sum-exp of the residents' scores, which keeps scores small.
+
+    ST-MoE, Zoph et al. (2022, arXiv:2202.08906), equation 5.
+    """
+    return _resident_scores(routing).logsumexp(-1).square().mean()
+
+
+def _resident_scores(routing: Routing) -> Tensor:
+    if routing.resident_E is None:
+        return routing.scores_TE
+    return routing.scores_TE.masked_fill(~routing.resident_E, float("-inf"))

@@ -1,0 +1,224 @@
+"""Merging experts of an opened model, layer by layer, each on what the merged layers before it give.
+
+REAM: Jha et al. 2026, "REAM: Merging Improves Pruning of Experts in LLMs", arXiv:2604.04356. Beyond it, merged experts
+are fitted to what the layer gave before (see ``models.moe.refit``).
+Shape suffixes: T tokens, D hidden width, E experts, F = T D.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from configs.errors import UserError
+from experts.merging.alignment import align_neurons, average_experts, check_alignment, group_experts
+from experts.selection.expert_list import check_keep_map
+from models.moe.hooks import ExpertRows, observing
+from models.moe.layerwise import LayerInputs, walk_layers
+from models.moe.refit import block_output, refit_experts
+from models.moe.remove import set_counts, shrink_layer
+from models.moe.routers import all_gates, router_logits
+from models.moe.saliency_collection import SaliencySums, attention
+from models.moe.views import MoELayer, RouterKind, moe_layers
+
+SIMILARITIES = ("gated", "average")
+WEIGHTS = ("centroid", "saliency", "mean-saliency", "plain")
+Batch = tuple[Tensor, Tensor]
+
+# Of every expert the outputs on so many tokens are in memory.
+_TOKENS_AT_ONCE = 128
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """How experts are merged.
+
+    Attributes:
+        similarity: ``gated``: cosine of two experts' outputs on all tokens, each weighted by its gate (REAM);
+            ``average``: cosine of their mean outputs (HC-SMoE, Chen et al. 2024, arXiv:2410.08589).
+        alignment: of neurons, before they are averaged (see ``experts.merging.alignment.align_neurons``).
+        max_group_size: experts that become one, at most.
+        weights: of the average that a merged expert is. ``centroid``: none but that of the expert that stays, which
+            the fit then makes stand for its group; ``saliency``: gate times output norm, summed over the tokens routed
+            to an expert, so that of two alike the one with more tokens counts more; ``mean-saliency``: their mean, as
+            in REAM; ``plain``: all alike.
+        refit: whether the down projections of merged experts are fitted to what the layer gave before.
+        sample_tokens: on which outputs are compared.
+        refit_tokens: on which they are fitted.
+    """
+
+    similarity: str = "gated"
+    alignment: str = "centroid"
+    max_group_size: int = 4
+    weights: str = "centroid"
+    refit: bool = True
+    sample_tokens: int = 1024
+    refit_tokens: int = 16384
+
+    def __post_init__(self) -> None:
+        check_alignment(self.alignment)
+        if self.similarity not in SIMILARITIES:
+            raise UserError(
+                f"expected a similarity mode of {' or '.join(SIMILARITIES)}, got {self.similarity!r}"
+            )
+        if self.weights not in WEIGHTS:
+            raise UserError(f"expected an average by one of {', '.join(WEIGHTS)}, got {self.weights!r}")
+        if self.weights == "centroid" and not self.refit:
+            raise UserError(
+                "expected a refit of experts that nothing is averaged into, got none; that is pruning"
+            )
+        if self.max_group_size < 1:
+            raise UserError(f"expected a largest group size of at least 1, got {self.max_group_size}")
+
+
+@torch.no_grad()
+def merge_experts(
+    model: PreTrainedModel,
+    batches: Sequence[Batch],
+    keep_map: Mapping[int, np.ndarray],
+    plan: MergePlan,
+    *,
+    on_step: Callable[[str, int, int], None] = lambda stage, done, total: None,
+) -> list[dict[int, list[int]]]:
+    """Merge every expert that is not in ``keep_map`` into one that is, in place.
+
+    The router keeps the rows of the experts that stay. Saliency and similarity of a layer are measured on what it
+    receives from the layers before it, which are merged by then.
+
+    Args:
+        model: any with experts (see ``models.moe.views``).
+        batches: calibration text, ``(input_ids [B, S], counted [B, S] bool)``.
+        keep_map: MoE-layer ordinal to the experts that stay; a layer that it does not name keeps all.
+        plan: how.
+        on_step: told of the layers done and of all of them.
+
+    Returns:
+        Per MoE layer the groups: by the number that an expert had, the numbers of all that were merged into it.
+
+    Raises:
+        UserError: a keep map that does not fit, groups that cannot hold all experts, no calibration text.
+    """
+    model.eval()
+    layers = {layer.decoder: layer for layer in moe_layers(model)}
+    check_keep_map(keep_map, [layer.num_experts for layer in layers.values()])
+    if not any(bool(counted.any()) for _, counted in batches):
+        raise UserError("expected calibration text to merge on, got no token; check the data")
+    groups: list[dict[int, list[int]]] = []
+    placed = [(ids.to(model.device), counted) for ids, counted in batches]
+    for inputs in walk_layers(model, [(ids, attention(ids, counted)) for ids, counted in placed]):
+        layer = layers.get(inputs.index)
+        if layer is None:
+            continue
+        kept = np.sort(keep_map.get(layer.ordinal, np.arange(layer.num_experts)))
+        groups.append(_merge_layer(model, layer, inputs, [counted for _, counted in batches], kept, plan))
+        on_step("merging layers", len(groups), len(layers))
+    set_counts(model)
+    return groups
+
+
+def output_similarity(layer: MoELayer, x_TD: Tensor, mode: str) -> np.ndarray:
+    """Cosine ``[E, E]`` between experts' outputs on the tokens ``x``, every expert run on every token.
+
+    Args:
+        layer: of the experts; edges of a graph pass nothing here.
+        x_TD: what the layer receives.
+        mode: one of ``SIMILARITIES``.
+    """
+    gram_EE = torch.zeros(layer.num_experts, layer.num_experts, dtype=torch.float64)
+    sum_ED = torch.zeros(layer.num_experts, x_TD.shape[-1], dtype=torch.float64)
+    for chunk_TD in x_TD.split(_TOKENS_AT_ONCE):
+        weights_ET = _weights(layer, chunk_TD) if mode == "gated" else torch.ones(layer.num_experts, 1)
+        outputs_ETD = torch.stack(
+            [layer.run(expert, chunk_TD) for expert in range(layer.num_experts)]
+        ).float()
+        flat_EF = (outputs_ETD * weights_ET[..., None].to(outputs_ETD)).flatten(1)
+        gram_EE += (flat_EF @ flat_EF.T).double().cpu()
+        sum_ED += outputs_ETD.sum(1).double().cpu()
+    if mode == "average":
+        gram_EE = sum_ED @ sum_ED.T
+    norm_E = gram_EE.diagonal().clamp(min=1e-30).sqrt()
+    return (gram_EE / norm_E / norm_E[:, None]).numpy()
+
+
+def _weights(layer: MoELayer, x_TD: Tensor) -> Tensor:
+    """Weight ``[E, T]`` of each expert's output if every expert were visited."""
+    if layer.kind is RouterKind.GRAPH_WALK:
+        # Outputs of a graph add up with weights of about one, whoever else is visited.
+        return torch.ones(layer.num_experts, len(x_TD))
+    return all_gates(layer, router_logits(layer, x_TD)).T
+
+
+def _merge_layer(
+    model: PreTrainedModel,
+    layer: MoELayer,
+    inputs: LayerInputs,
+    counted: Sequence[Tensor],
+    kept: np.ndarray,
+    plan: MergePlan,
+) -> dict[int, list[int]]:
+    if len(kept) == layer.num_experts:
+        return {int(expert): [int(expert)] for expert in kept}
+    x_TD, weights_E = _observe(layer, inputs, counted, plan)
+    alike_EE = output_similarity(layer, x_TD[: plan.sample_tokens], plan.similarity)
+    groups = group_experts(alike_EE, kept, plan.max_group_size)
+    wanted_TD = block_output(layer, x_TD) if plan.refit else None
+    for group in groups.values():
+        if len(group) > 1 and plan.weights != "centroid":
+            merge_group(layer, group, weights_E[group].tolist(), plan.alignment)
+    shrink_layer(model, layer, {gone: centroid for centroid, group in groups.items() for gone in group[1:]})
+    if wanted_TD is not None:
+        merged = [index for index, group in enumerate(groups.values()) if len(group) > 1]
+        refit_experts(moe_layers(model)[layer.ordinal], merged, x_TD, wanted_TD)
+    return groups
+
+
+@torch.no_grad()
+def merge_group(layer: MoELayer, group: Sequence[int], shares: Sequence[float], alignment: str) -> None:
+    """Write the average of a group of experts into its first one; the others stay as they are.
+
+    Args:
+        layer: of the experts.
+        group: their numbers; the neurons of all others are aligned to those of the first.
+        shares: weight of each.
+        alignment: one of ``experts.merging.alignment.ALIGNMENTS``.
+    """
+    first, *others = (layer.read_numpy(expert) for expert in group)
+    aligned = [first, *(align_neurons(*other, *first, alignment) for other in others)]
+    gate_up, down = (torch.from_numpy(part) for part in average_experts(aligned, shares))
+    layer.write(group[0], gate_up, down)
+
+
+def _observe(
+    layer: MoELayer, inputs: LayerInputs, counted: Sequence[Tensor], plan: MergePlan
+) -> tuple[Tensor, np.ndarray]:
+    """What the experts receive on the first counted tokens, ``[T, D]``, and their weights in averages, ``[E]``."""
+    sums, tokens = SaliencySums([layer]), max(plan.sample_tokens, plan.refit_tokens if plan.refit else 0)
+    parts: list[Tensor] = []
+
+    def on_batch(batch: int) -> None:
+        sums.finish()
+        sums.start(counted[batch])
+
+    def on_rows(_: MoELayer, rows: ExpertRows) -> None:
+        sums.add(0, rows)
+
+    def on_input(_: torch.nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        wanted = tokens - sum(len(part) for part in parts)
+        if wanted > 0:
+            parts.append(arguments[0].flatten(0, -2)[sums.counted.to(arguments[0].device)][:wanted])
+
+    hook = layer.block.register_forward_pre_hook(on_input)
+    try:
+        with observing([layer], on_rows):
+            inputs.run(on_batch)
+    finally:
+        hook.remove()
+    sums.finish()
+    saliency_E, counts_E = sums.values[0][0].numpy(), sums.counts[0].numpy()
+    weights = {"saliency": saliency_E, "mean-saliency": saliency_E / np.maximum(counts_E, 1)}
+    return torch.cat(parts), weights.get(plan.weights, np.ones_like(saliency_E))

@@ -1,0 +1,241 @@
+"""Planning which experts go, one at a time, by what each step does to perplexity.
+
+Two candidates are measured in every step: pruning the least salient expert of the model (after REAP, arXiv:2510.13999),
+and merging the most alike pair of a layer (after REAM, arXiv:2604.04356); the better one is taken. A pair that was
+measured and not taken makes room for the next one, so that a pair that is alike and yet costs much is not measured
+again and again (see ``RemovalCandidates.to_merge``).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from configs.errors import UserError
+from experts.merging.alignment import check_alignment
+from experts.merging.similarity import PairLikeness, weight_cosine, weight_cosines
+from experts.saliency.measures import Saliency, check_metric
+from experts.saliency.ranks import rank_sums
+from experts.selection.compression_trace import CompressionPlan, Removal, Step
+from experts.selection.removal_candidates import RemovalCandidates
+from experts.selection.rules import Selection, free_experts, select_experts
+from models.moe.expert_overlap import collect_overlap
+from models.moe.merge import merge_group
+from models.moe.remove import set_counts, shrink_layer
+from models.moe.saliency_collection import Batch
+from models.moe.views import MoELayer, moe_layers
+
+Measure = Callable[[PreTrainedModel], float]
+OnStep = Callable[[str, int, int | None], None]
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """How a plan is made.
+
+    Attributes:
+        selection: how many experts go in the whole model, and which stay: the minimum per layer, ignored ones and those
+            that maps protect.
+        metric: of saliency, by which experts are ranked.
+        alignment: of neurons, for weight cosines and averages (see ``experts.merging.alignment.align_neurons``).
+        max_group_size: experts that become one, at most.
+    """
+
+    selection: Selection
+    metric: str = "reap"
+    alignment: str = "centroid"
+    max_group_size: int = 4
+
+    def __post_init__(self) -> None:
+        check_metric(self.metric)
+        check_alignment(self.alignment)
+        if not self.selection.model_wide or self.selection.action != "prune":
+            raise UserError("expected a selection that prunes over the whole model, got another")
+        if self.max_group_size < 1:
+            raise UserError(f"expected a largest group size of at least 1, got {self.max_group_size}")
+
+
+@torch.no_grad()
+def plan_compression(
+    model: PreTrainedModel,
+    batches: Iterable[Batch],
+    measure: Measure,
+    options: PlanOptions,
+    *,
+    provenance: dict | None = None,
+    on_step: OnStep = lambda stage, done, total: None,
+) -> CompressionPlan:
+    """Take experts out of a model one after another, in place, and record what each step costs.
+
+    Saliency and visits are collected once, on the model as it is; weight cosines follow the merges. A merged expert is
+    the average of its members, weighted by saliency summed over tokens, and answers to the router row of the most
+    salient one.
+
+    Args:
+        model: any with experts (see ``models.moe.views``), held in memory; afterwards it is what the plan leaves. Layers
+            may then differ in their number of experts, also where the format on disk holds one number.
+        batches: calibration text, ``(input_ids [B, S], counted [B, S] bool)``.
+        measure: perplexity of a model on held-out text.
+        options: how many experts go, and which may.
+        provenance: of the saliency, such as ``model_fingerprint``, which maps are compared with.
+        on_step: told of a stage, its steps done and their total (None: not known).
+
+    Raises:
+        UserError: more experts than may go, maps of another model, no text, a model without experts.
+    """
+    model.eval()
+    _check(moe_layers(model), options, provenance)
+    if getattr(model.config, "output_router_logits", False):
+        # The load-balancing loss, which it stands for, needs equally many experts in every layer.
+        model.config.output_router_logits = False
+    saliency, visits = collect_overlap(
+        model, batches, on_batch=lambda done: on_step("collecting saliency and visits, batches", done, None)
+    )
+    before = measure(model)
+    if not math.isfinite(before):
+        raise UserError(f"expected a finite perplexity on held-out text, got {before}; check model and data")
+    ranks = rank_sums([saliency], options.metric, model_wide=True)
+    total, steps = options.selection.n_prune, list[Step]()
+    if total:
+        likeness = _likeness(moe_layers(model), visits, options.alignment, on_step)
+        planner = _Planner(model, saliency, ranks, likeness, measure, options)
+        while len(steps) < total:
+            steps.append(planner.step(steps[-1].perplexity if steps else before))
+            on_step("planning steps", len(steps), total)
+    set_counts(model)
+    return CompressionPlan(steps, ranks, before)
+
+
+class _Planner:
+    """A model that loses experts, and the numbers that they had."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        saliency: Saliency,
+        ranks: np.ndarray,
+        likeness: list[PairLikeness],
+        measure: Measure,
+        options: PlanOptions,
+    ) -> None:
+        self._model, self._ranks, self._measure, self._options = model, ranks, measure, options
+        self._shares, self._likeness = saliency.reap_sum.copy(), likeness
+        self._last_loss = -math.inf
+        self._candidates = RemovalCandidates(
+            ranks,
+            free_experts(ranks, options.selection),
+            min_experts_per_layer=options.selection.min_experts_per_layer,
+            max_group_size=options.max_group_size,
+        )
+
+    def step(self, before: float) -> Step:
+        """Measure both candidates, take the better one; pruning where they are equal."""
+        offered = [
+            self._candidates.to_prune(),
+            self._candidates.to_merge([each.likeness_EE for each in self._likeness], self._last_loss),
+        ]
+        tried = [(removal, *self._try(removal)) for removal in offered if removal is not None]
+        taken, *rest = sorted(tried, key=lambda trial: math.inf if math.isnan(trial[1]) else trial[1])
+        removal, perplexity, block = taken
+        other, other_perplexity = rest[0][:2] if rest else (None, None)
+        result = Step(
+            removal,
+            self._layer(removal.layer).decoder,
+            *self._pair(removal),
+            saliency_rank=float(self._ranks[removal.layer, removal.expert]),
+            perplexity=perplexity,
+            perplexity_loss=perplexity - before,
+            other=other,
+            other_perplexity=other_perplexity,
+        )
+        self._last_loss = result.perplexity_loss
+        self._take(removal, block)
+        for refused, refused_perplexity, _ in rest:
+            self._candidates.refuse(refused, refused_perplexity - before)
+        return result
+
+    def _try(self, removal: Removal) -> tuple[float, nn.Module]:
+        """Perplexity after a removal, and the block that makes it; the model stays as it is."""
+        block = self._layer(removal.layer).block
+        self._place(removal.layer, copy.deepcopy(block))
+        try:
+            self._remove(removal)
+            return self._measure(self._model), self._layer(removal.layer).block
+        finally:
+            self._place(removal.layer, block)
+
+    def _remove(self, removal: Removal) -> None:
+        layer, left = self._layer(removal.layer), self._left(removal.layer)
+        expert, into = left.index(removal.expert), None if removal.into is None else left.index(removal.into)
+        if into is not None:
+            shares = self._shares[removal.layer, [removal.into, removal.expert]]
+            merge_group(layer, [into, expert], shares.tolist(), self._options.alignment)
+        shrink_layer(self._model, layer, {expert: into})
+
+    def _take(self, removal: Removal, block: nn.Module) -> None:
+        self._place(removal.layer, block)
+        self._candidates.take(removal)
+        if removal.into is not None:
+            shares = self._shares[removal.layer]
+            shares[removal.into] += shares[removal.expert]
+            cosines = self._cosines(removal.layer, removal.into)
+            self._likeness[removal.layer].merge(removal.into, removal.expert, cosines)
+
+    def _cosines(self, ordinal: int, expert: int) -> dict[int, float]:
+        """Between an expert and all others that are left, by their numbers."""
+        layer, left = self._layer(ordinal), self._left(ordinal)
+        merged = layer.read_numpy(left.index(expert))
+        return {
+            other: weight_cosine(layer.read_numpy(row), merged, self._options.alignment)
+            for row, other in enumerate(left)
+            if other != expert
+        }
+
+    def _pair(self, removal: Removal) -> tuple[float | None, float | None]:
+        """Weight cosine and Jaccard of a merge."""
+        if removal.into is None:
+            return None, None
+        likeness, place = self._likeness[removal.layer], (removal.expert, removal.into)
+        return float(likeness.cosine_EE[place]), float(likeness.jaccard_EE[place])
+
+    def _left(self, ordinal: int) -> list[int]:
+        """Experts that a layer has left: the entry at a position is the number that it had at first."""
+        return np.flatnonzero(self._candidates.left_LE[ordinal]).tolist()
+
+    def _layer(self, ordinal: int) -> MoELayer:
+        return moe_layers(self._model)[ordinal]
+
+    def _place(self, ordinal: int, block: nn.Module) -> None:
+        layer = self._layer(ordinal)
+        decoder = self._model.model.layers[layer.decoder]
+        name = next(name for name, child in decoder.named_children() if child is layer.block)
+        setattr(decoder, name, block)
+
+
+def _likeness(
+    layers: list[MoELayer], visits: list[np.ndarray], alignment: str, on_step: OnStep
+) -> list[PairLikeness]:
+    found = []
+    for layer, visits_EB in zip(layers, visits, strict=True):
+        experts = [layer.read_numpy(expert) for expert in range(layer.num_experts)]
+        found.append(PairLikeness(weight_cosines(experts, alignment), visits_EB))
+        on_step("comparing experts, layers", len(found), len(layers))
+    return found
+
+
+def _check(layers: list[MoELayer], options: PlanOptions, provenance: dict | None) -> None:
+    """Refuse options that do not fit the model, before any text is read."""
+    counts = [layer.num_experts for layer in layers]
+    blank = np.full((len(counts), max(counts)), np.nan)
+    for row, number in zip(blank, counts, strict=True):
+        row[:number] = 0
+    decoders = [layer.decoder for layer in layers]
+    saliency = Saliency(blank, blank, blank, blank, blank, decoders, provenance or {})
+    select_experts([saliency], options.metric, options.selection)

@@ -1,0 +1,160 @@
+"""Collecting saliency: one pass over text, sums per expert, resumable."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from configs.errors import UserError
+from experts.saliency.measures import Saliency, add_saliency, load_saliency, save_saliency
+from models.moe.hooks import ExpertRows, OnRows, observing
+from models.moe.views import MoELayer, moe_layers
+
+Batch = tuple[Tensor, Tensor]
+
+# How often a long collection is written beside its target.
+SAVE_SECONDS = 30.0
+# Where a collection stands, in what it leaves behind.
+_DONE, _TOKENS = "batches_done", "tokens"
+
+
+@torch.no_grad()
+def collect_saliency(
+    model: PreTrainedModel,
+    batches: Iterable[Batch],
+    *,
+    provenance: dict[str, Any] | None = None,
+    partial: Path | None = None,
+    on_rows: OnRows = lambda layer, rows: None,
+    on_batch: Callable[[int], None] = lambda done: None,
+) -> Saliency:
+    """What every expert of a model does on text.
+
+    REAP (arXiv:2510.13999) is the mean over routed tokens of gate times output norm; all sums it and its peers need are
+    collected in the same forward pass, in which experts run once.
+
+    Args:
+        model: any with experts (see ``models.moe.views``), put into evaluation mode.
+        batches: ``(input_ids [B, S], counted [B, S] bool)``; padding is not counted, and not attended to.
+        provenance: what the result carries, with the number of ``tokens`` counted; a collection is only resumed with
+            the same.
+        partial: file for what is collected so far, written every ``SAVE_SECONDS``, taken up by the next call with the
+            same provenance; None for none. The caller removes it when it has saved the result.
+        on_rows: also told what each expert receives and gives.
+        on_batch: called with the number of batches done.
+
+    Raises:
+        UserError: a model without experts, no token, or a partial file of another collection.
+    """
+    model.eval()
+    layers, provenance = moe_layers(model), dict(provenance or {})
+    sums = SaliencySums(layers)
+    before, done, sums.tokens = _resume(partial, provenance)
+    saved = monotonic()
+
+    def note(layer: MoELayer, rows: ExpertRows) -> None:
+        sums.add(layer.ordinal, rows)
+        on_rows(layer, rows)
+
+    with observing(layers, note):
+        for input_ids, counted in islice(batches, done, None):
+            sums.start(counted)
+            ids = input_ids.to(model.device)
+            model(input_ids=ids, **attention(ids, counted), use_cache=False)
+            sums.finish()
+            done += 1
+            on_batch(done)
+            if partial is not None and monotonic() - saved > SAVE_SECONDS:
+                state = {_TOKENS: sums.tokens, _DONE: done}
+                save_saliency(_total(before, sums, layers, {**provenance, **state}), partial)
+                saved = monotonic()
+    result = _total(before, sums, layers, {**provenance, _TOKENS: sums.tokens})
+    if not result.freq[result.present].any():
+        raise UserError("expected text to collect saliency on, got no token; check the data")
+    return result
+
+
+class SaliencySums:
+    """Running sums over tokens, in fp64.
+
+    Attributes:
+        values: per layer ``[3, E]``: gate x norm, norm, gate.
+        counts: per layer ``[E]``, tokens routed to the expert.
+        counted: bool ``[T]``, the tokens of the batch that count.
+        tokens: counted so far.
+    """
+
+    def __init__(self, layers: list[MoELayer]) -> None:
+        self.values = [torch.zeros(3, layer.num_experts, dtype=torch.float64) for layer in layers]
+        self.counts = [torch.zeros(layer.num_experts, dtype=torch.float64) for layer in layers]
+        self._rows: dict[int, list[tuple[int, Tensor, Tensor, Tensor]]] = defaultdict(list)
+        self.counted = torch.empty(0, dtype=torch.bool)
+        self.tokens = 0
+
+    def start(self, counted: Tensor) -> None:
+        """Begin a batch of which the tokens ``counted [B, S]`` count."""
+        self.counted = counted.flatten()
+        self.tokens += int(self.counted.sum())
+
+    def add(self, index: int, rows: ExpertRows) -> None:
+        """Note the rows of an expert of layer ``index``; only their norms are kept."""
+        norms = torch.linalg.vector_norm(rows.outputs, dim=-1, dtype=torch.float32)
+        self._rows[index].append((rows.expert, rows.tokens, rows.gates, norms))
+
+    def finish(self) -> None:
+        """Add the batch's rows to the sums: once per layer, since experts are many and their rows few."""
+        for ordinal, rows in self._rows.items():
+            experts, tokens, gates, norms = zip(*rows, strict=True)
+            sizes = torch.tensor([len(each) for each in tokens])
+            expert_N = torch.tensor(experts).repeat_interleave(sizes)
+            counts_N = self.counted[torch.cat(tokens).cpu()].double()
+            gate_N = torch.cat(gates).double().cpu() * counts_N
+            norm_N = torch.cat(norms).double().cpu() * counts_N
+            for total, value_N in zip(self.values[ordinal], (gate_N * norm_N, norm_N, gate_N), strict=True):
+                total += torch.bincount(expert_N, value_N, minlength=len(total))
+            self.counts[ordinal] += torch.bincount(expert_N, counts_N, minlength=len(self.counts[ordinal]))
+        self._rows.clear()
+
+
+def attention(input_ids: Tensor, counted: Tensor) -> dict[str, Tensor]:
+    """The attention mask where something is padded; without one the model takes its fastest path."""
+    return {} if bool(counted.all()) else {"attention_mask": counted.to(torch.int64).to(input_ids.device)}
+
+
+def _total(before: Saliency | None, sums: SaliencySums, layers: list[MoELayer], provenance: dict) -> Saliency:
+    widest = max(layer.num_experts for layer in layers)
+
+    def stacked(rows: list[Tensor]) -> np.ndarray:
+        padded = [np.pad(row.numpy(), (0, widest - len(row)), constant_values=np.nan) for row in rows]
+        return np.stack(padded)
+
+    reap, ean, gates = (stacked([values[index] for values in sums.values]) for index in range(3))
+    counts = stacked(sums.counts)
+    decoders = [layer.decoder for layer in layers]
+    found = Saliency(reap, counts, ean, counts.copy(), gates, decoders, provenance)
+    return found if before is None else replace(add_saliency([before, found]), provenance=provenance)
+
+
+def _resume(partial: Path | None, provenance: dict[str, Any]) -> tuple[Saliency | None, int, int]:
+    """What an earlier call left, how many batches it did, and how many tokens it counted."""
+    if partial is None or not partial.exists():
+        return None, 0, 0
+    before = load_saliency(partial)
+    theirs = dict(before.provenance)
+    done, tokens = (theirs.pop(key, None) for key in (_DONE, _TOKENS))
+    if theirs != provenance or not isinstance(done, int) or not isinstance(tokens, int):
+        raise UserError(
+            f"expected {partial} to be of this collection, got one of other options or another model; delete it to "
+            "start again"
+        )
+    return replace(before, provenance=provenance), done, tokens

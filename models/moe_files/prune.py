@@ -1,0 +1,182 @@
+"""Writing a checkpoint with fewer experts, a MiB at a time, whatever its size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from configs.output import check_output_directory, new_directory, write_json
+from experts.selection.expert_list import check_keep_map
+from experts.selection.uniform_counts import check_uniform
+from models.files.side_files import copy_side_files
+from models.files.tensor_stream import NewTensor, count_parameters, file_bytes, write_tensors
+from models.moe_files.layout import LayerLayout, MoELayout, read_moe_layout
+from models.moe_files.prune_graph import edited_pairs, retire_stored_experts
+from models.moe_files.pruned_config import pruned_config
+
+_STAGE = "writing weights (MiB)"
+
+
+@dataclass(frozen=True, eq=False)
+class PruneReport:
+    """What pruning a checkpoint does.
+
+    Attributes:
+        out: the new folder; None for a preview.
+        keep_map: per MoE layer, the old numbers of the experts that stay, ascending: entry n is the old number of n.
+        parameters_before: entries of all floating-point tensors.
+        parameters_after: as before, of the new checkpoint.
+        bytes_before: size of the weight files.
+        bytes_after: as before, of the new checkpoint.
+        warnings: what else changed, one sentence each.
+    """
+
+    out: Path | None
+    keep_map: dict[int, np.ndarray]
+    parameters_before: int
+    parameters_after: int
+    bytes_before: int
+    bytes_after: int
+    warnings: tuple[str, ...] = ()
+
+
+def prune_checkpoint(
+    source: Path,
+    out: Path,
+    keep_map: Mapping[int, np.ndarray],
+    *,
+    on_step: Callable[[str, int, int], None] = lambda stage, done, total: None,
+    overwrite: bool = False,
+) -> PruneReport:
+    """Write a checkpoint folder with the experts of ``keep_map`` alone; everything else stays as it is.
+
+    The new weights lie in files of the same names, in the same dtypes. Router rows and selection biases go with their
+    experts. An expert graph of ours is edited as ``apply_expert_edits`` says.
+
+    Args:
+        source: folder of an expert graph or of a mixture of experts that ``models.moe_files.layout`` knows.
+        out: new folder; nothing is left there on a failure.
+        keep_map: MoE-layer ordinal to the experts that stay; a layer that it does not name keeps all.
+        on_step: told of the MiB written and of all of them.
+        overwrite: whether ``out`` may be replaced.
+
+    Raises:
+        UserError: as ``read_moe_layout``; a keep map that does not fit; different numbers of experts per layer in a
+            format that holds one; ``out`` is not empty.
+    """
+    check_output_directory(out, overwrite=overwrite)
+    plan = _plan(source, keep_map)
+    with new_directory(out, overwrite=overwrite) as directory:
+        copy_side_files(source, directory)
+        _write_weights(plan, directory, on_step)
+        write_json(directory / "config.json", plan.config)
+    return _report(plan, out)
+
+
+def preview_prune(source: Path, keep_map: Mapping[int, np.ndarray]) -> PruneReport:
+    """What ``prune_checkpoint`` would report; reads no weights and writes nothing.
+
+    Raises:
+        UserError: as ``prune_checkpoint``.
+    """
+    return _report(_plan(source, keep_map), None)
+
+
+@dataclass(frozen=True, eq=False)
+class _Plan:
+    """The new checkpoint: what stays, the tensors of each file, the configuration."""
+
+    layout: MoELayout
+    keep_map: dict[int, np.ndarray]
+    files: dict[str, list[NewTensor]]
+    config: dict[str, Any]
+    warnings: tuple[str, ...]
+
+
+def _plan(source: Path, keep_map: Mapping[int, np.ndarray]) -> _Plan:
+    layout = read_moe_layout(source)
+    check_keep_map(keep_map, layout.experts_per_layer)
+    kept = {
+        layer.ordinal: np.sort(np.asarray(keep_map.get(layer.ordinal, np.arange(layer.num_experts))))
+        for layer in layout.layers
+    }
+    pairs: dict[str, Tensor] = {}
+    version = None
+    if layout.family.per_layer:
+        edited = retire_stored_experts(layout, kept)
+        pairs, version = edited_pairs(layout, edited), edited.graph.version
+    else:
+        check_uniform(kept, layout.model_type)
+    config, warnings = pruned_config(layout, kept, version)
+    return _Plan(layout, kept, _new_files(layout, kept, pairs), config, warnings)
+
+
+def _new_files(
+    layout: MoELayout, kept: Mapping[int, np.ndarray], pairs: Mapping[str, Tensor]
+) -> dict[str, list[NewTensor]]:
+    """File name to its tensors, in the order in which they are stored."""
+    changed: dict[str, NewTensor | None] = dict.fromkeys(layout.beyond)
+    for layer in layout.layers:
+        changed |= _layer_tensors(layout, layer, kept[layer.ordinal])
+    changed |= {name: NewTensor(name, layout.tensors[name], values=pairs[name]) for name in pairs}
+    files: dict[str, list[NewTensor]] = {}
+    for name, stored in layout.tensors.items():
+        new = changed.get(name, NewTensor(name, stored))
+        if new is not None:
+            files.setdefault(stored.path.name, []).append(new)
+    return files
+
+
+def _layer_tensors(layout: MoELayout, layer: LayerLayout, kept: np.ndarray) -> dict[str, NewTensor | None]:
+    """Old name to the new tensor; None for one that goes."""
+    new: dict[str, NewTensor | None] = {
+        name: NewTensor(name, layout.tensors[name], rows=kept) for name in (*layer.fused, *layer.rows)
+    }
+    number = {int(old): index for index, old in enumerate(kept)}
+    for expert, names in layer.own.items():
+        if expert not in number:
+            new |= dict.fromkeys(names)
+            continue
+        for name in names:
+            to = name.replace(f".experts.{expert}.", f".experts.{number[expert]}.")
+            new[name] = NewTensor(to, layout.tensors[name])
+    return new
+
+
+def _write_weights(plan: _Plan, directory: Path, on_step: Callable[[str, int, int], None]) -> None:
+    total = sum(tensor.nbytes for tensors in plan.files.values() for tensor in tensors)
+    done = 0
+
+    def on_bytes(count: int) -> None:
+        nonlocal done
+        done += count
+        on_step(_STAGE, done >> 20, total >> 20)
+
+    for name, tensors in plan.files.items():
+        write_tensors(directory / name, tensors, on_bytes=on_bytes)
+    if list(plan.files) != [SAFE_WEIGHTS_NAME]:
+        weight_map = {tensor.name: name for name, tensors in plan.files.items() for tensor in tensors}
+        metadata = {"total_parameters": _parameters(plan), "total_size": total}
+        write_json(directory / SAFE_WEIGHTS_INDEX_NAME, {"metadata": metadata, "weight_map": weight_map})
+
+
+def _report(plan: _Plan, out: Path | None) -> PruneReport:
+    return PruneReport(
+        out=out,
+        keep_map=plan.keep_map,
+        parameters_before=plan.layout.parameters,
+        parameters_after=_parameters(plan),
+        bytes_before=plan.layout.weight_bytes,
+        bytes_after=sum(map(file_bytes, plan.files.values())),
+        warnings=plan.warnings,
+    )
+
+
+def _parameters(plan: _Plan) -> int:
+    return count_parameters([tensor for tensors in plan.files.values() for tensor in tensors])

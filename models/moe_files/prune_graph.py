@@ -1,0 +1,60 @@
+"""Pruning an expert graph on the disk: the edges that it has after its experts went, and what they pass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from experts.graph.expert_edits import EditedGraph, apply_expert_edits, retirements
+from experts.graph.expert_graph import ExpertGraph
+from models.moe_files.layout import MoELayout
+
+MASK = "edges"
+
+
+def read_stored_graph(layout: MoELayout) -> ExpertGraph:
+    """The graph that a checkpoint of ours holds.
+
+    Raises:
+        UserError: a mask that is not upper-triangular.
+    """
+    names = [name for layer in layout.layers for name in layer.pairs if name.endswith(MASK)]
+    masks = tuple(_read(layout, name).numpy() for name in names)
+    return ExpertGraph(masks, layout.config.get("graph_version", 0))
+
+
+def retire_stored_experts(layout: MoELayout, keep_map: Mapping[int, np.ndarray]) -> EditedGraph:
+    """The graph that is left of a checkpoint of ours; see ``apply_expert_edits``.
+
+    Raises:
+        UserError: as ``read_stored_graph``; an expert or layer that is not there.
+    """
+    return apply_expert_edits(read_stored_graph(layout), retirements(keep_map, layout.experts_per_layer))
+
+
+def edited_pairs(layout: MoELayout, edited: EditedGraph) -> dict[str, Tensor]:
+    """The tensors ``[E', E']`` of an edited graph by name, in their stored dtypes.
+
+    An edge that was there keeps its gain and its affinity; one that the rewiring made starts at zero, since nothing was
+    learned for it: it changes no output until it is trained, but it may open a closed root earlier.
+    """
+    pairs = {}
+    for layer, mask, kept, added in zip(
+        layout.layers, edited.graph.masks, edited.kept, edited.added, strict=True
+    ):
+        for name in layer.pairs:
+            if name.endswith(MASK):
+                pairs[name] = torch.from_numpy(mask.copy())
+            else:
+                values = _read(layout, name)[kept][:, kept]
+                pairs[name] = values.masked_fill(torch.from_numpy(added), 0)
+    return pairs
+
+
+def _read(layout: MoELayout, name: str) -> Tensor:
+    with safe_open(layout.tensors[name].path, framework="pt") as file:
+        return file.get_tensor(name)

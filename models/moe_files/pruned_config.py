@@ -1,0 +1,65 @@
+"""The configuration of a mixture of experts that has lost some of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from configs.errors import UserError
+from models.moe_files.layout import MoELayout
+
+
+def pruned_config(
+    layout: MoELayout, kept: Mapping[int, np.ndarray], graph_version: int | None = None
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """``config.json`` of what is left of a checkpoint, and what it changes beside the number of experts.
+
+    Args:
+        layout: the checkpoint before.
+        kept: per MoE layer, the old numbers of the experts that stay.
+        graph_version: of an expert graph of ours; None for other formats.
+
+    Raises:
+        UserError: router groups that the experts left do not fill evenly, or with fewer than two each.
+    """
+    family, config = layout.family, dict(layout.config)
+    counts = [len(kept[layer]) for layer in range(len(layout.layers))]
+    keys = [key for key in family.count_keys if config.get(key) is not None] or [family.count_keys[0]]
+    config |= dict.fromkeys(keys, counts if family.per_layer else counts[0])
+    warnings = []
+    most, groups_warning = _selectable(config, layout, kept, max(counts))
+    top_k = config.get(family.top_k_key)
+    if isinstance(top_k, int) and top_k > most:
+        config[family.top_k_key] = most
+        warnings.append(f"{family.top_k_key} goes from {top_k} to {most}, as many experts as can be chosen")
+    if layout.beyond:
+        config["num_nextn_predict_layers"] = 0
+        warnings.append(f"{len(layout.beyond)} tensors of layers that predict further tokens are left out")
+    if graph_version is not None:
+        config["graph_version"] = graph_version
+    return config, (*warnings, *groups_warning)
+
+
+def _selectable(
+    config: Mapping[str, Any], layout: MoELayout, kept: Mapping[int, np.ndarray], count: int
+) -> tuple[int, tuple[str, ...]]:
+    """Experts that one token can choose from, and a warning where the router's groups change their members."""
+    if not layout.family.grouped:
+        return count, ()
+    groups = config.get("n_group") or 1
+    if count % groups or count // groups < 2:
+        raise UserError(
+            f"expected at least two experts in each of the router's {groups} groups, equally many in each, "
+            f"got {count} experts; keep another multiple of {groups}"
+        )
+    before = [layout.layers[layer].num_experts // groups for layer in kept]
+    uneven = [
+        layer
+        for layer, size in zip(kept, before, strict=True)
+        if (np.bincount(kept[layer] // size, minlength=groups) != count // groups).any()
+    ]
+    named = ", ".join(map(str, uneven))
+    warning = f"the router's groups in layers {named} have other members, since they keep different numbers"
+    return count // groups * (config.get("topk_group") or groups), (warning,) if uneven else ()

@@ -1,0 +1,49 @@
+"""Checkpoints of models whose experts were merged."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from configs.errors import UserError
+from models.checkpoints.load import load_causal_lm, load_tokenizer
+from models.moe.remove import keep_experts
+from models.moe_files.layout import read_moe_layout
+from models.moe_files.save_merged import save_merged
+from tests.tiny_graphs import logit_difference, random_ids
+from tests.tiny_moes import FAMILIES, saved_moe
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_saved_is_what_was_in_memory_with_all_that_lay_beside(family, tmp_path, tiny_tokenizer):
+    source = saved_moe(family, tmp_path, tiny_tokenizer)
+    (source / "notes.txt").write_text("mine")
+    model = keep_experts(load_causal_lm(str(source)), {layer: np.array([0, 2]) for layer in range(2)})
+    save_merged(model, source, tmp_path / "out", graph_version=0, overwrite=False)
+    saved = load_causal_lm(str(tmp_path / "out"))
+    assert logit_difference(saved, model, random_ids(model, 1, 12)) < 1e-5
+    assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
+    size = read_moe_layout(tmp_path / "out")
+    assert size.weight_bytes == (tmp_path / "out" / "model.safetensors").stat().st_size
+    assert size.parameters < read_moe_layout(source).parameters
+
+
+def test_a_graph_keeps_its_code_and_tokenizer_and_counts_its_version(tmp_path, tiny_graph_dir):
+    graph = keep_experts(load_causal_lm(str(tiny_graph_dir)), {0: np.array([1, 2])})
+    save_merged(graph, tiny_graph_dir, tmp_path / "out", graph_version=7, overwrite=False)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["graph_version"] == 7 and config["num_experts"] == [2, 4] and "auto_map" in config
+    assert load_tokenizer(str(tmp_path / "out")).vocab_size == 64
+    saved = load_causal_lm(str(tmp_path / "out"))
+    assert logit_difference(saved, graph, random_ids(graph, 1, 12)) < 1e-5
+
+
+def test_a_folder_in_use_is_refused(tmp_path, tiny_graph_dir):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("x")
+    graph = load_causal_lm(str(tiny_graph_dir))
+    with pytest.raises(UserError, match="--overwrite"):
+        save_merged(graph, tiny_graph_dir, tmp_path / "out", graph_version=1, overwrite=False)
+    assert (tmp_path / "out" / "mine").read_text() == "x"
