@@ -16,9 +16,9 @@ import torch
 from benchmarks.budget import write_random_graph
 from benchmarks.material import model_path
 from benchmarks.runner import Measured, OnStep, measured_apart, run_benchmark
-from federated.codec import pack_update
-from federated.quantise import quantise_update
-from federated.update import SparseUpdate, SparseVector
+from federated.updates.update import SparseUpdate, SparseVector
+from federated.wire.codec import pack_update
+from federated.wire.quantise import quantise_update
 from models.bootstrap.build import BootstrapPlan, build_graph, plan_experts
 from models.checkpoints.load import load_dense, load_graph, load_tokenizer
 from models.checkpoints.save import read_graph, save_graph

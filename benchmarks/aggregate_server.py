@@ -22,10 +22,10 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from benchmarks.runner import peak_bytes
 from configs.schema import RunConfig
-from federated.aggregation import aggregate
-from federated.codec import unpack_update
-from federated.messages import Reply, write_reply
-from federated.usage import pack_usage
+from federated.aggregation.combine import aggregate
+from federated.aggregation.usage import pack_usage
+from federated.protocol.messages import Reply, write_reply
+from federated.wire.codec import unpack_update
 from models.graph.unit_vectors import unit_sizes
 from server.exchange import exchange
 from server.global_model import GlobalModel

@@ -26,7 +26,7 @@ from clients.residents.assembler import Assembler, choose_residents, most_used, 
 from clients.residents.expert_features import expert_features
 from clients.trainer import LocalTraining, train_locally
 from configs.schema import RunConfig
-from federated.blocks import Blocks, batches, take
+from federated.data.blocks import Blocks, batches, take
 from models.graph.runtime_settings import residents, scaled_visits, set_residents, visiting
 from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 from models.runtime.perplexity import evaluate_loss

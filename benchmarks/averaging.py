@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from benchmarks.federated_methods import Client, Schedule, Traffic, held_out_losses
 from clients.optimiser import make_optimizer, make_schedule
-from federated.messages import message_bytes
+from federated.protocol.messages import message_bytes
 from models.runtime.perplexity import LossSum
 
 

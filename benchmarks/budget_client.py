@@ -21,8 +21,8 @@ from clients.data_stream import client_documents
 from clients.participant import Participant
 from clients.trainer import train_locally
 from configs.schema import load_run_config
-from federated.blocks import batches
-from federated.messages import Request
+from federated.data.blocks import batches
+from federated.protocol.messages import Request
 from models.bootstrap.recipe import graph_fingerprint
 from models.checkpoints.disk_experts import open_mapped
 from models.checkpoints.save import read_graph

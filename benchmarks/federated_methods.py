@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from clients.trainer import LocalTraining
-from federated.blocks import Blocks, batches
+from federated.data.blocks import Blocks, batches
 from models.runtime.perplexity import LossSum, evaluate_loss
 
 

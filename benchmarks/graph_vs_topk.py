@@ -15,7 +15,7 @@ from benchmarks.material import data_sources, domain_blocks, model_path
 from benchmarks.runner import Measured, OnStep, run_benchmark
 from benchmarks.statistics import interval
 from clients.trainer import LocalTraining, train_locally
-from federated.blocks import Blocks, batches
+from federated.data.blocks import Blocks, batches
 from models.bootstrap.build import BootstrapPlan, LayerExperts, build_graph, plan_experts
 from models.checkpoints.load import load_dense
 from models.graph.runtime_settings import Observer, observing

@@ -8,9 +8,9 @@ from functools import cache
 from pathlib import Path
 
 from configs.errors import UserError
-from federated.blocks import Blocks, pack_blocks
-from federated.documents import load_documents
-from federated.wikimix import DOMAINS
+from federated.data.blocks import Blocks, pack_blocks
+from federated.data.documents import load_documents
+from federated.data.wikimix import DOMAINS
 from models.bootstrap.build import BootstrapPlan, build_graph, plan_experts
 from models.bootstrap.pipeline import sample_calibration
 from models.checkpoints.load import load_dense, load_tokenizer

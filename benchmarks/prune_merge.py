@@ -27,7 +27,7 @@ from benchmarks.small_moe import grow, train_moe
 from benchmarks.statistics import interval
 from experts.saliency.measures import METRICS, Saliency
 from experts.selection.rules import Selection, select_experts
-from federated.blocks import Blocks
+from federated.data.blocks import Blocks
 from models.moe.merge import Batch, MergePlan, merge_experts
 from models.moe.remove import keep_experts
 from models.moe.saliency_collection import collect_saliency

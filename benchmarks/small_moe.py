@@ -17,7 +17,7 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
-from federated.blocks import Blocks, batches
+from federated.data.blocks import Blocks, batches
 from models.checkpoints.load import load_dense
 from models.graph.router_losses import Routing, router_loss
 

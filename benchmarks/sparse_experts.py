@@ -15,11 +15,11 @@ from clients.shipment import choose_shipment, drawn_with
 from clients.slopes import entry_slopes
 from clients.trainer import train_locally
 from configs.schema import RunConfig
-from federated.aggregation import Contribution, aggregate
-from federated.codec import pack_update, unpack_update
-from federated.lazy_vectors import LazyVectors
-from federated.messages import Reply, Request, message_bytes, write_reply, write_request
-from federated.update import parse_unit
+from federated.aggregation.combine import Contribution, aggregate
+from federated.protocol.messages import Reply, Request, message_bytes, write_reply, write_request
+from federated.updates.lazy_vectors import LazyVectors
+from federated.updates.update import parse_unit
+from federated.wire.codec import pack_update, unpack_update
 from models.graph.unit_vectors import Unit, read_unit, unit_sizes
 from models.runtime.perplexity import LossSum
 from server.global_model import GlobalModel

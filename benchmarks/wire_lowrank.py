@@ -6,11 +6,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from federated.codec import pack_update, packed_stats
-from federated.columns import pack_column
-from federated.entries import sparsify
-from federated.quantise import dequantise, quantise
-from federated.update import SparseUpdate
+from federated.selection.entries import sparsify
+from federated.updates.update import SparseUpdate
+from federated.wire.codec import pack_update, packed_stats
+from federated.wire.columns import pack_column
+from federated.wire.quantise import dequantise, quantise
 
 
 def factor_energy(change: Tensor, rank: int, bits: int) -> tuple[float, int]:

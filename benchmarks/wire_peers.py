@@ -12,7 +12,14 @@ from torch import Tensor
 from zstandard import ZstdCompressor, ZstdDecompressor
 
 from benchmarks.statistics import alternate
-from federated.update import SparseUpdate, SparseVector, Unit, join_indices, join_values, split_columns
+from federated.updates.update import (
+    SparseUpdate,
+    SparseVector,
+    Unit,
+    join_indices,
+    join_values,
+    split_columns,
+)
 
 _INDEX, _VALUE = np.dtype("<i4"), np.dtype("<f2")
 

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from benchmarks.material import bootstrapped, data_sources, domain_blocks, model_path
 from clients.trainer import LocalTraining, train_locally
-from federated.blocks import Blocks, batches
-from federated.entries import largest_share, sparsify
-from federated.quantise import quantise_update
-from federated.update import SparseUpdate, SparseVector, Unit
+from federated.data.blocks import Blocks, batches
+from federated.selection.entries import largest_share, sparsify
+from federated.updates.update import SparseUpdate, SparseVector, Unit
+from federated.wire.quantise import quantise_update
 from models.graph.unit_vectors import read_unit, unit_sizes, weight_count
 from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 

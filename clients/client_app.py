@@ -14,7 +14,15 @@ from clients.local_copy import VersionMismatch
 from clients.local_graph import NeedsRecipe
 from clients.participant import Participant
 from configs.schema import RunConfig, load_run_config
-from federated.messages import NEEDS_RECIPE, REFUSED, RESEND, Reply, Request, read_request, write_reply
+from federated.protocol.messages import (
+    NEEDS_RECIPE,
+    REFUSED,
+    RESEND,
+    Reply,
+    Request,
+    read_request,
+    write_reply,
+)
 
 _log = logging.getLogger(__name__)
 

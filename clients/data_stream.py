@@ -9,12 +9,12 @@ from transformers import PreTrainedTokenizerBase
 
 from configs.errors import UserError
 from configs.schema import RunConfig
-from federated.blocks import Blocks, pack_blocks
+from federated.data.blocks import Blocks, pack_blocks
 
 # What reads documents is imported where it is used: it takes seconds, and a client in deployment, whose every message
 # meets a fresh process, reads its data only once.
 if TYPE_CHECKING:
-    from federated.partition import ClientDocuments
+    from federated.data.partition import ClientDocuments
 
 
 def client_documents(config: RunConfig, partition: int, *, data_dir: str = "") -> ClientDocuments:
@@ -28,8 +28,8 @@ def client_documents(config: RunConfig, partition: int, *, data_dir: str = "") -
     Raises:
         UserError: no such data, or nothing for this client.
     """
-    from federated.documents import load_documents
-    from federated.partition import partition_documents
+    from federated.data.documents import load_documents
+    from federated.data.partition import partition_documents
 
     if data_dir:
         documents = load_documents([data_dir], template=config.template, seed=config.seed)
@@ -49,8 +49,8 @@ def all_clients(config: RunConfig) -> list[ClientDocuments]:
     Raises:
         UserError: no such data, or a client without any.
     """
-    from federated.documents import load_documents
-    from federated.partition import partition_documents
+    from federated.data.documents import load_documents
+    from federated.data.partition import partition_documents
 
     documents = load_documents(
         config.sources, template=config.template, wikimix_documents=config.train_documents, seed=config.seed

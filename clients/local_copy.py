@@ -10,10 +10,10 @@ from flwr.app import Context
 from clients.store import ClientStore
 from configs.paths import cache_folder
 from configs.schema import RunConfig
-from federated.messages import Request
-from federated.snapshot import apply_snapshot
-from federated.steps import ServerStep, apply_step, steps_after
-from federated.update import RefusedUpdate
+from federated.protocol.messages import Request
+from federated.protocol.snapshot import apply_snapshot
+from federated.protocol.steps import ServerStep, apply_step, steps_after
+from federated.updates.update import RefusedUpdate
 from models.checkpoints.save import read_graph
 from models.graph.unit_vectors import Unit
 from models.remote_code.modeling_fedgraft import FedGraftForCausalLM

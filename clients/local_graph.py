@@ -22,7 +22,7 @@ from configs.errors import UserError
 from configs.output import new_directory
 from configs.paths import cache_folder, default_graph
 from configs.schema import RunConfig
-from federated.messages import Request
+from federated.protocol.messages import Request
 from models.bootstrap.recipe import graph_fingerprint, read_recipe
 from models.bootstrap.recipe_build import build_into
 

@@ -24,11 +24,11 @@ from clients.starting_point import StartingPoint
 from clients.store import ClientStore
 from clients.trainer import Batch, LocalTraining, train_locally
 from configs.schema import RunConfig
-from federated.blocks import Blocks, batches, take
-from federated.codec import pack_update
-from federated.messages import Reply, Request
-from federated.update import density
-from federated.usage import UsageCounter, pack_usage
+from federated.aggregation.usage import UsageCounter, pack_usage
+from federated.data.blocks import Blocks, batches, take
+from federated.protocol.messages import Reply, Request
+from federated.updates.update import density
+from federated.wire.codec import pack_update
 from models.checkpoints.disk_experts import materialise, open_mapped
 from models.checkpoints.load import load_tokenizer
 from models.checkpoints.save import read_graph

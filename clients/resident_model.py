@@ -9,7 +9,7 @@ from torch import Tensor
 
 from clients.starting_point import StartingPoint, resident_units
 from configs.schema import RunConfig
-from federated.lazy_vectors import LazyVectors
+from federated.updates.lazy_vectors import LazyVectors
 from models.checkpoints.disk_experts import materialise
 from models.graph.expert_modules import materialise_modules
 from models.graph.lora import attach_lora, attention_changes, lora_change

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from clients.checked_file import check_in_turn, read_tensor, write_in_turn
-from federated.lazy_vectors import LazyVectors
-from federated.update import Unit, parse_unit, unit_name
+from federated.updates.lazy_vectors import LazyVectors
+from federated.updates.update import Unit, parse_unit, unit_name
 
 _log = logging.getLogger(__name__)
 

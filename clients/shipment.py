@@ -10,12 +10,12 @@ from torch import Tensor
 from clients.residual import Kept, Shipped
 from configs.errors import UserError
 from configs.schema import RunConfig, load_run_config
-from federated.codec import unpack_update
-from federated.entries import saliency
-from federated.lazy_vectors import LazyVectors
-from federated.messages import Request
-from federated.selection import Limits, PreparedUpdate, choose_update
-from federated.update import SparseUpdate, SparseVector, Unit, unit_name
+from federated.protocol.messages import Request
+from federated.selection.entries import saliency
+from federated.selection.error_feedback import Limits, PreparedUpdate, choose_update
+from federated.updates.lazy_vectors import LazyVectors
+from federated.updates.update import SparseUpdate, SparseVector, Unit, unit_name
+from federated.wire.codec import unpack_update
 from models.checkpoints.save import read_graph
 from models.graph.unit_vectors import unit_shapes
 from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
@@ -76,7 +76,7 @@ def choose_shipment(
         generator: of the draw, where experts are drawn.
 
     Raises:
-        UserError: as ``federated.selection.choose_update``.
+        UserError: as ``federated.selection.error_feedback.choose_update``.
     """
     graph = read_graph(model)
     return choose_update(

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from clients.starting_point import resident_units
-from federated.lazy_vectors import LazyVectors
+from federated.updates.lazy_vectors import LazyVectors
 from models.graph.unit_vectors import Unit, flatten_weights
 from models.remote_code.experts_fedgraft import ExpertGraphMLP
 from models.remote_code.modeling_fedgraft import FedGraftForCausalLM

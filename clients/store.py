@@ -13,7 +13,7 @@ from clients.checked_file import read_checked, write_checked
 from clients.global_copy import GlobalCopy
 from clients.residents.assembler import Assembler
 from clients.residual import ResidualStore
-from federated.blocks import Blocks
+from federated.data.blocks import Blocks
 
 
 class ClientStore:

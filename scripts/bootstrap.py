@@ -74,8 +74,8 @@ def bootstrap(
 
 def _token_blocks(model: str, sources: list[str], tokens: int):
     """Training text of ``sources`` as blocks ``[N, S]`` of the model's own tokens."""
-    from federated.blocks import pack_blocks
-    from federated.documents import absolute_sources, load_documents
+    from federated.data.blocks import pack_blocks
+    from federated.data.documents import absolute_sources, load_documents
     from models.checkpoints.load import load_tokenizer
     from models.files.config_file import read_config
 

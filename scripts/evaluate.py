@@ -36,8 +36,8 @@ def evaluate(
     as_json: JsonFlag = False,
 ) -> None:
     """Measure token-weighted perplexity on held-out text, per domain and over all of it."""
-    from federated.blocks import pack_blocks
-    from federated.text_batches import texts_by_domain
+    from federated.data.blocks import pack_blocks
+    from federated.data.text_batches import texts_by_domain
     from models.checkpoints.load import load_causal_lm, load_tokenizer
     from models.files.config_file import read_config
     from models.graph.runtime_settings import set_visits

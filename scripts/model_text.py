@@ -43,7 +43,7 @@ class ModelText:
         Raises:
             UserError: as ``texts_by_domain``, at once, and ``text_batches``.
         """
-        from federated.text_batches import text_batches, texts_by_domain
+        from federated.data.text_batches import text_batches, texts_by_domain
 
         return text_batches(
             texts_by_domain(data, split).values(),

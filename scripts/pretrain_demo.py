@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # run from a clone, without installation
 
 from configs.errors import UserError  # noqa: E402
-from federated import wikimix  # noqa: E402
+from federated.data import wikimix  # noqa: E402
 from models.runtime.precision import bf16_is_faster  # noqa: E402
 
 CONFIG = ROOT / "configs" / "llama_demo.json"

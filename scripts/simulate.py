@@ -86,7 +86,7 @@ def read_run_config(config: Path | None, given: dict[str, Any], assignments: lis
         UserError: unknown keys, values out of range, conflicts.
     """
     from configs.schema import load_run_config, parse_assignments, read_config_file
-    from federated.documents import absolute_sources
+    from federated.data.documents import absolute_sources
 
     values = {"log-dir": DEFAULT_LOG_DIR} | (read_config_file(config) if config else {})
     values |= {key: value for key, value in given.items() if value not in (None, "")}
@@ -112,7 +112,7 @@ def check_run(run) -> None:
     """
     from clients.data_stream import all_clients
     from configs.output import check_output_directory
-    from federated.documents import load_documents
+    from federated.data.documents import load_documents
     from models.bootstrap.recipe import check_base
     from models.checkpoints.load import check_weights
     from models.files.config_file import read_config

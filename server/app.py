@@ -14,8 +14,8 @@ from configs.errors import UserError
 from configs.output import check_output_directory
 from configs.paths import cache_folder, default_graph
 from configs.schema import RunConfig, load_run_config
-from federated.blocks import Blocks, pack_blocks
-from federated.documents import load_documents
+from federated.data.blocks import Blocks, pack_blocks
+from federated.data.documents import load_documents
 from models.bootstrap.calibration import sample_text
 from models.files.config_file import check_is_graph, read_config
 from models.graph.runtime_settings import set_visits, set_walk

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from configs.errors import UserError
-from federated.codec import pack_update
-from federated.quantise import MAX_MAGNITUDE
-from federated.selection import prepare_update
-from federated.steps import join_parts
-from federated.update import SparseUpdate, Unit
+from federated.protocol.steps import join_parts
+from federated.selection.error_feedback import prepare_update
+from federated.updates.update import SparseUpdate, Unit
+from federated.wire.codec import pack_update
+from federated.wire.quantise import MAX_MAGNITUDE
 
 # Packing takes some 40 bytes of memory an entry; a part costs about 350 bytes on the wire.
 PART_ENTRIES = 1 << 18

@@ -10,7 +10,7 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from configs.errors import UserError
-from federated.messages import NEEDS_RECIPE, RESEND, detach_update, message_bytes
+from federated.protocol.messages import NEEDS_RECIPE, RESEND, detach_update, message_bytes
 from server.reply_spool import ReplySpool, SpooledBytes
 
 POLL_SECONDS = 0.2

@@ -11,10 +11,10 @@ from flwr.serverapp import Grid
 from torch import Tensor
 
 from configs.schema import RunConfig
-from federated.aggregation import aggregate
-from federated.blocks import Blocks, take
-from federated.messages import Request, raise_user_error, write_request
-from federated.update import Unit
+from federated.aggregation.combine import aggregate
+from federated.data.blocks import Blocks, take
+from federated.protocol.messages import Request, raise_user_error, write_request
+from federated.updates.update import Unit
 from server.early_stop import EarlyStop
 from server.exchange import Answer, exchange, wait_for_nodes
 from server.global_model import GlobalModel

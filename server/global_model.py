@@ -13,9 +13,9 @@ from torch import Tensor
 from configs.output import new_directory
 from experts.graph.edge_edits import Edit, apply_edits
 from experts.graph.expert_graph import ExpertGraph
-from federated.copy_hash import copy_hash, unit_digest
-from federated.snapshot import pack_snapshot
-from federated.steps import ServerStep, apply_step, steps_after
+from federated.protocol.copy_hash import copy_hash, unit_digest
+from federated.protocol.snapshot import pack_snapshot
+from federated.protocol.steps import ServerStep, apply_step, steps_after
 from models.bootstrap.recipe import graph_fingerprint, read_recipe_file
 from models.checkpoints.disk_experts import open_mapped
 from models.checkpoints.load import load_graph, load_tokenizer

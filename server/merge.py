@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from experts.graph.edge_edits import Edit, propose_edits
-from federated.blocks import Blocks
+from federated.data.blocks import Blocks
 from models.runtime.perplexity import evaluate_loss
 from server.global_model import GlobalModel
 from server.run_log import MergeRecord

@@ -10,11 +10,11 @@ from typing import Literal
 
 import numpy as np
 
-from federated.aggregation import Contribution, Shipped, summarise
-from federated.codec import PackedStats, packed_stats, unpack_update
-from federated.messages import Reply, read_reply
-from federated.update import RefusedUpdate, SparseUpdate, Unit
-from federated.usage import unpack_usage
+from federated.aggregation.combine import Contribution, Shipped, summarise
+from federated.aggregation.usage import unpack_usage
+from federated.protocol.messages import Reply, read_reply
+from federated.updates.update import RefusedUpdate, SparseUpdate, Unit
+from federated.wire.codec import PackedStats, packed_stats, unpack_update
 from models.graph.unit_vectors import OTHERS, unit_sizes
 from models.runtime.perplexity import LossSum
 from server.exchange import Answer

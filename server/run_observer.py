@@ -12,9 +12,9 @@ import numpy as np
 
 from configs.output import finite, write_json
 from experts.graph.expert_graph import ExpertGraph
-from federated.messages import Reply, read_reply
-from federated.steps import step_stats
-from federated.update import RefusedUpdate
+from federated.protocol.messages import Reply, read_reply
+from federated.protocol.steps import step_stats
+from federated.updates.update import RefusedUpdate
 from models.runtime.perplexity import LossSum
 from server.exchange import Answer
 from server.global_model import GlobalModel

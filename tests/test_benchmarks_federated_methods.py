@@ -11,7 +11,7 @@ from benchmarks.federated_methods import Client, Schedule
 from benchmarks.sparse_experts import SparseExperts
 from clients.trainer import LocalTraining
 from configs.schema import RunConfig
-from federated.blocks import Blocks
+from federated.data.blocks import Blocks
 from models.checkpoints.load import load_dense
 from server.global_model import GlobalModel
 from tests.tiny_federation import save_tiny_graph

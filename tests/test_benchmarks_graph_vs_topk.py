@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks.graph_vs_topk import build_arm, measure, outside_top_k, trained_figures
-from federated.blocks import Blocks
+from federated.data.blocks import Blocks
 from models.bootstrap.build import BootstrapPlan, plan_experts
 from tests.conftest import tiny_llama
 from tests.tiny_graphs import graph_of, logit_difference, random_ids, with_random_gains

@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 
 from benchmarks.small_moe import grow, train_moe
-from federated.blocks import Blocks
+from federated.data.blocks import Blocks
 from models.checkpoints.load import load_dense
 from models.runtime.perplexity import evaluate_loss
 from tests.tiny_graphs import logit_difference, random_ids

@@ -10,8 +10,8 @@ from clients import client_app
 from clients.client_app import prepare_torch
 from configs.schema import load_run_config
 from experts.graph.edge_edits import Edit
-from federated.messages import NEEDS_RECIPE, REFUSED, RESEND, Request, read_reply, write_request
-from federated.steps import ServerStep, apply_step
+from federated.protocol.messages import NEEDS_RECIPE, REFUSED, RESEND, Request, read_reply, write_request
+from federated.protocol.steps import ServerStep, apply_step
 from models.bootstrap.recipe import read_recipe_file
 from models.checkpoints.load import load_graph, load_tokenizer
 from models.checkpoints.save import read_graph

@@ -8,7 +8,7 @@ import pytest
 
 from clients.data_stream import all_clients, client_documents, pack_client
 from configs.errors import UserError
-from federated.partition import ClientDocuments
+from federated.data.partition import ClientDocuments
 from tests.paths import ROOT
 from tests.tiny_federation import TEXTS, tiny_config
 

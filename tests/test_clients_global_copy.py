@@ -11,8 +11,8 @@ from clients.checked_file import write_checked
 from clients.global_copy import GlobalCopy
 from experts.graph.edge_edits import Edit
 from experts.graph.expert_graph import ExpertGraph
-from federated.copy_hash import copy_hash, unit_digest
-from federated.steps import ServerStep, apply_step
+from federated.protocol.copy_hash import copy_hash, unit_digest
+from federated.protocol.steps import ServerStep, apply_step
 from models.checkpoints.disk_experts import open_mapped
 from models.checkpoints.load import load_graph
 from models.checkpoints.save import read_graph, save_graph, write_graph

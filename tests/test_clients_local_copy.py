@@ -9,8 +9,8 @@ from clients.local_copy import VersionMismatch, bring_to_version, client_folder
 from clients.store import ClientStore
 from configs.schema import load_run_config
 from experts.graph.edge_edits import Edit
-from federated.steps import apply_step
-from federated.update import RefusedUpdate
+from federated.protocol.steps import apply_step
+from federated.updates.update import RefusedUpdate
 from models.checkpoints.disk_experts import open_mapped
 from models.checkpoints.load import load_graph
 from models.checkpoints.save import read_graph

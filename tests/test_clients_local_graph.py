@@ -13,7 +13,7 @@ from clients import local_graph as module
 from clients.local_graph import NeedsRecipe, local_graph, node_cache
 from configs.errors import UserError
 from configs.schema import load_run_config
-from federated.messages import NEEDS_RECIPE, Request, read_request
+from federated.protocol.messages import NEEDS_RECIPE, Request, read_request
 from models.bootstrap.recipe import graph_fingerprint, read_recipe, read_recipe_file, write_recipe
 from models.checkpoints.load import load_graph
 from tests.tiny_federation import TinyGrid, all_equal, tiny_config, tiny_federation

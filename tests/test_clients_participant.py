@@ -10,8 +10,8 @@ import torch
 from clients.participant import Participant
 from clients.residual import ResidualStore
 from configs.schema import load_run_config
-from federated.codec import unpack_update
-from federated.usage import unpack_usage
+from federated.aggregation.usage import unpack_usage
+from federated.wire.codec import unpack_update
 from models.checkpoints.load import load_graph
 from models.checkpoints.save import read_graph
 from models.graph.unit_vectors import unit_sizes

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from clients.residual import ResidualStore, Shipped
-from federated.lazy_vectors import LazyVectors
+from federated.updates.lazy_vectors import LazyVectors
 
 VECTORS = {(0, -1): torch.randn(3), (0, 2): torch.randn(5), (0, 10): torch.randn(2), (11, 0): torch.randn(1)}
 SIZES = {unit: vector.numel() for unit, vector in VECTORS.items()}

@@ -18,12 +18,12 @@ from clients.shipment import (
 from clients.store import ClientStore
 from configs.errors import UserError
 from configs.schema import RunConfig
-from federated.codec import pack_update, unpack_update
-from federated.lazy_vectors import LazyVectors
-from federated.messages import Request, read_reply, read_request
-from federated.quantise import quantise_update
-from federated.selection import Limits, PreparedUpdate, choose_update
-from federated.update import SparseUpdate, SparseVector
+from federated.protocol.messages import Request, read_reply, read_request
+from federated.selection.error_feedback import Limits, PreparedUpdate, choose_update
+from federated.updates.lazy_vectors import LazyVectors
+from federated.updates.update import SparseUpdate, SparseVector
+from federated.wire.codec import pack_update, unpack_update
+from federated.wire.quantise import quantise_update
 from models.checkpoints.save import read_graph
 from models.graph.unit_vectors import unit_sizes
 from tests.grid import Late

@@ -7,7 +7,7 @@ import torch
 
 from clients.residents.assembler import Assembler
 from clients.store import ClientStore
-from federated.blocks import Blocks
+from federated.data.blocks import Blocks
 from models.checkpoints.disk_experts import open_mapped
 from tests.test_clients_checked_file import damaged
 

@@ -10,7 +10,7 @@ import torch
 from clients.starting_point import resident_units
 from clients.trainer import LocalTraining, expert_parameters, train_locally
 from configs.errors import UserError
-from federated.usage import UsageCounter
+from federated.aggregation.usage import UsageCounter
 from models.checkpoints.save import read_graph
 from models.graph.expert_modules import materialise_modules
 from models.graph.lora import attach_lora

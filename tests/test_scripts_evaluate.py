@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from federated.blocks import pack_blocks
+from federated.data.blocks import pack_blocks
 from models.checkpoints.load import load_causal_lm, load_tokenizer
 from models.runtime.perplexity import evaluate_loss
 from tests.command import run

@@ -17,7 +17,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from configs.errors import UserError
-from federated import wikimix
+from federated.data import wikimix
 from scripts import pretrain_demo
 from tests.paths import ROOT
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from configs.errors import UserError
-from federated.codec import unpack_update
-from federated.steps import split_parts
+from federated.protocol.steps import split_parts
+from federated.wire.codec import unpack_update
 from server.downlink import pack_step
 
 SIZES = {(0, 0): 400, (0, 1): 400, (1, 0): 900, (1, -1): 50}

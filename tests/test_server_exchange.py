@@ -7,7 +7,7 @@ from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from configs.errors import UserError
-from federated.messages import NEEDS_RECIPE, RESEND, Reply, message_bytes, read_reply, write_reply
+from federated.protocol.messages import NEEDS_RECIPE, RESEND, Reply, message_bytes, read_reply, write_reply
 from server.exchange import Answer, exchange, wait_for_nodes
 from server.reply_spool import ReplySpool
 from tests.grid import Drop, InProcessGrid, Late

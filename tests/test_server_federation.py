@@ -21,8 +21,8 @@ from clients.global_copy import GlobalCopy
 from clients.store import ClientStore
 from configs.errors import UserError
 from configs.schema import RunConfig
-from federated.messages import RESEND, message_bytes, read_reply, read_request
-from federated.usage import unpack_usage
+from federated.aggregation.usage import unpack_usage
+from federated.protocol.messages import RESEND, message_bytes, read_reply, read_request
 from models.checkpoints.disk_experts import open_mapped
 from models.checkpoints.load import load_graph
 from models.checkpoints.save import read_graph

@@ -8,9 +8,9 @@ import torch
 
 from configs.errors import UserError
 from experts.graph.edge_edits import Edit
-from federated.copy_hash import copy_hash, unit_digest
-from federated.snapshot import apply_snapshot
-from federated.steps import apply_step
+from federated.protocol.copy_hash import copy_hash, unit_digest
+from federated.protocol.snapshot import apply_snapshot
+from federated.protocol.steps import apply_step
 from models.checkpoints.load import load_graph
 from models.checkpoints.save import cast_weights, read_graph, save_graph
 from models.graph.unit_vectors import read_unit, unit_sizes

@@ -7,7 +7,7 @@ import pytest
 
 from experts.graph.edge_edits import Edit, propose_edits
 from experts.graph.expert_graph import ExpertGraph
-from federated.blocks import Blocks
+from federated.data.blocks import Blocks
 from models.checkpoints.save import write_graph
 from models.runtime.perplexity import LossSum, evaluate_loss
 from server.global_model import GlobalModel

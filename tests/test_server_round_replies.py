@@ -7,11 +7,11 @@ import pytest
 import torch
 from flwr.app import ConfigRecord, RecordDict
 
-from federated.aggregation import aggregate, summarise
-from federated.codec import packed_stats
-from federated.messages import Reply, detach_update, write_reply
-from federated.update import RefusedUpdate
-from federated.usage import pack_usage
+from federated.aggregation.combine import aggregate, summarise
+from federated.aggregation.usage import pack_usage
+from federated.protocol.messages import Reply, detach_update, write_reply
+from federated.updates.update import RefusedUpdate
+from federated.wire.codec import packed_stats
 from models.checkpoints.save import read_graph
 from server.exchange import Answer
 from server.global_model import GlobalModel

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from federated.codec import PackedStats
+from federated.wire.codec import PackedStats
 from server.run_log import (
     ClientRecord,
     MergeRecord,

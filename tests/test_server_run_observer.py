@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from federated.codec import packed_stats
-from federated.messages import Reply, read_reply, write_reply
-from federated.steps import step_stats
-from federated.usage import pack_usage
+from federated.aggregation.usage import pack_usage
+from federated.protocol.messages import Reply, read_reply, write_reply
+from federated.protocol.steps import step_stats
+from federated.wire.codec import packed_stats
 from models.checkpoints.load import load_graph
 from server.exchange import Answer
 from server.global_model import GlobalModel

@@ -14,11 +14,11 @@ from transformers import PreTrainedTokenizerBase
 
 from clients.client_app import app as client_app
 from configs.schema import RunConfig, load_run_config
-from federated.codec import pack_update
-from federated.messages import Request
-from federated.quantise import quantise_update
-from federated.steps import ServerStep
-from federated.update import SparseUpdate, SparseVector, Unit
+from federated.protocol.messages import Request
+from federated.protocol.steps import ServerStep
+from federated.updates.update import SparseUpdate, SparseVector, Unit
+from federated.wire.codec import pack_update
+from federated.wire.quantise import quantise_update
 from models.bootstrap.recipe import graph_fingerprint
 from models.checkpoints.disk_experts import materialise
 from models.checkpoints.load import load_graph

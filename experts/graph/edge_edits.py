@@ -72,7 +72,7 @@ def propose_edits(
 
     Args:
         graph: as it is.
-        usage: per layer ``[E, E]``, counts as ``federated.usage.UsageCounter`` defines them.
+        usage: per layer ``[E, E]``, counts as ``federated.aggregation.usage.UsageCounter`` defines them.
         rho_max: 0 for no edit.
         margin: demand counts every pair of a token's k experts, ``k (k - 1) / 2`` of them, while a visit credits one
             parent, at most ``k - 1`` in all: ``k / 2`` makes the two comparable.

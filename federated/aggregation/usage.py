@@ -1,0 +1,89 @@
+"""How tokens use the graph: edges travelled, and edges that are missing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from federated.updates.update import RefusedUpdate
+from federated.wire.columns import pack_column, unpack_column
+from models.graph.runtime_settings import Observer, observing
+from models.remote_code.experts_fedgraft import ExpertGraphMLP
+from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
+from models.remote_code.routing_fedgraft import Walk
+
+_WIDTH = 32  # bits of a count
+
+
+class UsageCounter:
+    """Counts of one client, per layer int64 ``[E, E]``, upper-triangular.
+
+    On the diagonal: visits without a visited parent. On an edge ``p -> q`` of the global graph: traversals. On any
+    other pair ``p < q``: demand, i.e. tokens whose k best raw router scores hold both.
+    """
+
+    def __init__(self, masks: Sequence[np.ndarray]) -> None:
+        self._absent = [torch.from_numpy(~mask).triu(1) for mask in masks]
+        self._counts = [torch.zeros(mask.shape, dtype=torch.int64) for mask in masks]
+
+    @contextmanager
+    def counting(self, model: FedGraftForCausalLM) -> Iterator[None]:
+        """Count every forward pass of ``model`` within the block."""
+        with observing(model, self._observer):
+            yield
+
+    def counts(self) -> list[np.ndarray]:
+        """The counts so far, per layer int64 ``[E, E]``."""
+        return [count.numpy().copy() for count in self._counts]
+
+    def _observer(self, index: int) -> Observer:
+        @torch.no_grad()
+        def observe(layer: ExpertGraphMLP, scores_TE: Tensor, walk: Walk, weights_TK: Tensor) -> None:
+            self._counts[index] += traversals(walk, layer.num_experts).cpu()
+            wanted = demand(scores_TE, layer.num_visits).cpu()
+            self._counts[index] += wanted * self._absent[index]
+
+        return observe
+
+
+def traversals(walk: Walk, num_experts: int) -> Tensor:
+    """Visits by credited parent, int64 ``[E, E]``; visits without one count on the diagonal."""
+    made = walk.experts_TK >= 0
+    targets = walk.experts_TK[made]
+    sources = torch.where(walk.parents_TK[made] < 0, targets, walk.parents_TK[made])
+    return torch.bincount(sources * num_experts + targets, minlength=num_experts**2).view(num_experts, -1)
+
+
+def demand(scores_TE: Tensor, top_k: int) -> Tensor:
+    """Tokens whose ``top_k`` best raw scores hold both p and q, int64 ``[E, E]``, for p < q only."""
+    chosen = torch.zeros_like(scores_TE).scatter(-1, scores_TE.topk(top_k, -1).indices, 1.0)
+    return (chosen.T @ chosen).round().long().triu(1)
+
+
+def pack_usage(counts: Sequence[np.ndarray]) -> bytes:
+    """The upper triangles of all layers as one column of bytes."""
+    columns = [count[np.triu_indices(len(count))] for count in counts]
+    flat = np.concatenate(columns).clip(0, 2**32 - 1).astype(np.uint32)
+    return pack_column(flat, width=_WIDTH)
+
+
+def unpack_usage(data: bytes, num_experts: Sequence[int]) -> list[np.ndarray]:
+    """Undo ``pack_usage``: per layer int64 ``[E, E]``.
+
+    Raises:
+        RefusedUpdate: bytes that are no such column.
+    """
+    sizes = [count * (count + 1) // 2 for count in num_experts]
+    flat = unpack_column(data, dtype=np.dtype(np.uint32), count=sum(sizes), width=_WIDTH)
+    if len(flat) != sum(sizes):
+        raise RefusedUpdate(f"expected {sum(sizes)} usage counts, got {len(flat)}")
+    counts = []
+    for experts, part in zip(num_experts, np.split(flat, np.cumsum(sizes)[:-1]), strict=True):
+        count = np.zeros((experts, experts), dtype=np.int64)
+        count[np.triu_indices(experts)] = part
+        counts.append(count)
+    return counts

@@ -1,0 +1,188 @@
+"""Documents of a run: every source becomes rows of text, domain and split in one dataset."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain, count
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from configs.errors import UserError, nearest
+from configs.prompt_templates import (
+    CONTEXT_COLUMNS,
+    INSTRUCTION_COLUMNS,
+    RESPONSE_COLUMNS,
+    PromptTemplate,
+    load_template,
+    takes,
+)
+from configs.values import split_list
+from federated.data.document_files import Record, read_source
+
+HELD_OUT = 0.1
+_GENERIC_NAMES = ("train", "data", "all")
+_CONSUMED = {"text", "split", *INSTRUCTION_COLUMNS, *CONTEXT_COLUMNS, *RESPONSE_COLUMNS}
+
+Row = dict[str, Any]
+
+
+def load_documents(
+    sources: Sequence[str], *, template: str = "auto", wikimix_documents: int = 2000, seed: int = 0
+) -> datasets.Dataset:
+    """Load all ``sources`` into one dataset, a document a row, in the order of the sources.
+
+    A source is ``wikimix``, ``wikimix:DOMAIN,...``, a ``.txt``, ``.jsonl`` or ``.json`` file, a folder or
+    the id of a hub dataset (``owner/name[:config]``). ``template`` turns instruction records into text;
+    ``wikimix_documents`` is the number of training documents generated per wikimix domain, with ``seed``.
+
+    Columns: ``text``; ``domain`` (the records' own where all of a source have one, else a name from the
+    source); ``split``, ``train`` or ``valid``; and the records' scalar fields, nested ones with dots in
+    their names. Where a source does not keep its held-out documents apart, the last 10 % of each domain
+    are ``valid``.
+
+    Raises :class:`UserError` for a source that does not exist, cannot be read or holds no document.
+    """
+    form = load_template(template)
+    prefer_template = template != "auto"
+    rows: list[Row] = []
+    for source, label in zip(sources, source_labels(sources), strict=True):
+        if is_wikimix(source):
+            rows += _wikimix_rows(source, wikimix_documents, seed)
+        else:
+            rows += _source_rows(source, label, form, prefer_template)
+    if not rows:
+        raise UserError("expected at least one data source, got none; pass e.g. --data wikimix")
+    return _to_dataset(rows)
+
+
+def source_labels(sources: Sequence[str]) -> list[str]:
+    """A short label for each source, no two alike: its name, with the folder's or a number where needed."""
+    labels: list[str] = []
+    for source in sources:
+        path = Path(source).expanduser().resolve()
+        name = path.stem if path.is_file() else path.name
+        short = path.parent.name if path.is_file() and name in _GENERIC_NAMES else name
+        longer = f"{path.parent.name}-{name}"
+        numbered = (f"{longer}-{number}" for number in count(2))
+        labels.append(next(label for label in chain((short, longer), numbered) if label not in labels))
+    return labels
+
+
+def absolute_sources(sources: Sequence[str]) -> list[str]:
+    """The same sources for a process in another working directory: paths that exist made absolute."""
+    paths = [Path(source).expanduser() for source in sources]
+    return [
+        str(path.resolve()) if path.exists() and not is_wikimix(source) else source
+        for source, path in zip(sources, paths, strict=True)
+    ]
+
+
+def is_wikimix(source: str) -> bool:
+    """Whether a source names the generator (a folder of that name is ``./wikimix``)."""
+    return source.partition(":")[0] == "wikimix"
+
+
+def _wikimix_rows(source: str, train_documents: int, seed: int) -> list[Row]:
+    # Imported here, so that runs on other data do not pay for the generator.
+    from federated.data.wikimix import DOMAINS, documents
+
+    chosen = split_list(source.partition(":")[2], ",") or tuple(DOMAINS)
+    for name in chosen:
+        if name not in DOMAINS:
+            raise UserError(
+                f"expected wikimix domains among {', '.join(DOMAINS)}, got {name!r}{nearest(name, DOMAINS)}"
+            )
+    sizes = {"train": train_documents, "valid": max(1, int(train_documents * HELD_OUT))}
+    return [
+        {"text": text, "domain": name, "split": split}
+        for name in chosen
+        for split, size in sizes.items()
+        for text in documents(name, size, seed=seed, split=split)
+    ]
+
+
+def _source_rows(source: str, label: str, form: PromptTemplate, prefer_template: bool) -> list[Row]:
+    rows = [
+        _row(record, split, form, prefer_template)
+        for split, records in read_source(source).items()
+        for record in records
+    ]
+    rows = [row for row in rows if row["text"].strip()]
+    if not any(row["split"] != "valid" for row in rows):
+        raise UserError(f"expected documents in {source!r}, got none that holds any text")
+    own_domains = all(isinstance(row.get("domain"), str) and row["domain"] for row in rows)
+    for row in rows:
+        row["domain"] = row["domain"] if own_domains else label
+    return _hold_out(rows)
+
+
+def _row(located: Record, split: str, form: PromptTemplate, prefer_template: bool) -> Row:
+    where, record = located
+    row = {name: value for name, value in _flat(record) if name not in _CONSUMED}
+    return {"text": _text(where, record, form, prefer_template), "split": split, **row}
+
+
+def _text(where: str, record: Mapping[str, Any], form: PromptTemplate, prefer_template: bool) -> str:
+    if takes(record) and (prefer_template or "text" not in record):
+        return form.render(record)
+    text = record.get("text") or ""
+    if "text" not in record or not isinstance(text, str):
+        came = ", ".join(record) or "no columns"
+        wanted = "'text', or instruction[, context], response (or instruction[, input], output)"
+        raise UserError(f"expected the columns {wanted}, got {came} in {where}")
+    return text
+
+
+def _flat(record: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    """The scalar fields of a record; nested names are joined with dots, lists are left out."""
+    for name, value in record.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        elif value is None or isinstance(value, bool | int | float | str):
+            yield prefix + name, value
+
+
+def _hold_out(rows: list[Row]) -> list[Row]:
+    """Where no split is told, mark the last 10 % of each domain (at least one of two) as held out."""
+    by_domain = defaultdict(list)
+    for row in rows:
+        if not row["split"]:
+            by_domain[row["domain"]].append(row)
+    for members in by_domain.values():
+        kept = len(members) - held_out_count(len(members))
+        for position, row in enumerate(members):
+            row["split"] = "train" if position < kept else "valid"
+    return rows
+
+
+def held_out_count(documents: int) -> int:
+    """How many of ``documents`` are held out: 10 %, at least one, but never the only one."""
+    return min(max(1, int(documents * HELD_OUT)), max(0, documents - 1))
+
+
+def _to_dataset(rows: list[Row]) -> datasets.Dataset:
+    """Columns of one type each: what differs in type from row to row becomes text."""
+    names = dict.fromkeys(("text", "domain", "split"))
+    for row in rows:
+        names.update(dict.fromkeys(row))
+    columns = {name: [row.get(name) for row in rows] for name in names}
+    return datasets.Dataset.from_dict({name: _one_type(values) for name, values in columns.items()})
+
+
+def _one_type(values: list[Any]) -> list[Any]:
+    values = [_storable(value) for value in values]
+    if len({type(value) for value in values if value is not None}) < 2:
+        return values
+    return [None if value is None else str(value) for value in values]
+
+
+def _storable(value: Any) -> Any:
+    """What an Arrow column can hold: no integers beyond 64 bits and no halves of a surrogate pair."""
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        return str(value)
+    if isinstance(value, str) and not value.isascii():
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return value

@@ -1,0 +1,179 @@
+"""From one dataset of documents to the private documents of each client, with flwr-datasets' partitioners."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from datasets import Dataset
+from flwr_datasets.partitioner import (
+    DirichletPartitioner,
+    GroupedNaturalIdPartitioner,
+    IidPartitioner,
+    Partitioner,
+)
+
+from configs.errors import UserError, nearest
+from configs.values import parse_partition
+from federated.data.documents import held_out_count
+
+_LABEL_COLUMNS = ("domain", "sub", "category")
+_KEY = "partition key"
+
+
+@dataclass(frozen=True)
+class ClientDocuments:
+    """The documents of one client: what it trains on and what it holds out."""
+
+    name: str
+    train: list[str]
+    valid: list[str]
+
+
+def partition_documents(
+    documents: Dataset, *, partition: str, num_clients: int, seed: int
+) -> list[ClientDocuments]:
+    """Deal ``documents`` (as ``load_documents`` gives them) to ``num_clients`` clients, each once.
+
+    ``partition`` is ``domain`` (clients in the order in which their first domain appears), ``iid``,
+    ``dirichlet:ALPHA`` or ``natural:COLUMN``. With fewer clients than domains or labels, these are dealt by
+    size. A client without held-out documents holds out its last 10 %, at least one.
+
+    Raises :class:`UserError` where there are fewer domains, labels or documents than clients, for an unknown
+    column, and for a client without a training document.
+    """
+    kind, argument = parse_partition(partition)
+    if len(documents) < 2 * num_clients:
+        raise UserError(
+            "expected at least two documents a client, one to train on and one held out, "
+            f"got {len(documents)} for {num_clients} clients; use fewer clients or more data"
+        )
+    names = [f"client-{client}" for client in range(num_clients)]
+    if kind == "domain":
+        labels = _labels(documents, "domain")
+        dealt = _deal(labels, num_clients, "domains")
+        names = _names(dealt)
+        partitioner, keyed = _by_dealt_labels(documents, labels, dealt)
+    elif kind == "natural":
+        labels = _labels(documents, argument)
+        dealt = _deal(labels, num_clients, f"values of {argument!r}")
+        partitioner, keyed = _by_dealt_labels(documents, labels, dealt)
+    elif kind == "dirichlet":
+        partitioner, keyed = _by_dirichlet(documents, float(argument), num_clients, seed)
+    else:
+        # The partitioner cuts contiguous shards, and documents come ordered by source.
+        partitioner, keyed = IidPartitioner(num_clients), documents.shuffle(seed=seed)
+    partitioner.dataset = keyed
+    return [_client(name, rows) for name, rows in zip(names, _load(partitioner, num_clients), strict=True)]
+
+
+def _by_dealt_labels(
+    documents: Dataset, labels: Iterable[str], dealt: list[list[str]]
+) -> tuple[Partitioner, Dataset]:
+    """A client per group of labels."""
+    owner = {label: client for client, group in enumerate(dealt) for label in group}
+    keyed = documents.add_column(_KEY, [owner[label] for label in labels])
+    return GroupedNaturalIdPartitioner(_KEY, group_size=1, sort_unique_ids=True), keyed
+
+
+def _by_dirichlet(
+    documents: Dataset, alpha: float, num_clients: int, seed: int
+) -> tuple[Partitioner, Dataset]:
+    keyed = documents.add_column(_KEY, _label_column(documents))
+    partitioner = DirichletPartitioner(
+        num_clients, _KEY, alpha, min_partition_size=min(2, len(documents) // num_clients), seed=seed
+    )
+    return partitioner, keyed
+
+
+def _label_column(documents: Dataset) -> list[str]:
+    """The first of domain, sub and category that takes more than one value."""
+    for column in _LABEL_COLUMNS:
+        if column in documents.column_names and len(set(labels := _labels(documents, column))) > 1:
+            return labels
+    columns = ", ".join(_columns(documents))
+    raise UserError(
+        "expected several domains, or several values of sub or category, for dirichlet:ALPHA, "
+        f"got one domain and the columns {columns}; use iid or natural:COLUMN"
+    )
+
+
+def _labels(documents: Dataset, column: str) -> list[str]:
+    """A column as text; missing values are one label of their own."""
+    known = _columns(documents)
+    if column not in known:
+        hint = nearest(column, known)
+        raise UserError(f"expected natural:COLUMN to name one of {', '.join(known)}, got {column!r}{hint}")
+    return ["" if value is None else str(value) for value in documents[column][:]]
+
+
+def _columns(documents: Dataset) -> list[str]:
+    return [name for name in documents.column_names if name not in ("text", "split")]
+
+
+def _deal(labels: Iterable[str], num_clients: int, what: str) -> list[list[str]]:
+    """Groups of labels: the largest first, each to the client with the fewest documents so far.
+
+    Both the groups and the labels in them are ordered by first appearance.
+    """
+    sizes = Counter(labels)
+    if len(sizes) < num_clients:
+        raise UserError(
+            f"expected at most as many clients as {what} ({len(sizes)}), got {num_clients}; "
+            "use fewer clients or another partition, e.g. iid"
+        )
+    groups: list[list[str]] = [[] for _ in range(num_clients)]
+    loads = [0] * num_clients
+    for label, size in sizes.most_common():
+        client = loads.index(min(loads))
+        groups[client].append(label)
+        loads[client] += size
+    order = {label: position for position, label in enumerate(sizes)}
+    return sorted(
+        (sorted(group, key=order.__getitem__) for group in groups), key=lambda group: order[group[0]]
+    )
+
+
+def _load(partitioner: Partitioner, num_clients: int) -> list[Dataset]:
+    try:
+        with warnings.catch_warnings():
+            # The Dirichlet partitioner warns each time it draws again because a client came out empty.
+            warnings.simplefilter("ignore", UserWarning)
+            return [partitioner.load_partition(client) for client in range(num_clients)]
+    except ValueError:
+        raise UserError(
+            f"expected a draw that leaves none of {num_clients} clients empty, got none in ten; "
+            "use fewer clients, more data or a larger ALPHA"
+        ) from None
+
+
+def _client(name: str, rows: Dataset) -> ClientDocuments:
+    texts, splits = rows["text"][:], rows["split"][:]
+    parts = {
+        wanted: [text for text, split in zip(texts, splits, strict=True) if split == wanted]
+        for wanted in ("train", "valid")
+    }
+    train, valid = parts["train"], parts["valid"]
+    if not valid:
+        kept = len(train) - held_out_count(len(train))
+        train, valid = train[:kept], train[kept:]
+    if not train or not valid:
+        raise UserError(
+            f"expected client {name!r} to get at least one training and one held-out document, "
+            f"got {len(train)} and {len(valid)}; use fewer clients, another partition or more data"
+        )
+    return ClientDocuments(name, train, valid)
+
+
+def _names(dealt: list[list[str]]) -> list[str]:
+    """A name for each client from its domains: distinct, short, safe as a file name and TensorBoard tag."""
+    names = []
+    for domains in dealt:
+        rest = [f"{len(domains) - 3}-more"] if len(domains) > 3 else []
+        names.append(re.sub(r"[^\w.+-]+", "_", "+".join(domains[:3] + rest))[:80])
+    if len(set(names)) < len(names):
+        names = [f"{name}-{client}" for client, name in enumerate(names)]
+    return names

@@ -1,0 +1,227 @@
+"""The Flower messages of a federation: what a server asks, what a client answers, and how much it weighs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+
+from configs.errors import UserError
+from federated.protocol.steps import ServerStep, read_step
+from federated.updates.update import RefusedUpdate
+
+# Error codes of replies; Flower's own are small.
+REFUSED = 100  # the client cannot do what was asked; the reason says why
+RESEND = 101  # the client holds another version than the server thought; the reason is that version
+NEEDS_RECIPE = 102  # the client has the dense base only and asks for the recipe of the graph
+
+# What reading a record of another kind, or a field of another type, ends in.
+_UNREADABLE = (KeyError, TypeError, ValueError, AttributeError, OverflowError)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a server asks of a client.
+
+    Attributes:
+        server_round: counts from 1.
+        version: of the global model after ``steps``.
+        graph_hash: of the graph after ``steps``.
+        base_fingerprint: of the bootstrapped checkpoint that both sides start from (see ``models.bootstrap.recipe``).
+        steps: what the client misses.
+        last: whether this is the last round.
+        accepted_round: server round of the last update of this client that went into the model; 0 for none.
+        copy_hash: of the global model after ``steps``, see ``federated.protocol.copy_hash``; empty: not compared.
+        snapshot: leads from the bootstrapped checkpoint to ``version`` in place of ``steps``; empty for none.
+        recipe: builds the bootstrapped checkpoint from its dense base; empty unless the client asked for it.
+    """
+
+    server_round: int
+    version: int
+    graph_hash: str
+    base_fingerprint: str
+    steps: Sequence[ServerStep] = ()
+    last: bool = False
+    accepted_round: int = 0
+    copy_hash: str = ""
+    snapshot: bytes = b""
+    recipe: bytes = b""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a client answers.
+
+    Attributes:
+        name: of the client, for people.
+        partition: its index, from 0.
+        budget: experts per layer that it holds; 0 for all.
+        version: of the global model on its disk.
+        graph_hash: of that model's graph.
+        numbers: counts and losses by name (see ``clients.participant``).
+        update: packed change of its experts; empty in an answer to an evaluation.
+        usage: packed usage counts; empty likewise.
+        residents: per layer bool ``[E]``; empty likewise.
+        inclusion: probability with which each shipped expert was drawn, where below 1: ``"layer.expert" -> pi``.
+    """
+
+    name: str
+    partition: int
+    budget: int
+    version: int
+    graph_hash: str
+    numbers: dict[str, float]
+    update: bytes = b""
+    usage: bytes = b""
+    residents: Sequence[np.ndarray] = ()
+    inclusion: dict[str, float] | None = None
+
+
+def write_request(request: Request) -> RecordDict:
+    """A request as Flower records."""
+    config: dict[str, str | int | bool] = {
+        "server-round": request.server_round,
+        "version": request.version,
+        "graph-hash": request.graph_hash,
+        "base-fingerprint": request.base_fingerprint,
+        "last": request.last,
+        "accepted-round": request.accepted_round,
+        "copy-hash": request.copy_hash,
+    }
+    config |= {f"edits-{step.version}": step.edits_json() for step in request.steps}
+    steps = {str(step.version): _to_array(step.packed) for step in request.steps}
+    rare = {"snapshot": request.snapshot, "recipe": request.recipe}
+    records = {name: ArrayRecord({name: _to_array(data)}) for name, data in rare.items() if data}
+    return RecordDict({"config": ConfigRecord(config), "steps": ArrayRecord(steps), **records})
+
+
+def read_request(content: RecordDict) -> Request:
+    """Undo ``write_request``.
+
+    Raises:
+        RefusedUpdate: a record or a field is missing.
+    """
+    try:
+        config, arrays = content["config"], content["steps"]
+        steps = [
+            read_step(int(version), _to_bytes(array), str(config[f"edits-{version}"]))
+            for version, array in arrays.items()
+        ]
+        return Request(
+            server_round=int(config["server-round"]),
+            version=int(config["version"]),
+            graph_hash=str(config["graph-hash"]),
+            base_fingerprint=str(config["base-fingerprint"]),
+            steps=sorted(steps, key=lambda step: step.version),
+            last=bool(config["last"]),
+            accepted_round=int(config["accepted-round"]),
+            copy_hash=str(config["copy-hash"]),
+            snapshot=_to_bytes(content["snapshot"]["snapshot"]) if "snapshot" in content else b"",
+            recipe=_to_bytes(content["recipe"]["recipe"]) if "recipe" in content else b"",
+        )
+    except _UNREADABLE as error:
+        raise RefusedUpdate(f"a request cannot be read: {error}") from error
+
+
+def write_reply(reply: Reply) -> RecordDict:
+    """A reply as Flower records.
+
+    Every array and every record costs some hundred bytes of framing, so that only what may be large is an array.
+    """
+    info: dict[str, str | int | bytes] = {
+        "name": reply.name,
+        "partition": reply.partition,
+        "budget": reply.budget,
+        "version": reply.version,
+        "graph-hash": reply.graph_hash,
+    }
+    if reply.usage:
+        info["usage"] = reply.usage
+    if reply.residents:
+        info["residents"] = b"".join(np.packbits(held).tobytes() for held in reply.residents)
+    inclusion = {"inclusion": MetricRecord(dict(reply.inclusion))} if reply.inclusion else {}
+    return RecordDict(
+        {
+            "arrays": ArrayRecord({"update": _to_array(reply.update)}),
+            "numbers": MetricRecord(dict(reply.numbers)),
+            "info": ConfigRecord(info),
+            **inclusion,
+        }
+    )
+
+
+def read_reply(content: RecordDict, num_experts: Sequence[int]) -> Reply:
+    """Undo ``write_reply``.
+
+    Raises:
+        RefusedUpdate: a record or a field is missing, or a number is not one.
+    """
+    try:
+        info = content["info"]
+        return Reply(
+            name=str(info["name"]),
+            partition=int(info["partition"]),
+            budget=int(info["budget"]),
+            version=int(info["version"]),
+            graph_hash=str(info["graph-hash"]),
+            numbers={key: float(value) for key, value in content["numbers"].items()},
+            update=_to_bytes(content["arrays"]["update"]),
+            usage=_checked_bytes(info.get("usage", b"")),
+            residents=_read_bits(info["residents"], num_experts) if "residents" in info else [],
+            inclusion={key: float(value) for key, value in content.get("inclusion", {}).items()},
+        )
+    except _UNREADABLE as error:
+        raise RefusedUpdate(f"a reply cannot be read: {error}") from error
+
+
+def message_bytes(message: Message | RecordDict) -> int:
+    """Bytes of a message, or of its content alone, as Flower serialises it.
+
+    Arrays, config and metric records, their framing, and for a message its metadata and error.
+    """
+    return sum(len(part.deflate()) for part in get_all_nested_objects(message).values())
+
+
+def detach_update(content: RecordDict) -> tuple[RecordDict, bytes]:
+    """A reply without its packed update, and that; the content as it is and no bytes where it holds none."""
+    try:
+        update = _to_bytes(content["arrays"]["update"])
+        rest = ArrayRecord({"update": _to_array(b"")})
+    except _UNREADABLE:
+        return content, b""
+    return RecordDict(dict(content.items()) | {"arrays": rest}), update
+
+
+def raise_user_error(reason: str) -> None:
+    """Raise the ``UserError`` that a client's error reply carries, if it carries one."""
+    head, _, message = reason.partition(": ")
+    if head == UserError.__name__ and message:
+        raise UserError(message)
+
+
+def _to_array(data: bytes) -> Array:
+    return Array(dtype="uint8", shape=(len(data),), stype="fedgraft.bytes", data=data)
+
+
+def _to_bytes(array: Array) -> bytes:
+    return bytes(array.data)
+
+
+def _checked_bytes(value: object) -> bytes:
+    # bytes(5) would be five zeros, and bytes(2**62) no memory.
+    if not isinstance(value, bytes):
+        raise TypeError(f"expected bytes, got {type(value).__name__}")
+    return value
+
+
+def _read_bits(value: object, num_experts: Sequence[int]) -> list[np.ndarray]:
+    data, sizes = _checked_bytes(value), [-(-count // 8) for count in num_experts]
+    if len(data) != sum(sizes):
+        raise RefusedUpdate(f"expected {sum(sizes)} bytes of residency bits, got {len(data)}")
+    parts = np.split(np.frombuffer(data, dtype=np.uint8), np.cumsum(sizes)[:-1])
+    return [
+        np.unpackbits(part, count=count).astype(bool) for part, count in zip(parts, num_experts, strict=True)
+    ]

@@ -1,0 +1,177 @@
+"""The whole difference between the global model and the checkpoint that every client has, without any loss.
+
+For a client that is too far behind, or whose copy is another. Per unit that ever moved: the difference of the fp32 bit
+patterns as integers, which is zero where nothing moved and small where little did, entropy-coded as one column.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping
+from typing import Literal
+
+import numpy as np
+import safetensors
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors.numpy import save
+from torch import Tensor
+
+from configs.errors import UserError
+from experts.graph.expert_graph import ExpertGraph, check_reachable
+from federated.protocol.copy_hash import moved_vector, routing_vector
+from federated.updates.update import RefusedUpdate, Unit
+from federated.wire.columns import pack_column, unpack_column
+from models.checkpoints.save import read_graph, write_graph
+from models.graph.attention_vectors import write_attention
+from models.graph.unit_vectors import OTHERS, unflatten_weights
+from models.remote_code.experts_fedgraft import ROUTING, ExpertGraphMLP
+from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
+
+_UNIT = re.compile(r"unit\.(\d{1,9})\.(-1|\d{1,9})")
+_WIDTH = 32  # bits of a difference
+
+
+class SnapshotHeader(BaseModel):
+    """What describes a snapshot; ``checksum`` covers the rest of it and every column."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+    format: Literal[1] = 1
+    version: int = Field(ge=0)
+    graph_version: int = Field(ge=0)
+    checksum: str = ""
+
+
+def pack_snapshot(
+    model: FedGraftForCausalLM, base: FedGraftForCausalLM, moved: Iterable[Unit], version: int
+) -> bytes:
+    """What turns ``base``, just opened, into ``model`` at ``version``, in which the units ``moved`` differ.
+
+    One unit at a time is in memory beside the packed columns. The same state gives the same bytes.
+    """
+    graph = read_graph(model)
+    columns = {f"mask.{index}": np.packbits(mask).tobytes() for index, mask in enumerate(graph.masks)}
+    for index, (layer, old) in enumerate(zip(model.expert_layers(), base.expert_layers(), strict=True)):
+        columns[f"routing.{index}"] = _pack_difference(routing_vector(layer), routing_vector(old))
+    for unit in sorted(moved):
+        columns[f"unit.{unit[0]}.{unit[1]}"] = _pack_difference(
+            moved_vector(model, unit), moved_vector(base, unit)
+        )
+    header = SnapshotHeader(version=version, graph_version=graph.version)
+    header = header.model_copy(update={"checksum": _checksum(header, columns)})
+    parts = {"header": header.model_dump_json().encode(), **columns}
+    return save({name: np.frombuffer(part, dtype=np.uint8) for name, part in parts.items()})
+
+
+def apply_snapshot(model: FedGraftForCausalLM, data: bytes, version: int) -> set[Unit]:
+    """Turn ``model``, just opened, into the one that was packed; returns the units that differ from the checkpoint.
+
+    Every size is known from ``model`` before memory is allocated, and one unit at a time is in memory.
+
+    Raises:
+        RefusedUpdate: damaged bytes, another version or graph; what ``model`` holds then is of no use.
+    """
+    header, columns = _read_container(data)
+    if header.version != version:
+        raise RefusedUpdate(f"expected a snapshot of version {version}, got one of version {header.version}")
+    units = _known_units(model, columns)
+    graph = _read_masks(model, columns, header.graph_version)
+    for unit in sorted(units):
+        before = moved_vector(model, unit)
+        _write(model, unit, _add_difference(before, columns[f"unit.{unit[0]}.{unit[1]}"], str(unit)))
+    routing = [
+        _add_difference(routing_vector(layer), columns[f"routing.{index}"], f"routing {index}")
+        for index, layer in enumerate(model.expert_layers())
+    ]
+    write_graph(model, graph)  # clears gains of edges that are gone, so routing comes after it
+    for layer, vector in zip(model.expert_layers(), routing, strict=True):
+        _write_routing(layer, vector)
+    return units
+
+
+def _pack_difference(new: Tensor, old: Tensor) -> bytes:
+    difference = new.numpy().view(np.int32) - old.numpy().view(np.int32)  # wraps around, both ways alike
+    # Small differences of either sign become small unsigned numbers.
+    return pack_column(((difference << 1) ^ (difference >> 31)).view(np.uint32), width=_WIDTH)
+
+
+def _add_difference(old: Tensor, column: bytes, what: str) -> Tensor:
+    coded = unpack_column(column, dtype=np.dtype(np.uint32), count=old.numel(), width=_WIDTH)
+    difference = (coded >> 1).view(np.int32) ^ -(coded & 1).view(np.int32)
+    new = torch.from_numpy((old.numpy().view(np.int32) + difference).view(np.float32))
+    if not torch.isfinite(new).all():
+        raise RefusedUpdate(f"expected finite values of {what} in a snapshot, got a NaN or an infinity")
+    return new
+
+
+def _write(model: FedGraftForCausalLM, unit: Unit, vector: Tensor) -> None:
+    if unit[1] == OTHERS:
+        write_attention(model, unit[0], vector)
+    else:
+        layer = model.expert_layers()[unit[0]]
+        layer.write_expert(unit[1], *unflatten_weights(vector, layer.hidden_size))
+
+
+@torch.no_grad()
+def _write_routing(layer: ExpertGraphMLP, vector: Tensor) -> None:
+    targets = [getattr(layer, name) for name in ROUTING]
+    for target, part in zip(targets, vector.split([target.numel() for target in targets]), strict=True):
+        target.copy_(part.view_as(target))
+
+
+def _known_units(model: FedGraftForCausalLM, columns: Mapping[str, bytes]) -> set[Unit]:
+    """Units of the columns, all others of which must be there."""
+    layers = model.expert_layers()
+    rest = {f"{name}.{index}" for index in range(len(layers)) for name in ("mask", "routing")}
+    units = set()
+    for name in set(columns) - rest:
+        match = _UNIT.fullmatch(name)
+        layer, expert = (int(match[1]), int(match[2])) if match else (-1, -1)
+        if not 0 <= layer < len(layers) or not OTHERS <= expert < layers[layer].num_experts:
+            raise RefusedUpdate(f"unknown part {name[:40]!r} of a snapshot")
+        units.add((layer, expert))
+    if missing := rest - set(columns):
+        raise RefusedUpdate(f"expected {min(missing)} in a snapshot, got none")
+    return units
+
+
+def _read_masks(model: FedGraftForCausalLM, columns: Mapping[str, bytes], version: int) -> ExpertGraph:
+    masks = []
+    for index, layer in enumerate(model.expert_layers()):
+        experts, column = layer.num_experts, columns[f"mask.{index}"]
+        if len(column) != -(-(experts**2) // 8):
+            raise RefusedUpdate(f"expected a mask of {experts} experts in layer {index}")
+        bits = np.unpackbits(np.frombuffer(column, dtype=np.uint8), count=experts**2)
+        masks.append(bits.reshape(experts, experts).astype(np.bool_))
+    try:
+        graph = ExpertGraph(tuple(masks), version)
+        for index, mask in enumerate(masks):
+            check_reachable(mask, index)
+    except UserError as error:
+        raise RefusedUpdate(f"graph of a snapshot: {error}") from error
+    return graph
+
+
+def _read_container(data: bytes) -> tuple[SnapshotHeader, dict[str, bytes]]:
+    try:
+        tensors = dict(safetensors.deserialize(data))
+        if any(view["dtype"] != "U8" for view in tensors.values()):
+            raise ValueError("expected byte columns")
+        columns = {name: bytes(view["data"]) for name, view in tensors.items()}
+        header = SnapshotHeader.model_validate_json(columns.pop("header"))
+    except (safetensors.SafetensorError, ValidationError, KeyError, ValueError, TypeError) as error:
+        raise RefusedUpdate(f"not a snapshot: {' '.join(str(error).split())}") from error
+    if header.checksum != _checksum(header, columns):
+        raise RefusedUpdate("checksum mismatch in a snapshot")
+    return header, columns
+
+
+def _checksum(header: SnapshotHeader, columns: Mapping[str, bytes]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(header.model_copy(update={"checksum": ""}).model_dump_json().encode())
+    for name in sorted(columns):
+        digest.update(f"\n{name} {len(columns[name])}\n".encode())
+        digest.update(columns[name])
+    return digest.hexdigest()

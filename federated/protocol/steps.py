@@ -1,0 +1,145 @@
+"""The server's own step: how the global model moves from one version to the next, on both sides alike."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from configs.errors import UserError
+from experts.graph.edge_edits import Edit, apply_edits, edits_from_dicts
+from experts.graph.expert_graph import ExpertGraph
+from federated.updates.update import RefusedUpdate, SparseUpdate, Unit
+from federated.wire.codec import PackedStats, packed_stats, unpack_update
+from models.checkpoints.save import read_graph, write_graph
+from models.graph.unit_vectors import add_to_unit, unit_sizes
+from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
+
+# No packed update starts like this: its first eight bytes are a small number.
+_PARTS = b"fedgraft"
+
+
+@dataclass(frozen=True)
+class ServerStep:
+    """What turns version ``version - 1`` of the global model into ``version``.
+
+    Attributes:
+        version: counts the server rounds that moved the model; the bootstrapped checkpoint is version 0.
+        packed: the aggregated, quantised change of the experts, as ``federated.wire.codec`` packs it, in one part or several
+            (see ``join_parts``).
+        edits: made after the change is added.
+    """
+
+    version: int
+    packed: bytes
+    edits: list[Edit] = field(default_factory=list)
+
+    def edits_json(self) -> str:
+        """The edits as JSON."""
+        return json.dumps([edit.as_dict() for edit in self.edits])
+
+    def size(self) -> int:
+        """Bytes of what is sent, without framing."""
+        return len(self.packed) + len(self.edits_json())
+
+
+def read_step(version: int, packed: bytes, edits_json: str) -> ServerStep:
+    """Rebuild a step from what crossed the wire.
+
+    Raises:
+        RefusedUpdate: edits that are no JSON, or other JSON.
+    """
+    try:
+        return ServerStep(version, packed, edits_from_dicts(json.loads(edits_json)))
+    except (ValueError, RecursionError) as error:
+        raise RefusedUpdate(f"edits of step {version} cannot be read: {error}") from error
+
+
+def apply_step(model: FedGraftForCausalLM, step: ServerStep) -> set[Unit]:
+    """Add a step to ``model``, whose weights are fp32, and make its edits. Returns the units that moved.
+
+    Raises:
+        RefusedUpdate: the step was made for another graph, its bytes are damaged, or an edit does not fit; the model
+            is left as it was.
+    """
+    graph = read_graph(model)
+    parts = split_parts(step.packed)
+    sizes = unit_sizes(model, attention=True)
+
+    def unpack(part: bytes) -> SparseUpdate:
+        return unpack_update(part, sizes=sizes, graph_version=graph.version, graph_hash=graph.digest())
+
+    # All is checked before anything moves; one part at a time is in memory.
+    moved = _disjoint_units(unpack(part) for part in parts)
+    edited = _edited(graph, step) if step.edits else None
+    for part in parts:
+        for unit, vector in unpack(part).vectors.items():
+            add_to_unit(model, unit, torch.from_numpy(vector.to_dense()))
+    # Residuals may still hold gains of edges that are gone; an edge that comes back starts from zero.
+    write_graph(model, graph)
+    if edited is not None:
+        write_graph(model, edited)
+    return moved | {(edit.layer, edit.q) for edit in step.edits}
+
+
+def join_parts(parts: Sequence[bytes]) -> bytes:
+    """Several packed updates as one, so that nobody has to hold a large one unpacked; a single one stays as it is."""
+    if len(parts) == 1:
+        return parts[0]
+    return _PARTS + b"".join(len(part).to_bytes(8, "little") + part for part in parts)
+
+
+def split_parts(packed: bytes) -> list[bytes]:
+    """Undo ``join_parts``.
+
+    Raises:
+        RefusedUpdate: lengths that do not add up.
+    """
+    if not packed.startswith(_PARTS):
+        return [packed]
+    parts, start = [], len(_PARTS)
+    while start < len(packed):
+        end = start + 8 + int.from_bytes(packed[start : start + 8], "little")
+        if end > len(packed) or end == start + 8:
+            raise RefusedUpdate("expected whole parts of a step, got one that is cut short")
+        parts.append(packed[start + 8 : end])
+        start = end
+    return parts
+
+
+def _disjoint_units(updates: Iterable[SparseUpdate]) -> set[Unit]:
+    seen: set[Unit] = set()
+    for update in updates:
+        if not seen.isdisjoint(update.vectors):
+            raise RefusedUpdate(f"unit {min(seen.intersection(update.vectors))} is in two parts of a step")
+        seen |= set(update.vectors)
+    return seen
+
+
+def step_stats(step: ServerStep) -> PackedStats:
+    """Sizes of all parts of a step together; those of its edits are not among them."""
+    parts = [packed_stats(part) for part in split_parts(step.packed)]
+    raw = sum(part.raw_bytes for part in parts)
+    return PackedStats(
+        raw_bytes=raw,
+        packed_bytes=len(step.packed),
+        entropy_floor_bytes=sum(part.entropy_floor_bytes for part in parts),
+        index_floor_bytes=sum(part.index_floor_bytes for part in parts),
+        density=sum(part.density * part.raw_bytes for part in parts) / raw if raw else 0.0,
+        index_bytes=sum(part.index_bytes for part in parts),
+        value_bytes=sum(part.value_bytes for part in parts),
+    )
+
+
+def steps_after(steps: Iterable[ServerStep], version: int) -> list[ServerStep]:
+    """The steps that a holder of ``version`` still needs, oldest first."""
+    return sorted((step for step in steps if step.version > version), key=lambda step: step.version)
+
+
+def _edited(graph: ExpertGraph, step: ServerStep) -> ExpertGraph:
+    try:
+        return apply_edits(graph, step.edits)
+    except UserError as error:
+        raise RefusedUpdate(f"edits of step {step.version} do not fit: {error}") from error

@@ -1,0 +1,36 @@
+"""Vectors of units that are computed when they are asked for: a whole model's changes never lie in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+from torch import Tensor
+
+from federated.updates.update import Unit
+
+
+class LazyVectors(Mapping[Unit, Tensor]):
+    """A read-only mapping from units to vectors ``[size]``.
+
+    Args:
+        units: for which there is a vector, in the order in which they are walked.
+        compute: gives the vector of a unit; called anew each time, so it must give the same each time.
+    """
+
+    def __init__(self, units: Iterable[Unit], compute: Callable[[Unit], Tensor]) -> None:
+        self._units = dict.fromkeys(units)
+        self._compute = compute
+
+    def __getitem__(self, unit: Unit) -> Tensor:
+        if unit not in self._units:
+            raise KeyError(unit)
+        return self._compute(unit)
+
+    def __contains__(self, unit: object) -> bool:
+        return unit in self._units
+
+    def __iter__(self) -> Iterator[Unit]:
+        return iter(self._units)
+
+    def __len__(self) -> int:
+        return len(self._units)

@@ -1,0 +1,233 @@
+"""Sparse updates <-> bytes: run lengths and quantised values, entropy-coded, in a safetensors container.
+
+The columns are ``units`` (the shipped units, their sizes and what of them is sent as factors), ``index`` (which entries
+were kept), ``codes`` and ``scales`` (the values of factors and entries, one unit after the other).
+Everything is checked before memory is allocated for it: a defect raises RefusedUpdate, nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+import numpy as np
+
+from federated.updates.update import (
+    RefusedUpdate,
+    SparseUpdate,
+    SparseVector,
+    Unit,
+    join_indices,
+    join_values,
+    split_columns,
+)
+from federated.wire.columns import pack_column, unpack_column, zstd_pack, zstd_unpack
+from federated.wire.container import Header, read_container, write_container
+from federated.wire.factors import FactoredVector
+from federated.wire.quantise import MAX_MAGNITUDE, QuantisedColumn, dequantise, quantise, scale_count
+from federated.wire.rle import decode_runs, encode_runs, run_dtype
+from federated.wire.unit_table import UnitRow, pack_units, read_units
+
+# Above this density a compressed bitmask may be smaller than the run lengths.
+BITMASK_DENSITY = 0.25
+
+
+@dataclass(frozen=True)
+class PackedStats:
+    """Bytes of one packed update.
+
+    ``raw_bytes``: every entry of the shipped units in bf16. ``entropy_floor_bytes``: the index column at
+    ``n * H(density)`` bits plus the value codes and scales at their order-0 entropy (fp16 values: as packed).
+    """
+
+    raw_bytes: int
+    packed_bytes: int
+    entropy_floor_bytes: int
+    index_floor_bytes: int
+    density: float
+    index_bytes: int
+    value_bytes: int
+
+
+def pack_update(update: SparseUpdate, *, value_bits: int) -> bytes:
+    """Pack an update with values of ``value_bits`` bits (2, 4, 8 or 16); equal updates give equal bytes.
+
+    Raises RefusedUpdate for a NaN, an infinity or a magnitude above 2**40.
+    """
+    for vector in update.vectors.values():
+        _check_product(vector)
+    indices, total = join_indices(update)
+    # The index takes most of the time, in native code that leaves the interpreter to the values.
+    with ThreadPoolExecutor(1) as pool:
+        packed_index = pool.submit(_pack_index, indices, total)
+        values = quantise(join_values(update), value_bits)
+        columns = {
+            "units": pack_units(update),
+            "codes": pack_column(values.codes, width=value_bits),
+            "scales": pack_column(values.scales, width=8 * values.scales.itemsize),
+        }
+        kind, columns["index"] = packed_index.result()
+    header = Header(
+        graph_version=update.graph_version,
+        graph_hash=update.graph_hash,
+        units=len(update.vectors),
+        count=indices.size,
+        index=kind,
+        value_bits=value_bits,  # type: ignore[arg-type]
+        exponent=values.exponent,
+    )
+    return write_container(header, columns)
+
+
+def unpack_update(
+    data: bytes,
+    *,
+    sizes: Mapping[Unit, int],
+    graph_version: int | None = None,
+    graph_hash: str | None = None,
+) -> SparseUpdate:
+    """Return the update in ``data``, checked against what the receiver knows.
+
+    ``sizes``: entries of every unit that may be shipped. ``graph_version`` and ``graph_hash``: what the
+    update must have been computed on; None accepts any. Raises RefusedUpdate with the reason for any
+    defect; memory stays within the shapes in ``sizes``.
+    """
+    header, columns = read_container(data)
+    if graph_version is not None and header.graph_version != graph_version:
+        raise RefusedUpdate(f"graph version {header.graph_version}, expected {graph_version}")
+    if graph_hash is not None and header.graph_hash != graph_hash:
+        raise RefusedUpdate(f"graph hash {header.graph_hash[:16]!r}, expected {graph_hash[:16]!r}")
+    units = _unpack_units(columns["units"], header.units, sizes)
+    total = sum(unit.size for unit in units)
+    if header.count > total:
+        raise RefusedUpdate(f"{header.count} entries kept of {total}")
+    indices = _unpack_index(columns["index"], header, total)
+    values = dequantise(_unpack_values(columns, header, sum(unit.factor_values for unit in units)))
+    return SparseUpdate(header.graph_version, header.graph_hash, _vectors(units, indices, values))
+
+
+def packed_stats(data: bytes) -> PackedStats:
+    """Return the bytes of a packed update beside their entropy floor; RefusedUpdate for bad bytes.
+
+    Takes the memory of as many values as the header states: call it on what ``unpack_update`` has accepted.
+    """
+    header, columns = read_container(data)
+    units = read_units(columns["units"], header.units)
+    total = sum(unit.size for unit in units)
+    indexed = total - sum(unit.rows * unit.columns for unit in units)
+    if header.count > indexed:
+        raise RefusedUpdate(f"{header.count} entries kept of {indexed}")
+    index_floor = indexed * _entropy(np.array([header.count, indexed - header.count])) / 8
+    value_floor = _value_floor(columns, header, sum(unit.factor_values for unit in units))
+    return PackedStats(
+        raw_bytes=2 * total,
+        packed_bytes=len(data),
+        entropy_floor_bytes=int(np.ceil(index_floor + value_floor)),
+        index_floor_bytes=int(np.ceil(index_floor)),
+        density=header.count / total if total else 0.0,
+        index_bytes=len(columns["index"]),
+        value_bytes=len(columns["codes"]) + len(columns["scales"]),
+    )
+
+
+def _unpack_units(column: bytes, count: int, sizes: Mapping[Unit, int]) -> list[UnitRow]:
+    if count > len(sizes):
+        raise RefusedUpdate(f"{count} units shipped, only {len(sizes)} known")
+    units = read_units(column, count)
+    for layer, expert, size, *_ in units:
+        if (layer, expert) not in sizes:
+            raise RefusedUpdate(f"unknown unit {(layer, expert)}")
+        if sizes[(layer, expert)] != size:
+            known = sizes[(layer, expert)]
+            raise RefusedUpdate(f"unit {(layer, expert)} has {size} entries, expected {known}")
+    if any(first[:2] >= second[:2] for first, second in pairwise(units)):
+        raise RefusedUpdate("units are repeated or out of order")
+    return units
+
+
+def _vectors(units: Sequence[UnitRow], indices: np.ndarray, values: np.ndarray) -> dict[Unit, SparseVector]:
+    """Split the columns: of each unit first the values of its factors, then those of its entries."""
+    if not any(unit.rank for unit in units):
+        return split_columns([(unit[:2], unit.size) for unit in units], indices, values)
+    ends = np.searchsorted(indices, np.cumsum([unit.size for unit in units]))
+    counts = np.diff(ends, prepend=0).tolist()
+    spans = [(unit.factor_values, count) for unit, count in zip(units, counts, strict=True)]
+    cuts = np.cumsum([length for span in spans for length in span])
+    parts = np.split(values, cuts[:-1]) if units else []
+    kept = np.concatenate([np.zeros(0, dtype=np.float32), *parts[1::2]])
+    vectors = split_columns([(unit[:2], unit.size) for unit in units], indices, kept)
+    for unit, factors in zip(units, parts[::2], strict=True):
+        if unit.rank:
+            vectors[unit[:2]] = _factored(unit, factors, vectors[unit[:2]])
+    return vectors
+
+
+def _factored(unit: UnitRow, values: np.ndarray, rest: SparseVector) -> FactoredVector:
+    left, right = np.split(values, [unit.rank * unit.rows])
+    try:
+        vector = FactoredVector(left.reshape(unit.rank, -1), right.reshape(unit.rank, -1), rest)
+    except ValueError as error:
+        raise RefusedUpdate(f"unit {unit[:2]}: {error}") from error
+    _check_product(vector)
+    return vector
+
+
+def _check_product(vector: SparseVector) -> None:
+    if isinstance(vector, FactoredVector) and not vector.bound <= MAX_MAGNITUDE:
+        raise RefusedUpdate("expected factors of a product of at most 2**40")
+
+
+def _pack_index(indices: np.ndarray, total: int) -> tuple[Literal["runs", "bitmask"], bytes]:
+    runs = pack_column(encode_runs(indices, total), width=8 * run_dtype(total).itemsize)
+    if indices.size <= BITMASK_DENSITY * total:
+        return "runs", runs
+    mask = np.zeros(total, dtype=bool)
+    mask[indices] = True
+    bitmask = zstd_pack(np.packbits(mask).tobytes())
+    return ("bitmask", bitmask) if len(bitmask) < len(runs) else ("runs", runs)
+
+
+def _unpack_index(column: bytes, header: Header, total: int) -> np.ndarray:
+    if header.index == "runs":
+        dtype = run_dtype(total)
+        return decode_runs(
+            unpack_column(column, dtype=dtype, count=header.count, width=8 * dtype.itemsize, widen=False),
+            total,
+        )
+    packed = np.frombuffer(zstd_unpack(column, size=-(-total // 8)), dtype=np.uint8)
+    indices = np.flatnonzero(np.unpackbits(packed))
+    if indices.size != header.count or (indices.size and indices[-1] >= total):
+        raise RefusedUpdate(f"expected a bitmask with {header.count} of {total} bits set")
+    return indices
+
+
+def _unpack_values(columns: Mapping[str, bytes], header: Header, factor_values: int) -> QuantisedColumn:
+    bits, count = header.value_bits, header.count + factor_values
+    codes = unpack_column(
+        columns["codes"],
+        dtype=np.dtype(np.uint16 if bits == 16 else np.uint8),
+        count=count,
+        width=bits,
+    )
+    dtype = np.dtype(np.uint16 if bits == 8 else np.uint8)
+    blocks = scale_count(count, bits)
+    scales = unpack_column(columns["scales"], dtype=dtype, count=blocks, width=8 * dtype.itemsize)
+    return QuantisedColumn(bits, codes, scales, header.exponent)
+
+
+def _value_floor(columns: Mapping[str, bytes], header: Header, factor_values: int) -> float:
+    """Return bytes: codes and scales at their order-0 entropy; at 16 bits, nearly all distinct, as packed."""
+    if header.value_bits == 16:
+        return len(columns["codes"]) + len(columns["scales"])
+    values = _unpack_values(columns, header, factor_values)
+    return sum(part.size * _entropy(np.bincount(part)) for part in (values.codes, values.scales)) / 8
+
+
+def _entropy(counts: np.ndarray) -> float:
+    """Return the entropy in bits of one draw with these counts (0.0 without any)."""
+    counts = counts[counts > 0]
+    share = counts / counts.sum()
+    return float(-(share * np.log2(share)).sum())

@@ -1,0 +1,236 @@
+from __future__ import annotations
+
+import json
+import sys
+import types
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+
+from configs.errors import UserError
+from federated.data.documents import (
+    absolute_sources,
+    held_out_count,
+    is_wikimix,
+    load_documents,
+    source_labels,
+)
+from tests.paths import SHARED
+
+
+def write(path: Path, *records: object) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+def numbered(count: int, **fields: object) -> list[dict[str, object]]:
+    return [{"text": f"text {number}", **fields} for number in range(count)]
+
+
+@pytest.fixture
+def wikimix(monkeypatch) -> None:
+    """A generator of the same form as the real one, in its place."""
+    module = types.ModuleType("federated.data.wikimix")
+
+    def documents(domain: str, count: int, *, seed: int = 0, split: str = "train") -> list[str]:
+        return [f"{domain} {split} {seed} {number}" for number in range(count)]
+
+    module.DOMAINS = ("prose", "python", "recipes")  # type: ignore[attr-defined]
+    module.documents = documents  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "federated.data.wikimix", module)
+
+
+def splits(documents: Dataset) -> Counter[tuple[str, str]]:
+    return Counter(zip(documents["domain"], documents["split"], strict=True))
+
+
+def test_the_last_tenth_of_each_domain_is_held_out(tmp_path):
+    source = write(tmp_path / "mix.jsonl", *numbered(25, domain="a"), *numbered(3, domain="b"))
+    documents = load_documents([source])
+    assert splits(documents) == {("a", "train"): 23, ("a", "valid"): 2, ("b", "train"): 2, ("b", "valid"): 1}
+    held_out = [row["text"] for row in documents if row["split"] == "valid"]
+    assert held_out == ["text 23", "text 24", "text 2"]
+
+
+@pytest.mark.parametrize(("count", "held_out"), [(0, 0), (1, 0), (2, 1), (9, 1), (19, 1), (20, 2), (100, 10)])
+def test_held_out_count(count, held_out):
+    assert held_out_count(count) == held_out
+
+
+def test_a_folder_keeps_its_split_and_gives_the_domain_its_name(tmp_path):
+    write(tmp_path / "cooking" / "train.jsonl", *numbered(4))
+    write(tmp_path / "cooking" / "valid.jsonl", {"text": "held out"})
+    documents = load_documents([str(tmp_path / "cooking")])
+    assert splits(documents) == {("cooking", "train"): 4, ("cooking", "valid"): 1}
+    assert documents[4]["text"] == "held out"
+
+
+def test_own_domains_count_only_where_all_records_have_one(tmp_path):
+    some = write(tmp_path / "some.jsonl", *numbered(2, domain="own"), {"text": "without"})
+    every = write(tmp_path / "every.jsonl", *numbered(2, domain="own"), {"text": " \n"})
+    assert splits(load_documents([some, every])).keys() == {
+        ("some", "train"),
+        ("some", "valid"),
+        ("own", "train"),
+        ("own", "valid"),
+    }
+
+
+def test_blank_documents_are_dropped(tmp_path):
+    source = write(
+        tmp_path / "a.jsonl", {"text": "a"}, {"text": ""}, {"text": " \n\t"}, {"text": None}, {"text": "b"}
+    )
+    assert load_documents([source])["text"][:] == ["a", "b"]
+
+
+def test_scalar_columns_are_kept_and_nested_ones_flattened(tmp_path):
+    source = write(
+        tmp_path / "a.jsonl",
+        {
+            "text": "a",
+            "meta": {"pile_set_name": "Code", "deep": {"n": 1}},
+            "tags": ["x"],
+            "score": 1,
+            "split": "x",
+        },
+        {"text": "b", "meta": {"pile_set_name": None}, "score": "high"},
+    )
+    other = write(tmp_path / "b.jsonl", {"text": "c", "ok": True}, {"text": "d", "ok": False})
+    documents = load_documents([source, other])
+    assert documents.column_names == [
+        "text",
+        "domain",
+        "split",
+        "meta.pile_set_name",
+        "meta.deep.n",
+        "score",
+        "ok",
+    ]
+    assert documents["meta.pile_set_name"][:] == ["Code", None, None, None]
+    assert documents["meta.deep.n"][:] == [1, None, None, None]
+    assert documents["score"][:] == ["1", "high", None, None]
+    assert documents["ok"][:] == [None, None, True, False]
+    assert documents["split"][:] == ["train", "valid"] * 2
+
+
+def test_values_that_arrow_cannot_hold(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(
+        '{"text": "half \\ud83d pair \\ud83d\\ude00", "id": 123456789012345678901}\n{"text": "b", "id": 1}\n'
+    )
+    documents = load_documents([str(path)])
+    assert documents["text"][0] == "half \ufffd pair \U0001f600"
+    assert documents["id"][:] == ["123456789012345678901", "1"]
+
+
+def test_instruction_records_go_through_the_template(tmp_path):
+    dolly = {"instruction": "Ask", "context": "", "response": "Answer", "category": "qa"}
+    alpaca = {"instruction": "Ask", "input": "Given", "output": "Answer"}
+    source = write(tmp_path / "a.jsonl", dolly, alpaca)
+    documents = load_documents([source], template="plain")
+    assert documents["text"][:] == ["Ask\n\nAnswer", "Ask\n\nGiven\n\nAnswer"]
+    assert documents.column_names == ["text", "domain", "split", "category"]
+    assert "### Response:\nAnswer" in load_documents([source])["text"][0]
+
+
+def test_text_wins_over_a_template_unless_one_is_asked_for(tmp_path):
+    source = write(tmp_path / "a.jsonl", *[{"text": "whole", "instruction": "Ask", "response": "Answer"}] * 2)
+    assert load_documents([source])["text"][0] == "whole"
+    assert load_documents([source], template="plain")["text"][0] == "Ask\n\nAnswer"
+
+
+def test_wikimix_domains_and_splits(wikimix):
+    documents = load_documents(["wikimix"], wikimix_documents=20, seed=7)
+    assert splits(documents) == {
+        (name, split): count
+        for name in ("prose", "python", "recipes")
+        for split, count in (("train", 20), ("valid", 2))
+    }
+    assert documents[0]["text"] == "prose train 7 0" and documents[20]["text"] == "prose valid 7 0"
+    some = load_documents(["wikimix:recipes, prose"], wikimix_documents=3)
+    assert splits(some).keys() == {
+        ("recipes", "train"),
+        ("recipes", "valid"),
+        ("prose", "train"),
+        ("prose", "valid"),
+    }
+    with pytest.raises(UserError, match="got 'pyton' .did you mean 'python'"):
+        load_documents(["wikimix:pyton"])
+
+
+def test_source_labels_are_distinct(tmp_path):
+    paths = [
+        write(tmp_path / name, {"text": "a"})
+        for name in ("a/x.jsonl", "b/x.jsonl", "a/train.jsonl", "c/train.json")
+    ]
+    labels = source_labels([*paths, paths[0], paths[0], "owner/name", str(tmp_path / "a")])
+    assert labels == ["x", "b-x", "a", "c", "a-x", "a-x-2", "name", f"{tmp_path.name}-a"]
+
+
+def test_absolute_sources(tmp_path, monkeypatch):
+    write(tmp_path / "a.jsonl", {"text": "a"})
+    (tmp_path / "wikimix").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert absolute_sources(["a.jsonl", "wikimix", "owner/name"]) == [
+        str(tmp_path / "a.jsonl"),
+        "wikimix",
+        "owner/name",
+    ]
+    assert is_wikimix("wikimix:prose") and not is_wikimix("./wikimix") and not is_wikimix("wikimixed")
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"prompt": "a", "answer": "b"}, "got prompt, answer in .*a.jsonl, line 1"),
+        ({}, "got no columns"),
+        ({"text": ["a"]}, "got text"),
+        ({"text": "  "}, "expected documents in .*a.jsonl.*, got none"),
+    ],
+)
+def test_unusable_records_are_one_line(tmp_path, record, message):
+    with pytest.raises(UserError, match=message) as caught:
+        load_documents([write(tmp_path / "a.jsonl", record)])
+    assert "\n" not in str(caught.value)
+
+
+def test_empty_sources_are_refused(tmp_path):
+    for name in ("a.jsonl", "a.txt", "a.json"):
+        with pytest.raises(UserError, match=f"expected documents in .*{name}"):
+            load_documents([write(tmp_path / name)])
+    with pytest.raises(UserError, match="at least one data source"):
+        load_documents([])
+    write(tmp_path / "held" / "train.jsonl")
+    write(tmp_path / "held" / "valid.jsonl", {"text": "a"})
+    with pytest.raises(UserError, match="expected documents in .*held"):
+        load_documents([str(tmp_path / "held")])
+
+
+@pytest.mark.parametrize("name", ["stories", "recipes", "math_gsm8k", "medical_qa", "dolly_shepherd"])
+def test_real_data(name):
+    folder = SHARED / "data" / name
+    if not folder.is_dir():
+        pytest.skip(f"no real data: {folder} is absent")
+    lines = {
+        split: sum(
+            (len(json.loads(path.read_text())) if path.suffix == ".json" else path.read_text().count("\n"))
+            for path in folder.iterdir()
+            if any(word in path.name for word in words)
+        )
+        for split, words in {"train": ("train",), "valid": ("valid", "test")}.items()
+    }
+    documents = load_documents([str(folder)])
+    assert splits(documents) == {(name, split): count for split, count in lines.items()}
+
+
+def test_the_real_wikimix_fits():
+    documents = load_documents(["wikimix:recipes,prose"], wikimix_documents=10, seed=1)
+    assert splits(documents) == {
+        (name, split): count
+        for name in ("recipes", "prose")
+        for split, count in (("train", 10), ("valid", 1))
+    }
+    assert len(set(documents["text"])) == 22
