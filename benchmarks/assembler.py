@@ -21,10 +21,10 @@ from torch import Tensor
 from benchmarks.material import bootstrapped, data_sources, domain_blocks, model_path
 from benchmarks.runner import Measured, OnStep, run_benchmark
 from benchmarks.statistics import interval
-from clients.lookahead import best_residents
 from clients.residents.assembler import Assembler, choose_residents, most_used, train_assembler
 from clients.residents.expert_features import expert_features
-from clients.trainer import LocalTraining, train_locally
+from clients.residents.trial_training import best_residents
+from clients.training.trainer import LocalTraining, train_locally
 from configs.schema import RunConfig
 from federated.data.blocks import Blocks, batches, take
 from models.graph.runtime_settings import residents, scaled_visits, set_residents, visiting

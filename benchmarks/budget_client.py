@@ -19,7 +19,7 @@ from flwr.app import Context, RecordDict
 from benchmarks.runner import peak_bytes
 from clients.data_stream import client_documents
 from clients.participant import Participant
-from clients.trainer import train_locally
+from clients.training.trainer import train_locally
 from configs.schema import load_run_config
 from federated.data.blocks import batches
 from federated.protocol.messages import Request

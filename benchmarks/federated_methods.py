@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from clients.trainer import LocalTraining
+from clients.training.trainer import LocalTraining
 from federated.data.blocks import Blocks, batches
 from models.runtime.perplexity import LossSum, evaluate_loss
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from benchmarks.material import data_sources, domain_blocks, model_path
 from benchmarks.runner import Measured, OnStep, run_benchmark
 from benchmarks.statistics import interval
-from clients.trainer import LocalTraining, train_locally
+from clients.training.trainer import LocalTraining, train_locally
 from federated.data.blocks import Blocks, batches
 from models.bootstrap.build import BootstrapPlan, LayerExperts, build_graph, plan_experts
 from models.checkpoints.load import load_dense

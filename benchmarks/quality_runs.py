@@ -16,7 +16,7 @@ from benchmarks.averaging import Averaging
 from benchmarks.federated_methods import Client, Method, Schedule
 from benchmarks.material import data_sources, domain_blocks, model_path
 from benchmarks.sparse_experts import SparseExperts
-from clients.trainer import LocalTraining
+from clients.training.trainer import LocalTraining
 from configs.schema import RunConfig
 from models.bootstrap.build import BootstrapPlan
 from models.bootstrap.pipeline import bootstrap_checkpoint

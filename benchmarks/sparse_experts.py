@@ -12,8 +12,8 @@ from torch import Tensor
 
 from benchmarks.federated_methods import Client, Schedule, Traffic, held_out_losses
 from clients.shipment import choose_shipment, drawn_with
-from clients.slopes import entry_slopes
-from clients.trainer import train_locally
+from clients.training.gradient_rms import entry_slopes
+from clients.training.trainer import train_locally
 from configs.schema import RunConfig
 from federated.aggregation.combine import Contribution, aggregate
 from federated.protocol.messages import Reply, Request, message_bytes, write_reply, write_request

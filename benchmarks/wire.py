@@ -20,7 +20,7 @@ from benchmarks.statistics import alternate, median_ratio
 from benchmarks.wire_lowrank import energy_ratios
 from benchmarks.wire_peers import dense_peers, plain_pack, plain_select, plain_unpack
 from benchmarks.wire_updates import TrainingSettings, kept, random_update, side_by_side, trained_updates
-from clients.trainer import LocalTraining
+from clients.training.trainer import LocalTraining
 from federated.updates.update import SparseUpdate, SparseVector, Unit
 from federated.wire.codec import pack_update, packed_stats, unpack_update
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.material import bootstrapped, data_sources, domain_blocks, model_path
-from clients.trainer import LocalTraining, train_locally
+from clients.training.trainer import LocalTraining, train_locally
 from federated.data.blocks import Blocks, batches
 from federated.selection.entries import largest_share, sparsify
 from federated.updates.update import SparseUpdate, SparseVector, Unit

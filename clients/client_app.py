@@ -10,9 +10,9 @@ from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 from transformers.utils.logging import disable_progress_bar
 
-from clients.local_copy import VersionMismatch
-from clients.local_graph import NeedsRecipe
 from clients.participant import Participant
+from clients.state.local_copy import VersionMismatch
+from clients.state.local_graph import NeedsRecipe
 from configs.schema import RunConfig, load_run_config
 from federated.protocol.messages import (
     NEEDS_RECIPE,

@@ -10,19 +10,19 @@ import torch
 from flwr.app import Context
 from torch import Tensor
 
-from clients.budget import client_budget
 from clients.data_stream import client_documents, pack_client
-from clients.local_copy import bring_to_version, client_folder
-from clients.local_graph import local_graph
-from clients.lookahead import best_residents
-from clients.resident_model import changes, hold_residents
 from clients.residents.assembler import most_used, train_assembler
+from clients.residents.budget import client_budget
 from clients.residents.expert_features import expert_features
+from clients.residents.trial_training import best_residents
 from clients.shipment import carried_over, choose_shipment, drawn_with, shipped_in, with_own_limits
-from clients.slopes import entry_slopes
-from clients.starting_point import StartingPoint
-from clients.store import ClientStore
-from clients.trainer import Batch, LocalTraining, train_locally
+from clients.state.local_copy import bring_to_version, client_folder
+from clients.state.local_graph import local_graph
+from clients.state.store import ClientStore
+from clients.training.gradient_rms import entry_slopes
+from clients.training.resident_model import changes, hold_residents
+from clients.training.starting_point import StartingPoint
+from clients.training.trainer import Batch, LocalTraining, train_locally
 from configs.schema import RunConfig
 from federated.aggregation.usage import UsageCounter, pack_usage
 from federated.data.blocks import Blocks, batches, take

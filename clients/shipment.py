@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from clients.residual import Kept, Shipped
+from clients.state.residual import Kept, Shipped
 from configs.errors import UserError
 from configs.schema import RunConfig, load_run_config
 from federated.protocol.messages import Request
@@ -70,7 +70,7 @@ def choose_shipment(
     Args:
         model: after local training; says which graph that was.
         deltas: ``[size]`` of each unit that trained.
-        slopes: of the loss along these, as ``clients.slopes.entry_slopes`` gives them; without any, magnitude counts.
+        slopes: of the loss along these, as ``clients.training.gradient_rms.entry_slopes`` gives them; without any, magnitude counts.
         residual: as ``carried_over`` gives it.
         config: with the client's own limits.
         generator: of the draw, where experts are drawn.

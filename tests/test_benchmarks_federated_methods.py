@@ -9,7 +9,7 @@ import torch
 from benchmarks.averaging import Averaging
 from benchmarks.federated_methods import Client, Schedule
 from benchmarks.sparse_experts import SparseExperts
-from clients.trainer import LocalTraining
+from clients.training.trainer import LocalTraining
 from configs.schema import RunConfig
 from federated.data.blocks import Blocks
 from models.checkpoints.load import load_dense

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from clients.store import ClientStore
+from clients.state.store import ClientStore
 from models.checkpoints.disk_experts import open_mapped
 from models.checkpoints.save import read_graph
 from scripts.deploy import submit

@@ -17,8 +17,8 @@ import torch
 from flwr.app import Error, Message, MetricRecord, RecordDict
 
 from clients.client_app import app as client_app
-from clients.global_copy import GlobalCopy
-from clients.store import ClientStore
+from clients.state.global_copy import GlobalCopy
+from clients.state.store import ClientStore
 from configs.errors import UserError
 from configs.schema import RunConfig
 from federated.aggregation.usage import unpack_usage

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from clients.starting_point import StartingPoint, resident_units
+from clients.training.starting_point import StartingPoint, resident_units
 from configs.schema import RunConfig
 from federated.updates.lazy_vectors import LazyVectors
 from models.checkpoints.disk_experts import materialise

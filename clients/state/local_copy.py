@@ -7,7 +7,7 @@ from pathlib import Path
 
 from flwr.app import Context
 
-from clients.store import ClientStore
+from clients.state.store import ClientStore
 from configs.paths import cache_folder
 from configs.schema import RunConfig
 from federated.protocol.messages import Request

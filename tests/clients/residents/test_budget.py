@@ -3,7 +3,7 @@ from __future__ import annotations
 import psutil
 import pytest
 
-from clients.budget import activation_bytes, budget_of_memory, client_budget, expert_bytes
+from clients.residents.budget import activation_bytes, budget_of_memory, client_budget, expert_bytes
 from configs.errors import UserError
 from configs.schema import load_run_config
 from models.checkpoints.disk_experts import open_mapped
@@ -58,7 +58,7 @@ def test_what_cannot_be_held_is_refused(model, node, words):
 
 def test_as_many_experts_as_fit_are_held(model, monkeypatch):
     config = config_of(batch_size=1, block_size=16)
-    monkeypatch.setattr("clients.budget.expert_bytes", lambda config, model: 100.0 * MIB)
+    monkeypatch.setattr("clients.residents.budget.expert_bytes", lambda config, model: 100.0 * MIB)
     for fitting in (1, 2, 4):
         # Half an expert more than fits: the process itself may grow a little in between.
         memory = int(occupied(model, config) + 100 * (fitting + 0.5))
@@ -90,7 +90,7 @@ def test_the_bytes_of_an_expert_follow_from_how_it_is_trained(model):
 
 
 def test_a_byte_budget_takes_memory_of_its_own(model, monkeypatch):
-    monkeypatch.setattr("clients.budget.expert_bytes", lambda config, model: 100.0 * MIB)
+    monkeypatch.setattr("clients.residents.budget.expert_bytes", lambda config, model: 100.0 * MIB)
     config = config_of(batch_size=1, block_size=16)
     memory = int(occupied(model, config) + 350)
     held = [

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from clients.starting_point import resident_units
-from clients.trainer import LocalTraining, expert_parameters, train_locally
+from clients.training.starting_point import resident_units
+from clients.training.trainer import LocalTraining, expert_parameters, train_locally
 from configs.errors import UserError
 from federated.aggregation.usage import UsageCounter
 from models.checkpoints.save import read_graph

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from clients.optimiser import make_optimizer, make_schedule
-from clients.slopes import second_moments
+from clients.training.gradient_rms import second_moments
+from clients.training.optimiser import make_optimizer, make_schedule
 from configs.errors import UserError
 from models.graph.router_losses import Routing, collect_routing, router_loss
 from models.graph.runtime_settings import checkpointing
@@ -36,7 +36,7 @@ class LocalTraining:
     Attributes:
         steps: optimizer steps.
         learning_rate: before any schedule.
-        weight_decay: see ``clients.optimiser``.
+        weight_decay: see ``clients.training.optimiser``.
         max_grad_norm: 0 for no clipping.
         autocast: run matrix products in bf16.
         train: ``all``, ``experts`` (without their routing) or ``routing``.
@@ -81,7 +81,7 @@ class LocalResult:
     Attributes:
         losses: loss of each step without router losses, nats per token.
         tokens: labelled tokens trained on.
-        moments: of the gradients, see ``clients.slopes.second_moments``; empty where they are not kept.
+        moments: of the gradients, see ``clients.training.gradient_rms.second_moments``; empty where they are not kept.
     """
 
     losses: list[float]

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from clients.local_copy import VersionMismatch, bring_to_version, client_folder
-from clients.store import ClientStore
+from clients.state.local_copy import VersionMismatch, bring_to_version, client_folder
+from clients.state.store import ClientStore
 from configs.schema import load_run_config
 from experts.graph.edge_edits import Edit
 from federated.protocol.steps import apply_step

@@ -5,10 +5,10 @@ from itertools import repeat
 import pytest
 import torch
 
-from clients.optimiser import make_optimizer
-from clients.slopes import entry_slopes, second_moments
-from clients.starting_point import resident_units
-from clients.trainer import LocalTraining, train_locally
+from clients.training.gradient_rms import entry_slopes, second_moments
+from clients.training.optimiser import make_optimizer
+from clients.training.starting_point import resident_units
+from clients.training.trainer import LocalTraining, train_locally
 from models.graph.expert_modules import materialise_modules
 from models.graph.lora import attach_lora
 from models.graph.runtime_settings import residents, set_residents

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from clients.participant import Participant
-from clients.residual import ResidualStore
+from clients.state.residual import ResidualStore
 from configs.schema import load_run_config
 from federated.aggregation.usage import unpack_usage
 from federated.wire.codec import unpack_update

@@ -10,7 +10,7 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
-from clients.trainer import Batch, LocalTraining, train_locally
+from clients.training.trainer import Batch, LocalTraining, train_locally
 from models.graph.runtime_settings import set_residents
 from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from clients.checked_file import write_checked
-from clients.global_copy import GlobalCopy
+from clients.state.checked_file import write_checked
+from clients.state.global_copy import GlobalCopy
 from experts.graph.edge_edits import Edit
 from experts.graph.expert_graph import ExpertGraph
 from federated.protocol.copy_hash import copy_hash, unit_digest

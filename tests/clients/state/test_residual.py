@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 
-from clients.residual import ResidualStore, Shipped
+from clients.state.residual import ResidualStore, Shipped
 from federated.updates.lazy_vectors import LazyVectors
 
 VECTORS = {(0, -1): torch.randn(3), (0, 2): torch.randn(5), (0, 10): torch.randn(2), (11, 0): torch.randn(1)}
@@ -131,7 +131,7 @@ SAVES_FOR_EVER = """
 import itertools, sys
 from pathlib import Path
 import torch
-from clients.residual import ResidualStore, Shipped
+from clients.state.residual import ResidualStore, Shipped
 store = ResidualStore(Path(sys.argv[1]))
 for number in itertools.count(1):
     vectors = {(0, e): torch.full((50_000,), float(number)) for e in range(4)}

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from clients.checked_file import check_in_turn, read_checked, read_tensor, write_checked, write_in_turn
+from clients.state.checked_file import check_in_turn, read_checked, read_tensor, write_checked, write_in_turn
 
 TENSORS = {
     "a": torch.arange(600.0).view(20, 30).T,

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from clients.starting_point import StartingPoint, resident_units
+from clients.training.starting_point import StartingPoint, resident_units
 from models.checkpoints.disk_experts import materialise, open_mapped
 from models.graph.unit_vectors import read_unit, write_unit
 from tests.tiny_federation import all_equal

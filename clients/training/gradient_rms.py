@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from clients.starting_point import resident_units
+from clients.training.starting_point import resident_units
 from federated.updates.lazy_vectors import LazyVectors
 from models.graph.unit_vectors import Unit, flatten_weights
 from models.remote_code.experts_fedgraft import ExpertGraphMLP

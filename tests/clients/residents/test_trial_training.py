@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 
-from clients.lookahead import best_residents
-from clients.trainer import LocalTraining, train_locally
+from clients.residents.trial_training import best_residents
+from clients.training.trainer import LocalTraining, train_locally
 from models.checkpoints.disk_experts import materialise, open_mapped
 from models.graph.runtime_settings import residents, set_residents
 from tests.tiny_graphs import graph_of, random_ids

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from clients.checked_file import read_checked, write_checked
+from clients.state.checked_file import read_checked, write_checked
 from experts.graph.expert_graph import ExpertGraph
 from federated.protocol.copy_hash import copy_hash, unit_digest, vector_digest
 from federated.updates.update import parse_unit, unit_name

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
-from clients.checked_file import read_checked, write_checked
-from clients.global_copy import GlobalCopy
 from clients.residents.assembler import Assembler
-from clients.residual import ResidualStore
+from clients.state.checked_file import read_checked, write_checked
+from clients.state.global_copy import GlobalCopy
+from clients.state.residual import ResidualStore
 from federated.data.blocks import Blocks
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clients.checked_file import check_in_turn, read_tensor, write_in_turn
+from clients.state.checked_file import check_in_turn, read_tensor, write_in_turn
 from federated.updates.lazy_vectors import LazyVectors
 from federated.updates.update import Unit, parse_unit, unit_name
 

@@ -6,7 +6,6 @@ from flwr.app import Message
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clients.residual import Kept, ResidualStore, Shipped
 from clients.shipment import (
     carried_over,
     choose_shipment,
@@ -15,7 +14,8 @@ from clients.shipment import (
     shipped_in,
     with_own_limits,
 )
-from clients.store import ClientStore
+from clients.state.residual import Kept, ResidualStore, Shipped
+from clients.state.store import ClientStore
 from configs.errors import UserError
 from configs.schema import RunConfig
 from federated.protocol.messages import Request, read_reply, read_request

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from clients import local_graph as module
-from clients.local_graph import NeedsRecipe, local_graph, node_cache
+from clients.state import local_graph as module
+from clients.state.local_graph import NeedsRecipe, local_graph, node_cache
 from configs.errors import UserError
 from configs.schema import load_run_config
 from federated.protocol.messages import NEEDS_RECIPE, Request, read_request

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from clients.residents.assembler import Assembler
-from clients.store import ClientStore
+from clients.state.store import ClientStore
 from federated.data.blocks import Blocks
 from models.checkpoints.disk_experts import open_mapped
 from tests.test_clients_checked_file import damaged

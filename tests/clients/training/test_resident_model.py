@@ -5,9 +5,9 @@ from itertools import repeat
 import pytest
 import torch
 
-from clients.resident_model import changes, hold_residents
-from clients.starting_point import StartingPoint
-from clients.trainer import LocalTraining, train_locally
+from clients.training.resident_model import changes, hold_residents
+from clients.training.starting_point import StartingPoint
+from clients.training.trainer import LocalTraining, train_locally
 from configs.schema import load_run_config
 from models.checkpoints.disk_experts import open_mapped
 from models.checkpoints.load import load_graph
