@@ -27,11 +27,13 @@ from federated.aggregation.usage import pack_usage
 from federated.protocol.messages import Reply, write_reply
 from federated.wire.codec import unpack_update
 from models.graph.unit_vectors import unit_sizes
-from server.exchange import exchange
-from server.global_model import GlobalModel
-from server.reply_spool import ReplySpool
-from server.round_replies import check_replies
-from server.run_observer import RunObserver  # noqa: F401 - imports that a server makes count as imports
+from server.model.global_model import GlobalModel
+from server.rounds.exchange import exchange
+from server.rounds.reply_spool import ReplySpool
+from server.rounds.run_observer import (  # noqa: F401 - imports that a server makes count as imports
+    RunObserver,
+)
+from server.rounds.validation import check_replies
 
 _MIB = 2**20
 _CLEAR = Path("/proc/self/clear_refs")

@@ -22,7 +22,7 @@ from federated.updates.update import parse_unit
 from federated.wire.codec import pack_update, unpack_update
 from models.graph.unit_vectors import Unit, read_unit, unit_sizes
 from models.runtime.perplexity import LossSum
-from server.global_model import GlobalModel
+from server.model.global_model import GlobalModel
 
 
 class SparseExperts:

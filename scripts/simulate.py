@@ -44,10 +44,10 @@ def simulate(
 
     Runs real Flower processes: a SuperLink, the simulation engine, the ServerApp and the ClientApp of this project.
     """
-    from server.live_table import following
-    from server.run_log import clear_run
-    from server.run_observer import read_summary
-    from server.simulation import run_simulation
+    from server.flower.simulation import run_simulation
+    from server.reporting.live_table import following
+    from server.reporting.run_log import clear_run
+    from server.rounds.run_observer import read_summary
 
     quiet_libraries()
     given = {
@@ -135,7 +135,7 @@ def summary_lines(summary: dict[str, Any]) -> list:
     """The result of a run for a reader: a table of clients, then bytes, edits and paths."""
     from rich.table import Table
 
-    from server.live_table import human_bytes
+    from server.reporting.live_table import human_bytes
 
     table = Table("client", "budget", title="held-out perplexity of the global model")
     for column in ("before", "after", "after, personal"):

@@ -19,10 +19,10 @@ from federated.data.documents import load_documents
 from models.bootstrap.calibration import sample_text
 from models.files.config_file import check_is_graph, read_config
 from models.graph.runtime_settings import set_visits, set_walk
-from server.call_trace import call_trace
-from server.federation import Federation
-from server.global_model import GlobalModel
-from server.run_observer import RunObserver
+from server.model.global_model import GlobalModel
+from server.reporting.call_trace import call_trace
+from server.rounds.loop import Federation
+from server.rounds.run_observer import RunObserver
 
 app = ServerApp()
 
@@ -39,7 +39,7 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def run_federation(grid: Grid, config: RunConfig, *, run_id: int) -> dict:
-    """Run a federation over ``grid`` and return its summary (see ``server.run_observer``)."""
+    """Run a federation over ``grid`` and return its summary (see ``server.rounds.run_observer``)."""
     disable_progress_bar()
     torch.set_num_threads(config.num_threads)
     torch.manual_seed(config.seed)

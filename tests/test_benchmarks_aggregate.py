@@ -9,7 +9,7 @@ from benchmarks.aggregate import measure, write_replies
 from benchmarks.aggregate_server import packed_round
 from federated.wire.codec import unpack_update
 from models.graph.unit_vectors import read_unit, unit_sizes
-from server.global_model import GlobalModel
+from server.model.global_model import GlobalModel
 from tests.tiny_federation import save_tiny_graph
 
 

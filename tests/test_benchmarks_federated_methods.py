@@ -13,7 +13,7 @@ from clients.training.trainer import LocalTraining
 from configs.schema import RunConfig
 from federated.data.blocks import Blocks
 from models.checkpoints.load import load_dense
-from server.global_model import GlobalModel
+from server.model.global_model import GlobalModel
 from tests.tiny_federation import save_tiny_graph
 
 TRAINING = LocalTraining(steps=2, learning_rate=1e-2, schedule="linear", autocast=False)

@@ -9,7 +9,7 @@ import pytest
 
 from configs.errors import UserError
 from scripts.simulate import PROJECT, read_run_config, summary_lines
-from server.flower_process import job_processes, stop_job
+from server.flower.flower_process import job_processes, stop_job
 from tests.command import assert_refused, run, tree
 from tests.tiny_federation import assert_run_succeeded, run_values, save_tiny_graph, write_texts
 
@@ -56,7 +56,7 @@ def simulations(monkeypatch) -> list[tuple[Path, dict]]:
         options["log_dir"].mkdir(parents=True, exist_ok=True)
         (options["log_dir"] / "summary.json").write_text(json.dumps(SUMMARY))
 
-    monkeypatch.setattr("server.simulation.run_simulation", simulate)
+    monkeypatch.setattr("server.flower.simulation.run_simulation", simulate)
     return calls
 
 
@@ -171,7 +171,7 @@ def test_a_failed_run_is_a_failure_of_one_line(place, capsys, monkeypatch):
     def fail(*_, **__):
         raise UserError("expected better data, got worse")
 
-    monkeypatch.setattr("server.simulation.run_simulation", fail)
+    monkeypatch.setattr("server.flower.simulation.run_simulation", fail)
     assert_refused(run(capsys, *COMMAND, "--json"), "expected better data, got worse", as_json=True)
 
 
@@ -230,7 +230,7 @@ def test_a_real_federation_on_flowers_simulation_engine(graph, tmp_path, capsys,
         stop_job(job)
         left.extend(job_processes(job))
 
-    monkeypatch.setattr("server.simulation.stop_job", stop)
+    monkeypatch.setattr("server.flower.simulation.stop_job", stop)
     scratch = scratch_folders(monkeypatch)
     # Where the command is given must not matter to the app.
     (tmp_path / "here" / "clients").mkdir(parents=True)
@@ -270,5 +270,5 @@ def scratch_folders(monkeypatch) -> list[Path]:
             folders.append(Path(folder))
         return folder
 
-    monkeypatch.setattr("server.simulation.tempfile.mkdtemp", remember)
+    monkeypatch.setattr("server.flower.simulation.tempfile.mkdtemp", remember)
     return folders

@@ -26,8 +26,8 @@ from models.checkpoints.save import read_graph, save_graph
 from models.graph.unit_vectors import unit_sizes
 from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 from server.app import open_global_model, server_text
-from server.federation import Federation
-from server.run_observer import RunObserver
+from server.rounds.loop import Federation
+from server.rounds.run_observer import RunObserver
 from tests.grid import RUN_ID, Fault, InProcessGrid
 from tests.tiny_graphs import graph_of
 

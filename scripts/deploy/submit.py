@@ -10,7 +10,7 @@ from pathlib import Path
 
 from configs.errors import UserError
 from configs.values import parse_assignments
-from server.flower_process import (
+from server.flower.flower_process import (
     JOB_VARIABLE,
     RunFailed,
     flower_environment,
@@ -19,7 +19,7 @@ from server.flower_process import (
     wait_until_healthy,
     write_connection,
 )
-from server.flower_run import run_and_wait
+from server.flower.flower_run import run_and_wait
 
 
 def main() -> int:

@@ -14,7 +14,7 @@ from federated.updates.update import RefusedUpdate
 from models.checkpoints.disk_experts import open_mapped
 from models.checkpoints.load import load_graph
 from models.checkpoints.save import read_graph
-from server.global_model import GlobalModel
+from server.model.global_model import GlobalModel
 from tests.tiny_federation import (
     all_equal,
     next_step,

@@ -1,0 +1,199 @@
+"""One run of a Flower app: bundle and submit it, follow its log, learn how it truly ended."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from configs.errors import UserError
+from server.flower.flower_process import CONNECTION, RunFailed, resolve_program, start_process
+
+APP_SUFFIXES = frozenset(
+    {".py", ".toml", ".json", ".jsonl", ".yaml", ".yml", ".md"}
+)  # what a bundle may hold
+ASK_SECONDS = 30.0  # between two questions for the status while the log still flows
+_ANSI = re.compile(r"\x1b\[[0-9;]*m")
+_EXCEPTION = re.compile(r"^((?:\w+\.)*[A-Z]\w*)(?:: (.*))?$")
+# What Flower raises on top of the cause when a thread of the simulation ends: it says nothing.
+_WRAPPER = "An error was encountered. Ending simulation."
+
+RunConfigValues = Mapping[str, bool | int | float | str]
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """Status of a run as Flower tells it, e.g. ``finished:completed``, and its details."""
+
+    state: str
+    details: str
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has ended, well or not."""
+        return self.state.startswith("finished")
+
+
+def run_and_wait(
+    project: Path,
+    *,
+    run_config: RunConfigValues,
+    env: Mapping[str, str],
+    scratch: Path,
+    log_file: Path,
+    timeout: float,
+    federation_config: Mapping[str, int | float] | None = None,
+) -> None:
+    """Submit the app in folder ``project`` to the SuperLink that ``env`` names and wait for its end.
+
+    ``scratch`` is a folder for temporary files, ``timeout`` the seconds the run may take. The run's log goes
+    to ``log_file``. Raises UserError when the ServerApp does, RunFailed for any other failure.
+    """
+    empty = empty_folder(scratch)
+    app = stage_app(Path(project), scratch / "app")
+    config_file = scratch / "run-config.toml"
+    config_file.write_text(tomli_w.dumps(dict(run_config)), encoding="utf-8")
+    run_id = submit(app, config_file=config_file, federation_config=federation_config, env=env, cwd=empty)
+    status = wait_for_run(run_id, env=env, cwd=empty, log_file=log_file, timeout=timeout)
+    raise_for_status(status, log_file)
+
+
+def empty_folder(scratch: Path) -> Path:
+    """The working directory for Flower's processes: Ray puts it ahead of the app on ``sys.path``."""
+    folder = scratch / "empty"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def stage_app(project: Path, target: Path) -> Path:
+    """Copy what Flower could bundle of ``project`` to ``target``; returns ``target``.
+
+    Flower walks every file of a project before it filters, which costs seconds where a virtual environment
+    lies inside. Hidden folders, caches and file types that a bundle never holds are left behind.
+    """
+
+    def unwanted(folder: str, names: list[str]) -> set[str]:
+        return {name for name in names if not _may_be_bundled(Path(folder, name))}
+
+    shutil.copytree(project, target, ignore=unwanted)
+    return target
+
+
+def submit(
+    app: Path,
+    *,
+    config_file: Path,
+    env: Mapping[str, str],
+    cwd: Path,
+    federation_config: Mapping[str, int | float] | None = None,
+) -> str:
+    """``flwr run`` the app in folder ``app``; returns the run id. Raises RunFailed with Flower's message."""
+    command = ["flwr", "run", str(app), CONNECTION, "--format", "json", "--run-config", str(config_file)]
+    if federation_config:
+        command += ["--federation-config", " ".join(f"{k}={v}" for k, v in federation_config.items())]
+    return str(_ask_flwr(command, env=env, cwd=cwd)["run-id"])
+
+
+def run_status(run_id: str, *, env: Mapping[str, str], cwd: Path) -> RunStatus:
+    """What ``flwr ls`` says about a run; raises RunFailed when the SuperLink does not answer."""
+    command = ["flwr", "ls", CONNECTION, "--run-id", run_id, "--format", "json"]
+    run = _ask_flwr(command, env=env, cwd=cwd)["runs"][0]
+    return RunStatus(state=run["status"], details=run["status-details"])
+
+
+def wait_for_run(
+    run_id: str, *, env: Mapping[str, str], cwd: Path, log_file: Path, timeout: float
+) -> RunStatus:
+    """Stream the log of a run into ``log_file`` until it has finished; returns its final status.
+
+    Flower's log stream ends with the run, so the status is asked for rarely while it flows: each
+    question costs a second of CPU. Raises RunFailed after ``timeout`` seconds.
+    """
+    deadline = time.monotonic() + timeout
+    command = ["flwr", "log", run_id, CONNECTION, "--stream"]
+    with log_file.open("wb") as log:
+        stream = start_process(command, env=env, cwd=cwd, stdout=log)
+        try:
+            while (left := deadline - time.monotonic()) > 0:
+                _wait(stream, min(ASK_SECONDS, left))
+                status = run_status(run_id, env=env, cwd=cwd)
+                if status.finished:
+                    _wait(stream, 10.0)
+                    return status
+                time.sleep(0.5)
+        finally:
+            stream.kill()
+            stream.wait()
+            _strip_colors(log_file)
+    raise RunFailed(f"the run did not finish within {timeout:.0f} s (log: {log_file})")
+
+
+def raise_for_status(status: RunStatus, log_file: Path) -> None:
+    """Return when the run completed, otherwise raise its root cause as the log tells it.
+
+    A UserError that the app raised comes out as a UserError, everything else as RunFailed.
+    """
+    if status.state == "finished:completed":
+        return
+    name, message = root_cause(log_file.read_text(encoding="utf-8", errors="replace"))
+    if name.rpartition(".")[2] == UserError.__name__:
+        raise UserError(message)
+    cause = ": ".join(part for part in (name, message) if part) or status.details
+    raise RunFailed(f"the run ended as {status.state}: {cause} (log: {log_file})")
+
+
+def root_cause(log: str) -> tuple[str, str]:
+    """Name and first message line of the exception that ended a run; two empty strings without one."""
+    found = ("", "")
+    in_traceback = False
+    for line in _ANSI.sub("", log).splitlines():
+        if line.startswith("Traceback (most recent call last):"):
+            in_traceback = True
+        elif in_traceback and (match := _EXCEPTION.match(line)):
+            in_traceback = False
+            if match[2] != _WRAPPER:
+                found = (match[1], match[2] or "")
+    return found
+
+
+def _may_be_bundled(path: Path) -> bool:
+    if path.name in ("LICENSE", ".gitignore"):
+        return True
+    if path.name.startswith(".") or path.is_symlink() or path.name == "__pycache__":
+        return False
+    return path.is_dir() or path.suffix in APP_SUFFIXES
+
+
+def _ask_flwr(command: Sequence[str], *, env: Mapping[str, str], cwd: Path) -> dict[str, Any]:
+    """The JSON object that a ``flwr`` command prints; raises RunFailed with its error message instead."""
+    program = resolve_program(command, env)
+    result = subprocess.run(
+        program, env=dict(env), cwd=cwd, stdin=subprocess.DEVNULL, capture_output=True, text=True
+    )
+    try:
+        answer = json.loads(result.stdout[result.stdout.index("{") :])
+    except ValueError:
+        answer = {"error-message": result.stderr or result.stdout}
+    if not answer.get("success"):
+        lines = [line.strip() for line in _ANSI.sub("", answer.get("error-message", "")).splitlines()]
+        message = next((line for line in reversed(lines) if line), "no answer")
+        raise RunFailed(f"`{' '.join(command[:2])}` failed: {message}")
+    return answer
+
+
+def _wait(process: subprocess.Popen[bytes], seconds: float) -> None:
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=seconds)
+
+
+def _strip_colors(path: Path) -> None:
+    path.write_bytes(re.sub(rb"\x1b\[[0-9;]*m", b"", path.read_bytes()))

@@ -1,0 +1,114 @@
+"""One federated run on Flower's simulation engine, from its start to the last process stopped."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from configs.errors import UserError
+from server.flower.flower_process import (
+    RunFailed,
+    flower_environment,
+    free_ports,
+    start_simulator,
+    stop_job,
+    termination_as_interrupt,
+    write_connection,
+)
+from server.flower.flower_run import RunConfigValues, empty_folder, run_and_wait
+
+START_ATTEMPTS = 3  # another program may take the port between the choice and the start
+
+
+def run_simulation(
+    project: Path,
+    *,
+    run_config: RunConfigValues,
+    num_supernodes: int,
+    log_dir: Path,
+    client_cpus: int = 1,
+    timeout: float,
+) -> None:
+    """Run the Flower app in folder ``project`` with ``num_supernodes`` simulated clients until it finishes.
+
+    ``run_config`` holds the keys to set (each must exist under ``[tool.flwr.app.config]``), ``client_cpus``
+    the cores a client occupies while it works, ``timeout`` the seconds the run may take. The log of
+    the run is ``log_dir/flower.log``, the engine's own ``log_dir/superlink.log``. Every process started is
+    stopped before this returns or raises, also on Ctrl-C and SIGTERM.
+
+    Raises UserError when the ServerApp does, RunFailed with the root cause for any other failure.
+    """
+    if num_supernodes < 1:
+        raise UserError(f"expected at least one client, got {num_supernodes}")
+    cores = os.cpu_count() or 1
+    if not 1 <= client_cpus <= cores:
+        raise UserError(f"expected 1 to {cores} cores per client on this machine, got {client_cpus}")
+    log_dir = Path(log_dir).resolve()
+    log_dir.mkdir(parents=True, exist_ok=True)
+    federation = {"num-supernodes": num_supernodes, "client-resources-num-cpus": client_cpus}
+    with termination_as_interrupt(), _scratch_folder() as scratch, _simulator(scratch, log_dir) as env:
+        run_and_wait(
+            project,
+            run_config=run_config,
+            federation_config=federation,
+            env=env,
+            scratch=scratch,
+            log_file=log_dir / "flower.log",
+            timeout=timeout,
+        )
+
+
+@contextmanager
+def _simulator(scratch: Path, log_dir: Path) -> Iterator[Mapping[str, str]]:
+    """A SuperLink with the simulation engine; gives the environment that ``flwr`` needs to talk to it.
+
+    It is started here and not by ``flwr run``, which would leave a detached one behind on a fixed port.
+    """
+    job, home = uuid.uuid4().hex, scratch / "home"
+    env = flower_environment(home, job=job) | {"RAY_TMPDIR": str(scratch)}
+    process = None
+    try:
+        with (log_dir / "superlink.log").open("wb") as log:
+            port, process = _start_anywhere(env, empty_folder(scratch), log)
+        write_connection(home, f"127.0.0.1:{port}")
+        yield env
+    finally:
+        stop_job(job)
+        if process is not None:
+            process.wait()
+
+
+def _start_anywhere(env: Mapping[str, str], cwd: Path, log: IO[bytes]) -> tuple[int, subprocess.Popen[bytes]]:
+    """Start the SuperLink on a free port; returns the port and the process."""
+    for _ in range(START_ATTEMPTS - 1):
+        try:
+            return _start_once(env, cwd, log)
+        except RunFailed:
+            continue
+    return _start_once(env, cwd, log)
+
+
+def _start_once(env: Mapping[str, str], cwd: Path, log: IO[bytes]) -> tuple[int, subprocess.Popen[bytes]]:
+    (port,) = free_ports(1)
+    return port, start_simulator(port, env=env, cwd=cwd, log=log)
+
+
+@contextmanager
+def _scratch_folder() -> Iterator[Path]:
+    """A folder for Flower's home, Ray's sockets and an empty working directory; removed at the end.
+
+    Its name is short because the path of a socket may have at most 107 characters.
+    """
+    short = "/tmp" if os.access("/tmp", os.W_OK) else None
+    scratch = Path(tempfile.mkdtemp(prefix="fedgraft-", dir=short))
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)

@@ -1,0 +1,164 @@
+"""The server's global model: fp32 experts, the graph, and the steps that clients replay."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from configs.output import new_directory
+from experts.graph.edge_edits import Edit, apply_edits
+from experts.graph.expert_graph import ExpertGraph
+from federated.protocol.copy_hash import copy_hash, unit_digest
+from federated.protocol.snapshot import pack_snapshot
+from federated.protocol.steps import ServerStep, apply_step, steps_after
+from models.bootstrap.recipe import graph_fingerprint, read_recipe_file
+from models.checkpoints.disk_experts import open_mapped
+from models.checkpoints.load import load_graph, load_tokenizer
+from models.checkpoints.save import cast_weights, read_graph, save_graph, write_graph
+from models.files.config_file import read_dtype
+from models.graph.unit_vectors import Unit, unit_sizes, weight_count
+from server.model.pack_step import pack_step
+
+# As many missing steps may outweigh a snapshot, which takes time to pack; fewer hardly can.
+SNAPSHOT_FROM = 4
+
+
+class GlobalModel:
+    """The model that all clients share.
+
+    It moves only by steps that are packed first and applied as packed, so that a client that replays them holds the
+    same experts bit for bit; what packing loses stays in the server's own residual.
+
+    Args:
+        source: checkpoint of the bootstrapped graph.
+
+    Raises:
+        UserError: no such graph.
+    """
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        self.model = load_graph(source, dtype=torch.float32)
+        self.tokenizer = load_tokenizer(source)
+        self.fingerprint = graph_fingerprint(source)
+        self.version = 0
+        self.steps: list[ServerStep] = []
+        self._dtype = read_dtype(source)
+        self._residual: dict[Unit, Tensor] = {}
+        self._digests: dict[Unit, str] = {}
+        self._copy_hash: str | None = None
+        self._snapshot: bytes | None = None
+
+    @property
+    def graph(self) -> ExpertGraph:
+        """The graph as it is."""
+        return read_graph(self.model)
+
+    def recipe(self) -> bytes:
+        """What builds the bootstrapped graph from its dense base; empty where the checkpoint came without."""
+        return read_recipe_file(self.source)
+
+    def advance(self, change: Mapping[Unit, Tensor], *, value_bits: int, density: float = 1.0) -> None:
+        """Make the next step from an aggregated change ``[size]`` per unit; without any change it moves nothing.
+
+        Args:
+            change: of the units that clients shipped; no other unit moves.
+            value_bits: of the step's values.
+            density: kept entries / all entries of each unit; 1: every entry that a client shipped.
+
+        Raises:
+            UserError: the change is not finite or too large to be sent; the model is left as it was.
+        """
+        graph = self.graph
+        packed = pack_step(
+            change,
+            self._residual,
+            density=density,
+            value_bits=value_bits,
+            graph_version=graph.version,
+            graph_hash=graph.digest(),
+        )
+        step = ServerStep(self.version + 1, packed)
+        moved = apply_step(self.model, step)
+        self._digests |= {unit: unit_digest(self.model, unit) for unit in moved}
+        self.steps.append(step)
+        self.version = step.version
+        self._copy_hash = self._snapshot = None
+
+    def edit(self, edits: list[Edit]) -> None:
+        """Make edits of the graph, as part of the latest step."""
+        write_graph(self.model, apply_edits(self.graph, edits))
+        latest = self.steps.pop()
+        self.steps.append(ServerStep(latest.version, latest.packed, edits))
+        self._copy_hash = self._snapshot = None
+
+    @property
+    def copy_hash(self) -> str:
+        """What a client's copy of this version must hash to."""
+        if self._copy_hash is None:
+            self._copy_hash = copy_hash(self.model, self._digests)
+        return self._copy_hash
+
+    def snapshot(self) -> bytes:
+        """All in which the model differs from the checkpoint it came from."""
+        if self._snapshot is None:
+            base = open_mapped(self.source)
+            self._snapshot = pack_snapshot(self.model, base, self._digests, self.version)
+        return self._snapshot
+
+    def catch_up(self, held: int) -> tuple[list[ServerStep], bytes]:
+        """What a client at version ``held`` needs: the steps since, or no step and a snapshot where that is smaller.
+
+        Args:
+            held: 0 for the checkpoint.
+        """
+        missing = steps_after(self.steps, held)
+        whole = len(missing) == max(self.version - held, 0)
+        if whole and len(missing) < SNAPSHOT_FROM:
+            return missing, b""
+        snapshot = self.snapshot()
+        if whole and sum(step.size() for step in missing) <= len(snapshot):
+            return missing, b""
+        return [], snapshot
+
+    def drop_steps(self, held: int) -> None:
+        """Forget steps up to version ``held``, which every client has, and the oldest of more than one model's bytes.
+
+        Whoever needs them yet gets a snapshot.
+        """
+        self.steps = steps_after(self.steps, held)
+        sizes = unit_sizes(self.model, attention=True)
+        room = 4 * sum(sizes[unit] for unit in self._digests)
+        while len(self.steps) > 1 and sum(step.size() for step in self.steps) > room:
+            self.steps.pop(0)
+
+    @contextmanager
+    def trying(self, edits: list[Edit]) -> Iterator[None]:
+        """Make edits for the time of the block only."""
+        graph = self.graph
+        gains = [
+            (layer.edge_gain.clone(), layer.edge_affinity.clone()) for layer in self.model.expert_layers()
+        ]
+        try:
+            write_graph(self.model, apply_edits(graph, edits))
+            yield
+        finally:
+            write_graph(self.model, graph)
+            with torch.no_grad():
+                for layer, (gain, affinity) in zip(self.model.expert_layers(), gains, strict=True):
+                    layer.edge_gain.copy_(gain)
+                    layer.edge_affinity.copy_(affinity)
+
+    def dense_bytes(self) -> int:
+        """Bytes of all FFN weights in bf16: what dense FedAvg sends a client, each way, in a round."""
+        return 2 * sum(weight_count(layer) * layer.num_experts for layer in self.model.expert_layers())
+
+    def save(self, directory: Path, *, overwrite: bool) -> None:
+        """Write the model as a checkpoint, in the dtype of the one it came from."""
+        with new_directory(directory, overwrite=overwrite) as partial:
+            save_graph(cast_weights(copy.deepcopy(self.model), self._dtype), self.tokenizer, partial)

@@ -1,0 +1,182 @@
+"""The console while a run goes on: a table that grows by one row a round, fed by the run's own log."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.spinner import Spinner
+from rich.table import Table
+
+from server.reporting.run_log import read_merges, read_rounds
+
+POLL_SECONDS = 0.5
+MAX_CLIENT_COLUMNS = 4  # beyond this many clients the table shows the mean and the worst instead
+
+Row = Mapping[str, Any]
+
+
+def follow_run(
+    log_dir: Path, *, is_finished: Callable[[], bool], num_rounds: int, console: Console | None = None
+) -> None:
+    """Show the rounds in ``log_dir`` as they are written, until ``is_finished()`` is true.
+
+    A terminal gets a live table with a status line; anything else one plain line per round.
+    ``console`` defaults to one on stderr.
+    """
+    console = console or Console(stderr=True)
+    follow = _follow_live if console.is_terminal else _follow_plain
+    follow(log_dir, is_finished, num_rounds, console)
+
+
+@contextmanager
+def following(log_dir: Path, *, num_rounds: int, console: Console | None = None) -> Iterator[None]:
+    """Run :func:`follow_run` beside the body of a ``with`` statement and end it with the body."""
+    done = threading.Event()
+    thread = threading.Thread(
+        target=follow_run,
+        args=(log_dir,),
+        kwargs={"is_finished": done.is_set, "num_rounds": num_rounds, "console": console},
+        name="follow-run",
+        daemon=True,
+    )
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def rounds_table(rounds: list[dict[str, Any]], edits: Mapping[int, int]) -> Table:
+    """The table of the rounds so far; ``edits`` maps a round to the number of graph edits made in it."""
+    names = _client_columns(rounds)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for header in ("round", "time", "loss", "perplexity", *names, "up", "down", "density", "edges", "edits"):
+        table.add_column(header, justify="right", overflow="fold")
+    for row in rounds:
+        table.add_row(*_cells(row, names, edits))
+    return table
+
+
+def round_line(row: Row, *, num_rounds: int, edits: int | None) -> str:
+    """One round as a plain line, for a console that is no terminal."""
+    clients = ", ".join(f"{c['name']} {_number(c['perplexity'])}" for c in row["clients"])
+    parts = [
+        f"round {row['round']}/{num_rounds}",
+        f"{row['seconds']:.1f} s",
+        f"train loss {_number(row['train_loss'])}",
+        f"perplexity {_number(row['perplexity'])} ({clients})",
+        f"up {human_bytes(row['bytes_up'])}",
+        f"down {human_bytes(row['bytes_down'])}",
+        f"density {_number(row['density'], digits=4)}",
+        f"edges {sum(row['edges'])}",
+    ]
+    return "  ".join(parts if edits is None else [*parts, f"edits {edits}"])
+
+
+def human_bytes(count: float) -> str:
+    """``count`` bytes with a decimal unit: 950 B, 1.2 kB, 3.4 MB."""
+    if count < 1000:
+        return f"{count:.0f} B"
+    for unit in ("kB", "MB", "GB"):
+        count /= 1000
+        if count < 999.95 or unit == "GB":
+            break
+    return f"{count:.1f} {unit}"
+
+
+def _follow_live(log_dir: Path, is_finished: Callable[[], bool], num_rounds: int, console: Console) -> None:
+    started = round_started = time.monotonic()
+    spinner = Spinner("dots")
+    seen = 0
+    with Live(console=console, refresh_per_second=8) as live:
+        while True:
+            finished = is_finished()
+            rounds, edits = read_rounds(log_dir), _edit_counts(log_dir)
+            if len(rounds) != seen:
+                seen, round_started = len(rounds), time.monotonic()
+            table = rounds_table(rounds, edits)
+            if finished:
+                live.update(table, refresh=True)
+                return
+            planned = seen if _stopped(rounds) else num_rounds
+            spinner.update(text=_status(seen, planned, started, round_started))
+            live.update(Group(table, spinner) if rounds else spinner)
+            time.sleep(POLL_SECONDS)
+
+
+def _follow_plain(log_dir: Path, is_finished: Callable[[], bool], num_rounds: int, console: Console) -> None:
+    seen = 0
+    while True:
+        finished = is_finished()
+        rounds = read_rounds(log_dir)
+        for row in rounds[seen:]:
+            edits = _edit_counts(log_dir).get(row["round"])
+            line = round_line(row, num_rounds=num_rounds, edits=edits)
+            console.print(line, soft_wrap=True, markup=False, highlight=False)
+        if len(rounds) > seen and (reason := _stopped(rounds)):
+            console.print(f"stopped early: {reason}", soft_wrap=True, markup=False, highlight=False)
+        seen = len(rounds)
+        if finished:
+            return
+        time.sleep(POLL_SECONDS)
+
+
+def _status(done: int, num_rounds: int, started: float, round_started: float) -> str:
+    now = time.monotonic()
+    total = _clock(now - started)
+    if not done:
+        return f"starting the federation and round 1 of {num_rounds}  {total}"
+    if done >= num_rounds:
+        return f"finishing after round {done} of {num_rounds}  {total}"
+    return f"round {done + 1} of {num_rounds}  {_clock(now - round_started)}, {total} in all"
+
+
+def _stopped(rounds: list[dict[str, Any]]) -> str | None:
+    """Why the run ended before the rounds that were planned, if it did."""
+    return rounds[-1].get("stopped") if rounds else None
+
+
+def _client_columns(rounds: list[dict[str, Any]]) -> list[str]:
+    names = list(dict.fromkeys(client["name"] for row in rounds for client in row["clients"]))
+    return names if len(names) <= MAX_CLIENT_COLUMNS else ["worst"]
+
+
+def _cells(row: Row, names: list[str], edits: Mapping[int, int]) -> list[str]:
+    perplexities = {client["name"]: client["perplexity"] for client in row["clients"]}
+    known = [value for value in perplexities.values() if value is not None]
+    perplexities.setdefault("worst", max(known, default=None))
+    return [
+        str(row["round"]),
+        f"{row['seconds']:.1f} s",
+        _number(row["train_loss"]),
+        _number(row["perplexity"]),
+        *(_number(perplexities.get(name)) for name in names),
+        human_bytes(row["bytes_up"]),
+        human_bytes(row["bytes_down"]),
+        _number(row["density"], digits=4),
+        str(sum(row["edges"])),
+        str(edits.get(row["round"], "")),
+    ]
+
+
+def _edit_counts(log_dir: Path) -> dict[int, int]:
+    return {merge["round"]: len(merge["edits"]) for merge in read_merges(log_dir)}
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.{digits}f}" if value < 1000 else f"{value:.4g}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    return f"{minutes}:{seconds:02d}"

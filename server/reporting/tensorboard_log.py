@@ -1,0 +1,154 @@
+"""A run as TensorBoard events: curves, byte counts, edits as text, masks and usage as pictures."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.utils.tensorboard import SummaryWriter
+
+from server.reporting.run_log import ClientRecord, MergeRecord, RoundRecord, mean_train_loss
+
+CELL_SIDE = 240  # pixels that one layer's matrix is at least scaled up to
+SEPARATOR = 8  # pixels between the layers of a picture
+SEPARATOR_COLOR = (0.2, 0.45, 0.85)  # unlike every value of a cell, which is grey
+
+
+class TensorBoardLog:
+    """Writes event files under ``log_dir/tensorboard``; the step is the server round everywhere.
+
+    Unless ``resume`` is set, the event files of an earlier run there are removed: TensorBoard would mix them.
+    """
+
+    def __init__(self, log_dir: Path, *, resume: bool = False) -> None:
+        folder = Path(log_dir) / "tensorboard"
+        for earlier in [] if resume else folder.glob("events.out.tfevents.*"):
+            earlier.unlink()
+        self._writer = SummaryWriter(str(folder), flush_secs=5)
+        self._sent: Counter[str] = Counter()
+
+    def round(self, record: RoundRecord) -> None:
+        """Curves of one round: loss, perplexity, bytes, density, seconds, edges per layer."""
+        step = record.round
+        self._scalar("perplexity/overall", record.perplexity, step)
+        self._scalar("loss/overall", mean_train_loss(record.clients), step)
+        self._scalar("density/overall", record.density, step)
+        self._scalar("time/round_seconds", record.seconds, step)
+        self._bytes(record)
+        for layer, edges in enumerate(record.edges):
+            self._scalar(f"edges/layer_{layer:02d}", edges, step)
+        self._scalar("edges/total", sum(record.edges), step)
+        for client in record.clients:
+            self._client(client, step)
+        self._writer.flush()
+
+    def perplexities(self, clients: Mapping[str, float | None], overall: float, step: int) -> None:
+        """Held-out perplexity of the model that the last round left, where the next round would log it."""
+        self._scalar("perplexity/overall", overall, step)
+        for name, value in clients.items():
+            self._scalar(f"perplexity/{name}", value, step)
+        self._writer.flush()
+
+    def merge(self, record: MergeRecord) -> None:
+        """The edits of one merge as a Markdown table, and the loss around it."""
+        self._writer.add_text("graph/edits", edits_table(record), record.round)
+        self._scalar("edges/edits", len(record.edits), record.round)
+        for name in ("loss_before", "loss_after", "gamma_hat"):
+            self._scalar(f"merge/{name}", getattr(record, name), record.round)
+        self._writer.flush()
+
+    def masks(self, name: str, masks: Any, step: int) -> None:
+        """Masks, bool ``[L, E, E]``, as one picture under ``masks/NAME``: white is an edge or open root."""
+        picture = layer_grid(np.asarray(masks, dtype=np.float32))
+        self._writer.add_image(f"masks/{name}", picture, step, dataformats="HWC")
+
+    def usage(self, usage: Any, step: int) -> None:
+        """Traversals ``[L, E, E]`` as a picture (square root, scaled per layer) and tokens per expert.
+
+        The tokens an expert saw are its column: entries on the diagonal plus arrivals along edges.
+        """
+        counts = np.asarray(usage, dtype=np.float64)
+        peaks = np.maximum(counts.max(axis=(1, 2), keepdims=True), np.finfo(np.float64).tiny)
+        picture = layer_grid(np.sqrt(counts / peaks).astype(np.float32))
+        self._writer.add_image("usage/traversals", picture, step, dataformats="HWC")
+        for layer, tokens in enumerate(counts.sum(axis=1)):
+            self._histogram(f"tokens_per_expert/layer_{layer:02d}", tokens, step)
+
+    def close(self) -> None:
+        """Flush and close the event file."""
+        self._writer.close()
+
+    def _bytes(self, record: RoundRecord) -> None:
+        for name in ("bytes_up", "bytes_down", "bytes_up_dense", "bytes_down_dense"):
+            count = getattr(record, name)
+            self._sent[name] += count
+            self._scalar(f"bytes/{name[6:]}", count, record.round)
+            self._scalar(f"bytes_cumulative/{name[6:]}", self._sent[name], record.round)
+
+    def _client(self, client: ClientRecord, step: int) -> None:
+        for tag, value in (
+            ("loss", client.train_loss),
+            ("perplexity", client.perplexity),
+            ("density", client.density),
+            ("bytes_up", client.bytes_up),
+            ("bytes_down", client.bytes_down),
+        ):
+            self._scalar(f"{tag}/{client.name}", value, step)
+        if client.refused is not None:
+            self._writer.add_text(f"refused/{client.name}", client.refused, step)
+
+    def _histogram(self, tag: str, tokens: np.ndarray, step: int) -> None:
+        """One bar per expert (its index on the axis), as high as the tokens it saw."""
+        index = np.arange(len(tokens))
+        self._writer.add_histogram_raw(
+            tag,
+            min=0,
+            max=max(len(tokens) - 1, 0),
+            num=float(tokens.sum()),
+            sum=float(tokens @ index),
+            sum_squares=float(tokens @ index**2),
+            bucket_limits=(index + 0.5).tolist(),
+            bucket_counts=tokens.tolist(),
+            global_step=step,
+        )
+
+    def _scalar(self, tag: str, value: float | None, step: int) -> None:
+        """Write ``value`` unless it is absent or not finite (a gap in the curve says the same)."""
+        if value is not None and math.isfinite(value):
+            self._writer.add_scalar(tag, value, step)
+
+
+def edits_table(record: MergeRecord) -> str:
+    """The edits of a merge as a Markdown table; ``|`` in a reason is escaped."""
+    if not record.edits:
+        return f"round {record.round}: no edit (at most {record.rho_max} allowed)"
+    rows = ["| op | layer | p | q | reason |", "|---|---|---|---|---|"]
+    for edit in record.edits:
+        cells = ("" if edit[key] is None else str(edit[key]) for key in ("op", "layer", "p", "q", "reason"))
+        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(rows)
+
+
+def layer_grid(matrices: np.ndarray) -> np.ndarray:
+    """Lay ``[L, E, E]`` values in 0..1 out as one RGB picture ``[height, width, 3]``, float32.
+
+    Layers run row by row, upscaled without smoothing so that one entry is a visible square,
+    with blue lines around each layer.
+    """
+    layers, experts, _ = matrices.shape
+    scale = max(1, math.ceil(CELL_SIDE / experts))
+    columns = math.ceil(math.sqrt(layers))
+    rows = math.ceil(layers / columns)
+    pitch = experts * scale + SEPARATOR
+    shape = (rows * pitch + SEPARATOR, columns * pitch + SEPARATOR, 3)
+    picture = np.broadcast_to(np.asarray(SEPARATOR_COLOR, dtype=np.float32), shape).copy()
+    for layer, matrix in enumerate(matrices):
+        top = SEPARATOR + layer // columns * pitch
+        left = SEPARATOR + layer % columns * pitch
+        tile = np.kron(np.clip(matrix, 0, 1), np.ones((scale, scale), dtype=np.float32))
+        picture[top : top + len(tile), left : left + len(tile)] = tile[:, :, None]
+    return picture

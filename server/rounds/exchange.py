@@ -1,0 +1,131 @@
+"""One exchange with the clients over a Flower Grid: push, pull until all have answered or time is up."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from flwr.app import Message, RecordDict
+from flwr.serverapp import Grid
+
+from configs.errors import UserError
+from federated.protocol.messages import NEEDS_RECIPE, RESEND, detach_update, message_bytes
+from server.rounds.reply_spool import ReplySpool, SpooledBytes
+
+POLL_SECONDS = 0.2
+LARGEST_REST = 1 << 26  # bytes of a reply beside its update: residency and usage counts need far less
+_PULLED_AT_ONCE = 2  # replies: what Flower hands over at a time is in memory at a time
+_LONGEST_VERSION = 16  # digits
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came back from one node.
+
+    Attributes:
+        content: of the reply; None where there is an error.
+        error: reason why there is none; empty where there is a reply.
+        held_version: version that the node holds, where it asks for the steps since then; else None.
+        bytes_up: of the reply, an error too; 0 where none came.
+        bytes_down: of the request.
+        update: the packed update of the reply, where it was taken out of ``content`` and put on disk.
+        needs_recipe: whether the node asks for the recipe of the graph.
+    """
+
+    content: RecordDict | None
+    error: str
+    held_version: int | None
+    bytes_up: int
+    bytes_down: int
+    update: SpooledBytes | None = None
+    needs_recipe: bool = False
+
+
+def wait_for_nodes(grid: Grid, count: int, *, timeout: float) -> list[int]:
+    """Node ids of at least ``count`` connected clients, in order.
+
+    Raises:
+        UserError: fewer are there after ``timeout`` seconds.
+    """
+    deadline = time.monotonic() + timeout
+    while True:
+        nodes = sorted(grid.get_node_ids())
+        if len(nodes) >= count:
+            return nodes[:count]
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"expected {count} connected clients, got {len(nodes)} within {timeout:.0f} s; "
+                "start more SuperNodes or lower num-clients"
+            )
+        time.sleep(POLL_SECONDS)
+
+
+def exchange(
+    grid: Grid,
+    contents: Mapping[int, RecordDict],
+    message_type: str,
+    *,
+    group: str,
+    timeout: float,
+    spool: ReplySpool | None = None,
+) -> dict[int, Answer]:
+    """Send each node its content and collect one answer per node.
+
+    A node that does not answer within ``timeout`` seconds is answered for with an error.
+
+    Args:
+        grid: Flower's.
+        contents: by node id.
+        message_type: ``train`` or ``evaluate``.
+        group: name of the exchange, for Flower's log.
+        timeout: seconds.
+        spool: takes the packed updates; None leaves them in memory.
+    """
+    messages = [
+        Message(content, dst_node_id=node, message_type=message_type, group_id=group)
+        for node, content in contents.items()
+    ]
+    # Flower's serialisation is the truth about what is sent.
+    sent = {node: message_bytes(message) for node, message in zip(contents, messages, strict=True)}
+    waiting = dict(zip(grid.push_messages(messages), contents, strict=True))
+    answers: dict[int, Answer] = {}
+    deadline = time.monotonic() + timeout
+    while waiting and time.monotonic() < deadline:
+        for reply in _pull(grid, list(waiting)):
+            node = waiting.pop(reply.metadata.reply_to_message_id, None)
+            if node is not None:
+                answers[node] = _read(reply, sent[node], spool)
+        if waiting:
+            time.sleep(POLL_SECONDS)
+    late = f"no answer within {timeout:.0f} s"
+    return answers | {node: Answer(None, late, None, 0, sent[node]) for node in waiting.values()}
+
+
+def _pull(grid: Grid, message_ids: list[str]) -> Iterator[Message]:
+    """The replies that are there, of which only a few are in memory at a time."""
+    for start in range(0, len(message_ids), _PULLED_AT_ONCE):
+        replies = list(grid.pull_messages(message_ids[start : start + _PULLED_AT_ONCE]))
+        while replies:
+            yield replies.pop(0)
+
+
+def _read(reply: Message, bytes_down: int, spool: ReplySpool | None) -> Answer:
+    size = message_bytes(reply)
+    if reply.has_error():
+        reason = reply.error.reason or f"Flower error {reply.error.code}"
+        needs_recipe = reply.error.code == NEEDS_RECIPE
+        held = _held_version(reply, reason)
+        return Answer(None, reason, held, size, bytes_down, needs_recipe=needs_recipe)
+    if spool is None:
+        return Answer(reply.content, "", None, size, bytes_down)
+    content, update = detach_update(reply.content)
+    if size - len(update) > LARGEST_REST:
+        reason = f"expected at most {LARGEST_REST} bytes beside the update, got {size - len(update)}"
+        return Answer(None, reason, None, size, bytes_down)
+    return Answer(content, "", None, size, bytes_down, spool.put(update))
+
+
+def _held_version(reply: Message, reason: str) -> int | None:
+    is_version = reason.isascii() and reason.isdigit() and len(reason) < _LONGEST_VERSION
+    return int(reason) if reply.error.code == RESEND and is_version else None

@@ -1,0 +1,223 @@
+"""Turns what happens in a run into its log files, its TensorBoard events, and its summary."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from configs.output import finite, write_json
+from experts.graph.expert_graph import ExpertGraph
+from federated.protocol.messages import Reply, read_reply
+from federated.protocol.steps import step_stats
+from federated.updates.update import RefusedUpdate
+from models.runtime.perplexity import LossSum
+from server.model.global_model import GlobalModel
+from server.reporting.run_log import ClientRecord, MergeRecord, RoundRecord, RunLog, pad_masks
+from server.reporting.tensorboard_log import TensorBoardLog
+from server.rounds.exchange import Answer
+from server.rounds.validation import Accepted, RoundReplies, check_numbers, held_out_loss, reply_loss
+
+SUMMARY_FILE = "summary.json"
+
+
+class RunObserver:
+    """Everything a run writes about itself; the only part of the server that knows the log files.
+
+    Args:
+        log_dir: folder of the logs.
+        server: the global model, read only.
+    """
+
+    def __init__(self, log_dir: Path, *, server: GlobalModel) -> None:
+        experts = server.graph.num_experts
+        self.log_dir, self._server = log_dir, server
+        self._log = RunLog(log_dir, num_layers=len(experts), experts_per_layer=experts)
+        (log_dir / SUMMARY_FILE).unlink(missing_ok=True)
+        for folder in ("tensorboard", "checkpoints"):
+            shutil.rmtree(log_dir / folder, ignore_errors=True)
+        _copy_cluster_statistics(server.source, log_dir)
+        self._tensorboard = TensorBoardLog(log_dir)
+        self._clients: dict[int, dict[str, Any]] = {}
+        self._names: dict[int, str] = {}
+        self._bytes = dict.fromkeys(("bytes_up", "bytes_down", "bytes_up_dense", "bytes_down_dense"), 0)
+        self._edits = self._rounds = 0
+        self._stopped: str | None = None
+
+    def round(
+        self,
+        server_round: int,
+        replies: RoundReplies,
+        answers: Mapping[int, Answer],
+        *,
+        graph: ExpertGraph,
+        usage: Sequence[np.ndarray],
+        seconds: float,
+        stopped: str | None = None,
+    ) -> None:
+        """Write a round: ``graph`` is what the clients trained on, ``usage`` the average so far.
+
+        ``stopped`` says why this round is the last although more were planned.
+        """
+        for accepted in replies.accepted:
+            self._note(accepted)
+            self._log.pack_sizes(server_round, accepted.reply.name, accepted.stats)
+        step = step_stats(self._server.steps[-1]) if self._server.steps else None
+        if step is not None:
+            self._log.pack_sizes(server_round, "server", step)
+        dense = self._server.dense_bytes() * len(answers)
+        record = RoundRecord(
+            round=server_round,
+            seconds=seconds,
+            bytes_up=sum(answer.bytes_up for answer in answers.values()),
+            bytes_down=sum(answer.bytes_down for answer in answers.values()),
+            bytes_up_dense=dense,
+            bytes_down_dense=dense,
+            density=_mean([accepted.reply.numbers["density"] for accepted in replies.accepted]),
+            edges=graph.edges_per_layer(),
+            graph_version=graph.version,
+            graph_hash=graph.digest(),
+            clients=[self._client_record(node, replies, answers[node]) for node in self._order(answers)],
+            perplexity=held_out_loss(replies).perplexity,
+            stopped=stopped,
+            step_bytes=step.packed_bytes if step else None,
+            step_floor_bytes=step.entropy_floor_bytes if step else None,
+        )
+        self._rounds, self._stopped = server_round, stopped
+        for name in self._bytes:
+            self._bytes[name] += getattr(record, name)
+        self._log.round(record)
+        self._tensorboard.round(record)
+        self._pictures(server_round, replies, graph, usage)
+
+    def merge(self, record: MergeRecord) -> None:
+        """Write a merge."""
+        self._edits += len(record.edits)
+        self._log.merge(record)
+        self._tensorboard.merge(record)
+
+    def finish(self, answers: Mapping[int, Answer]) -> None:
+        """Take in the final evaluation: held-out perplexity of the final global model, per client."""
+        total = LossSum()
+        for node, answer in answers.items():
+            self._bytes["bytes_up"] += answer.bytes_up
+            self._bytes["bytes_down"] += answer.bytes_down
+            if answer.content is None:
+                continue
+            try:
+                reply = read_reply(answer.content, self._server.graph.num_experts)
+                check_numbers(reply)
+            except RefusedUpdate:
+                continue
+            client = self._client(node, reply)
+            loss = reply_loss(reply, "valid")
+            client["perplexity_after"], client["graph_hash"] = loss.perplexity, reply.graph_hash
+            total += loss
+        after = {client["name"]: client["perplexity_after"] for client in self._clients.values()}
+        self._tensorboard.perplexities(after, total.perplexity, self._rounds + 1)
+
+    def checkpoint(self, server_round: int) -> None:
+        """Write the global model as it is under ``checkpoints``."""
+        self._server.save(self.log_dir / "checkpoints" / f"round-{server_round}", overwrite=True)
+
+    def trace(self, entries: Sequence[Mapping[str, Any]]) -> None:
+        """Write the call trace of the final model."""
+        self._log.call_trace(entries)
+
+    def close(self, *, out: str) -> dict[str, Any]:
+        """Write ``summary.json`` and close the event files; returns the summary."""
+        summary = {
+            "rounds": self._rounds,
+            "stopped": self._stopped,
+            "clients": [self._clients[partition] for partition in sorted(self._clients)],
+            **self._bytes,
+            "edits": self._edits,
+            "graph_hash": self._server.graph.digest(),
+            "out": out,
+            "log_dir": str(self.log_dir),
+        }
+        summary = finite(summary)
+        write_json(self.log_dir / SUMMARY_FILE, summary)
+        self._tensorboard.close()
+        return summary
+
+    def _note(self, accepted: Accepted) -> None:
+        reply = accepted.reply
+        client = self._client(accepted.node, reply)
+        if client["perplexity_before"] is None:
+            client["perplexity_before"] = reply_loss(reply, "valid").perplexity
+        if "personal-tokens" in reply.numbers:
+            client["perplexity_after_personal"] = reply_loss(reply, "personal").perplexity
+
+    def _client(self, node: int, reply: Reply) -> dict[str, Any]:
+        self._names[node] = reply.name
+        fresh = {
+            "name": reply.name,
+            "budget": reply.budget or max(self._server.graph.num_experts),
+            "perplexity_before": None,
+            "perplexity_after": None,
+            "perplexity_after_personal": None,
+            "graph_hash": reply.graph_hash,
+        }
+        return self._clients.setdefault(reply.partition, fresh)
+
+    def _order(self, answers: Mapping[int, Answer]) -> list[int]:
+        """Nodes by name, so that a client keeps its place from round to round."""
+        return sorted(answers, key=lambda node: (self._names.get(node, f"~{node}"), node))
+
+    def _client_record(self, node: int, replies: RoundReplies, answer: Answer) -> ClientRecord:
+        name = self._names.get(node, f"node-{node}")
+        accepted = next((each for each in replies.accepted if each.node == node), None)
+        reply = accepted.reply if accepted else None
+        numbers = reply.numbers if reply else {}
+        return ClientRecord(
+            name=name,
+            budget=(reply.budget or max(self._server.graph.num_experts)) if reply else 0,
+            weight=accepted.contribution.weight if accepted else 0.0,
+            train_loss=numbers.get("train-loss"),
+            perplexity=reply_loss(reply, "valid").perplexity if reply else None,
+            bytes_up=answer.bytes_up,
+            bytes_down=answer.bytes_down,
+            density=numbers.get("density"),
+            refused=replies.refused.get(node),
+            update_bytes=accepted.stats.packed_bytes if accepted else None,
+            update_floor_bytes=accepted.stats.entropy_floor_bytes if accepted else None,
+        )
+
+    def _pictures(
+        self, server_round: int, replies: RoundReplies, graph: ExpertGraph, usage: Sequence[np.ndarray]
+    ) -> None:
+        experts = graph.num_experts
+        self._tensorboard.masks("global", pad_masks(graph.masks, experts_per_layer=experts), server_round)
+        travelled = [counts * mask for counts, mask in zip(usage, graph.masks, strict=True)]
+        padded = np.zeros((len(experts), max(experts), max(experts)))
+        for layer, counts in enumerate(travelled):
+            padded[layer, : len(counts), : len(counts)] = counts
+        self._tensorboard.usage(padded, server_round)
+        for accepted in replies.accepted:
+            own = graph.restrict(accepted.reply.residents)
+            masks = pad_masks(own.masks, experts_per_layer=experts)
+            self._tensorboard.masks(accepted.reply.name, masks, server_round)
+        if server_round == 1:
+            first = graph.restrict(replies.accepted[0].reply.residents)
+            self._log.mask_debug(first.masks)
+
+
+def read_summary(log_dir: Path) -> dict[str, Any]:
+    """The summary that a finished run left in its log directory."""
+    return json.loads((log_dir / SUMMARY_FILE).read_text(encoding="utf-8"))
+
+
+def _copy_cluster_statistics(source: str, log_dir: Path) -> None:
+    """Keep what the bootstrap said about the experts beside what the run says about them."""
+    statistics = Path(source) / "cluster_stats.txt"
+    if statistics.is_file():
+        shutil.copyfile(statistics, log_dir / statistics.name)
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None

@@ -1,0 +1,154 @@
+"""Processes are found by their mark, stopped with everything they started, and nothing else is touched."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import tomllib
+
+import psutil
+import pytest
+
+from server.flower.flower_process import (
+    JOB_VARIABLE,
+    RunFailed,
+    flower_environment,
+    free_ports,
+    job_processes,
+    resolve_program,
+    start_process,
+    stop_job,
+    termination_as_interrupt,
+    wait_until_healthy,
+    write_connection,
+)
+
+# Starts a child in a session of its own that ignores SIGTERM, as a daemon does, and ends itself.
+DAEMONISE = """
+import signal, subprocess, sys
+code = "import os, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); os.write(1, b'1'); time.sleep(60)"
+child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, start_new_session=True)
+child.stdout.read(1)
+"""
+
+
+def has_ended(process: psutil.Process) -> bool:
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def test_environment_is_isolated_and_finds_flower_without_activation(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "/elsewhere")
+    monkeypatch.setenv("RAY_ADDRESS", "1.2.3.4:1")
+    monkeypatch.setenv("PATH", "/usr/bin")
+    env = flower_environment(tmp_path, job="j")
+    assert "PYTHONPATH" not in env
+    assert "RAY_ADDRESS" not in env
+    assert (env["FLWR_HOME"], env[JOB_VARIABLE], env["OMP_NUM_THREADS"]) == (str(tmp_path), "j", "1")
+    assert env["FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"] == "1"
+    program = resolve_program(["flower-superlink", "--insecure"], env)
+    assert os.access(program[0], os.X_OK)
+    assert program[1:] == ["--insecure"]
+
+
+def test_a_missing_program_is_named(tmp_path):
+    with pytest.raises(RunFailed, match="no-such-program is not installed"):
+        resolve_program(["no-such-program"], {"PATH": str(tmp_path)})
+
+
+def test_free_ports_differ_and_can_be_bound():
+    ports = free_ports(20)
+    assert len(set(ports)) == 20
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", ports[0]))
+
+
+def test_connection_file_is_what_flower_reads(tmp_path):
+    write_connection(tmp_path / "home", "127.0.0.1:4711")
+    config = tomllib.loads((tmp_path / "home" / "config.toml").read_text())
+    assert config["superlink"][config["superlink"]["default"]] == {
+        "address": "127.0.0.1:4711",
+        "insecure": True,
+    }
+
+
+def test_stop_job_ends_stubborn_daemons_of_this_job_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr("server.flower.flower_process.STOP_SECONDS", 0.5)
+    env = flower_environment(tmp_path, job=f"mine-{os.getpid()}")
+    subprocess.run([sys.executable, "-c", DAEMONISE], env=env, check=True)
+    other = flower_environment(tmp_path, job=f"other-{os.getpid()}")
+    with (tmp_path / "log").open("wb") as log:
+        bystander = start_process(
+            [sys.executable, "-c", "import time; time.sleep(60)"], env=other, cwd=tmp_path, stdout=log
+        )
+    try:
+        (daemon,) = job_processes(env[JOB_VARIABLE])
+        stop_job(env[JOB_VARIABLE])
+        assert job_processes(env[JOB_VARIABLE]) == []
+        assert has_ended(daemon)
+        assert bystander.poll() is None
+        assert os.getsid(bystander.pid) != os.getsid(0)
+    finally:
+        bystander.kill()
+        bystander.wait()
+
+
+def test_stop_job_ends_children_that_lost_the_mark(tmp_path):
+    env = flower_environment(tmp_path, job=f"parent-{os.getpid()}")
+    code = "import subprocess; subprocess.Popen(['sleep', '60'], env={}).wait()"
+    with (tmp_path / "log").open("wb") as log:
+        parent = start_process([sys.executable, "-c", code], env=env, cwd=tmp_path, stdout=log)
+    deadline = time.monotonic() + 10
+    while len(job_processes(env[JOB_VARIABLE])) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    child = next(process for process in job_processes(env[JOB_VARIABLE]) if process.pid != parent.pid)
+    stop_job(env[JOB_VARIABLE])
+    parent.wait()
+    assert has_ended(child)
+
+
+def test_stop_job_spares_the_process_that_calls_it(tmp_path):
+    code = f"from server.flower_process import stop_job; stop_job('self-{os.getpid()}'); print('alive')"
+    env = dict(os.environ) | {JOB_VARIABLE: f"self-{os.getpid()}"}
+    result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert result.stdout == "alive\n"
+
+
+def test_waiting_for_a_superlink_that_ended_fails_at_once(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"])
+    process.wait()
+    with pytest.raises(RunFailed, match="ended with code 3"):
+        wait_until_healthy(free_ports(1)[0], process=process, timeout=30)
+
+
+def test_waiting_for_nobody_ends_at_the_timeout():
+    with pytest.raises(RunFailed, match="no SuperLink answered"):
+        wait_until_healthy(free_ports(1)[0], timeout=0.3)
+
+
+def test_sigterm_becomes_an_interrupt_inside_the_body_only():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), termination_as_interrupt():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_signals_are_left_alone_in_another_thread():
+    entered = []
+
+    def body():
+        with termination_as_interrupt():
+            entered.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=body)
+    thread.start()
+    thread.join()
+    assert entered == [signal.getsignal(signal.SIGTERM)]

@@ -1,0 +1,175 @@
+"""How a run ended, read from Flower's answers and logs; what is bundled. No Flower process is started here."""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from pathlib import Path
+
+import pytest
+from flwr.cli.build import build_fab_from_disk
+
+from configs.errors import UserError
+from server.flower.flower_process import RunFailed, flower_environment
+from server.flower.flower_run import (
+    RunStatus,
+    empty_folder,
+    raise_for_status,
+    root_cause,
+    run_status,
+    stage_app,
+    submit,
+    wait_for_run,
+)
+from tests.flower_apps import write_throwaway_app
+from tests.paths import ROOT
+
+COMPLETED = '{"success": true, "runs": [{"status": "finished:completed", "status-details": "N/A"}]}'
+RUNNING = COMPLETED.replace("finished:completed", "running")
+
+SIMULATION_LOG = """\
+INFO :      Starting Flower Simulation
+ValueError: printed by somebody, not raised
+\x1b[91mERROR \x1b[0m:     Simulation raised an exception
+Traceback (most recent call last):
+  File "/home/apps/server/app.py", line 22, in main
+    raise UserError(text)
+configs.errors.UserError: expected a folder at /graph, got nothing; run fedgraft bootstrap
+
+The above exception was the direct cause of the following exception:
+
+Traceback (most recent call last):
+  File "/flwr/simulation/run_simulation.py", line 347, in _main_loop
+    raise RuntimeError("An error was encountered. Ending simulation.") from ex
+RuntimeError: An error was encountered. Ending simulation.
+\x1b[91mERROR \x1b[0m:     Exit Code: 700
+"""
+
+
+def test_root_cause_is_the_exception_below_flowers_wrapper():
+    message = "expected a folder at /graph, got nothing; run fedgraft bootstrap"
+    assert root_cause(SIMULATION_LOG) == ("configs.errors.UserError", message)
+
+
+@pytest.mark.parametrize(
+    ("log", "cause"),
+    [
+        ("", ("", "")),
+        ("KeyError: 'never raised'\n", ("", "")),
+        (
+            "Traceback (most recent call last):\n  File x\nKeyboardInterrupt\nmore: text\n",
+            ("KeyboardInterrupt", ""),
+        ),
+        (
+            "Traceback (most recent call last):\n F\na.B: one\nTraceback (most recent call last):\n F\nC: two\nthree\n",
+            ("C", "two"),
+        ),
+    ],
+)
+def test_root_cause_of_other_logs(log, cause):
+    assert root_cause(log) == cause
+
+
+def test_status_decides_and_the_log_explains(tmp_path):
+    log = tmp_path / "flower.log"
+    log.write_text(SIMULATION_LOG)
+    raise_for_status(RunStatus("finished:completed", ""), log)
+    with pytest.raises(UserError, match="^expected a folder at /graph, got nothing; run fedgraft bootstrap$"):
+        raise_for_status(RunStatus("finished:failed", ""), log)
+    log.write_text(SIMULATION_LOG.replace("UserError", "DiskError"))
+    with pytest.raises(RunFailed, match="finished:failed: configs.errors.DiskError: expected a folder"):
+        raise_for_status(RunStatus("finished:failed", ""), log)
+    log.write_text("")
+    with pytest.raises(RunFailed, match="finished:stopped: by the user"):
+        raise_for_status(RunStatus("finished:stopped", "by the user"), log)
+
+
+@pytest.fixture
+def fake_flwr(tmp_path):
+    """A function that installs a shell script as ``flwr`` and gives the keyword arguments to call it with."""
+
+    def install(script: str) -> dict:
+        program = tmp_path / "bin" / "flwr"
+        program.parent.mkdir(exist_ok=True)
+        program.write_text(f"#!/bin/sh\n{script}\n")
+        program.chmod(0o755)
+        return {
+            "env": flower_environment(tmp_path, job="") | {"PATH": f"{program.parent}:/usr/bin:/bin"},
+            "cwd": tmp_path,
+        }
+
+    return install
+
+
+def test_submit_passes_everything_on_and_returns_the_run_id(tmp_path, fake_flwr):
+    options = fake_flwr(
+        f"""printf '%s\\n' "$@" > {tmp_path}/args; echo 'noise {{"success": true, "run-id": "17"}}'"""
+    )
+    federation = {"num-supernodes": 2, "client-resources-num-cpus": 1}
+    assert submit(Path("/app"), config_file=Path("/c.toml"), federation_config=federation, **options) == "17"
+    assert (tmp_path / "args").read_text().splitlines() == [
+        *("run", "/app", "local", "--format", "json", "--run-config", "/c.toml"),
+        *("--federation-config", "num-supernodes=2 client-resources-num-cpus=1"),
+    ]
+
+
+def test_flowers_refusal_is_one_line(fake_flwr):
+    answer = {"success": False, "error-message": "Using x\n\n[code: 15] Invalid run configuration."}
+    options = fake_flwr(f"cat <<'END'\n{json.dumps(answer)}\nEND\nexit 1")
+    with pytest.raises(RunFailed, match=r"^`flwr run` failed: \[code: 15\] Invalid run configuration\.$"):
+        submit(Path("/app"), config_file=Path("/c.toml"), **options)
+
+
+def test_a_flwr_that_says_nothing_is_an_error_too(fake_flwr):
+    with pytest.raises(RunFailed, match="`flwr ls` failed: no answer"):
+        run_status("17", **fake_flwr("exit 1"))
+
+
+def test_waiting_follows_the_log_until_the_status_is_final(tmp_path, fake_flwr):
+    script = f"""
+case $1 in
+log) printf '\\033[92mINFO\\033[0m: hello\\n' ;;
+ls) if [ -e {tmp_path}/asked ]; then echo '{COMPLETED}'; else touch {tmp_path}/asked; echo '{RUNNING}'; fi ;;
+esac"""
+    log_file = tmp_path / "flower.log"
+    status = wait_for_run("17", log_file=log_file, timeout=30, **fake_flwr(script))
+    assert status.finished
+    assert status.state == "finished:completed"
+    assert log_file.read_text() == "INFO: hello\n"
+
+
+def test_waiting_ends_at_the_timeout(tmp_path, fake_flwr):
+    script = f"case $1 in log) exec sleep 60 ;; ls) echo '{RUNNING}' ;; esac"
+    with pytest.raises(RunFailed, match="did not finish within 1 s"):
+        wait_for_run("17", log_file=tmp_path / "flower.log", timeout=1, **fake_flwr(script))
+
+
+def test_staging_leaves_out_what_no_bundle_holds_and_bundles_the_same(tmp_path):
+    app = write_throwaway_app(tmp_path / "app")
+    (app / ".gitignore").write_text("secret.py\n")
+    for name in (".venv/lib/a.py", "__pycache__/b.py", "weights.safetensors", "sub/c.py", "secret.py"):
+        (app / name).parent.mkdir(parents=True, exist_ok=True)
+        (app / name).write_text("x = 1\n")
+    staged = stage_app(app, tmp_path / "staged")
+    files = {path.relative_to(staged).as_posix() for path in staged.rglob("*") if path.is_file()}
+    assert files == {".gitignore", "pyproject.toml", "throwaway.py", "sub/c.py", "secret.py"}
+    assert build_fab_from_disk(staged) == build_fab_from_disk(app)
+
+
+def test_our_own_bundle_is_small_and_whole(tmp_path):
+    bundle = build_fab_from_disk(stage_app(ROOT, tmp_path / "fedgraft"))
+    names = set(zipfile.ZipFile(io.BytesIO(bundle)).namelist())
+    needed = [ROOT.glob("configs/**/*.toml"), ROOT.glob("configs/**/*.json")]
+    needed += [
+        ROOT.glob(f"{folder}/**/*.py")
+        for folder in ("clients", "configs", "experts", "federated", "models", "server")
+    ]
+    expected = {path.relative_to(ROOT).as_posix() for paths in needed for path in paths}
+    assert names == expected | {"pyproject.toml", ".info/CONTENT"}
+    assert len(bundle) < 2_000_000
+
+
+def test_empty_folder_is_made_once_and_stays_empty(tmp_path):
+    assert empty_folder(tmp_path) == empty_folder(tmp_path)
+    assert list(empty_folder(tmp_path).iterdir()) == []

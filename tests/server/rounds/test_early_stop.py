@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import pytest
+
+from models.runtime.perplexity import LossSum
+from server.rounds.early_stop import EarlyStop
+
+
+def stops(losses: list[float | None], *, rounds: int, delta: float = 0.0) -> int | None:
+    """The round, from 1, after which a run with these losses ends; None if it goes on. None: no text held out."""
+    watch = EarlyStop(rounds=rounds, delta=delta)
+    for server_round, loss in enumerate(losses, start=1):
+        if watch.after(LossSum() if loss is None else LossSum(loss * 8, 8)) is not None:
+            return server_round
+    return None
+
+
+@pytest.mark.parametrize(
+    ("losses", "rounds", "delta", "expected"),
+    [
+        ([3.0, 3.0, 3.0, 3.0], 0, 0.0, None),
+        ([3.0, 3.0], 1, 0.0, 2),
+        ([3.0, 2.0, 2.0, 2.5, 2.0], 3, 0.0, 5),
+        ([3.0, 2.9, 2.8, 2.7], 1, 0.0, None),
+        ([3.0, 3.5, 2.9, 3.5, 2.8, 3.5], 2, 0.0, None),
+        ([3.0, 2.75, 2.5], 1, 0.25, 2),  # a fall of exactly delta is none
+        ([3.0, 2.75, 2.25, 2.0], 2, 0.25, None),  # the fall counts from the best so far
+        ([3.0, 2.8, 2.6, 2.4], 1, 0.25, 2),
+        ([None, None, None], 1, 0.0, None),
+        ([3.0, None, 3.0, None, 3.0], 2, 0.0, 5),
+        ([1.0], 1, 0.0, None),
+    ],
+)
+def test_a_run_ends_after_so_many_rounds_without_a_better_loss(losses, rounds, delta, expected):
+    assert stops(losses, rounds=rounds, delta=delta) == expected
+
+
+def test_the_reason_holds_the_figures():
+    watch = EarlyStop(rounds=1, delta=0.5)
+    assert watch.after(LossSum(20.0, 10)) is None
+    reason = watch.after(LossSum(18.0, 10))
+    assert reason == "the held-out loss did not fall by more than 0.5 below 2.0000 nats per token in 1 rounds"
