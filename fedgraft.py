@@ -9,17 +9,17 @@ import click
 import typer
 
 from configs.errors import UserError
-from scripts.bootstrap import bootstrap
-from scripts.console import warnings_as_lines
-from scripts.evaluate import evaluate
-from scripts.experts import experts
-from scripts.export import export
-from scripts.generate import generate
-from scripts.merge import merge
-from scripts.prune import prune
-from scripts.saliency import saliency
-from scripts.scan import domain_scan, safety_scan
-from scripts.simulate import simulate
+from scripts.shared.console import warnings_as_lines
+from scripts.verbs.experts.merge import merge
+from scripts.verbs.experts.prune import prune
+from scripts.verbs.experts.saliency import saliency
+from scripts.verbs.experts.scan import domain_scan, safety_scan
+from scripts.verbs.experts.select import experts
+from scripts.verbs.federation.simulate import simulate
+from scripts.verbs.graph.bootstrap import bootstrap
+from scripts.verbs.graph.evaluate import evaluate
+from scripts.verbs.graph.export import export
+from scripts.verbs.graph.generate import generate
 
 VERBS = (bootstrap, simulate, evaluate, generate, export, prune, merge, safety_scan, domain_scan)
 

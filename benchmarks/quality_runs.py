@@ -23,7 +23,7 @@ from models.bootstrap.pipeline import bootstrap_checkpoint
 from models.checkpoints.load import load_dense
 from models.graph.runtime_settings import set_visits
 from models.runtime.precision import autocast_to_bf16
-from scripts.console import quiet_libraries
+from scripts.shared.console import quiet_libraries
 from server.model.global_model import GlobalModel
 
 DOMAINS = ("stories", "shakespeare", "law_dc", "medical_qa", "math_gsm8k", "code_algos", "recipes")

@@ -22,7 +22,7 @@ import typer
 
 from configs.errors import UserError
 from configs.output import write_json
-from scripts.console import JsonFlag, print_result, progress, quiet_libraries, stderr
+from scripts.shared.console import JsonFlag, print_result, progress, quiet_libraries, stderr
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).resolve().parent / "results"

@@ -17,8 +17,8 @@ from typing import Any
 
 from configs.output import write_json
 from configs.paths import default_graph
-from scripts.console import stderr
-from scripts.simulate import PROJECT, summary_lines
+from scripts.shared.console import stderr
+from scripts.verbs.federation.simulate import PROJECT, summary_lines
 
 DEMO = Path("models/demo")
 CONFIG = Path("configs/quickstart.toml")

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from scripts.console import Device, JsonFlag, Precision, print_result, quiet_libraries
+from scripts.shared.console import Device, JsonFlag, Precision, print_result, quiet_libraries
 
 
 def generate(

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from scripts.console import JsonFlag, Overwrite, print_result, progress, quiet_libraries
-from scripts.expert_choice import (
+from scripts.shared.console import JsonFlag, Overwrite, print_result, progress, quiet_libraries
+from scripts.shared.expert_choice import (
     Equalise,
     ExpertLists,
     ModelWide,
@@ -19,7 +19,7 @@ from scripts.expert_choice import (
     choose_experts,
     output_directories,
 )
-from scripts.expert_options import (
+from scripts.shared.expert_options import (
     DomainMap,
     DomainMode,
     IgnoreExperts,

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from scripts.console import (
+from federated.data.model_text import ExpertModel, ModelText, open_model_text
+from scripts.shared.console import (
     BatchSize,
     BlockSize,
     Device,
@@ -21,7 +22,6 @@ from scripts.console import (
     progress,
     quiet_libraries,
 )
-from scripts.model_text import ExpertModel, ModelText, open_model_text
 
 if TYPE_CHECKING:
     import numpy as np

@@ -7,9 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from scripts.console import JsonFlag, OverwriteFiles, print_result
-from scripts.expert_options import Metric
-from scripts.saliency_collect import collect
+from scripts.shared.console import JsonFlag, OverwriteFiles, print_result
+from scripts.shared.expert_options import Metric
+from scripts.verbs.experts.saliency_collect import collect
 
 Top = Annotated[int, typer.Option(min=1, help="Experts to list per layer.")]
 

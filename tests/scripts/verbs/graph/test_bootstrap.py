@@ -4,7 +4,7 @@ import pytest
 from rich.console import Console
 
 from models.checkpoints.load import load_graph
-from scripts.bootstrap import report_table
+from scripts.verbs.graph.bootstrap import report_table
 from tests.command import run, tree
 
 QUICK = ("--calibration-tokens", "512", "--evaluation-tokens", "256")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from scripts.expert_options import selection_of
+from scripts.shared.expert_options import selection_of
 
 if TYPE_CHECKING:
     import numpy as np

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from scripts.console import (
+from scripts.shared.console import (
     BlockSize,
     DataSources,
     Device,

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, 
 
 from configs.errors import UserError
 from federated.data import wikimix
-from scripts import pretrain_demo
+from scripts.tools import pretrain_demo
 from tests.paths import ROOT
 
 DEMO = ROOT / "models" / "demo"

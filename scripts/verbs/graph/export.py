@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from scripts.console import JsonFlag, Overwrite, print_result, quiet_libraries
+from scripts.shared.console import JsonFlag, Overwrite, print_result, quiet_libraries
 
 
 def export(

@@ -1,6 +1,6 @@
 """Train the embedded model again: a byte-level BPE tokenizer and a small Llama on four WikiMix domains.
 
-``python scripts/pretrain_demo.py --out DIR [--minutes 25] [--seed 0] [--json]``. The minutes choose a fixed
+``python scripts/tools/pretrain_demo.py --out DIR [--minutes 25] [--seed 0] [--json]``. The minutes choose a fixed
 number of optimiser steps (sized on two cores), so a rerun does the same work, however long it takes.
 """
 

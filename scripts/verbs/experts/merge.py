@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from scripts.console import (
+from federated.data.model_text import ExpertModel, open_model_text
+from scripts.shared.console import (
     BatchSize,
     BlockSize,
     DataSources,
@@ -18,7 +19,7 @@ from scripts.console import (
     progress,
     quiet_libraries,
 )
-from scripts.expert_choice import (
+from scripts.shared.expert_choice import (
     Equalise,
     ExpertChoice,
     ExpertLists,
@@ -30,7 +31,7 @@ from scripts.expert_choice import (
     choose_experts,
     output_directories,
 )
-from scripts.expert_options import (
+from scripts.shared.expert_options import (
     DomainMap,
     DomainMode,
     IgnoreExperts,
@@ -40,8 +41,7 @@ from scripts.expert_options import (
     SafetyMode,
     Strategy,
 )
-from scripts.model_text import ExpertModel, open_model_text
-from scripts.prune import as_result, result_lines
+from scripts.verbs.experts.prune import as_result, result_lines
 
 if TYPE_CHECKING:
     from models.moe.merge import MergePlan

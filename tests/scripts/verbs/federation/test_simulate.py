@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from configs.errors import UserError
-from scripts.simulate import PROJECT, read_run_config, summary_lines
+from scripts.verbs.federation.simulate import PROJECT, read_run_config, summary_lines
 from server.flower.flower_process import job_processes, stop_job
 from tests.command import assert_refused, run, tree
 from tests.tiny_federation import assert_run_succeeded, run_values, save_tiny_graph, write_texts

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from scripts.console import JsonFlag, OverwriteFiles, print_result
-from scripts.expert_options import (
+from scripts.shared.console import JsonFlag, OverwriteFiles, print_result
+from scripts.shared.expert_options import (
     DomainMap,
     DomainMode,
     IgnoreExperts,
@@ -21,7 +21,7 @@ from scripts.expert_options import (
     Strategy,
     selection_of,
 )
-from scripts.experts_plan import plan
+from scripts.verbs.experts.plan import plan
 
 if TYPE_CHECKING:
     import numpy as np

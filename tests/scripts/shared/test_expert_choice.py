@@ -10,7 +10,7 @@ from configs.errors import UserError
 from experts.saliency.measures import save_saliency
 from experts.selection.expert_list import write_expert_list
 from experts.selection.rules import Selection, select_experts
-from scripts.expert_choice import ExpertChoice, choose_experts, output_directories
+from scripts.shared.expert_choice import ExpertChoice, choose_experts, output_directories
 from tests.saliency_samples import saliency_of_scores
 
 SALIENCY = saliency_of_scores([[4.0, 0.1, 3.0, 2.0], [0.1, 2.0, 3.0]])

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from scripts.console import DataSources, JsonFlag, Overwrite, print_result, quiet_libraries, stderr
+from scripts.shared.console import DataSources, JsonFlag, Overwrite, print_result, quiet_libraries, stderr
 
 PROJECT = Path(__file__).resolve().parents[1]
 DEFAULT_LOG_DIR = "logs/run"

@@ -7,7 +7,7 @@ import warnings
 import pytest
 from rich.table import Table
 
-from scripts.console import finite, print_result, progress, quiet_libraries, warnings_as_lines
+from scripts.shared.console import finite, print_result, progress, quiet_libraries, warnings_as_lines
 
 
 def test_numbers_that_json_does_not_know_become_null():

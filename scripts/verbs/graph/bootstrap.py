@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from scripts.console import JsonFlag, Overwrite, print_result, progress, quiet_libraries, stderr
+from scripts.shared.console import JsonFlag, Overwrite, print_result, progress, quiet_libraries, stderr
 
 
 def bootstrap(

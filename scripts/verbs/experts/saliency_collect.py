@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from scripts.console import (
+from federated.data.model_text import ExpertModel, open_model_text
+from scripts.shared.console import (
     BatchSize,
     BlockSize,
     DataSources,
@@ -22,7 +23,6 @@ from scripts.console import (
     progress,
     quiet_libraries,
 )
-from scripts.model_text import ExpertModel, open_model_text
 
 
 def collect(

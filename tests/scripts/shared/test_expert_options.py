@@ -5,7 +5,7 @@ import pytest
 from configs.errors import UserError
 from experts.saliency.expert_map import save_expert_map
 from experts.selection.rules import Selection
-from scripts.expert_options import selection_of
+from scripts.shared.expert_options import selection_of
 from tests.saliency_samples import map_of
 
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from scripts.console import (
+from federated.data.model_text import ExpertModel, open_model_text
+from scripts.shared.console import (
     BatchSize,
     BlockSize,
     DataSources,
@@ -21,8 +22,14 @@ from scripts.console import (
     progress,
     quiet_libraries,
 )
-from scripts.expert_options import DomainMap, IgnoreExperts, Metric, MinExperts, SafetyMap, selection_of
-from scripts.model_text import ExpertModel, open_model_text
+from scripts.shared.expert_options import (
+    DomainMap,
+    IgnoreExperts,
+    Metric,
+    MinExperts,
+    SafetyMap,
+    selection_of,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
