@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from benchmarks.budget import write_random_graph
-from benchmarks.material import model_path
-from benchmarks.runner import Measured, OnStep, measured_apart, run_benchmark
+from benchmarks.support.material import model_path
+from benchmarks.support.runner import Measured, OnStep, measured_apart, run_benchmark
 from federated.updates.update import SparseUpdate, SparseVector
 from federated.wire.codec import pack_update
 from federated.wire.quantise import quantise_update

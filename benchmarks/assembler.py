@@ -18,9 +18,9 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
-from benchmarks.material import bootstrapped, data_sources, domain_blocks, model_path
-from benchmarks.runner import Measured, OnStep, run_benchmark
-from benchmarks.statistics import interval
+from benchmarks.support.material import bootstrapped, data_sources, domain_blocks, model_path
+from benchmarks.support.runner import Measured, OnStep, run_benchmark
+from benchmarks.support.statistics import interval
 from clients.residents.assembler import Assembler, choose_residents, most_used, train_assembler
 from clients.residents.expert_features import expert_features
 from clients.residents.trial_training import best_residents

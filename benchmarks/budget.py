@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.material import DEMO_MODEL
-from benchmarks.runner import Measured, OnStep, measured_apart, run_benchmark
+from benchmarks.support.material import DEMO_MODEL
+from benchmarks.support.runner import Measured, OnStep, measured_apart, run_benchmark
 from models.checkpoints.load import load_tokenizer
 from models.checkpoints.save import save_graph
 from models.remote_code.configuration_fedgraft import FedGraftConfig

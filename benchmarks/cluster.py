@@ -13,8 +13,8 @@ import time
 import numpy as np
 from k_means_constrained import KMeansConstrained
 
-from benchmarks.material import model_path
-from benchmarks.runner import Measured, OnStep, run_benchmark
+from benchmarks.support.material import model_path
+from benchmarks.support.runner import Measured, OnStep, run_benchmark
 from experts.clustering import balanced_clusters
 from models.checkpoints.load import load_dense
 

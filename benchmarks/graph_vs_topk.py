@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.material import data_sources, domain_blocks, model_path
-from benchmarks.runner import Measured, OnStep, run_benchmark
-from benchmarks.statistics import interval
+from benchmarks.support.material import data_sources, domain_blocks, model_path
+from benchmarks.support.runner import Measured, OnStep, run_benchmark
+from benchmarks.support.statistics import interval
 from clients.training.trainer import LocalTraining, train_locally
 from federated.data.blocks import Blocks, batches
 from models.bootstrap.build import BootstrapPlan, LayerExperts, build_graph, plan_experts

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from benchmarks.runner import Measured, OnStep, run_benchmark
-from benchmarks.statistics import alternate, median_ratio
+from benchmarks.support.runner import Measured, OnStep, run_benchmark
+from benchmarks.support.statistics import alternate, median_ratio
 from models.remote_code.dispatch_fedgraft import find_links, sort_visits
 from models.remote_code.execution_fedgraft import gated, gated_ffn, run_visits
 from models.remote_code.experts_fedgraft import ExpertGraphMLP

@@ -19,12 +19,12 @@ import numpy as np
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
-from benchmarks.material import bootstrapped, data_sources, domain_blocks, model_path
-from benchmarks.quality_runs import DOMAINS
-from benchmarks.runner import Measured, OnStep, measured_apart, run_benchmark
-from benchmarks.saliency_tools import tool_figures
-from benchmarks.small_moe import grow, train_moe
-from benchmarks.statistics import interval
+from benchmarks.support.material import bootstrapped, data_sources, domain_blocks, model_path
+from benchmarks.support.quality_runs import DOMAINS
+from benchmarks.support.runner import Measured, OnStep, measured_apart, run_benchmark
+from benchmarks.support.saliency_tools import tool_figures
+from benchmarks.support.small_moe import grow, train_moe
+from benchmarks.support.statistics import interval
 from experts.saliency.measures import METRICS, Saliency
 from experts.selection.rules import Selection, select_experts
 from federated.data.blocks import Blocks

@@ -18,7 +18,7 @@ from typing import Any
 
 from joblib import Parallel, delayed
 
-from benchmarks.quality_runs import (
+from benchmarks.support.quality_runs import (
     FULL,
     QUICK,
     Job,
@@ -29,8 +29,8 @@ from benchmarks.quality_runs import (
     mean_loss,
     run_job,
 )
-from benchmarks.runner import Measured, OnStep, run_benchmark
-from benchmarks.statistics import interval
+from benchmarks.support.runner import Measured, OnStep, run_benchmark
+from benchmarks.support.statistics import interval
 from configs.schema import RunConfig
 
 # Of the log-perplexity that dense FedAvg gains in all its rounds.

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from benchmarks.material import data_sources, domain_blocks, model_path
-from benchmarks.runner import Measured, OnStep, run_benchmark
-from benchmarks.statistics import interval
+from benchmarks.support.material import data_sources, domain_blocks, model_path
+from benchmarks.support.runner import Measured, OnStep, run_benchmark
+from benchmarks.support.statistics import interval
 from models.bootstrap.build import BootstrapPlan, plan_experts
 from models.bootstrap.calibration import Calibration
 from models.bootstrap.pipeline import sample_calibration

@@ -15,11 +15,17 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from benchmarks.runner import Measured, OnStep, run_benchmark
-from benchmarks.statistics import alternate, median_ratio
-from benchmarks.wire_lowrank import energy_ratios
-from benchmarks.wire_peers import dense_peers, plain_pack, plain_select, plain_unpack
-from benchmarks.wire_updates import TrainingSettings, kept, random_update, side_by_side, trained_updates
+from benchmarks.support.runner import Measured, OnStep, run_benchmark
+from benchmarks.support.statistics import alternate, median_ratio
+from benchmarks.support.wire_lowrank import energy_ratios
+from benchmarks.support.wire_peers import dense_peers, plain_pack, plain_select, plain_unpack
+from benchmarks.support.wire_updates import (
+    TrainingSettings,
+    kept,
+    random_update,
+    side_by_side,
+    trained_updates,
+)
 from clients.training.trainer import LocalTraining
 from federated.updates.update import SparseUpdate, SparseVector, Unit
 from federated.wire.codec import pack_update, packed_stats, unpack_update

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.material import bootstrapped, data_sources, domain_blocks, model_path
+from benchmarks.support.material import bootstrapped, data_sources, domain_blocks, model_path
 from clients.training.trainer import LocalTraining, train_locally
 from federated.data.blocks import Blocks, batches
 from federated.selection.entries import largest_share, sparsify

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from benchmarks.statistics import alternate, median_ratio
+from benchmarks.support.statistics import alternate, median_ratio
 from models.moe.saliency_collection import Batch, collect_saliency
 from models.moe.views import moe_layers
 

@@ -11,7 +11,7 @@ from flwr.app import Array, ArrayRecord
 from torch import Tensor
 from zstandard import ZstdCompressor, ZstdDecompressor
 
-from benchmarks.statistics import alternate
+from benchmarks.support.statistics import alternate
 from federated.updates.update import (
     SparseUpdate,
     SparseVector,

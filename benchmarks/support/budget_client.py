@@ -1,6 +1,6 @@
 """One client in a process of its own: what a round takes of memory, and a training step of time.
 
-``python -m benchmarks.budget_client GRAPH BUDGET FOLDER STEPS SETTINGS`` prints one JSON object.
+``python -m benchmarks.support.budget_client GRAPH BUDGET FOLDER STEPS SETTINGS`` prints one JSON object.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import psutil
 import torch
 from flwr.app import Context, RecordDict
 
-from benchmarks.runner import peak_bytes
+from benchmarks.support.runner import peak_bytes
 from clients.data_stream import client_documents
 from clients.participant import Participant
 from clients.training.trainer import train_locally

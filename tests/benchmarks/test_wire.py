@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.support.wire_lowrank import energy_ratios, factor_energy, sparse_energy
+from benchmarks.support.wire_peers import dense_peers, plain_pack, plain_select, plain_unpack
+from benchmarks.support.wire_updates import kept, random_update, side_by_side
 from benchmarks.wire import measure, smallest_bytes
-from benchmarks.wire_lowrank import energy_ratios, factor_energy, sparse_energy
-from benchmarks.wire_peers import dense_peers, plain_pack, plain_select, plain_unpack
-from benchmarks.wire_updates import kept, random_update, side_by_side
 
 FIGURES = {
     "index_over_entropy_uniform_max",

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from benchmarks.quality_per_byte import measure, target
-from benchmarks.quality_runs import QUICK, Run
+from benchmarks.support.quality_runs import QUICK, Run
 
 FIGURES = {
     "uplink_ratio_dense",

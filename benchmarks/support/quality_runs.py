@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 
-from benchmarks.averaging import Averaging
-from benchmarks.federated_methods import Client, Method, Schedule
-from benchmarks.material import data_sources, domain_blocks, model_path
-from benchmarks.sparse_experts import SparseExperts
+from benchmarks.support.averaging import Averaging
+from benchmarks.support.federated_methods import Client, Method, Schedule
+from benchmarks.support.material import data_sources, domain_blocks, model_path
+from benchmarks.support.sparse_experts import SparseExperts
 from clients.training.trainer import LocalTraining
 from configs.schema import RunConfig
 from models.bootstrap.build import BootstrapPlan

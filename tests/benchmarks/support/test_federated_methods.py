@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 
-from benchmarks.averaging import Averaging
-from benchmarks.federated_methods import Client, Schedule
-from benchmarks.sparse_experts import SparseExperts
+from benchmarks.support.averaging import Averaging
+from benchmarks.support.federated_methods import Client, Schedule
+from benchmarks.support.sparse_experts import SparseExperts
 from clients.training.trainer import LocalTraining
 from configs.schema import RunConfig
 from federated.data.blocks import Blocks

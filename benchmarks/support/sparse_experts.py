@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.federated_methods import Client, Schedule, Traffic, held_out_losses
+from benchmarks.support.federated_methods import Client, Schedule, Traffic, held_out_losses
 from clients.shipment import choose_shipment, drawn_with
 from clients.training.gradient_rms import entry_slopes
 from clients.training.trainer import train_locally

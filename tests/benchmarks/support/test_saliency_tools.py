@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from benchmarks.saliency_tools import plain_reap
+from benchmarks.support.saliency_tools import plain_reap
 from models.moe.saliency_collection import collect_saliency
 from tests.tiny_graphs import random_ids
 from tests.tiny_moes import tiny_moe

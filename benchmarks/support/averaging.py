@@ -10,7 +10,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from benchmarks.federated_methods import Client, Schedule, Traffic, held_out_losses
+from benchmarks.support.federated_methods import Client, Schedule, Traffic, held_out_losses
 from clients.training.optimiser import make_optimizer, make_schedule
 from federated.protocol.messages import message_bytes
 from models.runtime.perplexity import LossSum

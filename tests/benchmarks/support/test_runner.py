@@ -5,7 +5,7 @@ import sys
 
 import numpy as np
 
-from benchmarks.runner import peak_bytes
+from benchmarks.support.runner import peak_bytes
 
 
 def test_the_peak_of_a_process_is_not_that_of_the_one_that_started_it():

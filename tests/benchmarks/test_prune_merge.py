@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks.prune_merge import kept_by, measure, random_experts
-from benchmarks.prune_peak import measure_pruning
+from benchmarks.support.prune_peak import measure_pruning
 from experts.saliency.measures import METRICS
 from models.moe.saliency_collection import collect_saliency
 from tests.tiny_graphs import random_ids

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks.small_moe import grow, train_moe
+from benchmarks.support.small_moe import grow, train_moe
 from federated.data.blocks import Blocks
 from models.checkpoints.load import load_dense
 from models.runtime.perplexity import evaluate_loss

@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 
-from benchmarks.material import DEMO_MODEL
 from benchmarks.router import (
     elimination_selection,
     gap_closed,
@@ -15,6 +14,7 @@ from benchmarks.router import (
     seed_tables,
     summary,
 )
+from benchmarks.support.material import DEMO_MODEL
 from models.bootstrap.calibration import Calibration
 from models.bootstrap.router_init import elimination_places, metric_root
 from models.bootstrap.selection_report import linear_selection

@@ -1,6 +1,6 @@
 """One server in a process of its own that takes in the replies of a round: what it takes of memory and time.
 
-``python -m benchmarks.aggregate_server GRAPH REPLIES CLIENTS METHOD`` prints one JSON object.
+``python -m benchmarks.support.aggregate_server GRAPH REPLIES CLIENTS METHOD`` prints one JSON object.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from benchmarks.runner import peak_bytes
+from benchmarks.support.runner import peak_bytes
 from configs.schema import RunConfig
 from federated.aggregation.combine import aggregate
 from federated.aggregation.usage import pack_usage

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from benchmarks.assembler import ARMS, QUICK, choose_masks, client_text, measure, ratios
-from benchmarks.material import bootstrapped, data_sources, model_path
+from benchmarks.support.material import bootstrapped, data_sources, model_path
 
 
 def test_a_quick_run_gives_every_figure():

@@ -1,6 +1,6 @@
 """Pruning one checkpoint in a process of its own: how much memory that takes.
 
-``python -m benchmarks.prune_peak SOURCE OUT KEEP`` keeps the first KEEP experts of each layer and prints JSON.
+``python -m benchmarks.support.prune_peak SOURCE OUT KEEP`` keeps the first KEEP experts of each layer and prints JSON.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from benchmarks.runner import peak_bytes
+from benchmarks.support.runner import peak_bytes
 from models.moe_files.layout import read_moe_layout
 from models.moe_files.prune import prune_checkpoint
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from benchmarks.aggregate import measure, write_replies
-from benchmarks.aggregate_server import packed_round
+from benchmarks.support.aggregate_server import packed_round
 from federated.wire.codec import unpack_update
 from models.graph.unit_vectors import read_unit, unit_sizes
 from server.model.global_model import GlobalModel

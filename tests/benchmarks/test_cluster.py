@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks.cluster import gate_rows, layer_seconds, measure, synthetic_rows
-from benchmarks.material import DEMO_MODEL
+from benchmarks.support.material import DEMO_MODEL
 
 
 def test_a_quick_run_measures_every_figure():
