@@ -15,7 +15,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from tests.paths import SHARED
+from tests.support.paths import SHARED
 
 
 @pytest.fixture(autouse=True)

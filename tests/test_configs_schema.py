@@ -6,7 +6,7 @@ import pytest
 
 from configs.errors import UserError
 from configs.schema import RunConfig, defaults_toml, load_run_config, read_config_file, run_config_defaults
-from tests.paths import ROOT
+from tests.support.paths import ROOT
 
 
 def test_flower_app_config_equals_the_defaults():

@@ -13,7 +13,7 @@ from transformers import GPT2Config
 
 import fedgraft
 from configs.errors import UserError
-from tests.command import assert_refused, run, tree
+from tests.support.command import assert_refused, run, tree
 
 VERBS = ("bootstrap", "evaluate", "generate", "export")
 ROOT = Path(fedgraft.__file__).parent

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.paths import ROOT
+from tests.support.paths import ROOT
 
 # Each folder may import itself and the folders of the ranks before its own; two folders of one rank never each other.
 RANKS = (

@@ -10,7 +10,7 @@ import pytest
 from typer.main import get_command
 
 import fedgraft
-from tests.paths import ROOT
+from tests.support.paths import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 

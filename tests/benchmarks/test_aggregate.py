@@ -10,7 +10,7 @@ from benchmarks.support.aggregate_server import packed_round
 from federated.wire.codec import unpack_update
 from models.graph.unit_vectors import read_unit, unit_sizes
 from server.model.global_model import GlobalModel
-from tests.tiny_federation import save_tiny_graph
+from tests.support.tiny_federation import save_tiny_graph
 
 
 def test_a_quick_run_gives_every_figure():

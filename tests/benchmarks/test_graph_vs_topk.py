@@ -10,7 +10,7 @@ from benchmarks.graph_vs_topk import build_arm, measure, outside_top_k, trained_
 from federated.data.blocks import Blocks
 from models.bootstrap.build import BootstrapPlan, plan_experts
 from tests.conftest import tiny_llama
-from tests.tiny_graphs import graph_of, logit_difference, random_ids, with_random_gains
+from tests.support.tiny_graphs import graph_of, logit_difference, random_ids, with_random_gains
 
 
 def test_a_quick_run_measures_every_figure():

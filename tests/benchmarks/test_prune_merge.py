@@ -10,8 +10,8 @@ from benchmarks.prune_merge import kept_by, measure, random_experts
 from benchmarks.support.prune_peak import measure_pruning
 from experts.saliency.measures import METRICS
 from models.moe.saliency_collection import collect_saliency
-from tests.tiny_graphs import random_ids
-from tests.tiny_moes import saved_moe, tiny_moe
+from tests.support.tiny_graphs import random_ids
+from tests.support.tiny_moes import saved_moe, tiny_moe
 
 
 def test_a_quick_run_gives_every_figure():

@@ -20,7 +20,7 @@ from models.bootstrap.router_init import elimination_places, metric_root
 from models.bootstrap.selection_report import linear_selection
 from models.runtime.perplexity import evaluate_loss
 from tests.conftest import tiny_llama
-from tests.tiny_graphs import ffn_inputs, random_ids
+from tests.support.tiny_graphs import ffn_inputs, random_ids
 
 NAMES = {"router", "centroid", "static", "oracle", "random", "elimination"}
 MEMBERS = [torch.arange(64).view(8, 8)] * 2

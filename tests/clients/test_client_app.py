@@ -15,8 +15,8 @@ from federated.protocol.steps import ServerStep, apply_step
 from models.bootstrap.recipe import read_recipe_file
 from models.checkpoints.load import load_graph, load_tokenizer
 from models.checkpoints.save import read_graph
-from tests.grid import InProcessGrid
-from tests.tiny_federation import next_step, request_at, run_values, save_tiny_graph
+from tests.support.grid import InProcessGrid
+from tests.support.tiny_federation import next_step, request_at, run_values, save_tiny_graph
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ import pytest
 from clients.data_stream import all_clients, client_documents, pack_client
 from configs.errors import UserError
 from federated.data.partition import ClientDocuments
-from tests.paths import ROOT
-from tests.tiny_federation import TEXTS, tiny_config
+from tests.support.paths import ROOT
+from tests.support.tiny_federation import TEXTS, tiny_config
 
 
 @pytest.fixture

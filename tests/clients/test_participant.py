@@ -16,7 +16,7 @@ from models.checkpoints.load import load_graph
 from models.checkpoints.save import read_graph
 from models.graph.unit_vectors import unit_sizes
 from models.runtime.perplexity import evaluate_loss
-from tests.tiny_federation import (
+from tests.support.tiny_federation import (
     all_equal,
     client_folder_of,
     node_context,

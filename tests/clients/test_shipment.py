@@ -26,9 +26,15 @@ from federated.wire.codec import pack_update, unpack_update
 from federated.wire.quantise import quantise_update
 from models.checkpoints.save import read_graph
 from models.graph.unit_vectors import unit_sizes
-from tests.grid import Late
-from tests.tiny_federation import TinyGrid, client_folder_of, save_tiny_graph, tiny_config, tiny_federation
-from tests.tiny_graphs import graph_of
+from tests.support.grid import Late
+from tests.support.tiny_federation import (
+    TinyGrid,
+    client_folder_of,
+    save_tiny_graph,
+    tiny_config,
+    tiny_federation,
+)
+from tests.support.tiny_graphs import graph_of
 
 SIZES = {(0, 0): 40, (0, 1): 40, (1, 0): 50, (1, 1): 50}
 GRAPH = {"graph_version": 0, "graph_hash": "0" * 64}

@@ -12,7 +12,7 @@ import pytest
 from configs.schema import load_run_config, read_config_file
 from scripts import quickstart
 from scripts.quickstart import CONFIG, EXPERTS, QuickStart, lines, run
-from tests.paths import ROOT
+from tests.support.paths import ROOT
 
 SHARES = {"router": 9.0, "centroid": 9.5, "static": 12.0, "oracle": 8.0, "random": 11.0}
 RESULTS = {

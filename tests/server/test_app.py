@@ -14,8 +14,8 @@ from models.checkpoints.save import read_graph
 from models.files.config_file import read_config
 from server import app as server_app
 from server.app import check_fit, graph_source, main, open_global_model, run_federation, server_text
-from tests.grid import RUN_ID
-from tests.tiny_federation import TinyGrid, tiny_config
+from tests.support.grid import RUN_ID
+from tests.support.tiny_federation import TinyGrid, tiny_config
 
 LOGS = {
     "mask_debug.npy", "expert_call_trace.json", "merge_round1.json", "cluster_stats.txt", "pack_sizes.txt",

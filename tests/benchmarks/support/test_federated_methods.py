@@ -14,7 +14,7 @@ from configs.schema import RunConfig
 from federated.data.blocks import Blocks
 from models.checkpoints.load import load_dense
 from server.model.global_model import GlobalModel
-from tests.tiny_federation import save_tiny_graph
+from tests.support.tiny_federation import save_tiny_graph
 
 TRAINING = LocalTraining(steps=2, learning_rate=1e-2, schedule="linear", autocast=False)
 SCHEDULE = Schedule(TRAINING, rounds=2, batch_size=2, seed=0)

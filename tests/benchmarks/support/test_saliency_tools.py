@@ -5,8 +5,8 @@ import torch
 
 from benchmarks.support.saliency_tools import plain_reap
 from models.moe.saliency_collection import collect_saliency
-from tests.tiny_graphs import random_ids
-from tests.tiny_moes import tiny_moe
+from tests.support.tiny_graphs import random_ids
+from tests.support.tiny_moes import tiny_moe
 
 
 def test_the_plain_formula_leaves_padding_out():

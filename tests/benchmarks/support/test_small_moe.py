@@ -6,7 +6,7 @@ from benchmarks.support.small_moe import grow, train_moe
 from federated.data.blocks import Blocks
 from models.checkpoints.load import load_dense
 from models.runtime.perplexity import evaluate_loss
-from tests.tiny_graphs import logit_difference, random_ids
+from tests.support.tiny_graphs import logit_difference, random_ids
 
 
 def test_a_grown_mixture_starts_as_its_llama_and_learns(tiny_llama_dir):

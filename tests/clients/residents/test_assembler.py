@@ -18,8 +18,8 @@ from clients.residents.expert_features import FREQUENCY, NUM_FEATURES, expert_fe
 from models.graph.runtime_settings import residents, set_residents
 from models.runtime.perplexity import evaluate_loss
 from tests.conftest import tiny_llama
-from tests.tiny_federation import all_equal
-from tests.tiny_graphs import graph_of, random_ids, with_random_gains
+from tests.support.tiny_federation import all_equal
+from tests.support.tiny_graphs import graph_of, random_ids, with_random_gains
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from clients.residents.expert_features import NUM_FEATURES, expert_features, gat
 from models.checkpoints.disk_experts import open_mapped
 from models.graph.runtime_settings import frozen, observing, set_visits, visiting
 from tests.conftest import tiny_llama
-from tests.tiny_graphs import graph_of, random_ids, with_random_gains
+from tests.support.tiny_graphs import graph_of, random_ids, with_random_gains
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from clients.residents.trial_training import best_residents
 from clients.training.trainer import LocalTraining, train_locally
 from models.checkpoints.disk_experts import materialise, open_mapped
 from models.graph.runtime_settings import residents, set_residents
-from tests.tiny_graphs import graph_of, random_ids
+from tests.support.tiny_graphs import graph_of, random_ids
 
 TRAINING = LocalTraining(steps=99, learning_rate=0.01, autocast=False, schedule="linear", warmup_steps=5)
 

@@ -15,7 +15,7 @@ from models.checkpoints.disk_experts import open_mapped
 from models.checkpoints.load import load_graph
 from models.checkpoints.save import read_graph
 from server.model.global_model import GlobalModel
-from tests.tiny_federation import (
+from tests.support.tiny_federation import (
     all_equal,
     next_step,
     node_context,

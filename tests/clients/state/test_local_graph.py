@@ -16,7 +16,7 @@ from configs.schema import load_run_config
 from federated.protocol.messages import NEEDS_RECIPE, Request, read_request
 from models.bootstrap.recipe import graph_fingerprint, read_recipe, read_recipe_file, write_recipe
 from models.checkpoints.load import load_graph
-from tests.tiny_federation import TinyGrid, all_equal, tiny_config, tiny_federation
+from tests.support.tiny_federation import TinyGrid, all_equal, tiny_config, tiny_federation
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from models.graph.expert_modules import materialise_modules
 from models.graph.lora import attach_lora
 from models.graph.runtime_settings import residents, set_residents
 from models.graph.unit_vectors import read_unit, unit_sizes
-from tests.tiny_graphs import graph_of, random_ids, with_random_gains
+from tests.support.tiny_graphs import graph_of, random_ids, with_random_gains
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from models.checkpoints.disk_experts import open_mapped
 from models.checkpoints.load import load_graph
 from models.graph.expert_modules import ExpertModules
 from models.graph.unit_vectors import OTHERS, add_to_unit, unit_sizes
-from tests.tiny_graphs import logit_difference, random_ids
+from tests.support.tiny_graphs import logit_difference, random_ids
 
 HELD = [torch.tensor([True, False, True, False]), torch.tensor([False, False, False, True])]
 UNITS = [(0, 0), (0, 2), (1, 3)]

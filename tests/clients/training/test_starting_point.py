@@ -6,8 +6,8 @@ import torch
 from clients.training.starting_point import StartingPoint, resident_units
 from models.checkpoints.disk_experts import materialise, open_mapped
 from models.graph.unit_vectors import read_unit, write_unit
-from tests.tiny_federation import all_equal
-from tests.tiny_graphs import graph_of
+from tests.support.tiny_federation import all_equal
+from tests.support.tiny_graphs import graph_of
 
 HELD = [torch.tensor([False, True, False, True]), torch.tensor([True, False, False, False])]
 UNITS = [(0, 1), (0, 3), (1, 0)]

@@ -17,7 +17,7 @@ from models.graph.lora import attach_lora
 from models.graph.router_losses import collect_routing, load_balance_loss, router_loss
 from models.graph.runtime_settings import residents, set_residents
 from models.graph.unit_vectors import read_unit, unit_sizes
-from tests.tiny_graphs import graph_of, random_ids, with_random_gains
+from tests.support.tiny_graphs import graph_of, random_ids, with_random_gains
 
 HELD = [torch.tensor([True, False, True, False]), torch.tensor([False, False, False, True])]
 TRAINED = [(0, 0), (0, 2), (1, 3)]

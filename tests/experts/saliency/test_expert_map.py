@@ -7,7 +7,7 @@ import pytest
 
 from configs.errors import UserError
 from experts.saliency.expert_map import ExpertMap, flag_experts, load_expert_map, save_expert_map
-from tests.saliency_samples import map_of, padded
+from tests.support.saliency_samples import map_of, padded
 
 
 def test_experts_at_or_above_the_threshold_are_flagged():

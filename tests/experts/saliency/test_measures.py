@@ -16,7 +16,7 @@ from experts.saliency.measures import (
     load_saliency,
     save_saliency,
 )
-from tests.saliency_samples import padded, random_saliency
+from tests.support.saliency_samples import padded, random_saliency
 
 
 def test_the_scores_are_means_for_reap_and_sums_for_the_others():

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from configs.errors import UserError
 from experts.saliency.measures import METRICS, add_saliency
 from experts.saliency.ranks import over_layer_mean, rank_sums
-from tests.saliency_samples import padded, random_saliency, saliency_of_scores
+from tests.support.saliency_samples import padded, random_saliency, saliency_of_scores
 
 
 def test_the_best_of_a_layer_has_rank_1_and_ties_share_theirs():

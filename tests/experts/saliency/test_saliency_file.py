@@ -6,7 +6,7 @@ import pytest
 from configs.errors import UserError
 from experts.saliency.measures import ARRAYS, load_saliency, save_saliency
 from experts.saliency.saliency_file import read_arrays
-from tests.saliency_samples import random_saliency
+from tests.support.saliency_samples import random_saliency
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from scipy.stats import spearmanr
 
 from configs.errors import UserError
 from experts.saliency.saliency_report import compare_layers, layer_summaries
-from tests.saliency_samples import random_saliency, saliency_of_scores
+from tests.support.saliency_samples import random_saliency, saliency_of_scores
 
 
 def test_best_and_worst_and_idle_experts_are_told():

@@ -19,7 +19,7 @@ from experts.selection.expert_list import (
     read_ranks,
     write_expert_list,
 )
-from tests.saliency_samples import padded, random_saliency, saliency_of_scores
+from tests.support.saliency_samples import padded, random_saliency, saliency_of_scores
 
 SOURCE = {"files": ["a.npz"], "metric": "reap", "selection_mode": "per_layer", "action_mode": "prune"}
 FILTERS = {"min_rank": None, "max_rank": 7.5, "n_prune": 1}

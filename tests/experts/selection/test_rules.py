@@ -12,7 +12,7 @@ from experts.saliency.expert_map import ExpertMap
 from experts.saliency.measures import METRICS
 from experts.selection.expert_list import ExpertList, load_expert_list, write_expert_list
 from experts.selection.rules import Selection, parse_expert_ids, select_experts, strided
-from tests.saliency_samples import map_of, random_saliency, saliency_of_scores
+from tests.support.saliency_samples import map_of, random_saliency, saliency_of_scores
 
 # From the best to the worst: 0, 1, 2, ... in every layer.
 FALLING = saliency_of_scores([[8, 7, 6, 5, 4, 3, 2, 1], [80, 70, 60, 50, 40, 30, 20, 10]])

@@ -10,8 +10,8 @@ from federated.updates.update import RefusedUpdate
 from models.checkpoints.save import read_graph, write_graph
 from models.graph.runtime_settings import observing, set_residents, set_walk, visiting
 from models.remote_code.routing_fedgraft import Walk, walk_graph
-from tests.reference_walk import walk_token
-from tests.tiny_graphs import graph_of, random_ids, with_random_gains
+from tests.support.reference_walk import walk_token
+from tests.support.tiny_graphs import graph_of, random_ids, with_random_gains
 
 # Closed roots 2 and 4; 4 cannot be reached at all; the edge 1 -> 3 leads to a root.
 MASK = np.array(

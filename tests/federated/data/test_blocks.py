@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from configs.errors import UserError
 from federated.data.blocks import Blocks, batches, pack_blocks, take
-from tests.paths import SHARED
+from tests.support.paths import SHARED
 
 BOS, EOS = 256, 257
 

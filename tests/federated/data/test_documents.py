@@ -17,7 +17,7 @@ from federated.data.documents import (
     load_documents,
     source_labels,
 )
-from tests.paths import SHARED
+from tests.support.paths import SHARED
 
 
 def write(path: Path, *records: object) -> str:

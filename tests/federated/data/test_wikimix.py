@@ -26,7 +26,7 @@ from federated.data.wikimix import words
 _HASH_PROGRAM = """
 import hashlib
 from federated.data import wikimix
-from tests.paths import ROOT
+from tests.support.paths import ROOT
 text = "|".join(t for d in wikimix.DOMAINS for s in wikimix.SPLITS for t in wikimix.documents(d, 20, seed=3, split=s))
 print(hashlib.sha256(text.encode()).hexdigest())
 """

@@ -6,7 +6,7 @@ import torch
 from federated.protocol.copy_hash import copy_hash, routing_vector, unit_digest, vector_digest
 from models.graph.attention_vectors import read_attention, write_attention
 from models.graph.unit_vectors import OTHERS, read_unit, write_unit
-from tests.tiny_graphs import graph_of, with_random_gains
+from tests.support.tiny_graphs import graph_of, with_random_gains
 
 UNITS = [(0, 1), (1, 3), (1, OTHERS)]
 

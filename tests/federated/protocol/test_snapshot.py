@@ -18,8 +18,8 @@ from federated.updates.update import RefusedUpdate
 from models.checkpoints.save import read_graph, write_graph
 from models.graph.attention_vectors import read_attention, write_attention
 from models.graph.unit_vectors import OTHERS
-from tests.tiny_federation import all_equal, packed_change, random_change
-from tests.tiny_graphs import graph_of, with_random_gains
+from tests.support.tiny_federation import all_equal, packed_change, random_change
+from tests.support.tiny_graphs import graph_of, with_random_gains
 
 MOVED = [(0, 1), (1, 0), (1, 3)]
 

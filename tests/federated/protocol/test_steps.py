@@ -22,8 +22,8 @@ from federated.updates.update import RefusedUpdate
 from federated.wire.codec import packed_stats
 from models.checkpoints.save import read_graph, write_graph
 from models.graph.unit_vectors import read_unit, unit_sizes
-from tests.tiny_federation import all_equal, next_step, packed_change, random_change
-from tests.tiny_graphs import graph_of, with_random_gains
+from tests.support.tiny_federation import all_equal, next_step, packed_change, random_change
+from tests.support.tiny_graphs import graph_of, with_random_gains
 
 EDITS = [Edit("remove-edge", 0, 0, 1, "why"), Edit("add-edge", 1, 1, 3)]
 

@@ -22,7 +22,7 @@ from models.bootstrap.build import (
 from models.bootstrap.calibration import Calibration, neuron_statistics
 from models.bootstrap.router_init import centroid_router, ridge_routers
 from tests.conftest import tiny_llama
-from tests.tiny_graphs import ffn_inputs, graph_of, random_ids
+from tests.support.tiny_graphs import ffn_inputs, graph_of, random_ids
 
 
 @pytest.fixture(scope="module")

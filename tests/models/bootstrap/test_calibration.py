@@ -17,7 +17,7 @@ from models.bootstrap.calibration import (
 )
 from models.bootstrap.fisher import output_metrics
 from tests.conftest import tiny_llama
-from tests.tiny_graphs import ffn_inputs, random_ids
+from tests.support.tiny_graphs import ffn_inputs, random_ids
 
 
 @pytest.fixture(scope="module")

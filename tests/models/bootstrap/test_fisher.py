@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from configs.errors import UserError
 from models.bootstrap.fisher import output_metrics
 from tests.conftest import tiny_llama
-from tests.tiny_graphs import random_ids
+from tests.support.tiny_graphs import random_ids
 
 
 @pytest.fixture(scope="module")

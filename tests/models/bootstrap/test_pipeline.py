@@ -15,7 +15,7 @@ from models.checkpoints.load import load_dense, load_graph, load_tokenizer
 from models.checkpoints.save import read_graph
 from models.files.fingerprint import fingerprint
 from tests.conftest import tiny_llama
-from tests.tiny_graphs import logit_difference, random_ids
+from tests.support.tiny_graphs import logit_difference, random_ids
 
 
 def run(source: Path, out: Path, *, num_experts: int = 4, plan: dict | None = None, **options) -> dict:

@@ -30,7 +30,7 @@ from models.checkpoints.save import read_graph
 from models.files.config_file import read_config
 from models.files.fingerprint import fingerprint
 from tests.conftest import tiny_llama
-from tests.tiny_graphs import BootstrapPlan, random_ids
+from tests.support.tiny_graphs import BootstrapPlan, random_ids
 
 
 @pytest.fixture(scope="module")

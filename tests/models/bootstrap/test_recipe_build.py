@@ -18,7 +18,7 @@ from models.checkpoints.disk_experts import open_mapped
 from models.checkpoints.load import load_dense, load_graph
 from models.files.fingerprint import checkpoint_fingerprint, fingerprint
 from tests.conftest import shared_path, tiny_llama
-from tests.tiny_federation import all_equal
+from tests.support.tiny_federation import all_equal
 
 
 def bootstrapped(base: Path, out: Path, **plan) -> Path:

@@ -15,7 +15,7 @@ from models.bootstrap.router_init import (
     ridge_routers,
 )
 from tests.conftest import tiny_llama
-from tests.tiny_graphs import ffn_inputs, random_ids
+from tests.support.tiny_graphs import ffn_inputs, random_ids
 
 MEMBERS = torch.randperm(64, generator=torch.Generator().manual_seed(0)).view(4, 16)
 

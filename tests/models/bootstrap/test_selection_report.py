@@ -19,7 +19,7 @@ from models.bootstrap.selection_report import (
 from models.graph.runtime_settings import visiting
 from models.runtime.perplexity import evaluate_loss
 from tests.conftest import tiny_llama
-from tests.tiny_graphs import ffn_inputs, random_ids
+from tests.support.tiny_graphs import ffn_inputs, random_ids
 
 NAMES = {"router", "centroid", "static", "oracle", "random"}
 

@@ -9,7 +9,7 @@ from models.checkpoints.load import load_dense
 from models.checkpoints.save import cast_weights
 from models.files.fingerprint import fingerprint
 from tests.conftest import tiny_llama
-from tests.tiny_graphs import graph_of, logit_difference, random_ids, with_random_gains
+from tests.support.tiny_graphs import graph_of, logit_difference, random_ids, with_random_gains
 
 
 @pytest.mark.parametrize(

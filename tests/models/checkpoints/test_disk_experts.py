@@ -15,7 +15,7 @@ from models.checkpoints.load import load_graph
 from models.checkpoints.save import save_graph
 from models.graph.unit_vectors import add_to_unit, read_unit, unit_sizes
 from tests.conftest import tiny_llama
-from tests.tiny_graphs import graph_of, logit_difference, random_ids, with_random_gains
+from tests.support.tiny_graphs import graph_of, logit_difference, random_ids, with_random_gains
 
 
 class Moved(dict):

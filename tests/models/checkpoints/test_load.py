@@ -17,7 +17,7 @@ from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 from models.runtime.nf4 import weight_of
 from models.runtime.nf4_linear import NF4Linear
 from tests.conftest import tiny_llama
-from tests.tiny_graphs import logit_difference, random_ids
+from tests.support.tiny_graphs import logit_difference, random_ids
 
 
 @pytest.fixture

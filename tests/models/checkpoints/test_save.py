@@ -17,7 +17,7 @@ from models.checkpoints.save import (
     write_graph,
 )
 from tests.conftest import tiny_llama
-from tests.tiny_graphs import graph_of, random_ids, with_random_gains
+from tests.support.tiny_graphs import graph_of, random_ids, with_random_gains
 
 
 def chain(num_experts: int) -> np.ndarray:

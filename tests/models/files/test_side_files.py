@@ -5,7 +5,7 @@ import pytest
 from configs.errors import UserError
 from models.files import side_files
 from models.files.side_files import copy_side_files, local_checkpoint
-from tests.command import tree
+from tests.support.command import tree
 
 
 def test_everything_but_weights_configuration_and_hidden_files_is_copied(tmp_path):

@@ -15,7 +15,7 @@ from models.graph.attention_vectors import (
 from models.graph.unit_vectors import OTHERS, add_to_unit
 from models.runtime.nf4_linear import NF4Linear
 from tests.conftest import tiny_llama
-from tests.tiny_graphs import graph_of, logit_difference, random_ids
+from tests.support.tiny_graphs import graph_of, logit_difference, random_ids
 
 SIZE = 32 * 32 + 2 * 16 * 32 + 32 * 32  # two of four heads for keys and values
 

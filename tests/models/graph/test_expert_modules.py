@@ -16,7 +16,7 @@ from models.remote_code.configuration_fedgraft import FedGraftConfig
 from models.remote_code.execution_fedgraft import gated_ffn
 from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 from tests.conftest import tiny_llama
-from tests.tiny_graphs import graph_of, logit_difference, random_ids, with_random_gains
+from tests.support.tiny_graphs import graph_of, logit_difference, random_ids, with_random_gains
 
 IDS = random_ids(tiny_llama())
 

@@ -6,7 +6,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 from models.graph.router_losses import Routing, collect_routing, load_balance_loss, router_loss, z_loss
 from models.graph.runtime_settings import checkpointing, set_residents
-from tests.tiny_graphs import graph_of, random_ids, with_random_gains
+from tests.support.tiny_graphs import graph_of, random_ids, with_random_gains
 
 
 def scores_of(tokens: int = 50, experts: int = 6, *, seed: int = 0) -> torch.Tensor:

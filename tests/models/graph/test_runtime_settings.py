@@ -16,7 +16,7 @@ from models.graph.runtime_settings import (
     warn_where_fewer_reside,
 )
 from tests.conftest import tiny_llama
-from tests.tiny_graphs import graph_of, logit_difference, random_ids, with_random_gains
+from tests.support.tiny_graphs import graph_of, logit_difference, random_ids, with_random_gains
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import torch
 from models.checkpoints.save import cast_weights
 from models.graph.unit_vectors import add_to_unit, read_unit, unit_shapes, unit_sizes, write_unit
 from tests.conftest import tiny_llama
-from tests.tiny_graphs import graph_of, with_random_gains
+from tests.support.tiny_graphs import graph_of, with_random_gains
 
 
 @pytest.fixture(params=["fp32", "bf16"])

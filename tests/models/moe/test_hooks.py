@@ -10,9 +10,9 @@ from configs.errors import UserError
 from models.graph.runtime_settings import set_visits
 from models.moe.hooks import ExpertRows, observing
 from models.moe.views import MoELayer, moe_layers
-from tests.module_moe import with_module_experts
-from tests.tiny_graphs import graph_of, random_ids, with_random_gains
-from tests.tiny_moes import FAMILIES, tiny_moe
+from tests.support.module_moe import with_module_experts
+from tests.support.tiny_graphs import graph_of, random_ids, with_random_gains
+from tests.support.tiny_moes import FAMILIES, tiny_moe
 
 
 def observed(model, ids) -> tuple[dict[tuple[int, int], ExpertRows], Tensor]:

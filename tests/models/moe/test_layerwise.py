@@ -7,8 +7,8 @@ import torch
 
 from models.moe.layerwise import walk_layers
 from tests.conftest import tiny_llama
-from tests.tiny_graphs import graph_of, random_ids
-from tests.tiny_moes import FAMILIES, tiny_moe
+from tests.support.tiny_graphs import graph_of, random_ids
+from tests.support.tiny_moes import FAMILIES, tiny_moe
 
 
 @torch.no_grad()

@@ -15,9 +15,9 @@ from models.moe.remove import keep_experts
 from models.moe.routers import all_gates, router_logits
 from models.moe.saliency_collection import collect_saliency
 from models.moe.views import moe_layers
-from tests.module_moe import with_module_experts
-from tests.tiny_graphs import graph_of, logit_difference, random_ids
-from tests.tiny_moes import FAMILIES, tiny_moe
+from tests.support.module_moe import with_module_experts
+from tests.support.tiny_graphs import graph_of, logit_difference, random_ids
+from tests.support.tiny_moes import FAMILIES, tiny_moe
 
 KEPT = {0: np.array([1, 3]), 1: np.array([0, 2])}
 

@@ -23,10 +23,10 @@ from models.moe.remove import keep_experts, shrink_layer
 from models.moe.saliency_collection import collect_saliency
 from models.moe.views import moe_layers
 from models.runtime.perplexity import batches_loss
-from tests.module_moe import with_module_experts
-from tests.saliency_samples import map_of
-from tests.tiny_graphs import graph_of, logit_difference, random_ids, with_random_gains
-from tests.tiny_moes import FAMILIES, tiny_moe
+from tests.support.module_moe import with_module_experts
+from tests.support.saliency_samples import map_of
+from tests.support.tiny_graphs import graph_of, logit_difference, random_ids, with_random_gains
+from tests.support.tiny_moes import FAMILIES, tiny_moe
 
 
 def text(model, seed=0):

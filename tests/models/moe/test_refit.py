@@ -9,9 +9,9 @@ import torch
 from models.moe.hooks import observing
 from models.moe.refit import RIDGE, block_output, refit_experts
 from models.moe.views import moe_layers
-from tests.module_moe import with_module_experts
-from tests.tiny_graphs import graph_of
-from tests.tiny_moes import FAMILIES, tiny_moe
+from tests.support.module_moe import with_module_experts
+from tests.support.tiny_graphs import graph_of
+from tests.support.tiny_moes import FAMILIES, tiny_moe
 
 
 def layer_and_tokens(model):

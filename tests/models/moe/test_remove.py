@@ -11,9 +11,9 @@ from models.checkpoints.load import load_causal_lm
 from models.moe.remove import keep_experts, set_counts, shrink_layer
 from models.moe.views import moe_layers
 from models.moe_files.prune import prune_checkpoint
-from tests.module_moe import with_module_experts
-from tests.tiny_graphs import graph_of, logit_difference, random_ids, with_random_gains
-from tests.tiny_moes import FAMILIES, saved_moe, tiny_moe
+from tests.support.module_moe import with_module_experts
+from tests.support.tiny_graphs import graph_of, logit_difference, random_ids, with_random_gains
+from tests.support.tiny_moes import FAMILIES, saved_moe, tiny_moe
 
 KEPT = {0: np.array([1, 2, 3]), 1: np.array([0, 2, 3])}
 

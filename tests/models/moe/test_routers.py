@@ -8,8 +8,8 @@ import torch
 from configs.errors import UserError
 from models.moe.routers import all_gates, route, router_logits
 from models.moe.views import RouterKind, moe_layers
-from tests.tiny_graphs import graph_of
-from tests.tiny_moes import FAMILIES, tiny_moe
+from tests.support.tiny_graphs import graph_of
+from tests.support.tiny_moes import FAMILIES, tiny_moe
 
 VARIANTS: list[tuple[str, dict]] = [(family, {}) for family in FAMILIES]
 VARIANTS += [("qwen3_moe", {"norm_topk_prob": False}), ("qwen2_moe", {"norm_topk_prob": True})]

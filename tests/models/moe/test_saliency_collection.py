@@ -15,9 +15,9 @@ from models.moe import saliency_collection
 from models.moe.saliency_collection import collect_saliency
 from models.moe.views import moe_layers
 from tests.conftest import tiny_llama
-from tests.module_moe import with_module_experts
-from tests.tiny_graphs import graph_of, random_ids
-from tests.tiny_moes import FAMILIES, tiny_moe
+from tests.support.module_moe import with_module_experts
+from tests.support.tiny_graphs import graph_of, random_ids
+from tests.support.tiny_moes import FAMILIES, tiny_moe
 
 
 def batches_of(model, sizes=(2, 1, 3), length=12, padding=0):

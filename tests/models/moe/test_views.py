@@ -8,9 +8,9 @@ import torch
 from configs.errors import UserError
 from models.moe.views import RouterKind, moe_layers, router_kind
 from tests.conftest import tiny_llama
-from tests.module_moe import with_module_experts
-from tests.tiny_graphs import graph_of
-from tests.tiny_moes import FAMILIES, tiny_moe
+from tests.support.module_moe import with_module_experts
+from tests.support.tiny_graphs import graph_of
+from tests.support.tiny_moes import FAMILIES, tiny_moe
 
 KINDS = {
     "mixtral": RouterKind.SOFTMAX_TOP_K_RENORMALISED,

@@ -11,8 +11,8 @@ from configs.errors import UserError
 from models.checkpoints.save import save_graph
 from models.moe_files.layout import read_moe_layout
 from tests.conftest import tiny_llama
-from tests.tiny_graphs import graph_of
-from tests.tiny_moes import FAMILIES, saved_moe, tiny_moe
+from tests.support.tiny_graphs import graph_of
+from tests.support.tiny_moes import FAMILIES, saved_moe, tiny_moe
 
 EXPERTS = {"mixtral": 4, "qwen2_moe": 6, "qwen3_moe": 8, "olmoe": 5, "granitemoeshared": 4}
 EXPERTS |= {"deepseek_v3": 6, "glm4_moe": 6}

@@ -17,9 +17,9 @@ from models.checkpoints.load import load_graph
 from models.checkpoints.save import cast_weights, check_graph, read_graph, save_graph
 from models.moe_files.layout import read_moe_layout
 from models.moe_files.prune import preview_prune, prune_checkpoint
-from tests.command import tree
-from tests.tiny_graphs import graph_of, logit_difference, random_ids, with_random_gains
-from tests.tiny_moes import FAMILIES, saved_moe, tiny_moe
+from tests.support.command import tree
+from tests.support.tiny_graphs import graph_of, logit_difference, random_ids, with_random_gains
+from tests.support.tiny_moes import FAMILIES, saved_moe, tiny_moe
 
 KEEP = {0: np.array([3, 1, 0]), 1: np.array([0, 2, 3])}
 COUNT_KEY = {

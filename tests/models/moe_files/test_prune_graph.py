@@ -8,7 +8,7 @@ from configs.errors import UserError
 from models.checkpoints.save import read_graph, save_graph
 from models.moe_files.layout import read_moe_layout
 from models.moe_files.prune_graph import edited_pairs, read_stored_graph, retire_stored_experts
-from tests.tiny_graphs import graph_of, with_random_gains
+from tests.support.tiny_graphs import graph_of, with_random_gains
 
 
 def stored(model, tokenizer, directory):

@@ -9,8 +9,8 @@ from configs.errors import UserError
 from models.checkpoints.save import save_graph
 from models.moe_files.layout import MoELayout, read_moe_layout
 from models.moe_files.pruned_config import pruned_config
-from tests.tiny_graphs import graph_of
-from tests.tiny_moes import saved_moe
+from tests.support.tiny_graphs import graph_of
+from tests.support.tiny_moes import saved_moe
 
 TWO = {0: np.array([0, 3]), 1: np.array([1, 2])}
 

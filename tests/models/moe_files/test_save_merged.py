@@ -12,8 +12,8 @@ from models.checkpoints.load import load_causal_lm, load_tokenizer
 from models.moe.remove import keep_experts
 from models.moe_files.layout import read_moe_layout
 from models.moe_files.save_merged import save_merged
-from tests.tiny_graphs import logit_difference, random_ids
-from tests.tiny_moes import FAMILIES, saved_moe
+from tests.support.tiny_graphs import logit_difference, random_ids
+from tests.support.tiny_moes import FAMILIES, saved_moe
 
 
 @pytest.mark.parametrize("family", FAMILIES)

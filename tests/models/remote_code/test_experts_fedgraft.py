@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.remote_code.experts_fedgraft import ExpertGraphMLP
-from tests.reference_walk import Layer, layer_tokens
+from tests.support.reference_walk import Layer, layer_tokens
 
 WIDTH, NEURONS = 3, 2
 

@@ -14,7 +14,7 @@ from models.checkpoints.save import cast_weights, save_graph
 from models.remote_code.configuration_fedgraft import FedGraftConfig
 from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 from tests.conftest import shared_path, tiny_llama
-from tests.tiny_graphs import graph_of, logit_difference, random_ids, with_random_gains
+from tests.support.tiny_graphs import graph_of, logit_difference, random_ids, with_random_gains
 
 EXACT = ("router", "edge_gain", "edge_affinity", "output_gain")
 FAMILIES = {

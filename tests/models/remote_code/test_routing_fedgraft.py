@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.remote_code.routing_fedgraft import Walk, walk_graph
-from tests.reference_walk import NOBODY, walk_token
+from tests.support.reference_walk import NOBODY, walk_token
 
 ORDERS = ("best-first", "depth-first")
 

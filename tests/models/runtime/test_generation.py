@@ -7,7 +7,7 @@ from transformers import TextStreamer
 from configs.errors import UserError
 from models.runtime.generation import continue_prompt
 from tests.conftest import tiny_llama
-from tests.tiny_graphs import graph_of, with_random_gains
+from tests.support.tiny_graphs import graph_of, with_random_gains
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import torch
 
 from models.runtime.perplexity import LossSum, batches_loss, evaluate_loss
 from tests.conftest import tiny_llama
-from tests.tiny_graphs import random_ids
+from tests.support.tiny_graphs import random_ids
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from experts.saliency.measures import save_saliency
 from experts.selection.expert_list import write_expert_list
 from experts.selection.rules import Selection, select_experts
 from scripts.shared.expert_choice import ExpertChoice, choose_experts, output_directories
-from tests.saliency_samples import saliency_of_scores
+from tests.support.saliency_samples import saliency_of_scores
 
 SALIENCY = saliency_of_scores([[4.0, 0.1, 3.0, 2.0], [0.1, 2.0, 3.0]])
 EXPERTS = [4, 3]

@@ -6,7 +6,7 @@ from configs.errors import UserError
 from experts.saliency.expert_map import save_expert_map
 from experts.selection.rules import Selection
 from scripts.shared.expert_options import selection_of
-from tests.saliency_samples import map_of
+from tests.support.saliency_samples import map_of
 
 
 def test_maps_are_read_and_ids_parsed(tmp_path):

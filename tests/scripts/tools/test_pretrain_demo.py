@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, 
 from configs.errors import UserError
 from federated.data import wikimix
 from scripts.tools import pretrain_demo
-from tests.paths import ROOT
+from tests.support.paths import ROOT
 
 DEMO = ROOT / "models" / "demo"
 QUIET = Console(quiet=True)

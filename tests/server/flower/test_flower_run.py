@@ -22,8 +22,8 @@ from server.flower.flower_run import (
     submit,
     wait_for_run,
 )
-from tests.flower_apps import write_throwaway_app
-from tests.paths import ROOT
+from tests.support.flower_apps import write_throwaway_app
+from tests.support.paths import ROOT
 
 COMPLETED = '{"success": true, "runs": [{"status": "finished:completed", "status-details": "N/A"}]}'
 RUNNING = COMPLETED.replace("finished:completed", "running")

@@ -15,8 +15,8 @@ from models.checkpoints.load import load_graph
 from models.checkpoints.save import cast_weights, read_graph, save_graph
 from models.graph.unit_vectors import read_unit, unit_sizes
 from server.model.global_model import GlobalModel
-from tests.tiny_federation import all_equal, random_change, save_tiny_graph
-from tests.tiny_graphs import graph_of, random_ids, with_random_gains
+from tests.support.tiny_federation import all_equal, random_change, save_tiny_graph
+from tests.support.tiny_graphs import graph_of, random_ids, with_random_gains
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ import torch
 
 from models.graph.runtime_settings import observing, set_walk
 from server.reporting.call_trace import call_trace
-from tests.reference_walk import walk_token
-from tests.tiny_graphs import graph_of, random_ids, with_random_gains
+from tests.support.reference_walk import walk_token
+from tests.support.tiny_graphs import graph_of, random_ids, with_random_gains
 
 KEYS = {"sequence", "layer", "token", "experts", "parents", "weights"}
 

@@ -29,9 +29,9 @@ from models.checkpoints.save import read_graph
 from models.graph.attention_vectors import read_attention
 from models.runtime.perplexity import LossSum, evaluate_loss
 from server.rounds.loop import Federation
-from tests.fresh_process import FreshProcessApp
-from tests.grid import Drop, Late
-from tests.tiny_federation import (
+from tests.support.fresh_process import FreshProcessApp
+from tests.support.grid import Drop, Late
+from tests.support.tiny_federation import (
     TinyGrid,
     all_equal,
     client_folder_of,

@@ -12,8 +12,8 @@ from models.checkpoints.save import write_graph
 from models.runtime.perplexity import LossSum, evaluate_loss
 from server.model.global_model import GlobalModel
 from server.rounds.rewire import UsageAverage, merge
-from tests.tiny_federation import all_equal, random_change, save_tiny_graph
-from tests.tiny_graphs import random_ids, with_random_gains
+from tests.support.tiny_federation import all_equal, random_change, save_tiny_graph
+from tests.support.tiny_graphs import random_ids, with_random_gains
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from server.reporting.run_log import MergeRecord
 from server.rounds.exchange import Answer
 from server.rounds.run_observer import RunObserver, read_summary
 from server.rounds.validation import check_replies
-from tests.tiny_federation import all_equal, packed_change, random_change, save_tiny_graph
+from tests.support.tiny_federation import all_equal, packed_change, random_change, save_tiny_graph
 
 NUMBERS = {"examples": 3.0, "train-loss": 1.5, "density": 0.5, "valid-nll": 20.0, "valid-tokens": 10.0}
 CLIENT_KEYS = {

@@ -17,8 +17,8 @@ from server.model.global_model import GlobalModel
 from server.rounds.exchange import Answer
 from server.rounds.reply_spool import ReplySpool, SpooledBytes
 from server.rounds.validation import check_evaluations, check_numbers, check_replies
-from tests.tiny_federation import packed_change, random_change, save_tiny_graph
-from tests.tiny_graphs import graph_of
+from tests.support.tiny_federation import packed_change, random_change, save_tiny_graph
+from tests.support.tiny_graphs import graph_of
 
 HELD = [np.array([True, False, True, False]), np.array([False, False, False, True])]
 TRAINED = {(0, 0), (0, 2), (1, 3)}

@@ -8,8 +8,8 @@ import pytest
 
 from models.checkpoints.load import load_causal_lm
 from models.moe.views import moe_layers
-from tests.command import assert_refused, run, tree
-from tests.tiny_moes import saved_moe
+from tests.support.command import assert_refused, run, tree
+from tests.support.tiny_moes import saved_moe
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ from transformers import PreTrainedTokenizerFast
 from experts.saliency.expert_map import save_expert_map
 from experts.selection.compression_trace import COLUMNS
 from experts.selection.expert_list import load_expert_list
-from tests.command import assert_refused, run, tree
-from tests.saliency_samples import map_of
-from tests.tiny_moes import saved_moe
+from tests.support.command import assert_refused, run, tree
+from tests.support.saliency_samples import map_of
+from tests.support.tiny_moes import saved_moe
 
 FILES = ["compression_plan.csv", "filtered_experts.csv", "filtered_experts.json"]
 PLAN = ("experts", "plan", "--data", "text.jsonl", "--block-size", 16, "--max-blocks", 4)

@@ -12,9 +12,9 @@ from experts.saliency.measures import save_saliency
 from experts.selection.expert_list import write_expert_list
 from experts.selection.rules import Selection, select_experts
 from models.checkpoints.load import load_dense, load_graph
-from tests.command import assert_refused, run, tree
-from tests.saliency_samples import map_of, saliency_of_scores
-from tests.tiny_moes import saved_moe
+from tests.support.command import assert_refused, run, tree
+from tests.support.saliency_samples import map_of, saliency_of_scores
+from tests.support.tiny_moes import saved_moe
 
 KEYS = {"out", "keep_map", "parameters_before", "parameters_after", "bytes_before", "bytes_after"}
 # The worst of layer 0 are 1, 3; of layer 1: 0, 1. Over both layers the worst two are 0:1 and 1:0.

@@ -5,9 +5,9 @@ import pytest
 
 from configs.errors import UserError
 from experts.saliency.measures import ARRAYS, load_saliency, save_saliency
-from tests.command import assert_refused, run, tree
-from tests.saliency_samples import random_saliency, saliency_of_scores
-from tests.tiny_moes import saved_moe
+from tests.support.command import assert_refused, run, tree
+from tests.support.saliency_samples import random_saliency, saliency_of_scores
+from tests.support.tiny_moes import saved_moe
 
 
 @pytest.fixture

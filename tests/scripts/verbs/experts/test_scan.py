@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from experts.saliency.expert_map import load_expert_map
-from tests.command import assert_refused, run, tree
-from tests.tiny_moes import saved_moe
+from tests.support.command import assert_refused, run, tree
+from tests.support.tiny_moes import saved_moe
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ import pytest
 from experts.saliency.expert_map import save_expert_map
 from experts.saliency.measures import save_saliency
 from experts.selection.expert_list import load_expert_list
-from tests.command import assert_refused, run, tree
-from tests.saliency_samples import map_of, random_saliency, saliency_of_scores
+from tests.support.command import assert_refused, run, tree
+from tests.support.saliency_samples import map_of, random_saliency, saliency_of_scores
 
 SHAPE = [8, 8]
 SELECT = ("experts", "select", "--saliency", "a.npz", "--out", "list")

@@ -10,8 +10,8 @@ import pytest
 from configs.errors import UserError
 from scripts.verbs.federation.simulate import PROJECT, read_run_config, summary_lines
 from server.flower.flower_process import job_processes, stop_job
-from tests.command import assert_refused, run, tree
-from tests.tiny_federation import assert_run_succeeded, run_values, save_tiny_graph, write_texts
+from tests.support.command import assert_refused, run, tree
+from tests.support.tiny_federation import assert_run_succeeded, run_values, save_tiny_graph, write_texts
 
 SUMMARY = {
     "rounds": 2, "stopped": None,

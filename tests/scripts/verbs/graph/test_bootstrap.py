@@ -5,7 +5,7 @@ from rich.console import Console
 
 from models.checkpoints.load import load_graph
 from scripts.verbs.graph.bootstrap import report_table
-from tests.command import run, tree
+from tests.support.command import run, tree
 
 QUICK = ("--calibration-tokens", "512", "--evaluation-tokens", "256")
 

@@ -8,7 +8,7 @@ import pytest
 from federated.data.blocks import pack_blocks
 from models.checkpoints.load import load_causal_lm, load_tokenizer
 from models.runtime.perplexity import evaluate_loss
-from tests.command import run
+from tests.support.command import run
 
 PROSE = [
     f"the {word} cat sat on the mat." for word in ("old", "red", "sad", "big", "shy", "fat", "odd", "new")

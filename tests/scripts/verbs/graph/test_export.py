@@ -5,8 +5,8 @@ import pytest
 from models.checkpoints.load import load_dense, load_graph, load_tokenizer
 from models.checkpoints.save import save_graph
 from models.files.fingerprint import fingerprint
-from tests.command import run
-from tests.tiny_graphs import graph_of, with_random_gains
+from tests.support.command import run
+from tests.support.tiny_graphs import graph_of, with_random_gains
 
 KEYS = {"out", "to", "exact", "max_logit_difference", "not_representable"}
 

@@ -4,7 +4,7 @@ import pytest
 
 from models.checkpoints.load import load_causal_lm, load_tokenizer
 from models.runtime.generation import continue_prompt
-from tests.command import run
+from tests.support.command import run
 
 
 @pytest.mark.parametrize("kind", ["graph", "dense"])

@@ -28,8 +28,8 @@ from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 from server.app import open_global_model, server_text
 from server.rounds.loop import Federation
 from server.rounds.run_observer import RunObserver
-from tests.grid import RUN_ID, Fault, InProcessGrid
-from tests.tiny_graphs import graph_of
+from tests.support.grid import RUN_ID, Fault, InProcessGrid
+from tests.support.tiny_graphs import graph_of
 
 # Each client repeats itself, so that a few steps of training show.
 TEXTS = {"letters": "the red fox ran to the hen. ", "digits": "12 + 34 = 46; 21 + 43 = 64; "}

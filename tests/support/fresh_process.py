@@ -17,7 +17,7 @@ class FreshProcessApp:
     def __init__(self) -> None:
         self._processes = multiprocessing.get_context("forkserver")
         # The server of the forks imports the app and runs nothing, so every fork is as good as new.
-        self._processes.set_forkserver_preload(["tests.fresh_process"])
+        self._processes.set_forkserver_preload(["tests.support.fresh_process"])
 
     def __call__(self, message: Message, context: Context) -> Message:
         with ProcessPoolExecutor(1, mp_context=self._processes) as pool:
