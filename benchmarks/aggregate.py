@@ -21,7 +21,8 @@ from federated.wire.codec import pack_update
 from federated.wire.quantise import quantise_update
 from models.bootstrap.build import BootstrapPlan, build_graph, plan_experts
 from models.checkpoints.load import load_dense, load_graph, load_tokenizer
-from models.checkpoints.save import read_graph, save_graph
+from models.checkpoints.save import save_graph
+from models.graph.graph_state import read_graph
 from models.graph.unit_vectors import unit_sizes
 from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 

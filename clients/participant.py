@@ -31,7 +31,7 @@ from federated.updates.update import density
 from federated.wire.codec import pack_update
 from models.checkpoints.disk_experts import materialise, open_mapped
 from models.checkpoints.load import load_tokenizer
-from models.checkpoints.save import read_graph
+from models.graph.graph_state import read_graph
 from models.graph.runtime_settings import (
     residents,
     scaled_visits,

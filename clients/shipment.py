@@ -16,7 +16,7 @@ from federated.selection.error_feedback import Limits, PreparedUpdate, choose_up
 from federated.updates.lazy_vectors import LazyVectors
 from federated.updates.update import SparseUpdate, SparseVector, Unit, unit_name
 from federated.wire.codec import unpack_update
-from models.checkpoints.save import read_graph
+from models.graph.graph_state import read_graph
 from models.graph.unit_vectors import unit_shapes
 from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 
@@ -70,7 +70,7 @@ def choose_shipment(
     Args:
         model: after local training; says which graph that was.
         deltas: ``[size]`` of each unit that trained.
-        slopes: of the loss along these, as ``clients.training.gradient_rms.entry_slopes`` gives them; without any, magnitude counts.
+        slopes: of the loss along these, as ``gradient_rms.entry_slopes`` gives them; without any, magnitude counts.
         residual: as ``carried_over`` gives it.
         config: with the client's own limits.
         generator: of the draw, where experts are drawn.

@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,26 @@ RANKS = (
     ("scripts",),
 )
 RANK = {folder: rank for rank, folders in enumerate(RANKS) for folder in folders}
+# Inside a folder, its modules ("") and sub-folders in import order: each may import those before it.
+ROOMS = {
+    "experts": ("", "graph", "saliency", "selection", "merging"),
+    "models": (
+        "",
+        "remote_code",
+        "runtime",
+        "files",
+        "graph",
+        "checkpoints",
+        "bootstrap",
+        "moe",
+        "moe_files",
+    ),
+    "federated": ("", "updates", "wire", "selection", "aggregation", "protocol", "data"),
+    "clients": ("training", "residents", "state", ""),
+    "server": ("model", "reporting", "rounds", "", "flower"),
+    "scripts": ("shared", "verbs", "tools", "", "deploy"),
+}
+LARGEST_FOLDER = 16
 CHECKPOINT_LIBRARIES = {"torch", "transformers", "huggingface_hub"}
 MACHINE_PATH = re.compile(r"""(?<![\w.~}$*<])/(?:work|root|Users)/[\w.-]+|(?<![\w.~}$*<])/tmp/w\b""")
 
@@ -62,6 +83,20 @@ def trespasses(folder: str, source: str) -> list[str]:
     return sorted((tops & set(RANK)) - allowed) + sorted(tops & {"fedgraft", "tests", "benchmarks"})
 
 
+def room_of(parts: tuple[str, ...]) -> str:
+    """The sub-folder of a module by the parts of its path or dotted name; "" for a module of the folder itself."""
+    return parts[1] if len(parts) > 1 and parts[1] in ROOMS[parts[0]] else ""
+
+
+def room_trespasses(parts: tuple[str, ...], source: str) -> list[str]:
+    """Imports of the module at ``parts`` that the order of the sub-folders of its folder forbids."""
+    rooms = ROOMS[parts[0]]
+    rank = rooms.index(room_of(parts))
+    targets = {tuple(name.split(".")) for level, name in imports(source) if level == 0}
+    inside = {target for target in targets if target[0] == parts[0] and len(target) > 1}
+    return sorted(".".join(target) for target in inside if rooms.index(room_of(target)) > rank)
+
+
 def name_of(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
@@ -75,17 +110,55 @@ def test_a_module_imports_only_what_stands_before_its_folder(path):
 
 
 def test_the_order_can_be_broken():
-    assert trespasses("configs", "import experts.graph") == ["experts"]
-    assert trespasses("clients", "def f():\n    from server.state import load") == ["server"]
-    assert trespasses("server", "import clients.trainer as trainer") == ["clients"]
-    assert trespasses("models", "from federated import codec\nfrom scripts.console import progress") == [
+    assert trespasses("configs", "import experts.graph.expert_graph") == ["experts"]
+    assert trespasses("clients", "def f():\n    from server.rounds import load") == ["server"]
+    assert trespasses("server", "import clients.training.trainer as trainer") == ["clients"]
+    assert trespasses(
+        "models", "from federated.wire import codec\nfrom scripts.shared.console import progress"
+    ) == [
         "federated",
         "scripts",
     ]
-    assert trespasses("experts", "import torch, models.bootstrap") == ["models"]
+    assert trespasses("experts", "import torch, models.bootstrap.build") == ["models"]
     assert trespasses("federated", "from fedgraft import main") == ["fedgraft"]
-    assert trespasses("server", "from configs.errors import UserError\nfrom federated.codec import x") == []
+    assert (
+        trespasses("server", "from configs.errors import UserError\nfrom federated.wire.codec import x") == []
+    )
     assert trespasses("scripts", "import clients.x, server.y, ui.z") == []
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in HOUSE if path.relative_to(ROOT).parts[0] in ROOMS], ids=name_of
+)
+def test_a_module_imports_only_sub_folders_before_its_own(path):
+    assert room_trespasses(path.relative_to(ROOT).parts, path.read_text()) == []
+
+
+def test_the_order_of_sub_folders_can_be_broken():
+    assert room_trespasses(("models", "files", "x.py"), "from models.moe.views import experts_of") == [
+        "models.moe.views"
+    ]
+    assert room_trespasses(("models", "moe", "x.py"), "from models.files.side_files import y") == []
+    assert room_trespasses(("clients", "state", "x.py"), "def f():\n    import clients.participant") == [
+        "clients.participant"
+    ]
+    assert room_trespasses(("clients", "participant.py"), "import clients.state.store") == []
+
+
+def test_every_sub_folder_has_its_place_in_the_order():
+    for folder, rooms in ROOMS.items():
+        found = {
+            path.parent.relative_to(ROOT / folder).parts[:1]
+            for path in HOUSE
+            if path.is_relative_to(ROOT / folder)
+        }
+        assert {parts[0] if parts else "" for parts in found} <= set(rooms), folder
+
+
+def test_no_folder_holds_more_source_files_than_a_reader_can_survey():
+    counts = Counter(path.parent for path in modules() if path.name != "__init__.py")
+    assert len(counts) > 30
+    assert {name_of(folder): count for folder, count in counts.items() if count > LARGEST_FOLDER} == {}
 
 
 def test_every_folder_of_code_has_its_place():

@@ -1,0 +1,1 @@
+"""Material, runners and peers shared by the benchmarks."""

@@ -25,7 +25,7 @@ from federated.data.blocks import batches
 from federated.protocol.messages import Request
 from models.bootstrap.recipe import graph_fingerprint
 from models.checkpoints.disk_experts import open_mapped
-from models.checkpoints.save import read_graph
+from models.graph.graph_state import read_graph
 from models.graph.runtime_settings import visiting
 
 _MIB = 2**20

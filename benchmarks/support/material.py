@@ -16,8 +16,8 @@ from models.bootstrap.pipeline import sample_calibration
 from models.checkpoints.load import load_dense, load_tokenizer
 from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 
-SHARED = Path(os.environ.get("FEDGRAFT_SHARED", Path(__file__).resolve().parents[2] / "shared"))
-DEMO_MODEL = Path(__file__).resolve().parents[1] / "models" / "demo"
+SHARED = Path(os.environ.get("FEDGRAFT_SHARED", Path(__file__).resolve().parents[3] / "shared"))
+DEMO_MODEL = Path(__file__).resolve().parents[2] / "models" / "demo"
 
 
 def model_path(name: str, *, quick: bool = False) -> str:

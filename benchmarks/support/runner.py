@@ -24,7 +24,7 @@ from configs.errors import UserError
 from configs.output import write_json
 from scripts.shared.console import JsonFlag, print_result, progress, quiet_libraries, stderr
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).resolve().parent / "results"
 
 OnStep = Callable[[str, int, int], None]
@@ -90,12 +90,12 @@ def measured_result(name: str, measure: Callable[[bool, OnStep], Measured], *, q
 
 
 def measured_apart(module: str, arguments: Sequence[str]) -> dict[str, float]:
-    """What ``python -m benchmarks.MODULE ARGUMENTS`` prints as JSON in its last line, in a process of its own.
+    """What ``python -m benchmarks.support.MODULE ARGUMENTS`` prints as JSON in its last line, in a process of its own.
 
     Raises:
         RuntimeError: it failed; the message holds the last line of its error.
     """
-    command = [sys.executable, "-m", f"benchmarks.{module}", *arguments]
+    command = [sys.executable, "-m", f"benchmarks.support.{module}", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{module} {arguments} failed: {done.stderr.strip().splitlines()[-1:]}")

@@ -1,0 +1,1 @@
+"""Choice of the resident experts: assembler, budgets, trial training."""

@@ -1,0 +1,1 @@
+"""Files that a client keeps on its own disk between rounds."""

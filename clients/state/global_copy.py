@@ -16,8 +16,8 @@ from clients.state.checked_file import read_checked, write_checked
 from experts.graph.expert_graph import ExpertGraph
 from federated.protocol.copy_hash import copy_hash, unit_digest, vector_digest
 from federated.updates.update import parse_unit, unit_name
-from models.checkpoints.save import read_graph, write_graph
 from models.graph.attention_vectors import attention_count, read_attention, write_attention
+from models.graph.graph_state import read_graph, write_graph
 from models.graph.unit_vectors import OTHERS, Unit, weight_count
 from models.remote_code.experts_fedgraft import ROUTING
 from models.remote_code.modeling_fedgraft import FedGraftForCausalLM

@@ -14,7 +14,7 @@ from federated.protocol.messages import Request
 from federated.protocol.snapshot import apply_snapshot
 from federated.protocol.steps import ServerStep, apply_step, steps_after
 from federated.updates.update import RefusedUpdate
-from models.checkpoints.save import read_graph
+from models.graph.graph_state import read_graph
 from models.graph.unit_vectors import Unit
 from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 

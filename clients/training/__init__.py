@@ -1,0 +1,1 @@
+"""Local training of the experts that a client holds."""

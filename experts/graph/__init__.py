@@ -1,0 +1,1 @@
+"""Expert graphs as plain data: masks, and edits of edges and experts."""

@@ -1,6 +1,6 @@
 """Edits that take experts out of a graph, by retiring them or by merging them into others.
 
-They renumber the experts that stay, so that no client can replay them: ``experts.graph.edge_edits.apply_edits`` refuses them.
+They renumber the experts that stay, so that no client can replay them: ``edge_edits.apply_edits`` refuses them.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""Alignment and similarity of experts that are merged."""

@@ -1,0 +1,1 @@
+"""Saliency measures of experts, their files, ranks and reports."""

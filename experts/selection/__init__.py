@@ -1,0 +1,1 @@
+"""Choice of the experts to remove: rules, expert lists, compression traces."""

@@ -1,0 +1,1 @@
+"""Per-expert aggregation of client updates and of usage counts."""

@@ -1,0 +1,1 @@
+"""Documents, their partition over clients, and token blocks."""

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from models.checkpoints.save import read_graph
 from models.graph.attention_vectors import read_attention
+from models.graph.graph_state import read_graph
 from models.graph.unit_vectors import OTHERS, Unit, flatten_weights
 from models.remote_code.experts_fedgraft import ROUTING, ExpertGraphMLP
 from models.remote_code.modeling_fedgraft import FedGraftForCausalLM

@@ -23,8 +23,8 @@ from experts.graph.expert_graph import ExpertGraph, check_reachable
 from federated.protocol.copy_hash import moved_vector, routing_vector
 from federated.updates.update import RefusedUpdate, Unit
 from federated.wire.columns import pack_column, unpack_column
-from models.checkpoints.save import read_graph, write_graph
 from models.graph.attention_vectors import write_attention
+from models.graph.graph_state import read_graph, write_graph
 from models.graph.unit_vectors import OTHERS, unflatten_weights
 from models.remote_code.experts_fedgraft import ROUTING, ExpertGraphMLP
 from models.remote_code.modeling_fedgraft import FedGraftForCausalLM

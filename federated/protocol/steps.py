@@ -13,7 +13,7 @@ from experts.graph.edge_edits import Edit, apply_edits, edits_from_dicts
 from experts.graph.expert_graph import ExpertGraph
 from federated.updates.update import RefusedUpdate, SparseUpdate, Unit
 from federated.wire.codec import PackedStats, packed_stats, unpack_update
-from models.checkpoints.save import read_graph, write_graph
+from models.graph.graph_state import read_graph, write_graph
 from models.graph.unit_vectors import add_to_unit, unit_sizes
 from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 
@@ -27,8 +27,8 @@ class ServerStep:
 
     Attributes:
         version: counts the server rounds that moved the model; the bootstrapped checkpoint is version 0.
-        packed: the aggregated, quantised change of the experts, as ``federated.wire.codec`` packs it, in one part or several
-            (see ``join_parts``).
+        packed: the aggregated, quantised change of the experts, as ``federated.wire.codec`` packs it, in one part
+            or several (see ``join_parts``).
         edits: made after the change is added.
     """
 

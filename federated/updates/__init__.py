@@ -1,0 +1,1 @@
+"""Dense and sparse per-expert updates in memory."""

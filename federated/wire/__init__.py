@@ -1,0 +1,1 @@
+"""Packing of sparse updates: run lengths, quantization, low-rank factors, safetensors container."""

@@ -1,0 +1,1 @@
+"""Construction of an expert graph from a dense Llama."""

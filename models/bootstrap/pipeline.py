@@ -14,10 +14,11 @@ from configs.output import check_output_directory, new_directory, write_bytes
 from experts.clustering import check_expert_count
 from models.bootstrap.build import BootstrapPlan, LayerExperts, build_graph, plan_experts
 from models.bootstrap.calibration import Calibration, sample_text
+from models.bootstrap.cluster_table import cluster_table
 from models.bootstrap.recipe import RECIPE_NAME, recipe_of, write_recipe
 from models.bootstrap.selection_report import SHARES, selection_report
 from models.checkpoints.load import load_dense, load_tokenizer
-from models.checkpoints.save import cast_weights, cluster_table, save_graph
+from models.checkpoints.save import cast_weights, save_graph
 from models.files.config_file import read_config
 from models.files.fingerprint import fingerprint
 from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
@@ -39,7 +40,7 @@ def bootstrap_checkpoint(
     overwrite: bool = False,
     on_step: Step = lambda stage, done, total: None,
 ) -> dict[str, Any]:
-    """Turn the dense Llama at ``source`` into an expert graph at ``out``, with its recipe (see ``models.bootstrap.recipe``).
+    """Turn the dense Llama at ``source`` into an expert graph at ``out``, with its recipe.
 
     Args:
         source: directory or hub id.

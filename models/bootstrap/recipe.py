@@ -1,6 +1,6 @@
 """What turns a dense base into its expert graph: the experts' neurons, routers and masks, without one base weight.
 
-A client that has the base builds the graph from it bit for bit (see ``models.bootstrap.recipe_build``): per layer two bytes per
+A client that has the base builds the graph from it bit for bit (see ``recipe_build``): per layer two bytes per
 neuron and four per router weight, in place of the whole graph.
 """
 

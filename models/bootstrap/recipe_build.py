@@ -19,7 +19,8 @@ from models.checkpoints.disk_experts import GraphFiles
 from models.checkpoints.load import load_tokenizer
 from models.checkpoints.save import save_graph
 from models.files.config_file import check_is_dense, read_config
-from models.files.fingerprint import check_file, checkpoint_files, fingerprint_of
+from models.files.fingerprint import fingerprint_of
+from models.files.safetensors_files import check_file, checkpoint_files
 from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 
 

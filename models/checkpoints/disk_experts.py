@@ -14,9 +14,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig
 
 from configs.errors import UserError
-from models.checkpoints.save import check_graph
 from models.files.config_file import check_is_graph, read_config
-from models.files.fingerprint import checkpoint_files
+from models.files.safetensors_files import checkpoint_files
+from models.graph.graph_state import check_graph
 from models.graph.runtime_settings import held_experts
 from models.graph.unit_vectors import flatten_weights, unflatten_weights
 from models.remote_code.execution_fedgraft import gated_ffn

@@ -14,12 +14,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from configs.errors import UserError, nearest
+from configs.errors import UserError, first_line, nearest
 from models.checkpoints.disk_experts import open_mapped
-from models.checkpoints.save import cast_weights, check_graph
+from models.checkpoints.save import cast_weights
 from models.files.config_file import check_is_dense, check_is_graph, read_config
-from models.files.fingerprint import check_file, checkpoint_files, first_line
+from models.files.safetensors_files import check_file, checkpoint_files
 from models.graph.expert_modules import materialise_modules
+from models.graph.graph_state import check_graph
 from models.remote_code.configuration_fedgraft import FedGraftConfig
 from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 from models.runtime.nf4 import compute_dtype, quantisation_config, replace_linear4bit

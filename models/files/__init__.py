@@ -1,0 +1,1 @@
+"""Configuration, weight and side files of checkpoints on the disk."""

@@ -9,8 +9,7 @@ import torch
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
-from configs.errors import UserError
-from models.files.fingerprint import first_line
+from configs.errors import UserError, first_line
 from models.remote_code.configuration_fedgraft import FedGraftConfig
 
 AutoConfig.register(FedGraftConfig.model_type, FedGraftConfig)

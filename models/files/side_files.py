@@ -7,8 +7,8 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
-from configs.errors import UserError
-from models.files.fingerprint import checkpoint_files, first_line
+from configs.errors import UserError, first_line
+from models.files.safetensors_files import checkpoint_files
 
 # Weights in any format, and their indices.
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.onnx*")

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.files.fingerprint import StoredTensor, bytes_between
+from models.files.safetensors_files import StoredTensor, bytes_between
 
 # The format's own alignment of the data behind the header.
 _ALIGNMENT = 8

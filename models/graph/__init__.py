@@ -1,0 +1,1 @@
+"""State of an opened expert graph: masks, unit vectors, adapters, settings."""

@@ -78,7 +78,7 @@ def lora_change(model: FedGraftForCausalLM, unit: Unit) -> Tensor:
 
 
 def attention_changes(model: FedGraftForCausalLM) -> Iterator[tuple[int, Tensor]]:
-    """For each layer the change of its attention projections, fp32 on the CPU; see ``models.graph.attention_vectors`` for the layout.
+    """For each layer the change of its attention projections, fp32 on the CPU; laid out as in ``attention_vectors``.
 
     Nothing where attention carries no factors.
     """

@@ -1,7 +1,7 @@
 """The parameters of one expert as one vector, and back: what clients ship and the server aggregates.
 
 A unit is ``(layer, expert)``, or ``(layer, OTHERS)`` for the attention projections of a layer (see
-``models.graph.attention_vectors``). The vector of an expert is ``[3h, d]`` flattened (gate rows, up rows, rows of the transposed
+``attention_vectors``). The vector of an expert is ``[3h, d]`` flattened (gate rows, up rows, rows of the transposed
 down projection), then the router row ``[d]``, the output gain ``[1]``, and the columns of edge gains and edge
 affinities that end in the expert, ``[E]`` each: its routing.
 """

@@ -1,0 +1,1 @@
+"""Views, hooks, saliency, pruning and merging of opened mixture-of-experts models."""

@@ -79,7 +79,7 @@ def plan_compression(
     salient one.
 
     Args:
-        model: any with experts (see ``models.moe.views``), held in memory; afterwards it is what the plan leaves. Layers
+        model: any with experts (see ``views``), held in memory; afterwards it is what the plan leaves. Layers
             may then differ in their number of experts, also where the format on disk holds one number.
         batches: calibration text, ``(input_ids [B, S], counted [B, S] bool)``.
         measure: perplexity of a model on held-out text.

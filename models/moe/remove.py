@@ -16,7 +16,7 @@ from configs.errors import UserError
 from experts.graph.edge_edits import Edit
 from experts.graph.expert_edits import MERGE, RETIRE, EditedGraph, apply_expert_edits
 from experts.graph.expert_graph import ExpertGraph
-from models.checkpoints.save import read_graph
+from models.graph.graph_state import read_graph
 from models.moe.views import MoELayer, moe_layers
 from models.remote_code.experts_fedgraft import ExpertGraphMLP
 

@@ -1,0 +1,1 @@
+"""Mixture-of-experts checkpoints on the disk: families, layouts, pruning."""

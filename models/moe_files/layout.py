@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import UserError
-from models.files.fingerprint import StoredTensor, checkpoint_files, stored_tensors
+from models.files.safetensors_files import StoredTensor, checkpoint_files, stored_tensors
 from models.files.tensor_stream import count_parameters
 from models.moe_files.families import FAMILIES, MoEFamily
 

@@ -1,0 +1,1 @@
+"""Options, console output and expert choice shared by the verbs."""

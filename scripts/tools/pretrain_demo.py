@@ -23,7 +23,7 @@ from rich.progress import Progress, TextColumn, TimeElapsedColumn, TimeRemaining
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # run from a clone, without installation
 
 from configs.errors import UserError  # noqa: E402

@@ -1,0 +1,1 @@
+"""Flower processes, simulation runs and their results."""

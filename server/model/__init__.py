@@ -1,0 +1,1 @@
+"""The global model and the packed steps that it ships."""

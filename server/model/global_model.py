@@ -19,8 +19,9 @@ from federated.protocol.steps import ServerStep, apply_step, steps_after
 from models.bootstrap.recipe import graph_fingerprint, read_recipe_file
 from models.checkpoints.disk_experts import open_mapped
 from models.checkpoints.load import load_graph, load_tokenizer
-from models.checkpoints.save import cast_weights, read_graph, save_graph, write_graph
+from models.checkpoints.save import cast_weights, save_graph
 from models.files.config_file import read_dtype
+from models.graph.graph_state import read_graph, write_graph
 from models.graph.unit_vectors import Unit, unit_sizes, weight_count
 from server.model.pack_step import pack_step
 

@@ -1,0 +1,1 @@
+"""The round loop: exchange of messages, validation, aggregation, graph edits."""

@@ -14,7 +14,7 @@ from federated.protocol.messages import NEEDS_RECIPE, REFUSED, RESEND, Request, 
 from federated.protocol.steps import ServerStep, apply_step
 from models.bootstrap.recipe import read_recipe_file
 from models.checkpoints.load import load_graph, load_tokenizer
-from models.checkpoints.save import read_graph
+from models.graph.graph_state import read_graph
 from tests.support.grid import InProcessGrid
 from tests.support.tiny_federation import next_step, request_at, run_values, save_tiny_graph
 

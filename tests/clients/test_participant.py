@@ -13,7 +13,7 @@ from configs.schema import load_run_config
 from federated.aggregation.usage import unpack_usage
 from federated.wire.codec import unpack_update
 from models.checkpoints.load import load_graph
-from models.checkpoints.save import read_graph
+from models.graph.graph_state import read_graph
 from models.graph.unit_vectors import unit_sizes
 from models.runtime.perplexity import evaluate_loss
 from tests.support.tiny_federation import (

@@ -24,7 +24,7 @@ from federated.updates.lazy_vectors import LazyVectors
 from federated.updates.update import SparseUpdate, SparseVector
 from federated.wire.codec import pack_update, unpack_update
 from federated.wire.quantise import quantise_update
-from models.checkpoints.save import read_graph
+from models.graph.graph_state import read_graph
 from models.graph.unit_vectors import unit_sizes
 from tests.support.grid import Late
 from tests.support.tiny_federation import (

@@ -11,7 +11,7 @@ import pytest
 
 from clients.state.store import ClientStore
 from models.checkpoints.disk_experts import open_mapped
-from models.checkpoints.save import read_graph
+from models.graph.graph_state import read_graph
 from scripts.deploy import submit
 from tests.support.paths import ROOT
 from tests.support.tiny_federation import assert_run_succeeded, run_values, save_tiny_graph, write_texts

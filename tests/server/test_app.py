@@ -10,8 +10,8 @@ from flwr.app import Context, RecordDict
 from configs.errors import UserError
 from configs.schema import RunConfig
 from models.checkpoints.load import load_causal_lm, load_graph, load_tokenizer
-from models.checkpoints.save import read_graph
 from models.files.config_file import read_config
+from models.graph.graph_state import read_graph
 from server import app as server_app
 from server.app import check_fit, graph_source, main, open_global_model, run_federation, server_text
 from tests.support.grid import RUN_ID

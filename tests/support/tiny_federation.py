@@ -22,7 +22,8 @@ from federated.wire.quantise import quantise_update
 from models.bootstrap.recipe import graph_fingerprint
 from models.checkpoints.disk_experts import materialise
 from models.checkpoints.load import load_graph
-from models.checkpoints.save import read_graph, save_graph
+from models.checkpoints.save import save_graph
+from models.graph.graph_state import read_graph
 from models.graph.unit_vectors import unit_sizes
 from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 from server.app import open_global_model, server_text

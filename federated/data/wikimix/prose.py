@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from federated.data.wikimix import everyday
+from federated.data.wikimix.everyday import document as everyday_document
 from federated.data.wikimix.words import FIRST_NAMES, invented_name, lines, render
 
 _LANDSCAPES = """
@@ -189,7 +189,7 @@ def _facts(rng: random.Random) -> dict[str, object]:
 def document(rng: random.Random) -> str:
     """One paragraph of five to twelve sentences; names, years and ages agree throughout."""
     if rng.random() < _EVERYDAY:
-        return everyday.document(rng)
+        return everyday_document(rng)
     kind = rng.choice((_TOWN, _ANIMAL, _MATERIAL, _PERSON, _STORY))
     facts = _facts(rng)
     if kind is _STORY:

@@ -10,7 +10,7 @@ import typer
 
 from scripts.shared.console import DataSources, JsonFlag, Overwrite, print_result, quiet_libraries, stderr
 
-PROJECT = Path(__file__).resolve().parents[1]
+PROJECT = Path(__file__).resolve().parents[3]
 DEFAULT_LOG_DIR = "logs/run"
 _START_SECONDS = 300.0  # for Flower's and Ray's processes to start and stop
 

@@ -1,0 +1,1 @@
+"""Verbs on one expert graph: bootstrap, evaluate, generate, export."""

@@ -11,9 +11,9 @@ from benchmarks.support.runner import peak_bytes
 def test_the_peak_of_a_process_is_not_that_of_the_one_that_started_it():
     held = np.ones(300 * 2**20, dtype=np.uint8)
     assert peak_bytes() > held.nbytes
-    code = "from benchmarks.runner import peak_bytes; import numpy; print(peak_bytes())"
+    code = "from benchmarks.support.runner import peak_bytes; import numpy; print(peak_bytes())"
     alone = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout)
-    big = "import numpy; from benchmarks.runner import peak_bytes; x = numpy.ones(300 << 20, dtype='u1'); "
+    big = "import numpy; from benchmarks.support.runner import peak_bytes; x = numpy.ones(300 << 20, dtype='u1'); "
     grown = int(
         subprocess.run(
             [sys.executable, "-c", big + "print(peak_bytes())"], capture_output=True, text=True

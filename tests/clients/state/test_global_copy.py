@@ -15,11 +15,12 @@ from federated.protocol.copy_hash import copy_hash, unit_digest
 from federated.protocol.steps import ServerStep, apply_step
 from models.checkpoints.disk_experts import open_mapped
 from models.checkpoints.load import load_graph
-from models.checkpoints.save import read_graph, save_graph, write_graph
+from models.checkpoints.save import save_graph
+from models.graph.graph_state import read_graph, write_graph
 from models.graph.unit_vectors import OTHERS, read_unit, unit_sizes
+from tests.clients.state.test_checked_file import DAMAGES, damaged
 from tests.support.tiny_federation import all_equal, next_step, packed_change, random_change, save_tiny_graph
 from tests.support.tiny_graphs import graph_of, with_random_gains
-from tests.test_clients_checked_file import DAMAGES, damaged
 
 
 @pytest.fixture

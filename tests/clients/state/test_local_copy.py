@@ -13,7 +13,7 @@ from federated.protocol.steps import apply_step
 from federated.updates.update import RefusedUpdate
 from models.checkpoints.disk_experts import open_mapped
 from models.checkpoints.load import load_graph
-from models.checkpoints.save import read_graph
+from models.graph.graph_state import read_graph
 from server.model.global_model import GlobalModel
 from tests.support.tiny_federation import (
     all_equal,

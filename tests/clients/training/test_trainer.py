@@ -11,8 +11,8 @@ from clients.training.starting_point import resident_units
 from clients.training.trainer import LocalTraining, expert_parameters, train_locally
 from configs.errors import UserError
 from federated.aggregation.usage import UsageCounter
-from models.checkpoints.save import read_graph
 from models.graph.expert_modules import materialise_modules
+from models.graph.graph_state import read_graph
 from models.graph.lora import attach_lora
 from models.graph.router_losses import collect_routing, load_balance_loss, router_loss
 from models.graph.runtime_settings import residents, set_residents

@@ -7,7 +7,7 @@ import torch
 from experts.graph.expert_graph import ExpertGraph
 from federated.aggregation.usage import UsageCounter, demand, pack_usage, traversals, unpack_usage
 from federated.updates.update import RefusedUpdate
-from models.checkpoints.save import read_graph, write_graph
+from models.graph.graph_state import read_graph, write_graph
 from models.graph.runtime_settings import observing, set_residents, set_walk, visiting
 from models.remote_code.routing_fedgraft import Walk, walk_graph
 from tests.support.reference_walk import walk_token

@@ -22,11 +22,11 @@ import pytest
 from configs.errors import UserError
 from federated.data import wikimix
 from federated.data.wikimix import words
+from tests.support.paths import ROOT
 
 _HASH_PROGRAM = """
 import hashlib
 from federated.data import wikimix
-from tests.support.paths import ROOT
 text = "|".join(t for d in wikimix.DOMAINS for s in wikimix.SPLITS for t in wikimix.documents(d, 20, seed=3, split=s))
 print(hashlib.sha256(text.encode()).hexdigest())
 """
@@ -49,7 +49,7 @@ def test_stream_is_the_same_in_every_process_and_differs_by_seed() -> None:
 
 def test_module_is_light() -> None:
     program = (
-        "import sys, federated.wikimix; assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
+        "import sys, federated.data.wikimix; assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 

@@ -15,8 +15,8 @@ from experts.graph.expert_graph import ExpertGraph
 from federated.protocol.snapshot import apply_snapshot, pack_snapshot
 from federated.protocol.steps import ServerStep, apply_step
 from federated.updates.update import RefusedUpdate
-from models.checkpoints.save import read_graph, write_graph
 from models.graph.attention_vectors import read_attention, write_attention
+from models.graph.graph_state import read_graph, write_graph
 from models.graph.unit_vectors import OTHERS
 from tests.support.tiny_federation import all_equal, packed_change, random_change
 from tests.support.tiny_graphs import graph_of, with_random_gains

@@ -20,7 +20,7 @@ from federated.protocol.steps import (
 )
 from federated.updates.update import RefusedUpdate
 from federated.wire.codec import packed_stats
-from models.checkpoints.save import read_graph, write_graph
+from models.graph.graph_state import read_graph, write_graph
 from models.graph.unit_vectors import read_unit, unit_sizes
 from tests.support.tiny_federation import all_equal, next_step, packed_change, random_change
 from tests.support.tiny_graphs import graph_of, with_random_gains

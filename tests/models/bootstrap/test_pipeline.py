@@ -12,8 +12,8 @@ from models.bootstrap import pipeline as module
 from models.bootstrap.build import BootstrapPlan
 from models.bootstrap.pipeline import bootstrap_checkpoint, sample_calibration, split_tokens
 from models.checkpoints.load import load_dense, load_graph, load_tokenizer
-from models.checkpoints.save import read_graph
 from models.files.fingerprint import fingerprint
+from models.graph.graph_state import read_graph
 from tests.conftest import tiny_llama
 from tests.support.tiny_graphs import logit_difference, random_ids
 

@@ -26,9 +26,9 @@ from models.bootstrap.recipe import (
     write_recipe,
 )
 from models.checkpoints.load import load_dense, load_graph
-from models.checkpoints.save import read_graph
 from models.files.config_file import read_config
 from models.files.fingerprint import fingerprint
+from models.graph.graph_state import read_graph
 from tests.conftest import tiny_llama
 from tests.support.tiny_graphs import BootstrapPlan, random_ids
 

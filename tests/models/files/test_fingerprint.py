@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import time
-import tracemalloc
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -15,14 +14,12 @@ from safetensors.torch import load_file, save_file
 from configs.errors import UserError
 from models.files import fingerprint as module
 from models.files.fingerprint import (
-    check_file,
-    checkpoint_files,
     checkpoint_fingerprint,
     fingerprint,
     fingerprint_of,
-    first_line,
     remembered_fingerprint,
 )
+from models.files.safetensors_files import checkpoint_files
 from tests.conftest import tiny_llama
 
 
@@ -90,17 +87,6 @@ def test_how_tensors_are_spread_over_files_does_not_count(tmp_path, sharded):
     assert checkpoint_fingerprint(str(sharded)) == checkpoint_fingerprint(str(tmp_path / "whole"))
 
 
-def test_chunks_do_not_count_and_bound_the_memory(tmp_path, monkeypatch):
-    source = saved(tmp_path / "big", a=torch.arange(2_000_000), b=torch.tensor(3))
-    tracemalloc.start()
-    whole = checkpoint_fingerprint(source)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 4 << 20  # the tensor takes 16 MB
-    monkeypatch.setattr(module, "_CHUNK_BYTES", 4099)
-    assert checkpoint_fingerprint(source) == whole
-
-
 def test_one_changed_byte_is_seen(tmp_path, tiny_llama_dir):
     copy = Path(shutil.copytree(tiny_llama_dir, tmp_path / "copy"))
     base = checkpoint_fingerprint(str(tiny_llama_dir))
@@ -109,34 +95,6 @@ def test_one_changed_byte_is_seen(tmp_path, tiny_llama_dir):
     data[-1] ^= 1
     (copy / "model.safetensors").write_bytes(data)
     assert checkpoint_fingerprint(str(copy)) != base
-
-
-def test_weights_that_are_not_there(tmp_path, sharded):
-    (tmp_path / "empty").mkdir()
-    for call in (checkpoint_files, checkpoint_fingerprint):
-        assert "got none" in refusal(call, str(tmp_path / "empty"))
-        assert "absent" in refusal(call, str(tmp_path / "absent"))
-        assert "nobody/nothing" in refusal(call, "nobody/nothing")
-        refusal(call, "")
-    first = checkpoint_files(str(sharded))[0]
-    first.unlink()
-    assert first.name in refusal(checkpoint_files, str(sharded))
-
-
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"metadata": {}, "weight_map": 3}'])
-def test_an_index_that_cannot_be_read(sharded, text):
-    (sharded / "model.safetensors.index.json").write_text(text)
-    assert "index.json" in refusal(checkpoint_files, str(sharded))
-
-
-@pytest.mark.parametrize("kept", [0, 4, 100, -1])
-def test_files_cut_short_are_refused(tmp_path, tiny_llama_dir, kept):
-    copy = Path(shutil.copytree(tiny_llama_dir, tmp_path / "copy"))
-    weights = copy / "model.safetensors"
-    check_file(weights)
-    weights.write_bytes(weights.read_bytes()[:kept])
-    assert "whole safetensors" in refusal(check_file, weights)
-    assert "whole safetensors" in refusal(checkpoint_fingerprint, str(copy))
 
 
 def test_a_hub_id_is_found_in_the_cache(tmp_path, monkeypatch, sharded, tiny_llama_dir):
@@ -158,11 +116,6 @@ def test_the_fingerprint_covers_every_tensor_of_a_graph(tmp_path, tiny_graph_dir
     for number, name in enumerate(["model.layers.1.mlp.edges", "model.layers.0.mlp.router"]):
         other = tensors[name].logical_not() if tensors[name].dtype == torch.bool else tensors[name] + 1
         assert checkpoint_fingerprint(saved(tmp_path / str(number), **tensors | {name: other})) != base
-
-
-def test_a_library_s_error_in_one_line():
-    assert first_line(ValueError("one\ntwo")) == "one"
-    assert first_line(KeyError()) == "KeyError"
 
 
 def test_parameters_that_come_one_at_a_time_have_the_model_s_fingerprint():

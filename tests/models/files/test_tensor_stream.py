@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from configs.errors import UserError
-from models.files.fingerprint import StoredTensor, stored_tensors
+from models.files.safetensors_files import StoredTensor, stored_tensors
 from models.files.tensor_stream import NewTensor, count_parameters, file_bytes, write_tensors
 
 

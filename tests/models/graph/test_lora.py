@@ -11,8 +11,8 @@ from models.graph.runtime_settings import residents
 from models.graph.unit_vectors import read_routing, weight_count, write_routing
 from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 from tests.conftest import tiny_llama
+from tests.models.graph.test_expert_modules import in_modules, linears, mask, random_graph
 from tests.support.tiny_graphs import graph_of, logit_difference, random_ids
-from tests.test_models_expert_modules import in_modules, linears, mask, random_graph
 
 IDS = random_ids(tiny_llama())
 EXPERTS_OF = {"graph": lambda: graph_of(visits=4), "random": lambda: random_graph([3, 5])}

@@ -13,10 +13,10 @@ from models.moe.expert_overlap import collect_overlap
 from models.moe.saliency_collection import collect_saliency
 from models.moe.views import moe_layers
 from tests.conftest import tiny_llama
+from tests.models.moe.test_saliency_collection import batches_of, block_inputs
 from tests.support.module_moe import with_module_experts
 from tests.support.tiny_graphs import graph_of
 from tests.support.tiny_moes import FAMILIES, tiny_moe
-from tests.test_models_saliency_collection import batches_of, block_inputs
 
 
 @torch.no_grad()

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from configs.errors import UserError
 from models.checkpoints.dense_export import export_dense
 from models.checkpoints.load import load_graph
-from models.checkpoints.save import cast_weights, check_graph, read_graph, save_graph
+from models.checkpoints.save import cast_weights, save_graph
+from models.graph.graph_state import check_graph, read_graph
 from models.moe_files.layout import read_moe_layout
 from models.moe_files.prune import preview_prune, prune_checkpoint
 from tests.support.command import tree

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from configs.errors import UserError
-from models.checkpoints.save import read_graph, save_graph
+from models.checkpoints.save import save_graph
+from models.graph.graph_state import read_graph
 from models.moe_files.layout import read_moe_layout
 from models.moe_files.prune_graph import edited_pairs, read_stored_graph, retire_stored_experts
 from tests.support.tiny_graphs import graph_of, with_random_gains

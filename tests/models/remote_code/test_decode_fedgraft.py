@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from models.remote_code.decode_fedgraft import run_one_token, walk_one_token
 from models.remote_code.routing_fedgraft import walk_graph
-from tests.test_models_experts_fedgraft import random_layer, reference_output, tokens
+from tests.models.remote_code.test_experts_fedgraft import random_layer, reference_output, tokens
 
 
 @settings(max_examples=150, deadline=None)

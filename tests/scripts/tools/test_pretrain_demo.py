@@ -69,7 +69,7 @@ def tiny_run(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tup
 def test_script_runs_from_any_folder(tmp_path: Path) -> None:
     command = [
         sys.executable,
-        str(ROOT / "scripts" / "pretrain_demo.py"),
+        str(ROOT / "scripts" / "tools" / "pretrain_demo.py"),
         "--out",
         "new",
         "--minutes",

@@ -115,7 +115,9 @@ def test_stop_job_ends_children_that_lost_the_mark(tmp_path):
 
 
 def test_stop_job_spares_the_process_that_calls_it(tmp_path):
-    code = f"from server.flower_process import stop_job; stop_job('self-{os.getpid()}'); print('alive')"
+    code = (
+        f"from server.flower.flower_process import stop_job; stop_job('self-{os.getpid()}'); print('alive')"
+    )
     env = dict(os.environ) | {JOB_VARIABLE: f"self-{os.getpid()}"}
     result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert result.stdout == "alive\n"

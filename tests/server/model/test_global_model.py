@@ -12,7 +12,8 @@ from federated.protocol.copy_hash import copy_hash, unit_digest
 from federated.protocol.snapshot import apply_snapshot
 from federated.protocol.steps import apply_step
 from models.checkpoints.load import load_graph
-from models.checkpoints.save import cast_weights, read_graph, save_graph
+from models.checkpoints.save import cast_weights, save_graph
+from models.graph.graph_state import read_graph
 from models.graph.unit_vectors import read_unit, unit_sizes
 from server.model.global_model import GlobalModel
 from tests.support.tiny_federation import all_equal, random_change, save_tiny_graph

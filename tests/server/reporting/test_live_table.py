@@ -12,7 +12,7 @@ from rich.console import Console
 
 from server.reporting.live_table import follow_run, following, human_bytes, round_line, rounds_table
 from server.reporting.run_log import MergeRecord, read_rounds
-from tests.test_server_run_log import CLIENT, EDIT, ROUND, make_log
+from tests.server.reporting.test_run_log import CLIENT, EDIT, ROUND, make_log
 
 
 def console(*, terminal: bool) -> Console:

@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from server.reporting.run_log import MergeRecord
 from server.reporting.tensorboard_log import SEPARATOR_COLOR, TensorBoardLog, edits_table, layer_grid
-from tests.test_server_run_log import CLIENT, EDIT, ROUND
+from tests.server.reporting.test_run_log import CLIENT, EDIT, ROUND
 
 
 @pytest.fixture

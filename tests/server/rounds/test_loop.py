@@ -25,8 +25,8 @@ from federated.aggregation.usage import unpack_usage
 from federated.protocol.messages import RESEND, message_bytes, read_reply, read_request
 from models.checkpoints.disk_experts import open_mapped
 from models.checkpoints.load import load_graph
-from models.checkpoints.save import read_graph
 from models.graph.attention_vectors import read_attention
+from models.graph.graph_state import read_graph
 from models.runtime.perplexity import LossSum, evaluate_loss
 from server.rounds.loop import Federation
 from tests.support.fresh_process import FreshProcessApp

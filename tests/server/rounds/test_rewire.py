@@ -8,7 +8,7 @@ import pytest
 from experts.graph.edge_edits import Edit, propose_edits
 from experts.graph.expert_graph import ExpertGraph
 from federated.data.blocks import Blocks
-from models.checkpoints.save import write_graph
+from models.graph.graph_state import write_graph
 from models.runtime.perplexity import LossSum, evaluate_loss
 from server.model.global_model import GlobalModel
 from server.rounds.rewire import UsageAverage, merge

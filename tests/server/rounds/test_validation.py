@@ -12,7 +12,7 @@ from federated.aggregation.usage import pack_usage
 from federated.protocol.messages import Reply, detach_update, write_reply
 from federated.updates.update import RefusedUpdate
 from federated.wire.codec import packed_stats
-from models.checkpoints.save import read_graph
+from models.graph.graph_state import read_graph
 from server.model.global_model import GlobalModel
 from server.rounds.exchange import Answer
 from server.rounds.reply_spool import ReplySpool, SpooledBytes

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from configs.errors import UserError, nearest
+from configs.errors import UserError, first_line, nearest
 
 
 def test_the_closest_known_word_is_suggested():
@@ -22,3 +22,8 @@ def test_a_user_error_is_a_value_error_with_its_message():
     assert (
         isinstance(UserError("x"), ValueError) and str(UserError("expected x, got y")) == "expected x, got y"
     )
+
+
+def test_a_library_s_error_in_one_line():
+    assert first_line(ValueError("one\ntwo")) == "one"
+    assert first_line(KeyError()) == "KeyError"

@@ -1,0 +1,100 @@
+"""Safetensors files of a checkpoint: their paths, tensor headers and byte ranges."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from huggingface_hub import parse_local_safetensors_file_metadata
+from safetensors import SafetensorError, safe_open
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+
+from configs.errors import UserError, first_line
+
+_CHUNK_BYTES = 1 << 20
+
+
+class StoredTensor(NamedTuple):
+    """One tensor in a file: its header, and the bytes that it takes."""
+
+    name: str
+    dtype: str
+    shape: list[int]
+    path: Path
+    start: int
+    stop: int
+
+
+def checkpoint_files(source: str) -> list[Path]:
+    """The safetensors files of a checkpoint, one or several; those of a hub id are fetched where the cache lacks them.
+
+    Args:
+        source: directory or hub id.
+
+    Raises:
+        UserError: there are none, or some of them are missing.
+    """
+    try:
+        return [Path(cached_file(source, SAFE_WEIGHTS_NAME))]
+    except OSError as error:
+        absent = error
+    try:
+        index = cached_file(source, SAFE_WEIGHTS_INDEX_NAME)
+    except OSError:
+        raise UserError(
+            f"expected safetensors weights in {source}, got none ({first_line(absent)}); the checkpoint is incomplete"
+        ) from absent
+    try:
+        files = [Path(file) for file in get_checkpoint_shard_files(source, index)[0]]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"expected the files that {index} names, got: {type(error).__name__} {first_line(error)}"
+        ) from error
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"expected {file.name} in {source}, got none; the checkpoint is incomplete")
+    return files
+
+
+def check_file(path: Path) -> None:
+    """Open a weight file without reading its tensors.
+
+    Raises:
+        UserError: it is cut short or damaged in its header.
+    """
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"expected whole safetensors weights in {path}, got: {first_line(error)}") from error
+
+
+def stored_tensors(path: Path) -> list[StoredTensor]:
+    """The tensors of a weight file, without reading their values.
+
+    Raises:
+        UserError: the file is cut short or damaged in its header.
+    """
+    check_file(path)
+    with path.open("rb") as file:
+        data = 8 + int.from_bytes(file.read(8), "little")
+    return [
+        StoredTensor(name, info.dtype, info.shape, path, *(data + offset for offset in info.data_offsets))
+        for name, info in parse_local_safetensors_file_metadata(path).tensors.items()
+    ]
+
+
+def bytes_between(file: BinaryIO, start: int, stop: int) -> Iterator[bytes]:
+    """The bytes of a file from ``start`` to before ``stop``, 1 MiB at a time.
+
+    Raises:
+        UserError: the file ends earlier.
+    """
+    file.seek(start)
+    while start < stop:
+        yield (chunk := file.read(min(_CHUNK_BYTES, stop - start)))
+        if not chunk:
+            raise UserError(f"expected {stop - start} bytes more in {file.name}, got the end of the file")
+        start += len(chunk)

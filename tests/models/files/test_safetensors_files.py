@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import shutil
+import tracemalloc
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from configs.errors import UserError
+from models.files import safetensors_files as module
+from models.files.fingerprint import (
+    checkpoint_fingerprint,
+)
+from models.files.safetensors_files import check_file, checkpoint_files
+from tests.conftest import tiny_llama
+
+
+def saved(directory: Path, **tensors: torch.Tensor) -> str:
+    directory.mkdir(parents=True)
+    save_file(tensors, directory / "model.safetensors")
+    return str(directory)
+
+
+def refusal(call, source) -> str:
+    with pytest.raises(UserError) as error:
+        call(source)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.fixture
+def sharded(tmp_path) -> Path:
+    tiny_llama().save_pretrained(tmp_path / "sharded", max_shard_size="30kB")
+    return tmp_path / "sharded"
+
+
+def test_chunks_do_not_count_and_bound_the_memory(tmp_path, monkeypatch):
+    source = saved(tmp_path / "big", a=torch.arange(2_000_000), b=torch.tensor(3))
+    tracemalloc.start()
+    whole = checkpoint_fingerprint(source)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 << 20  # the tensor takes 16 MB
+    monkeypatch.setattr(module, "_CHUNK_BYTES", 4099)
+    assert checkpoint_fingerprint(source) == whole
+
+
+def test_weights_that_are_not_there(tmp_path, sharded):
+    (tmp_path / "empty").mkdir()
+    for call in (checkpoint_files, checkpoint_fingerprint):
+        assert "got none" in refusal(call, str(tmp_path / "empty"))
+        assert "absent" in refusal(call, str(tmp_path / "absent"))
+        assert "nobody/nothing" in refusal(call, "nobody/nothing")
+        refusal(call, "")
+    first = checkpoint_files(str(sharded))[0]
+    first.unlink()
+    assert first.name in refusal(checkpoint_files, str(sharded))
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"metadata": {}, "weight_map": 3}'])
+def test_an_index_that_cannot_be_read(sharded, text):
+    (sharded / "model.safetensors.index.json").write_text(text)
+    assert "index.json" in refusal(checkpoint_files, str(sharded))
+
+
+@pytest.mark.parametrize("kept", [0, 4, 100, -1])
+def test_files_cut_short_are_refused(tmp_path, tiny_llama_dir, kept):
+    copy = Path(shutil.copytree(tiny_llama_dir, tmp_path / "copy"))
+    weights = copy / "model.safetensors"
+    check_file(weights)
+    weights.write_bytes(weights.read_bytes()[:kept])
+    assert "whole safetensors" in refusal(check_file, weights)
+    assert "whole safetensors" in refusal(checkpoint_fingerprint, str(copy))
