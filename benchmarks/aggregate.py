@@ -18,7 +18,7 @@ from benchmarks.support.material import model_path
 from benchmarks.support.runner import Measured, OnStep, measured_apart, run_benchmark
 from federated.updates.update import SparseUpdate, SparseVector
 from federated.wire.codec import pack_update
-from federated.wire.quantise import quantise_update
+from federated.wire.quantize import quantize_update
 from models.bootstrap.build import BootstrapPlan, build_graph, plan_experts
 from models.checkpoints.load import load_dense, load_graph, load_tokenizer
 from models.checkpoints.save import save_graph
@@ -111,7 +111,7 @@ def write_replies(model: FedGraftForCausalLM, folder: Path, *, clients: int, den
         for unit, size in sizes.items():
             kept = np.flatnonzero(random.random(size) < density)
             vectors[unit] = SparseVector(size, kept, random.standard_normal(kept.size) * 1e-3)
-        update = quantise_update(SparseUpdate(graph.version, graph.digest(), vectors), VALUE_BITS)
+        update = quantize_update(SparseUpdate(graph.version, graph.digest(), vectors), VALUE_BITS)
         packed = pack_update(update, value_bits=VALUE_BITS)
         (folder / f"{client:03}.update").write_bytes(packed)
         total += len(packed)

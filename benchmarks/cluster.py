@@ -2,7 +2,7 @@
 
 ``seconds_7b_layer`` is the median time of ``experts.clustering.balanced_clusters`` on 11008 x 4096 synthetic gate rows
 with 16 experts. ``objective_ratio`` is the inertia of its clusters over that of the package ``k-means-constrained`` run
-to convergence from several initialisations, on the gate rows of a trained Llama, averaged over layers.
+to convergence from several initializations, on the gate rows of a trained Llama, averaged over layers.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from benchmarks.support.runner import Measured, OnStep, run_benchmark
 from experts.clustering import balanced_clusters
 from models.checkpoints.load import load_dense
 
-_INITIALISATIONS, _REPEATS = 3, 5
+_INITIALIZATIONS, _REPEATS = 3, 5
 
 
 def measure(quick: bool, on_step: OnStep) -> Measured:
@@ -51,7 +51,7 @@ def measure(quick: bool, on_step: OnStep) -> Measured:
         },
         notes={
             "seconds_7b_layer": "11008 x 4096, 16 experts",
-            "objective_ratio": f"one start against the best of {_INITIALISATIONS}; highest layer {max(ratios):.4f}",
+            "objective_ratio": f"one start against the best of {_INITIALIZATIONS}; highest layer {max(ratios):.4f}",
         },
     )
 
@@ -93,7 +93,7 @@ def _compare(features: np.ndarray, count: int) -> dict[str, float]:
     middle = time.perf_counter()
     size = len(features) // count
     model = KMeansConstrained(
-        count, size_min=size, size_max=size, n_init=_INITIALISATIONS, max_iter=300, random_state=0
+        count, size_min=size, size_max=size, n_init=_INITIALIZATIONS, max_iter=300, random_state=0
     )
     reference = _inertia(features, model.fit_predict(features.astype(np.float64)))
     return {

@@ -29,7 +29,7 @@ from federated.data.blocks import Blocks, batches, take
 from federated.protocol.messages import Reply, Request
 from federated.updates.update import density
 from federated.wire.codec import pack_update
-from models.checkpoints.disk_experts import materialise, open_mapped
+from models.checkpoints.disk_experts import materialize, open_mapped
 from models.checkpoints.load import load_tokenizer
 from models.graph.graph_state import read_graph
 from models.graph.runtime_settings import (
@@ -153,7 +153,7 @@ class Participant:
     def _evaluate_global(self) -> LossSum:
         """Loss of the global model as it came; read into memory first where the client will hold it like this."""
         if self._holds_all and not self.config.lora_rank:
-            materialise(self.model, self._residents())
+            materialize(self.model, self._residents())
         return self.evaluate()
 
     def _residents(self) -> list[Tensor | None]:
@@ -178,7 +178,7 @@ class Participant:
             candidates = [residents(self.model), most_used(features, self.budget)]
             # LoRA factors would have to be attached and taken off again; there the assembler has its way.
             tried = [] if config.lora_rank else list(islice(stream, config.lookahead_steps))
-            best = best_residents(self.model, candidates, tried, training, hold=materialise)
+            best = best_residents(self.model, candidates, tried, training, hold=materialize)
         set_residents(self.model, candidates[best])
         self.store.save_assembler(assembler)
 

@@ -12,7 +12,7 @@ from scipy.cluster.vq import kmeans2
 
 from configs.errors import UserError
 
-# Width of the sketch on which plain k-means finds the first centres, and the steps that it takes there.
+# Width of the sketch on which plain k-means finds the first centers, and the steps that it takes there.
 _SKETCH_WIDTH, _PLAIN_STEPS = 64, 10
 # Flow costs are integers; this many of them make up the mean cost of a place.
 _COST_UNITS = 10_000
@@ -26,9 +26,9 @@ class Clusters:
 
     Attributes:
         members: int64 ``[E, m / E]``, the neurons of each expert in ascending order.
-        inertia: sum of squared distances of the neurons to the centre of their expert.
-        variance_within: mean squared distance of a neuron to its centre.
-        variance_between: mean squared distance of a neuron's centre to the centre of all.
+        inertia: sum of squared distances of the neurons to the center of their expert.
+        variance_within: mean squared distance of a neuron to its center.
+        variance_between: mean squared distance of a neuron's center to the center of all.
     """
 
     members: np.ndarray
@@ -73,8 +73,8 @@ def balanced_clusters(
     Args:
         features: ``[m, F]``, one row a neuron.
         num_experts: E; must divide m.
-        seed: of the sketch and the k-means++ initialisation.
-        restarts: independent initialisations, of which the best is kept.
+        seed: of the sketch and the k-means++ initialization.
+        restarts: independent initializations, of which the best is kept.
         max_iterations: balanced steps of one run; it ends earlier where they gain nothing.
 
     Raises:
@@ -110,44 +110,44 @@ def _labels(
     size = len(features) // num_experts
     if num_experts == 1 or size == 1:
         return np.arange(len(features)) // size
-    centred = features - features.mean(axis=0)
+    centered = features - features.mean(axis=0)
     rng = np.random.default_rng(seed)
     runs = [
-        _balance(centred, _plain_labels(centred, num_experts, rng), num_experts, max_iterations)
+        _balance(centered, _plain_labels(centered, num_experts, rng), num_experts, max_iterations)
         for _ in range(restarts)
     ]
     return min(runs, key=lambda run: run[0])[1]
 
 
-def _plain_labels(centred: np.ndarray, num_experts: int, rng: np.random.Generator) -> np.ndarray:
+def _plain_labels(centered: np.ndarray, num_experts: int, rng: np.random.Generator) -> np.ndarray:
     """Labels ``[m]`` of unbalanced k-means on a sketch: quick, and the balanced steps have little left to do."""
-    # Neurons that are all alike leave nothing to draw centres by, and the balanced steps fill empty clusters.
+    # Neurons that are all alike leave nothing to draw centers by, and the balanced steps fill empty clusters.
     with warnings.catch_warnings(), np.errstate(invalid="ignore"):
         warnings.filterwarnings("ignore", "One of the clusters is empty")
-        return kmeans2(_sketch(centred, rng), num_experts, iter=_PLAIN_STEPS, minit="++", rng=rng)[1]
+        return kmeans2(_sketch(centered, rng), num_experts, iter=_PLAIN_STEPS, minit="++", rng=rng)[1]
 
 
-def _sketch(centred: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Project on the leading directions, by one power iteration of the randomised range finder (arXiv:0909.4061)."""
-    if centred.shape[1] <= _SKETCH_WIDTH:
-        return centred
-    probe = rng.standard_normal((centred.shape[1], _SKETCH_WIDTH)).astype(centred.dtype)
-    return centred @ np.linalg.qr(centred.T @ (centred @ probe))[0]
+def _sketch(centered: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Project on the leading directions, by one power iteration of the randomized range finder (arXiv:0909.4061)."""
+    if centered.shape[1] <= _SKETCH_WIDTH:
+        return centered
+    probe = rng.standard_normal((centered.shape[1], _SKETCH_WIDTH)).astype(centered.dtype)
+    return centered @ np.linalg.qr(centered.T @ (centered @ probe))[0]
 
 
 def _balance(
-    centred: np.ndarray, labels: np.ndarray, num_experts: int, max_iterations: int
+    centered: np.ndarray, labels: np.ndarray, num_experts: int, max_iterations: int
 ) -> tuple[float, np.ndarray]:
     """Lloyd's algorithm with balanced assignments: the inertia, and the labels ``[m]``."""
-    size = len(centred) // num_experts
-    spread = float(np.einsum("mf,mf->", centred, centred, dtype=np.float64))
+    size = len(centered) // num_experts
+    spread = float(np.einsum("mf,mf->", centered, centered, dtype=np.float64))
     lowest, best = np.inf, labels
-    centres = _centres(centred, labels, num_experts)
+    centers = _centers(centered, labels, num_experts)
     for _ in range(max_iterations):
         # Squared distances but for the neurons' own norms, which no assignment depends on.
-        labels = balanced_assignment(np.square(centres).sum(axis=1) - 2 * (centred @ centres.T))
-        centres = _centres(centred, labels, num_experts)
-        inertia = spread - size * float(np.square(centres, dtype=np.float64).sum())
+        labels = balanced_assignment(np.square(centers).sum(axis=1) - 2 * (centered @ centers.T))
+        centers = _centers(centered, labels, num_experts)
+        inertia = spread - size * float(np.square(centers, dtype=np.float64).sum())
         settled = inertia >= lowest * (1 - _TOLERANCE)
         if inertia < lowest:
             lowest, best = inertia, labels
@@ -156,10 +156,10 @@ def _balance(
     return lowest, best
 
 
-def _centres(centred: np.ndarray, labels: np.ndarray, num_experts: int) -> np.ndarray:
+def _centers(centered: np.ndarray, labels: np.ndarray, num_experts: int) -> np.ndarray:
     """Mean of each cluster's neurons, ``[E, F]``; zero, the mean of all, where a cluster has none."""
-    member = np.eye(num_experts, dtype=centred.dtype)[labels]
-    return (member.T @ centred) / np.maximum(member.sum(axis=0), 1)[:, None]
+    member = np.eye(num_experts, dtype=centered.dtype)[labels]
+    return (member.T @ centered) / np.maximum(member.sum(axis=0), 1)[:, None]
 
 
 def balanced_assignment(costs: np.ndarray) -> np.ndarray:
@@ -193,9 +193,9 @@ def balanced_assignment(costs: np.ndarray) -> np.ndarray:
 def _describe(features: np.ndarray, labels: np.ndarray, num_experts: int) -> Clusters:
     members = np.stack([np.flatnonzero(labels == expert) for expert in range(num_experts)])
     # Expert by expert: copies of all features would double the memory.
-    centres = np.stack([features[rows].mean(axis=0) for rows in members])
+    centers = np.stack([features[rows].mean(axis=0) for rows in members])
     within = sum(
-        float(((features[rows] - centre) ** 2).sum()) for rows, centre in zip(members, centres, strict=True)
+        float(((features[rows] - center) ** 2).sum()) for rows, center in zip(members, centers, strict=True)
     )
-    between = ((centres - features.mean(axis=0)) ** 2).sum(axis=-1)
+    between = ((centers - features.mean(axis=0)) ** 2).sum(axis=-1)
     return Clusters(members, within, within / len(features), float(between.mean()))

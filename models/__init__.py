@@ -1,1 +1,1 @@
-"""What opens a model: modelling code, bootstrap, assembler, perplexity, export."""
+"""What opens a model: modeling code, bootstrap, assembler, perplexity, export."""

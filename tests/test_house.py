@@ -222,7 +222,7 @@ def test_no_file_names_a_path_of_some_machine(path):
     assert path == Path(__file__) or found == []
 
 
-def test_paths_of_machines_are_recognised():
+def test_paths_of_machines_are_recognized():
     for line in ("cd /work/main", "'/root/x'", 'open("/tmp/w/log")', "path=/work/x-1", "/Users/me/x"):
         assert MACHINE_PATH.search(line), line
     for line in (

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from benchmarks.support.federated_methods import Client, Schedule, Traffic, held_out_losses
-from clients.training.optimiser import make_optimizer, make_schedule
+from clients.training.optimizer import make_optimizer, make_schedule
 from federated.protocol.messages import message_bytes
 from models.runtime.perplexity import LossSum
 

@@ -26,7 +26,7 @@ class Client:
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes of one round as Flower serialises them, over all clients: to the server, and back."""
+    """Bytes of one round as Flower serializes them, over all clients: to the server, and back."""
 
     up: int
     down: int

@@ -40,7 +40,7 @@ def model_path(name: str, *, quick: bool = False) -> str:
 def domain_blocks(
     source: str, model: str, *, split: str = "train", block_size: int = 256, max_blocks: int, seed: int = 0
 ) -> Blocks:
-    """Blocks of one split of a data source, documents in an order of ``seed``, tokenised for ``model``."""
+    """Blocks of one split of a data source, documents in an order of ``seed``, tokenized for ``model``."""
     rows = load_documents([source], wikimix_documents=400).shuffle(seed=seed)
     texts = (row["text"] for row in rows if row["split"] == split)
     return pack_blocks(texts, load_tokenizer(model), block_size=block_size, max_blocks=max_blocks)

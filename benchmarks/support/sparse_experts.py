@@ -26,7 +26,7 @@ from server.model.global_model import GlobalModel
 
 
 class SparseExperts:
-    """Ours: sparse quantised changes of experts with error feedback up, the server's own quantised step down.
+    """Ours: sparse quantized changes of experts with error feedback up, the server's own quantized step down.
 
     Args:
         server: the global model.

@@ -10,20 +10,20 @@ from federated.selection.entries import sparsify
 from federated.updates.update import SparseUpdate
 from federated.wire.codec import pack_update, packed_stats
 from federated.wire.columns import pack_column
-from federated.wire.quantise import dequantise, quantise
+from federated.wire.quantize import dequantize, quantize
 
 
 def factor_energy(change: Tensor, rank: int, bits: int) -> tuple[float, int]:
     """Share of the energy of ``change [rows, columns]`` that its truncated singular value decomposition keeps.
 
-    Both factors carry the root of the singular values and are quantised as sparse values are.
+    Both factors carry the root of the singular values and are quantized as sparse values are.
 
     Returns:
         that share, and the bytes of codes and scales.
     """
     left, singular, right = torch.linalg.svd(change, full_matrices=False)
     root = singular[:rank].sqrt()
-    coded = [_quantised(part, bits) for part in ((left[:, :rank] * root).T, root[:, None] * right[:rank])]
+    coded = [_quantized(part, bits) for part in ((left[:, :rank] * root).T, root[:, None] * right[:rank])]
     product = coded[0][0].T @ coded[1][0]
     return _energy_kept(change, product), sum(size for _, size in coded)
 
@@ -43,7 +43,7 @@ def sparse_energy(change: Tensor, size: int, bits: int) -> float:
         low = density
         vector = update.vectors[(0, 0)]
         best = torch.zeros_like(flat)
-        best[torch.from_numpy(vector.indices)] = torch.from_numpy(dequantise(quantise(vector.values, bits)))
+        best[torch.from_numpy(vector.indices)] = torch.from_numpy(dequantize(quantize(vector.values, bits)))
     return _energy_kept(flat, best)
 
 
@@ -60,12 +60,12 @@ def energy_ratios(changes: list[Tensor], *, rank: int, bits: int) -> dict[str, f
     }
 
 
-def _quantised(part: Tensor, bits: int) -> tuple[Tensor, int]:
-    column = quantise(part.reshape(-1).numpy(), bits)
+def _quantized(part: Tensor, bits: int) -> tuple[Tensor, int]:
+    column = quantize(part.reshape(-1).numpy(), bits)
     size = len(pack_column(column.codes, width=bits)) + len(
         pack_column(column.scales, width=8 * column.scales.itemsize)
     )
-    return torch.from_numpy(dequantise(column)).view(part.shape), size
+    return torch.from_numpy(dequantize(column)).view(part.shape), size
 
 
 def _energy_kept(change: Tensor, shipped: Tensor) -> float:

@@ -61,9 +61,9 @@ def dense_peers(vectors: Mapping[Unit, Tensor], *, repeats: int) -> dict[str, di
     }
     absent: dict[str, dict[str, float | str]] = {}
     try:
-        import bitsandbytes.functional as quantiser
+        import bitsandbytes.functional as quantizer
 
-        ways["bitsandbytes nf4"] = lambda: _four_bit_bytes(quantiser, column)
+        ways["bitsandbytes nf4"] = lambda: _four_bit_bytes(quantizer, column)
     except ImportError as error:
         absent["bitsandbytes nf4"] = {"absent": str(error)}
     seconds = alternate(ways, repeats=repeats)
@@ -78,8 +78,8 @@ def _record_bytes(vectors: Mapping[Unit, Tensor], dtype: type) -> int:
     return sum(len(array.data) for array in ArrayRecord(arrays).values())
 
 
-def _four_bit_bytes(quantiser, column: Tensor) -> int:
-    codes, state = quantiser.quantize_4bit(column, blocksize=64, quant_type="nf4", compress_statistics=True)
+def _four_bit_bytes(quantizer, column: Tensor) -> int:
+    codes, state = quantizer.quantize_4bit(column, blocksize=64, quant_type="nf4", compress_statistics=True)
     scales = state.absmax.numel() * state.absmax.element_size()
     nested = state.state2.absmax.numel() * state.state2.absmax.element_size() if state.nested else 0
     return codes.numel() * codes.element_size() + scales + nested

@@ -15,7 +15,7 @@ from clients.training.trainer import LocalTraining, train_locally
 from federated.data.blocks import Blocks, batches
 from federated.selection.entries import largest_share, sparsify
 from federated.updates.update import SparseUpdate, SparseVector, Unit
-from federated.wire.quantise import quantise_update
+from federated.wire.quantize import quantize_update
 from models.graph.unit_vectors import read_unit, unit_sizes, weight_count
 from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 
@@ -90,7 +90,7 @@ def _change(
 
 def _left(change: Mapping[Unit, Tensor], density: float, bits: int) -> dict[Unit, Tensor]:
     """What an update of the largest entries does not ship: the residual of error feedback."""
-    shipped = quantise_update(kept(change, density), bits).vectors
+    shipped = quantize_update(kept(change, density), bits).vectors
     return {unit: vector - torch.from_numpy(shipped[unit].to_dense()) for unit, vector in change.items()}
 
 

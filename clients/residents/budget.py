@@ -17,7 +17,7 @@ _TRAINED = {"adamw": 16.0, "sgd": 12.0, "adafactor": 9.0}
 # A fixed base under LoRA factors: 4-bit blocks carry scales.
 _FIXED = {"fp32": 4.0, "bf16": 2.0, "nf4": 0.6}
 # When an update is packed, for each weight and for each entry that is kept: one expert at a time is dense, and the kept
-# entries pass through the quantiser. Within a byte budget, for each byte: several sizes are tried.
+# entries pass through the quantizer. Within a byte budget, for each byte: several sizes are tried.
 _PACKED, _PACKED_ENTRY, _PACKED_BYTE = 2.5, 40.0, 160.0
 # The slopes of the loss, which say what is worth packing.
 _MOMENTS = 4.0

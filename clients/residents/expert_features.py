@@ -26,7 +26,7 @@ def expert_features(
 
     Feature 0 is what an untrained assembler goes by: the mean of the logarithms of how often the client's tokens
     select the expert, and of how much the loss depends on it. The others: log selection frequency, mean router score
-    (standardised over the layer), mean softmax share, and depth between 0 and 1.
+    (standardized over the layer), mean softmax share, and depth between 0 and 1.
 
     Args:
         model: the global graph, all experts resident.
@@ -98,13 +98,13 @@ def _layer_features(
     columns = [
         (frequency + torch.log(relative + 1e-3)) / 2,
         frequency,
-        _standardise(means[1]),
+        _standardize(means[1]),
         means[2] * layer.num_experts,
         torch.full_like(means[0], index / max(len(layers) - 1, 1)),
     ]
     return torch.stack(columns, -1)
 
 
-def _standardise(values_E: Tensor) -> Tensor:
+def _standardize(values_E: Tensor) -> Tensor:
     spread = values_E.std(correction=0)
     return (values_E - values_E.mean()) / spread.clamp(min=1e-6)

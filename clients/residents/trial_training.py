@@ -35,7 +35,7 @@ def best_residents(
         candidates: per layer bool ``[E]``, None for all; at least one.
         batches: what each candidate trains on, a step each; without any the first candidate is returned.
         training: its learning rate and optimizer; its steps and schedule do not count.
-        hold: makes the model hold a candidate, e.g. ``disk_experts.materialise`` for experts on disk.
+        hold: makes the model hold a candidate, e.g. ``disk_experts.materialize`` for experts on disk.
     """
     plain = {"schedule": "constant", "warmup_steps": 0, "accumulation_steps": 1, "keep_moments": False}
     trial = replace(training, steps=len(batches), **plain)

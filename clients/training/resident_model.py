@@ -10,8 +10,8 @@ from torch import Tensor
 from clients.training.starting_point import StartingPoint, resident_units
 from configs.schema import RunConfig
 from federated.updates.lazy_vectors import LazyVectors
-from models.checkpoints.disk_experts import materialise
-from models.graph.expert_modules import materialise_modules
+from models.checkpoints.disk_experts import materialize
+from models.graph.expert_modules import materialize_modules
 from models.graph.lora import attach_lora, attention_changes, lora_change
 from models.graph.unit_vectors import OTHERS, Unit
 from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
@@ -29,10 +29,10 @@ def hold_residents(
         seed: of the factors.
     """
     if not config.lora_rank:
-        materialise(model, residents)
+        materialize(model, residents)
         return
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "nf4": None}[config.weights]
-    materialise_modules(model, residents, kind="nf4" if config.weights == "nf4" else "plain", dtype=dtype)
+    materialize_modules(model, residents, kind="nf4" if config.weights == "nf4" else "plain", dtype=dtype)
     attach_lora(
         model, rank=config.lora_rank, alpha=config.lora_alpha, attention=config.attention_lora, seed=seed
     )

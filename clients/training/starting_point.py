@@ -14,7 +14,7 @@ class StartingPoint:
     """The global model as a round found it: its experts stay on disk, only the routing is copied.
 
     Args:
-        model: opened with its experts on disk, before residents are materialised.
+        model: opened with its experts on disk, before residents are materialized.
     """
 
     def __init__(self, model: FedGraftForCausalLM) -> None:

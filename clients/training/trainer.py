@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from clients.training.gradient_rms import second_moments
-from clients.training.optimiser import make_optimizer, make_schedule
+from clients.training.optimizer import make_optimizer, make_schedule
 from configs.errors import UserError
 from models.graph.router_losses import Routing, collect_routing, router_loss
 from models.graph.runtime_settings import checkpointing
@@ -36,7 +36,7 @@ class LocalTraining:
     Attributes:
         steps: optimizer steps.
         learning_rate: before any schedule.
-        weight_decay: see ``clients.training.optimiser``.
+        weight_decay: see ``clients.training.optimizer``.
         max_grad_norm: 0 for no clipping.
         autocast: run matrix products in bf16.
         train: ``all``, ``experts`` (without their routing) or ``routing``.
@@ -80,7 +80,7 @@ class LocalResult:
 
     Attributes:
         losses: loss of each step without router losses, nats per token.
-        tokens: labelled tokens trained on.
+        tokens: labeled tokens trained on.
         moments: of the gradients, see ``clients.training.gradient_rms.second_moments``; empty where they are not kept.
     """
 
@@ -103,7 +103,7 @@ def train_locally(
         UserError: the loss, its gradient or the router scores are not finite.
     """
     parameters = expert_parameters(model, training.train)
-    optimizer, schedule = _optimisation(_groups(model, parameters, training), training)
+    optimizer, schedule = _optimization(_groups(model, parameters, training), training)
     losses, tokens = [], 0
     model.train()
     with _collecting(model, training) as routings, _checkpointing(model, training):
@@ -157,7 +157,7 @@ def _groups(
     return [group for group in groups if group["params"]]
 
 
-def _optimisation(groups: list[dict[str, Any]], training: LocalTraining) -> tuple[Optimizer, LRScheduler]:
+def _optimization(groups: list[dict[str, Any]], training: LocalTraining) -> tuple[Optimizer, LRScheduler]:
     optimizer = make_optimizer(
         groups,
         name=training.optimizer,
@@ -219,7 +219,7 @@ def _clip(parameters: Sequence[nn.Parameter], max_grad_norm: float) -> None:
 
 
 def _predicted(labels: Tensor) -> int:
-    """Tokens that a batch predicts: labelled, and not the first of their block."""
+    """Tokens that a batch predicts: labeled, and not the first of their block."""
     return int((labels[:, 1:] != -100).sum())
 
 

@@ -64,7 +64,7 @@ def apply_edits(graph: ExpertGraph, edits: Sequence[Edit]) -> ExpertGraph:
 def propose_edits(
     graph: ExpertGraph, usage: Sequence[np.ndarray], rho_max: int, *, margin: float = 1.0
 ) -> list[Edit]:
-    """Swap the least travelled edges for the most demanded ones, at most ``rho_max`` edits in all.
+    """Swap the least traveled edges for the most demanded ones, at most ``rho_max`` edits in all.
 
     A swap stays in its layer and is made only where the demand for the new edge exceeds ``margin`` times the
     traversals of the old; the swaps that gain most are made first. A single edit is left over when ``rho_max`` is odd:
@@ -122,13 +122,13 @@ def _swaps(
         if gain <= 0:
             break
         add = Edit("add-edge", layer, p, q, f"demanded by {counts[p, q]:.0f} tokens")
-        remove = Edit("remove-edge", layer, a, b, f"travelled by {counts[a, b]:.0f} tokens")
+        remove = Edit("remove-edge", layer, a, b, f"traveled by {counts[a, b]:.0f} tokens")
         swaps.append((gain, (remove, add)))
     return swaps
 
 
 def _removable(mask: np.ndarray, counts: np.ndarray, most: int) -> list[tuple[int, int]]:
-    """Edges that may all go together, least travelled first."""
+    """Edges that may all go together, least traveled first."""
     left = mask.copy()
     chosen: list[tuple[int, int]] = []
     for pair in _by_count(mask, counts):

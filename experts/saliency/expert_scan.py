@@ -48,7 +48,7 @@ def scan_experts(prompts: Saliency, others: Saliency, *, frequency_weight: float
     one, other = prompts.scores("reap"), others.scores("reap")
     total = one + other
     activation = (one - other) / np.where(total == 0, 1.0, total)
-    scores = frequency_weight * _standardised(frequency) + (1 - frequency_weight) * _standardised(activation)
+    scores = frequency_weight * _standardized(frequency) + (1 - frequency_weight) * _standardized(activation)
     return ExpertScan(frequency, activation, scores)
 
 
@@ -65,7 +65,7 @@ def map_of_scan(scan: ExpertScan, kind: str, *, quantile: float, provenance: dic
         UserError: an unknown kind, or a quantile out of range.
     """
     check_scan_options(quantile=quantile)
-    # Scores are centred on their layer: at 0 an expert treats both sets as the layer does.
+    # Scores are centered on their layer: at 0 an expert treats both sets as the layer does.
     thresholds = np.maximum(np.nanquantile(scan.scores, quantile, axis=1), np.finfo(np.float64).tiny)
     return ExpertMap(kind, scan.scores, thresholds, flag_experts(scan.scores, thresholds), provenance)
 
@@ -86,7 +86,7 @@ def _visit_share(saliency: Saliency) -> np.ndarray:
     return saliency.freq / tokens
 
 
-def _standardised(values: np.ndarray) -> np.ndarray:
+def _standardized(values: np.ndarray) -> np.ndarray:
     """In standard deviations from the mean of the layer; 0 where all experts of a layer are alike."""
     spread = np.nanstd(values, axis=1, keepdims=True)
     return (values - np.nanmean(values, axis=1, keepdims=True)) / np.where(spread < 1e-12, 1.0, spread)

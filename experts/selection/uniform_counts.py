@@ -24,11 +24,11 @@ def check_uniform(keep_map: Mapping[int, np.ndarray], model_type: str) -> None:
         )
         raise UserError(
             f"expected equally many experts in every layer, since the configuration of {model_type} holds one number, "
-            f"got {found}; pass --equalise to take the best of those pruned back"
+            f"got {found}; pass --equalize to take the best of those pruned back"
         )
 
 
-def equalise(
+def equalize(
     keep_map: Mapping[int, np.ndarray],
     ranks: Mapping[int, Mapping[int, float]],
     experts_per_layer: Sequence[int],
@@ -57,12 +57,12 @@ def _raised(layer: int, kept: np.ndarray, ranks: Mapping[int, float], number: in
     pruned = np.setdiff1d(np.arange(number), kept)
     missing = most - len(kept)
     if missing > len(pruned):
-        raise UserError(f"expected {most} experts in layer {layer} to equalise, got {number} in all")
+        raise UserError(f"expected {most} experts in layer {layer} to equalize, got {number} in all")
     if not missing:
         return np.sort(kept)
     if unranked := [int(expert) for expert in pruned if expert not in ranks]:
         raise UserError(
-            f"expected ranks to equalise layer {layer}, got none for {', '.join(map(str, unranked))}; "
+            f"expected ranks to equalize layer {layer}, got none for {', '.join(map(str, unranked))}; "
             "pass a CSV expert list or --saliency"
         )
     best = sorted(pruned, key=lambda expert: (ranks[int(expert)], expert))[:missing]

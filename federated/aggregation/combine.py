@@ -49,7 +49,7 @@ class Contribution:
 
     def summary(self) -> Shipped:
         """Units and norm of the update."""
-        return self.shipped or summarise(self.unpacked())
+        return self.shipped or summarize(self.unpacked())
 
 
 def aggregate(
@@ -92,7 +92,7 @@ def aggregate(
     return {unit: torch.from_numpy(sums[unit]) for unit in sorted(sums)}
 
 
-def summarise(update: SparseUpdate) -> Shipped:
+def summarize(update: SparseUpdate) -> Shipped:
     """Units and norm of an update."""
     return Shipped(frozenset(update.vectors), update_norm(update))
 

@@ -1,4 +1,4 @@
-"""How tokens use the graph: edges travelled, and edges that are missing."""
+"""How tokens use the graph: edges traveled, and edges that are missing."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def pack_blocks(
     """Concatenate BOS and the tokens of each text, and cut the stream into blocks of ``block_size`` tokens.
 
     The last block may be partial; it is padded, and left out if it holds one token, which nothing predicts.
-    At most ``max_blocks`` blocks are made (0 or None: all), and no more text is tokenised than they need.
+    At most ``max_blocks`` blocks are made (0 or None: all), and no more text is tokenized than they need.
     Where the tokenizer has no BOS its EOS stands in for it.
 
     Raises :class:`UserError` for a ``block_size`` beyond ``max_position_embeddings``, for a tokenizer without

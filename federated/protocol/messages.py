@@ -178,7 +178,7 @@ def read_reply(content: RecordDict, num_experts: Sequence[int]) -> Reply:
 
 
 def message_bytes(message: Message | RecordDict) -> int:
-    """Bytes of a message, or of its content alone, as Flower serialises it.
+    """Bytes of a message, or of its content alone, as Flower serializes it.
 
     Arrays, config and metric records, their framing, and for a message its metadata and error.
     """

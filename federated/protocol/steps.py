@@ -27,7 +27,7 @@ class ServerStep:
 
     Attributes:
         version: counts the server rounds that moved the model; the bootstrapped checkpoint is version 0.
-        packed: the aggregated, quantised change of the experts, as ``federated.wire.codec`` packs it, in one part
+        packed: the aggregated, quantized change of the experts, as ``federated.wire.codec`` packs it, in one part
             or several (see ``join_parts``).
         edits: made after the change is added.
     """

@@ -27,7 +27,7 @@ from federated.updates.lazy_vectors import LazyVectors
 from federated.updates.update import SparseUpdate, SparseVector, Unit
 from federated.wire.codec import pack_update
 from federated.wire.factors import better_of
-from federated.wire.quantise import quantise_update
+from federated.wire.quantize import quantize_update
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def choose_update(
     """Choose what to ship of ``deltas`` with error feedback.
 
     The decayed residual is added first; what is not shipped (other units, entries below the density cut,
-    the quantisation error) is the new residual, computed from ``deltas`` and ``residual`` when it is asked for.
+    the quantization error) is the new residual, computed from ``deltas`` and ``residual`` when it is asked for.
     Units with a residual that were not trained keep it, decayed.
 
     Args:
@@ -88,7 +88,7 @@ def choose_update(
         selection: ``top``, or ``sample`` with a ``generator``.
         unbiased: of ``sample``: the server counts what is shipped 1/pi times (``horvitz-thompson``). On average that
             makes up for the units that were not drawn, so these keep only what they would not have shipped either:
-            what is applied and what is kept are together, in expectation and to the quantisation error, what
+            what is applied and what is kept are together, in expectation and to the quantization error, what
             changed. The expectation is over draws at a fixed ``density`` of each expert: a cut over all units together
             depends on the draw. Without it a unit that was not drawn keeps all: exact in every draw where what is
             shipped counts once (``hajek`` where one client ships the unit, ``mean``).
@@ -113,7 +113,7 @@ def choose_update(
     for unit, shape in (shapes or {}).items():
         if unit in vectors:
             vectors[unit] = better_of(totals[unit], vectors[unit], *shape, value_bits=value_bits)
-    update = quantise_update(replace(empty, vectors=vectors), value_bits)
+    update = quantize_update(replace(empty, vectors=vectors), value_bits)
     lowest = (
         min(_lowest(totals[unit], unit, vector, score) for unit, vector in vectors.items())
         if unbiased

@@ -17,7 +17,7 @@ def top_entries(magnitudes: Tensor, count: int) -> Tensor:
         raise ValueError(f"expected a count from 0 to {magnitudes.numel()}, got {count}")
     if count == 0:
         return torch.zeros(0, dtype=torch.int64)
-    # numpy's selection is vectorised: ten times as fast as torch.topk or torch.kthvalue on a CPU.
+    # numpy's selection is vectorized: ten times as fast as torch.topk or torch.kthvalue on a CPU.
     column = magnitudes.detach().cpu().numpy()
     threshold = np.partition(column, column.size - count)[column.size - count]
     reached = np.flatnonzero(column >= threshold)

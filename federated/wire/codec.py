@@ -1,4 +1,4 @@
-"""Sparse updates <-> bytes: run lengths and quantised values, entropy-coded, in a safetensors container.
+"""Sparse updates <-> bytes: run lengths and quantized values, entropy-coded, in a safetensors container.
 
 The columns are ``units`` (the shipped units, their sizes and what of them is sent as factors), ``index`` (which entries
 were kept), ``codes`` and ``scales`` (the values of factors and entries, one unit after the other).
@@ -27,7 +27,7 @@ from federated.updates.update import (
 from federated.wire.columns import pack_column, unpack_column, zstd_pack, zstd_unpack
 from federated.wire.container import Header, read_container, write_container
 from federated.wire.factors import FactoredVector
-from federated.wire.quantise import MAX_MAGNITUDE, QuantisedColumn, dequantise, quantise, scale_count
+from federated.wire.quantize import MAX_MAGNITUDE, QuantizedColumn, dequantize, quantize, scale_count
 from federated.wire.rle import decode_runs, encode_runs, run_dtype
 from federated.wire.unit_table import UnitRow, pack_units, read_units
 
@@ -63,7 +63,7 @@ def pack_update(update: SparseUpdate, *, value_bits: int) -> bytes:
     # The index takes most of the time, in native code that leaves the interpreter to the values.
     with ThreadPoolExecutor(1) as pool:
         packed_index = pool.submit(_pack_index, indices, total)
-        values = quantise(join_values(update), value_bits)
+        values = quantize(join_values(update), value_bits)
         columns = {
             "units": pack_units(update),
             "codes": pack_column(values.codes, width=value_bits),
@@ -105,7 +105,7 @@ def unpack_update(
     if header.count > total:
         raise RefusedUpdate(f"{header.count} entries kept of {total}")
     indices = _unpack_index(columns["index"], header, total)
-    values = dequantise(_unpack_values(columns, header, sum(unit.factor_values for unit in units)))
+    values = dequantize(_unpack_values(columns, header, sum(unit.factor_values for unit in units)))
     return SparseUpdate(header.graph_version, header.graph_hash, _vectors(units, indices, values))
 
 
@@ -204,7 +204,7 @@ def _unpack_index(column: bytes, header: Header, total: int) -> np.ndarray:
     return indices
 
 
-def _unpack_values(columns: Mapping[str, bytes], header: Header, factor_values: int) -> QuantisedColumn:
+def _unpack_values(columns: Mapping[str, bytes], header: Header, factor_values: int) -> QuantizedColumn:
     bits, count = header.value_bits, header.count + factor_values
     codes = unpack_column(
         columns["codes"],
@@ -215,7 +215,7 @@ def _unpack_values(columns: Mapping[str, bytes], header: Header, factor_values: 
     dtype = np.dtype(np.uint16 if bits == 8 else np.uint8)
     blocks = scale_count(count, bits)
     scales = unpack_column(columns["scales"], dtype=dtype, count=blocks, width=8 * dtype.itemsize)
-    return QuantisedColumn(bits, codes, scales, header.exponent)
+    return QuantizedColumn(bits, codes, scales, header.exponent)
 
 
 def _value_floor(columns: Mapping[str, bytes], header: Header, factor_values: int) -> float:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from federated.updates.update import SparseVector
 
-# Up to this smaller side all singular values are computed; above it only the largest, by a randomised method.
+# Up to this smaller side all singular values are computed; above it only the largest, by a randomized method.
 _EXACT_SIDE = 512
 _OVERSAMPLING, _POWER_ITERATIONS = 8, 2
 
@@ -92,10 +92,10 @@ class FactoredVector(SparseVector):
         )
 
 
-def factorise(vector: Tensor, rows: int, columns: int, rank: int, rest: SparseVector) -> FactoredVector:
+def factorize(vector: Tensor, rows: int, columns: int, rank: int, rest: SparseVector) -> FactoredVector:
     """The best factors of ``rank`` of the first ``rows * columns`` entries of ``vector``, and ``rest``.
 
-    Each carries the root of the singular values, so that both are quantised alike. Exact for small matrices, else by
+    Each carries the root of the singular values, so that both are quantized alike. Exact for small matrices, else by
     subspace iteration (Halko et al., 2011, arXiv:0909.4061) from a fixed seed.
     """
     matrix = vector.detach().float().cpu()[: rows * columns].view(rows, columns)
@@ -139,7 +139,7 @@ def better_of(
     if not rank:
         return kept
     rest = SparseVector(kept.size, kept.indices[inside:], kept.values[inside:])
-    factored = factorise(vector, rows, columns, rank, rest)
+    factored = factorize(vector, rows, columns, rank, rest)
     held = float(
         np.square(np.linalg.norm(factored.left, axis=1) * np.linalg.norm(factored.right, axis=1)).sum()
     )

@@ -40,7 +40,7 @@ class BootstrapPlan:
         router: ``ridge`` or ``centroid``.
         experts_per_token: k; None for half of the experts.
         edges_per_expert: edges that leave an expert at most.
-        seed: of the k-means initialisation.
+        seed: of the k-means initialization.
         jobs: layers clustered side by side; None for one per core where layers are large enough to gain from it.
     """
 

@@ -154,7 +154,7 @@ def open_mapped(source: str, moved: MovedExperts | None = None) -> FedGraftForCa
 
 
 @torch.no_grad()
-def materialise(model: FedGraftForCausalLM, residents: Sequence[Tensor | None]) -> None:
+def materialize(model: FedGraftForCausalLM, residents: Sequence[Tensor | None]) -> None:
     """Hold ``residents`` (per layer bool ``[E]``, None for all) in fused fp32 tensors, and no other expert.
 
     Each expert is read once, straight into its row.

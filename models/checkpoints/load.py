@@ -19,16 +19,16 @@ from models.checkpoints.disk_experts import open_mapped
 from models.checkpoints.save import cast_weights
 from models.files.config_file import check_is_dense, check_is_graph, read_config
 from models.files.safetensors_files import check_file, checkpoint_files
-from models.graph.expert_modules import materialise_modules
+from models.graph.expert_modules import materialize_modules
 from models.graph.graph_state import check_graph
 from models.remote_code.configuration_fedgraft import FedGraftConfig
 from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
-from models.runtime.nf4 import compute_dtype, quantisation_config, replace_linear4bit
+from models.runtime.nf4 import compute_dtype, quantization_config, replace_linear4bit
 
 WEIGHT_PRECISIONS = ("fp32", "bf16", "nf4")
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
-# With the classes known here, a graph's own copy of the modelling code is never run by us.
+# With the classes known here, a graph's own copy of the modeling code is never run by us.
 AutoModelForCausalLM.register(FedGraftConfig, FedGraftForCausalLM)
 
 
@@ -44,7 +44,7 @@ def load_dense(
     Args:
         source: directory or hub id.
         dtype: of the weights; ``auto`` for that of the checkpoint. With ``nf4``: of the matrix products and of what is
-            not quantised; ``auto`` for bf16 where the device gains from it, else fp32.
+            not quantized; ``auto`` for bf16 where the device gains from it, else fp32.
         precision: ``fp32``, ``bf16`` or ``nf4`` (4-bit linear layers but for the output head); None to go by ``dtype``.
         device: where to put the model.
 
@@ -82,7 +82,7 @@ def load_graph(
         return graph
     products = _product_dtype(dtype, device)
     model = cast_weights(open_mapped(source), products).to(device)
-    materialise_modules(model, [None] * len(model.expert_layers()), kind="nf4", dtype=products)
+    materialize_modules(model, [None] * len(model.expert_layers()), kind="nf4", dtype=products)
     return model.eval()
 
 
@@ -156,7 +156,7 @@ def _dtype_options(
         products = _product_dtype(dtype, device)
         return {
             "dtype": products,
-            "quantization_config": quantisation_config(products),
+            "quantization_config": quantization_config(products),
             "device_map": {"": device},
         }
     return {"dtype": _DTYPES[precision] if precision else dtype}

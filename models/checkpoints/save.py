@@ -1,4 +1,4 @@
-"""Reading and writing an expert graph as a Hugging Face checkpoint that carries its own modelling code."""
+"""Reading and writing an expert graph as a Hugging Face checkpoint that carries its own modeling code."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def save_graph(
     *,
     weights: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write weights, graph, configuration, modelling code and tokenizer into an existing directory.
+    """Write weights, graph, configuration, modeling code and tokenizer into an existing directory.
 
     Args:
         graph: what is written.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 from models.runtime.memory import return_freed_memory
-from models.runtime.nf4 import base_of, is_quantised, quantised_linear, weight_of
+from models.runtime.nf4 import base_of, is_quantized, quantized_linear, weight_of
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -30,7 +30,7 @@ def attention_count(model: FedGraftForCausalLM, layer: int) -> int:
 
 @torch.no_grad()
 def read_attention(model: FedGraftForCausalLM, layer: int) -> Tensor:
-    """A copy of the layer's vector, fp32 ``[size]`` on the CPU, without LoRA; dequantised where it is 4-bit."""
+    """A copy of the layer's vector, fp32 ``[size]`` on the CPU, without LoRA; dequantized where it is 4-bit."""
     return flatten_projections(weight_of(linear) for linear in projections(model, layer))
 
 
@@ -39,15 +39,15 @@ def write_attention(model: FedGraftForCausalLM, layer: int, vector: Tensor) -> N
     """Set the layer's projections from its vector ``[size]``.
 
     Raises:
-        ValueError: the vector has another size, or the projections are quantised.
+        ValueError: the vector has another size, or the projections are quantized.
     """
     linears = projections(model, layer)
     sizes = [_size(linear) for linear in linears]
     if vector.numel() != sum(sizes):
         raise ValueError(f"attention of layer {layer}: expected {sum(sizes)} entries, got {vector.numel()}")
-    if any(is_quantised(linear) for linear in linears):
+    if any(is_quantized(linear) for linear in linears):
         raise ValueError(
-            f"attention of layer {layer} is 4-bit and cannot be moved: do so before it is quantised"
+            f"attention of layer {layer} is 4-bit and cannot be moved: do so before it is quantized"
         )
     for linear, part in zip(linears, vector.split(sizes), strict=True):
         weight = base_of(linear).weight
@@ -59,15 +59,15 @@ def flatten_projections(weights: Iterable[Tensor]) -> Tensor:
     return torch.cat([weight.reshape(-1).float().cpu() for weight in weights])
 
 
-def quantise_attention(model: FedGraftForCausalLM, dtype: torch.dtype) -> None:
+def quantize_attention(model: FedGraftForCausalLM, dtype: torch.dtype) -> None:
     """Turn the attention projections of every layer into 4-bit ones, in place; products in ``dtype``."""
     for layer in model.model.layers:
         for name in PROJECTIONS:
             linear = getattr(layer.self_attn, name)
-            quantised = quantised_linear(
+            quantized = quantized_linear(
                 linear.weight, bias=linear.bias, dtype=dtype, device=linear.weight.device
             )
-            setattr(layer.self_attn, name, quantised)
+            setattr(layer.self_attn, name, quantized)
         return_freed_memory()
 
 

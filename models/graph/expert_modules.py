@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.graph.attention_vectors import quantise_attention
+from models.graph.attention_vectors import quantize_attention
 from models.graph.runtime_settings import held_experts
 from models.remote_code.experts_fedgraft import ExpertGraphMLP
 from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 from models.runtime.memory import return_freed_memory
-from models.runtime.nf4 import compute_dtype, quantised_linear, weight_of
+from models.runtime.nf4 import compute_dtype, quantized_linear, weight_of
 
 KINDS = ("plain", "nf4")
 
@@ -75,7 +75,7 @@ class ExpertModules(nn.Module):
 
     @torch.no_grad()
     def read(self, expert: int) -> tuple[Tensor, Tensor]:
-        """``gate_up [2H, D]`` and ``down [D, H]`` of an expert without its LoRA factors; dequantised where 4-bit."""
+        """``gate_up [2H, D]`` and ``down [D, H]`` of an expert without its LoRA factors; dequantized where 4-bit."""
         module = self.expert(expert)
         return weight_of(module.gate_up), weight_of(module.down)
 
@@ -85,11 +85,11 @@ class ExpertModules(nn.Module):
         Raises:
             ValueError: always.
         """
-        raise ValueError(f"expert {expert} is a fixed base under LoRA; write it before materialise_modules")
+        raise ValueError(f"expert {expert} is a fixed base under LoRA; write it before materialize_modules")
 
 
 @torch.no_grad()
-def materialise_modules(
+def materialize_modules(
     model: FedGraftForCausalLM,
     residents: Sequence[Tensor | None],
     *,
@@ -122,14 +122,14 @@ def materialise_modules(
         layer.residency_gate = None
         return_freed_memory()
     if kind == "nf4":
-        quantise_attention(model, dtype)
+        quantize_attention(model, dtype)
         vars(model)["is_loaded_in_4bit"] = True  # where peft and transformers look
 
 
 def _build_expert(
     layer: ExpertGraphMLP, expert: int, kind: str, dtype: torch.dtype, device: torch.device
 ) -> ExpertFFN:
-    build = quantised_linear if kind == "nf4" else _plain_linear
+    build = quantized_linear if kind == "nf4" else _plain_linear
     gate_up, down = (build(weight, dtype=dtype, device=device) for weight in layer.read_expert(expert))
     return ExpertFFN(gate_up, down, layer.act_fn)
 

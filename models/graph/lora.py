@@ -34,7 +34,7 @@ def attach_lora(
     """Put fp32 LoRA factors on every expert module, and freeze everything else but the routing.
 
     Args:
-        model: after ``materialise_modules``, changed in place.
+        model: after ``materialize_modules``, changed in place.
         rank: of the factors.
         alpha: the product of the factors counts ``alpha / rank`` times.
         attention: put factors on the attention projections too.
@@ -52,7 +52,7 @@ def attach_lora(
     from peft.tuners.tuners_utils import cast_adapter_dtype
 
     if not all(isinstance(layer.storage, ExpertModules) for layer in model.expert_layers()):
-        raise ValueError("expected experts as modules, got fused ones; call materialise_modules first")
+        raise ValueError("expected experts as modules, got fused ones; call materialize_modules first")
     targets = f"{_EXPERTS}|{_ATTENTION}" if attention else _EXPERTS
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets)
     with torch.random.fork_rng(devices=[]):

@@ -38,7 +38,7 @@ def route(layer: MoELayer, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
         best_TK, experts_TK = logits_TE.topk(layer.top_k, -1)
         return experts_TK, best_TK.softmax(-1)
     gates_TK, experts_TK = logits_TE.softmax(-1).topk(layer.top_k, -1)
-    if layer.kind is RouterKind.SOFTMAX_TOP_K_RENORMALISED:
+    if layer.kind is RouterKind.SOFTMAX_TOP_K_RENORMALIZED:
         gates_TK = gates_TK / gates_TK.sum(-1, keepdim=True)
     return experts_TK, gates_TK
 

@@ -25,7 +25,7 @@ class RouterKind(StrEnum):
     """How router scores become the gates of the experts that a token visits."""
 
     SOFTMAX_TOP_K = "softmax, then top-k"
-    SOFTMAX_TOP_K_RENORMALISED = "softmax, then top-k, renormalised"
+    SOFTMAX_TOP_K_RENORMALIZED = "softmax, then top-k, renormalized"
     TOP_K_SOFTMAX = "top-k, then softmax"
     SIGMOID_BIASED = "sigmoid with selection bias"
     GRAPH_WALK = "graph walk"
@@ -152,9 +152,9 @@ def router_kind(config: Any) -> RouterKind:
         return _KINDS[config.model_type]
     if getattr(config, "scoring_func", None) == "sigmoid":
         return RouterKind.SIGMOID_BIASED
-    renormalised = getattr(config, "norm_topk_prob", None)
-    if isinstance(renormalised, bool):
-        return RouterKind.SOFTMAX_TOP_K_RENORMALISED if renormalised else RouterKind.SOFTMAX_TOP_K
+    renormalized = getattr(config, "norm_topk_prob", None)
+    if isinstance(renormalized, bool):
+        return RouterKind.SOFTMAX_TOP_K_RENORMALIZED if renormalized else RouterKind.SOFTMAX_TOP_K
     raise UserError(
         f"expected a model type whose router is known, got {config.model_type!r}; its configuration names neither "
         "scoring_func nor norm_topk_prob"
@@ -164,7 +164,7 @@ def router_kind(config: Any) -> RouterKind:
 # Of model types whose configuration leaves the router's kind to the code.
 _KINDS = {
     "fedgraft": RouterKind.GRAPH_WALK,
-    "mixtral": RouterKind.SOFTMAX_TOP_K_RENORMALISED,
+    "mixtral": RouterKind.SOFTMAX_TOP_K_RENORMALIZED,
     "granitemoe": RouterKind.TOP_K_SOFTMAX,
     "granitemoeshared": RouterKind.TOP_K_SOFTMAX,
     "deepseek_v3": RouterKind.SIGMOID_BIASED,

@@ -93,7 +93,7 @@ def read_moe_layout(source: Path) -> MoELayout:
     """Find the experts of a checkpoint folder from its configuration and the headers of its weight files.
 
     Raises:
-        UserError: not a mixture of experts of a supported family, quantised weights, tensors that the family does not
+        UserError: not a mixture of experts of a supported family, quantized weights, tensors that the family does not
             have, experts missing, or other counts than the configuration says.
     """
     config = _read_config_values(source)
@@ -127,8 +127,8 @@ def _read_config_values(source: Path) -> dict[str, Any]:
         )
     if values.get("quantization_config"):
         raise UserError(
-            f"expected weights that are not quantised, got quantization_config in {source}/config.json; "
-            "take the checkpoint in bf16 or fp32 and quantise the result"
+            f"expected weights that are not quantized, got quantization_config in {source}/config.json; "
+            "take the checkpoint in bf16 or fp32 and quantize the result"
         )
     return values
 

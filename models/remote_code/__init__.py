@@ -1,1 +1,1 @@
-"""Modelling code of expert graphs that is copied into checkpoints; imports torch and transformers only."""
+"""Modeling code of expert graphs that is copied into checkpoints; imports torch and transformers only."""

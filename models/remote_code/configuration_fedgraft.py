@@ -38,7 +38,7 @@ class FedGraftConfig(LlamaConfig):
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):
-        """Refuse shapes that the modelling code cannot hold.
+        """Refuse shapes that the modeling code cannot hold.
 
         Raises:
             ValueError: a layer without experts, a count per layer that is not one per layer, k < 1, unknown walk.

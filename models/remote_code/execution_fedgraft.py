@@ -211,7 +211,7 @@ def _cast_rows(
 
 
 def _empty_but(weight: Tensor, zero_rows: list[int]) -> Tensor:
-    """An uninitialised tensor like ``weight``, with some rows of zeros."""
+    """An uninitialized tensor like ``weight``, with some rows of zeros."""
     empty = torch.empty_like(weight)
     for row in zero_rows:
         empty[row].zero_()

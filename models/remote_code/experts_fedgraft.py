@@ -24,7 +24,7 @@ ROUTING = ("router", "edge_gain", "edge_affinity", "output_gain")
 
 
 class ExpertStorage(Protocol):
-    """Where the weights of a layer's experts are, if not in its fused tensors: on disk, or quantised."""
+    """Where the weights of a layer's experts are, if not in its fused tensors: on disk, or quantized."""
 
     def run(self, expert: int, rows_ND: Tensor) -> Tensor:
         """Output ``[N, D]`` of an expert for at least one row."""

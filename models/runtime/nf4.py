@@ -1,4 +1,4 @@
-"""4-bit NF4 linear layers with double quantisation, by bitsandbytes, on CPU and CUDA.
+"""4-bit NF4 linear layers with double quantization, by bitsandbytes, on CPU and CUDA.
 
 Method: QLoRA (Dettmers et al. 2023, arXiv:2305.14314), section 3: a frozen base in 4 bits under trained LoRA factors.
 """
@@ -23,7 +23,7 @@ def compute_dtype(device: torch.device | str) -> torch.dtype:
     return torch.bfloat16 if bf16_is_faster(torch.device(device).type) else torch.float32
 
 
-def quantised_linear(
+def quantized_linear(
     weight: Tensor, *, dtype: torch.dtype, device: torch.device | str, bias: Tensor | None = None
 ) -> nn.Linear:
     """A frozen ``NF4Linear`` that holds ``weight [out, in]`` as NF4.
@@ -34,7 +34,7 @@ def quantised_linear(
         device: where the layer lives.
         bias: ``[out]``, not kept.
     """
-    # Imported here and below: it takes seconds, and most runs quantise nothing.
+    # Imported here and below: it takes seconds, and most runs quantize nothing.
     from bitsandbytes.nn import Params4bit
 
     from models.runtime.nf4_linear import NF4Linear
@@ -46,12 +46,12 @@ def quantised_linear(
 
 
 def weight_of(linear: nn.Module) -> Tensor:
-    """The weight ``[out, in]`` of a linear layer, under LoRA or not; dequantised where it is 4-bit."""
+    """The weight ``[out, in]`` of a linear layer, under LoRA or not; dequantized where it is 4-bit."""
     base = base_of(linear)
-    return base.dequantised() if is_quantised(base) else base.weight.detach()
+    return base.dequantized() if is_quantized(base) else base.weight.detach()
 
 
-def is_quantised(linear: nn.Module) -> bool:
+def is_quantized(linear: nn.Module) -> bool:
     """Whether the weight of a linear layer is 4-bit."""
     return getattr(base_of(linear).weight, "quant_state", None) is not None
 
@@ -61,7 +61,7 @@ def base_of(linear: nn.Module) -> Any:
     return getattr(linear, "base_layer", linear)
 
 
-def quantisation_config(dtype: torch.dtype) -> BitsAndBytesConfig:
+def quantization_config(dtype: torch.dtype) -> BitsAndBytesConfig:
     """What transformers needs to load a dense model as NF4, its products in ``dtype``."""
     return BitsAndBytesConfig(
         load_in_4bit=True,

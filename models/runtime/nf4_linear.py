@@ -23,7 +23,7 @@ class NF4Linear(Linear4bit):
     and wherever blocks and rows do not fit, this layer unpacks the flattened weight and multiplies itself.
 
     Args:
-        weight: quantised.
+        weight: quantized.
         shape: ``(out, in)`` of the weight.
         dtype: of the matrix product.
         bias: ``[out]``, or None.
@@ -37,7 +37,7 @@ class NF4Linear(Linear4bit):
         self.register_parameter("bias", bias)
         weight.module = self
 
-    def dequantised(self) -> Tensor:
+    def dequantized(self) -> Tensor:
         """The weight ``[out, in]`` in the dtype of the matrix product."""
         state = copy.copy(self.weight.quant_state)
         rows = state.shape.numel() // _BLOCK if state.shape.numel() % _BLOCK == 0 else 1
@@ -57,8 +57,8 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: NF4Linear) -> Tensor:
         ctx.layer = layer
-        return F.linear(x, layer.dequantised(), layer.bias)
+        return F.linear(x, layer.dequantized(), layer.bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad @ ctx.layer.dequantised().to(grad.dtype), None
+        return grad @ ctx.layer.dequantized().to(grad.dtype), None

@@ -40,7 +40,7 @@ class LossSum:
 def evaluate_loss(
     model: PreTrainedModel, input_ids: Tensor, labels: Tensor, *, batch_size: int = 16, autocast: bool = False
 ) -> LossSum:
-    """Sum the loss of predicting each labelled token from those before it in its block.
+    """Sum the loss of predicting each labeled token from those before it in its block.
 
     Args:
         model: put into evaluation mode for the time of the call.

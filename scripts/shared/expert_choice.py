@@ -36,10 +36,10 @@ NumberToPrune = Annotated[
     typer.Option(min=0, help="Experts to remove: per layer, or in all with --model-wide."),
 ]
 ModelWide = Annotated[bool, typer.Option("--model-wide", help="Rank and remove over all layers together.")]
-Equalise = Annotated[
+Equalize = Annotated[
     bool,
     typer.Option(
-        "--equalise",
+        "--equalize",
         help="Raise every layer to the largest number kept: the best-ranked pruned experts come back.",
     ),
 ]
@@ -73,7 +73,7 @@ def choose_experts(
     saliency: Sequence[Path] | None,
     n_prune: int | None,
     metric: str = "reap",
-    equalise: bool = False,
+    equalize: bool = False,
     as_json: bool = False,
     **options: Any,
 ) -> list[ExpertChoice]:
@@ -85,7 +85,7 @@ def choose_experts(
         saliency: files.
         n_prune: required with saliency alone, and ignored with a warning beside a list.
         metric: of the saliency.
-        equalise: whether every layer is raised to the largest number kept.
+        equalize: whether every layer is raised to the largest number kept.
         as_json: whether stdout belongs to the result, so that the lists that were read are told on stderr.
         options: of ``selection_of``.
 
@@ -109,8 +109,8 @@ def choose_experts(
     else:
         files = [str(path) for path in saliency or []]
         choices = [_from_saliency(saliencies, metric, files, n_prune=n_prune, **options)]
-    if equalise:
-        choices = [_equalised(choice, experts_per_layer) for choice in choices]
+    if equalize:
+        choices = [_equalized(choice, experts_per_layer) for choice in choices]
     for line in (line for choice in choices for line in choice.loaded):
         typer.echo(line, err=as_json)
     return choices
@@ -172,10 +172,10 @@ def _from_saliency(
     return ExpertChoice(chosen.keep_map, _as_mapping(chosen.rank_sum))
 
 
-def _equalised(choice: ExpertChoice, experts_per_layer: Sequence[int]) -> ExpertChoice:
-    from experts.selection.uniform_counts import equalise
+def _equalized(choice: ExpertChoice, experts_per_layer: Sequence[int]) -> ExpertChoice:
+    from experts.selection.uniform_counts import equalize
 
-    return replace(choice, keep_map=equalise(choice.keep_map, choice.ranks, experts_per_layer))
+    return replace(choice, keep_map=equalize(choice.keep_map, choice.ranks, experts_per_layer))
 
 
 def _ranks(saliencies: Sequence[Saliency], metric: str) -> dict[int, dict[int, float]]:

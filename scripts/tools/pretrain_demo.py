@@ -1,7 +1,7 @@
 """Train the embedded model again: a byte-level BPE tokenizer and a small Llama on four WikiMix domains.
 
 ``python scripts/tools/pretrain_demo.py --out DIR [--minutes 25] [--seed 0] [--json]``. The minutes choose a fixed
-number of optimiser steps (sized on two cores), so a rerun does the same work, however long it takes.
+number of optimizer steps (sized on two cores), so a rerun does the same work, however long it takes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from models.runtime.precision import bf16_is_faster  # noqa: E402
 
 CONFIG = ROOT / "configs" / "llama_demo.json"
 STEPS_PER_MINUTE = 60
-BATCH_BLOCKS = 16  # blocks of one optimiser step, dealt evenly to the pre-training domains
+BATCH_BLOCKS = 16  # blocks of one optimizer step, dealt evenly to the pre-training domains
 TOKENIZER_DOCUMENTS = 1500  # documents of each domain that the tokenizer is trained on
 VALID_BLOCKS = 64  # held-out blocks of each domain
 PEAK_RATE = 2e-3
@@ -225,7 +225,7 @@ def pretrain_into(
 
 
 def steps_for(minutes: float) -> int:
-    """The fixed number of optimiser steps that stands for ``minutes``; ``UserError`` if there is not even one."""
+    """The fixed number of optimizer steps that stands for ``minutes``; ``UserError`` if there is not even one."""
     if not math.isfinite(minutes) or minutes * STEPS_PER_MINUTE < 0.5:
         raise UserError(
             f"expected --minutes of at least {1 / STEPS_PER_MINUTE:.2f}, got {minutes}; the default is 25"
@@ -250,7 +250,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--minutes", type=float, default=25.0, help="training time on two cores, sets the number of steps"
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of initialisation, text and order")
+    parser.add_argument("--seed", type=int, default=0, help="seed of initialization, text and order")
     parser.add_argument("--config", type=Path, default=CONFIG, help="Llama configuration (JSON)")
     parser.add_argument("--overwrite", action="store_true", help="replace what is in the folder")
     parser.add_argument("--json", action="store_true", help="print the summary as one JSON object on stdout")

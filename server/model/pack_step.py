@@ -1,4 +1,4 @@
-"""The server's own step as it is sent: aggregated changes with what earlier steps left out, quantised and packed."""
+"""The server's own step as it is sent: aggregated changes with what earlier steps left out, quantized and packed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from federated.protocol.steps import join_parts
 from federated.selection.error_feedback import prepare_update
 from federated.updates.update import SparseUpdate, Unit
 from federated.wire.codec import pack_update
-from federated.wire.quantise import MAX_MAGNITUDE
+from federated.wire.quantize import MAX_MAGNITUDE
 
 # Packing takes some 40 bytes of memory an entry; a part costs about 350 bytes on the wire.
 PART_ENTRIES = 1 << 18

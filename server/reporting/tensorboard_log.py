@@ -15,7 +15,7 @@ from server.reporting.run_log import ClientRecord, MergeRecord, RoundRecord, mea
 
 CELL_SIDE = 240  # pixels that one layer's matrix is at least scaled up to
 SEPARATOR = 8  # pixels between the layers of a picture
-SEPARATOR_COLOR = (0.2, 0.45, 0.85)  # unlike every value of a cell, which is grey
+SEPARATOR_COLOR = (0.2, 0.45, 0.85)  # unlike every value of a cell, which is gray
 
 
 class TensorBoardLog:

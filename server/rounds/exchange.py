@@ -86,7 +86,7 @@ def exchange(
         Message(content, dst_node_id=node, message_type=message_type, group_id=group)
         for node, content in contents.items()
     ]
-    # Flower's serialisation is the truth about what is sent.
+    # Flower's serialization is the truth about what is sent.
     sent = {node: message_bytes(message) for node, message in zip(contents, messages, strict=True)}
     waiting = dict(zip(grid.push_messages(messages), contents, strict=True))
     answers: dict[int, Answer] = {}

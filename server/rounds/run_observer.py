@@ -193,9 +193,9 @@ class RunObserver:
     ) -> None:
         experts = graph.num_experts
         self._tensorboard.masks("global", pad_masks(graph.masks, experts_per_layer=experts), server_round)
-        travelled = [counts * mask for counts, mask in zip(usage, graph.masks, strict=True)]
+        traveled = [counts * mask for counts, mask in zip(usage, graph.masks, strict=True)]
         padded = np.zeros((len(experts), max(experts), max(experts)))
-        for layer, counts in enumerate(travelled):
+        for layer, counts in enumerate(traveled):
             padded[layer, : len(counts), : len(counts)] = counts
         self._tensorboard.usage(padded, server_round)
         for accepted in replies.accepted:

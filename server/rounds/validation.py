@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from federated.aggregation.combine import Contribution, Shipped, summarise
+from federated.aggregation.combine import Contribution, Shipped, summarize
 from federated.aggregation.usage import unpack_usage
 from federated.protocol.messages import Reply, read_reply
 from federated.updates.update import RefusedUpdate, SparseUpdate, Unit
@@ -229,7 +229,7 @@ def _first_pass(unpack: Callable[[], SparseUpdate], trained: set[Unit]) -> Shipp
             raise RefusedUpdate(
                 f"expected changes of at most {LARGEST_CHANGE:.0f}, got {largest:.3g} in unit {unit}"
             )
-    return summarise(update)
+    return summarize(update)
 
 
 def _weight(reply: Reply, client_weight: str) -> float:

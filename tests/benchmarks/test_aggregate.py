@@ -34,5 +34,5 @@ def test_the_round_that_is_measured_moves_the_model_by_the_mean_of_the_replies(t
     expected = np.average(vectors, axis=0, weights=[100, 101, 102])
     moved = (read_unit(server.model, (0, 1)) - start).numpy()[: 3 * 16 * 32]
     error = np.linalg.norm(moved - expected[: moved.size]) / np.linalg.norm(expected)
-    assert error < 0.15  # the server's own step is quantised, too
+    assert error < 0.15  # the server's own step is quantized, too
     assert torch.isfinite(read_unit(server.model, (0, 1))).all() and server.version == 1

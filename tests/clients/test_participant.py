@@ -176,7 +176,7 @@ def test_what_is_not_shipped_is_carried_to_the_next_round(config_of, model, requ
     kept = ResidualStore(client_folder_of(config, 0) / "residual.safetensors").load().residual
     assert set(kept) > set(shipped.vectors)
     for unit, vector in shipped.vectors.items():
-        # Only quantisation error is left of what was shipped.
+        # Only quantization error is left of what was shipped.
         left = kept[unit][torch.from_numpy(vector.indices)]
         assert left.abs().max() < np.abs(vector.values).max() / 4
 

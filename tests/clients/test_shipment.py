@@ -23,7 +23,7 @@ from federated.selection.error_feedback import Limits, PreparedUpdate, choose_up
 from federated.updates.lazy_vectors import LazyVectors
 from federated.updates.update import SparseUpdate, SparseVector
 from federated.wire.codec import pack_update, unpack_update
-from federated.wire.quantise import quantise_update
+from federated.wire.quantize import quantize_update
 from models.graph.graph_state import read_graph
 from models.graph.unit_vectors import unit_sizes
 from tests.support.grid import Late
@@ -47,7 +47,7 @@ def request_of(server_round: int, accepted_round: int = 0) -> Request:
 def kept_of(residual, values, server_round: int = 3) -> Kept:
     """A residual, and an update that was shipped in a round."""
     vectors = {unit: SparseVector.from_dense(v.numpy(), v.numpy() != 0) for unit, v in values.items()}
-    update = quantise_update(SparseUpdate(0, "", vectors), 16)
+    update = quantize_update(SparseUpdate(0, "", vectors), 16)
     shipped = Shipped(
         server_round, pack_update(update, value_bits=16), {u: v.size for u, v in vectors.items()}
     )

@@ -21,17 +21,17 @@ from experts.clustering import (
 def blobs(count: int, size: int, *, seed: int = 0) -> np.ndarray:
     """``count`` clouds of ``size`` points each, far apart, in shuffled order."""
     rng = np.random.default_rng(seed)
-    centres = rng.normal(0, 20, (count, 3))
-    points = np.repeat(centres, size, axis=0) + rng.normal(0, 1, (count * size, 3))
+    centers = rng.normal(0, 20, (count, 3))
+    points = np.repeat(centers, size, axis=0) + rng.normal(0, 1, (count * size, 3))
     return rng.permutation(points)
 
 
 def inertia_of(features: np.ndarray, members: np.ndarray) -> float:
-    """Sum of squared distances to the centres, point by point."""
+    """Sum of squared distances to the centers, point by point."""
     total = 0.0
     for rows in members:
-        centre = sum(features[row] for row in rows) / len(rows)
-        total += sum(float(np.dot(features[row] - centre, features[row] - centre)) for row in rows)
+        center = sum(features[row] for row in rows) / len(rows)
+        total += sum(float(np.dot(features[row] - center, features[row] - center)) for row in rows)
     return total
 
 

@@ -38,7 +38,7 @@ class InProcessGrid(Grid):
     """Runs ``client_app`` once per pushed message, with one lasting Context per node.
 
     ``node_configs`` holds one node-config per node (e.g. partition-id, num-partitions); node ids run against
-    that order, as real ones match no order. With ``wire`` every message is serialised and restored as on Flower's wire,
+    that order, as real ones match no order. With ``wire`` every message is serialized and restored as on Flower's wire,
     both ways, and its size is counted. ``faults`` maps ``(node index, group id)`` to a fault.
     """
 
@@ -155,7 +155,7 @@ class InProcessGrid(Grid):
 
 
 def over_the_wire(message: Message) -> tuple[Message, int]:
-    """Serialise and restore a message as Flower does; returns the copy and the bytes that would travel."""
+    """Serialize and restore a message as Flower does; returns the copy and the bytes that would travel."""
     message_id = message.object_id
     contents = {key: item.deflate() for key, item in get_all_nested_objects(message).items()}
     copy = inflate_object_from_contents(message_id, dict(contents))

@@ -25,18 +25,18 @@ class Expert(nn.Module):
 
 
 class ModuleMoE(nn.Module):
-    """Softmax, then top-k, renormalised or not; the experts run one after another.
+    """Softmax, then top-k, renormalized or not; the experts run one after another.
 
     Args:
         fused: transformers' block, whose weights are copied.
         top_k: experts per token.
-        renormalise: whether gates sum to one.
+        renormalize: whether gates sum to one.
     """
 
-    def __init__(self, fused, top_k: int, renormalise: bool) -> None:
+    def __init__(self, fused, top_k: int, renormalize: bool) -> None:
         super().__init__()
         experts, twice, width = fused.experts.gate_up_proj.shape
-        self.top_k, self.renormalise = top_k, renormalise
+        self.top_k, self.renormalize = top_k, renormalize
         self.gate = nn.Linear(width, experts, bias=False)
         self.gate.weight.data = fused.gate.weight.data.clone()
         self.experts = nn.ModuleList(Expert(width, twice // 2, fused.experts.act_fn) for _ in range(experts))
@@ -48,7 +48,7 @@ class ModuleMoE(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         x = hidden.flatten(0, 1)
         weights, chosen = F.softmax(self.gate(x), dim=-1).topk(self.top_k, -1)
-        if self.renormalise:
+        if self.renormalize:
             weights = weights / weights.sum(-1, keepdim=True)
         out = torch.zeros_like(x)
         for index, expert in enumerate(self.experts):

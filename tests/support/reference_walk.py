@@ -1,4 +1,4 @@
-"""A slow reference of one layer of an expert graph: one token at a time, plain Python, no vectorised step.
+"""A slow reference of one layer of an expert graph: one token at a time, plain Python, no vectorized step.
 
 It follows the definition step by step and shares no code with ``models``, so that the two can be compared.
 """
@@ -67,9 +67,9 @@ def layer_token(x: np.ndarray, layer: Layer, visits: Sequence[Visit]) -> np.ndar
         passed = [layer.edge_gain[p, expert] * outputs[p] for p in outputs if layer.mask[p, expert]]
         outputs[expert] = _ffn(x + sum(passed, np.zeros_like(x)), layer, expert)
     total = np.zeros_like(x)
-    normaliser = sum(math.exp(score - max(score_of.values())) for score in score_of.values())
+    normalizer = sum(math.exp(score - max(score_of.values())) for score in score_of.values())
     for expert, output in outputs.items():
-        share = math.exp(score_of[expert] - max(score_of.values())) / normaliser
+        share = math.exp(score_of[expert] - max(score_of.values())) / normalizer
         total = total + (1 + layer.output_gain[expert] * share) * output
     return total
 

@@ -18,9 +18,9 @@ from federated.protocol.messages import Request
 from federated.protocol.steps import ServerStep
 from federated.updates.update import SparseUpdate, SparseVector, Unit
 from federated.wire.codec import pack_update
-from federated.wire.quantise import quantise_update
+from federated.wire.quantize import quantize_update
 from models.bootstrap.recipe import graph_fingerprint
-from models.checkpoints.disk_experts import materialise
+from models.checkpoints.disk_experts import materialize
 from models.checkpoints.load import load_graph
 from models.checkpoints.save import save_graph
 from models.graph.graph_state import read_graph
@@ -97,7 +97,7 @@ def request_at(graph: Path, model: FedGraftForCausalLM, version: int = 0, **chan
 def in_memory(model: FedGraftForCausalLM) -> FedGraftForCausalLM:
     """A copy of a model whose experts are on disk, with all of them in memory."""
     held = copy.deepcopy(model)
-    materialise(held, [None] * len(held.expert_layers()))
+    materialize(held, [None] * len(held.expert_layers()))
     return held
 
 
@@ -166,7 +166,7 @@ def packed_change(
     vectors = {
         unit: SparseVector.from_dense(vector.numpy(), vector.numpy() != 0) for unit, vector in change.items()
     }
-    update = quantise_update(SparseUpdate(graph.version, graph.digest(), vectors), value_bits)
+    update = quantize_update(SparseUpdate(graph.version, graph.digest(), vectors), value_bits)
     return pack_update(update, value_bits=value_bits)
 
 

@@ -20,7 +20,7 @@ from scripts.shared.console import (
     quiet_libraries,
 )
 from scripts.shared.expert_choice import (
-    Equalise,
+    Equalize,
     ExpertChoice,
     ExpertLists,
     ModelWide,
@@ -92,7 +92,7 @@ def merge(
     device: Device = "auto",
     out: OutDirectory = None,
     preview: Preview = False,
-    equalise: Equalise = False,
+    equalize: Equalize = False,
     overwrite: Overwrite = False,
     as_json: JsonFlag = False,
 ) -> None:
@@ -116,7 +116,7 @@ def merge(
         saliency=saliency,
         n_prune=n_prune,
         metric=metric,
-        equalise=equalise,
+        equalize=equalize,
         as_json=as_json,
         strategy=strategy,
         model_wide=model_wide,

@@ -127,18 +127,18 @@ def plan(
     write_plan(found, out / PLAN_FILE)
     csv_path, json_path = write_expert_list(experts, out)
     files = {"csv": str(csv_path), "json": str(json_path), "plan": str(out / PLAN_FILE)}
-    equalise = needs_equalising(opened.model)
-    if equalise:
+    equalize = needs_equalizing(opened.model)
+    if equalize:
         warnings.warn(
-            "layers keep different numbers of experts, which this model's format does not hold: pass --equalise to "
+            "layers keep different numbers of experts, which this model's format does not hold: pass --equalize to "
             f"`fedgraft prune` or `fedgraft merge`, so that some come back, or plan with {_even(found)}",
             stacklevel=1,
         )
-    result = {**files, **_figures(found), **experts.statistics, "equalise": equalise}
+    result = {**files, **_figures(found), **experts.statistics, "equalize": equalize}
     print_result(result, as_json=as_json, lines=_lines(found, result))
 
 
-def needs_equalising(model: PreTrainedModel) -> bool:
+def needs_equalizing(model: PreTrainedModel) -> bool:
     """Whether layers differ in their number of experts in a format whose configuration holds one number for all."""
     from models.moe.views import RouterKind, moe_layers
 

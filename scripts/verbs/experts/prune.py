@@ -9,7 +9,7 @@ import typer
 
 from scripts.shared.console import JsonFlag, Overwrite, print_result, progress, quiet_libraries
 from scripts.shared.expert_choice import (
-    Equalise,
+    Equalize,
     ExpertLists,
     ModelWide,
     NumberToPrune,
@@ -53,14 +53,14 @@ def prune(
     ignore_experts: IgnoreExperts = "",
     out: OutDirectory = None,
     preview: Preview = False,
-    equalise: Equalise = False,
+    equalize: Equalize = False,
     overwrite: Overwrite = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Write a checkpoint without some of its experts, as an expert list or the saliency says.
 
     Reads and writes a MiB at a time, whatever the size of the model. An expert graph is rewired around the experts that
-    go; formats whose configuration holds one number of experts need equally many in every layer (--equalise).
+    go; formats whose configuration holds one number of experts need equally many in every layer (--equalize).
     """
     from configs.output import check_output_directory
     from models.files.side_files import local_checkpoint
@@ -76,7 +76,7 @@ def prune(
         saliency=saliency,
         n_prune=n_prune,
         metric=metric,
-        equalise=equalise,
+        equalize=equalize,
         as_json=as_json,
         strategy=strategy,
         model_wide=model_wide,

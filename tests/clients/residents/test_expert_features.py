@@ -66,7 +66,7 @@ def test_importance_follows_the_visits_asked_for_and_leaves_the_model_as_it_was(
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
 
-def test_features_are_finite_standardised_and_tell_the_depth():
+def test_features_are_finite_standardized_and_tell_the_depth():
     model = graph_of(num_experts=4, visits=2)
     features = features_of(model, random_ids(model))
     assert [rows.shape for rows in features] == [(4, NUM_FEATURES)] * 2

@@ -7,7 +7,7 @@ import torch
 
 from clients.residents.trial_training import best_residents
 from clients.training.trainer import LocalTraining, train_locally
-from models.checkpoints.disk_experts import materialise, open_mapped
+from models.checkpoints.disk_experts import materialize, open_mapped
 from models.graph.runtime_settings import residents, set_residents
 from tests.support.tiny_graphs import graph_of, random_ids
 
@@ -62,7 +62,7 @@ def test_experts_on_disk_stay_there(tiny_graph_dir):
     model = open_mapped(str(tiny_graph_dir))
     storages = [layer.storage for layer in model.expert_layers()]
     routers = [layer.router.detach().clone() for layer in model.expert_layers()]
-    best_residents(model, [masks(0, 1), masks(2, 3)], batches_of(model), TRAINING, hold=materialise)
+    best_residents(model, [masks(0, 1), masks(2, 3)], batches_of(model), TRAINING, hold=materialize)
     assert [layer.storage for layer in model.expert_layers()] == storages
     assert all(layer.held == [] and layer.gate_up_proj.numel() == 0 for layer in model.expert_layers())
     for layer, router in zip(model.expert_layers(), routers, strict=True):

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from clients.training.gradient_rms import entry_slopes, second_moments
-from clients.training.optimiser import make_optimizer
+from clients.training.optimizer import make_optimizer
 from clients.training.starting_point import resident_units
 from clients.training.trainer import LocalTraining, train_locally
-from models.graph.expert_modules import materialise_modules
+from models.graph.expert_modules import materialize_modules
 from models.graph.lora import attach_lora
 from models.graph.runtime_settings import residents, set_residents
 from models.graph.unit_vectors import read_unit, unit_sizes
@@ -71,7 +71,7 @@ def test_other_optimizers_know_no_slopes(model, optimizer):
 
 def test_lora_factors_have_none():
     graph = graph_of(visits=2)
-    materialise_modules(graph, residents(graph), kind="plain", dtype=torch.float32)
+    materialize_modules(graph, residents(graph), kind="plain", dtype=torch.float32)
     attach_lora(graph, rank=2, alpha=4, attention=False, seed=0)
     assert entry_slopes(graph, _train(graph).moments) == {}
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from clients.training.starting_point import StartingPoint, resident_units
-from models.checkpoints.disk_experts import materialise, open_mapped
+from models.checkpoints.disk_experts import materialize, open_mapped
 from models.graph.unit_vectors import read_unit, write_unit
 from tests.support.tiny_federation import all_equal
 from tests.support.tiny_graphs import graph_of
@@ -20,7 +20,7 @@ def model(tiny_graph_dir):
 
 def test_what_moved_is_given_for_each_resident(model):
     start = StartingPoint(model)
-    materialise(model, HELD)
+    materialize(model, HELD)
     expected = {}
     for scale, unit in enumerate(UNITS, start=1):
         before = read_unit(model, unit)
@@ -34,14 +34,14 @@ def test_what_moved_is_given_for_each_resident(model):
 
 def test_what_has_not_moved_has_changed_by_nothing(model):
     start = StartingPoint(model)
-    materialise(model, [None, None])
+    materialize(model, [None, None])
     assert len(resident_units(model)) == 8
     assert not any(start.change(model, unit).any() for unit in resident_units(model))
 
 
 def test_the_routing_of_others_is_put_back(model, tiny_graph_dir):
     start = StartingPoint(model)
-    materialise(model, HELD)
+    materialize(model, HELD)
     with torch.no_grad():
         for layer in model.expert_layers():
             for values in (layer.router, layer.output_gain, layer.edge_gain, layer.edge_affinity):

@@ -11,7 +11,7 @@ from clients.training.starting_point import resident_units
 from clients.training.trainer import LocalTraining, expert_parameters, train_locally
 from configs.errors import UserError
 from federated.aggregation.usage import UsageCounter
-from models.graph.expert_modules import materialise_modules
+from models.graph.expert_modules import materialize_modules
 from models.graph.graph_state import read_graph
 from models.graph.lora import attach_lora
 from models.graph.router_losses import collect_routing, load_balance_loss, router_loss
@@ -261,10 +261,10 @@ def test_a_schedule_that_has_ended_changes_nothing(model, ids):
     assert not any(delta.any() for delta in result.deltas.values())
 
 
-@pytest.mark.parametrize("labelled", [15, 3])
-def test_accumulated_batches_are_one_larger_batch(ids, labelled):
+@pytest.mark.parametrize("labeled", [15, 3])
+def test_accumulated_batches_are_one_larger_batch(ids, labeled):
     labels = ids.clone()
-    labels[2:, labelled + 1 :] = -100  # batches that predict fewer tokens weigh less
+    labels[2:, labeled + 1 :] = -100  # batches that predict fewer tokens weigh less
     one, two = with_held(), with_held()
     large = train(one, ids, labels=labels, steps=2)
     halves = [(ids[:2], labels[:2]), (ids[2:], labels[2:])] * 2
@@ -360,7 +360,7 @@ def test_a_gradient_that_is_not_finite_is_the_users_affair(model, ids, monkeypat
 
 def test_lora_factors_train_in_place_of_the_matrices(ids):
     graph = with_random_gains(graph_of(visits=2))
-    materialise_modules(graph, residents(graph), kind="plain", dtype=torch.float32)
+    materialize_modules(graph, residents(graph), kind="plain", dtype=torch.float32)
     factors = attach_lora(graph, rank=2, alpha=4.0, attention=True)
     chosen = {id(parameter) for parameter in expert_parameters(graph)}
     assert chosen == {id(parameter) for parameter in factors}

@@ -131,12 +131,12 @@ def test_what_is_no_list_of_edits_is_refused(values):
         edits_from_dicts(values)
 
 
-def test_the_most_demanded_edge_takes_the_place_of_the_least_travelled():
+def test_the_most_demanded_edge_takes_the_place_of_the_least_traveled():
     graph = graph_of((0, 1), (0, 2), (1, 2))
     usage = counts(graph, p0q1=50, p0q2=3, p1q2=9, p0q3=7, p1q3=40, p0q0=999)
     edits = propose_edits(graph, usage, 2)
     assert [(edit.op, edit.p, edit.q) for edit in edits] == [("remove-edge", 0, 2), ("add-edge", 1, 3)]
-    assert (edits[0].reason, edits[1].reason) == ("travelled by 3 tokens", "demanded by 40 tokens")
+    assert (edits[0].reason, edits[1].reason) == ("traveled by 3 tokens", "demanded by 40 tokens")
     # The next best swap, 1 -> 2 (9 tokens) for 0 -> 3 (7), would lose.
     assert propose_edits(graph, usage, 8) == edits
 

@@ -118,8 +118,8 @@ def test_edges_join_experts_selected_together_more_often_than_chance(num_experts
 def test_a_router_that_picks_the_same_number_always_is_compared_with_picks_at_random():
     every_pair = np.array([[1, 1, 0], [1, 0, 1], [0, 1, 1]], dtype=bool)
     assert edges_by_lift(every_pair, 4).tolist() == np.eye(3, dtype=bool).tolist()
-    favoured = np.concatenate([every_pair, every_pair[:1]])
-    assert edges_by_lift(favoured, 4).tolist() == [
+    favored = np.concatenate([every_pair, every_pair[:1]])
+    assert edges_by_lift(favored, 4).tolist() == [
         [True, True, False],
         [False, True, False],
         [False, False, True],

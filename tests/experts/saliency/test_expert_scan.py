@@ -26,7 +26,7 @@ def test_frequency_and_activation_are_differences_over_tokens_and_visits():
     assert scan_experts(prompts, others, frequency_weight=0).scores.argmax() == 1
 
 
-def test_scores_are_standardised_in_each_layer_so_that_no_layer_dominates():
+def test_scores_are_standardized_in_each_layer_so_that_no_layer_dominates():
     prompts = saliency([[60, 20, 20], [40, 31, 29]], [[1] * 3] * 2)
     others = saliency([[33, 33, 34], [33, 33, 34]], [[1] * 3] * 2)
     scores = scan_experts(prompts, others, frequency_weight=1).scores

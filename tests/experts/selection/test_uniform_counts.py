@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from configs.errors import UserError
-from experts.selection.uniform_counts import check_uniform, equalise
+from experts.selection.uniform_counts import check_uniform, equalize
 
 
 def test_layers_of_different_numbers_are_refused_by_name():
@@ -20,7 +20,7 @@ def test_layers_of_different_numbers_are_refused_by_name():
 def test_the_best_ranked_of_the_pruned_come_back_and_nobody_goes():
     keep = {0: np.array([5, 0, 3]), 1: np.array([2]), 2: np.array([0, 1])}
     ranks = {1: {0: 3.0, 1: 2.5, 2: 9.0, 3: 1.0}, 2: {0: 1.0, 1: 2.0, 2: 4.0, 3: 3.5, 4: 3.5}}
-    raised = equalise(keep, ranks, [6, 4, 5])
+    raised = equalize(keep, ranks, [6, 4, 5])
     assert {layer: ids.tolist() for layer, ids in raised.items()} == {
         0: [0, 3, 5],
         1: [1, 2, 3],
@@ -32,17 +32,17 @@ def test_the_best_ranked_of_the_pruned_come_back_and_nobody_goes():
 
 def test_equal_layers_need_no_ranks():
     keep = {0: np.array([1, 0]), 1: np.array([2, 3])}
-    assert [ids.tolist() for ids in equalise(keep, {}, [4, 4]).values()] == [[0, 1], [2, 3]]
+    assert [ids.tolist() for ids in equalize(keep, {}, [4, 4]).values()] == [[0, 1], [2, 3]]
 
 
 def test_a_layer_without_the_ranks_to_choose_by_is_refused():
     keep = {0: np.array([0, 1]), 1: np.array([0])}
-    with pytest.raises(UserError, match="ranks to equalise layer 1, got none for 1, 2"):
-        equalise(keep, {0: {0: 1.0}}, [3, 3])
+    with pytest.raises(UserError, match="ranks to equalize layer 1, got none for 1, 2"):
+        equalize(keep, {0: {0: 1.0}}, [3, 3])
     with pytest.raises(UserError, match="got none for 2"):
-        equalise(keep, {1: {0: 1.0, 1: 2.0}}, [3, 3])
+        equalize(keep, {1: {0: 1.0, 1: 2.0}}, [3, 3])
 
 
 def test_a_layer_that_has_fewer_experts_than_another_keeps_is_refused():
-    with pytest.raises(UserError, match="expected 3 experts in layer 1 to equalise, got 2"):
-        equalise({0: np.arange(3), 1: np.array([0])}, {1: {0: 1.0, 1: 2.0}}, [3, 2])
+    with pytest.raises(UserError, match="expected 3 experts in layer 1 to equalize, got 2"):
+        equalize({0: np.arange(3), 1: np.array([0])}, {1: {0: 1.0, 1: 2.0}}, [3, 2])

@@ -11,7 +11,7 @@ from federated.aggregation.combine import (
     Contribution,
     Shipped,
     aggregate,
-    summarise,
+    summarize,
     unit_factors,
     update_norm,
 )
@@ -143,7 +143,7 @@ def test_updates_may_be_unpacked_anew_for_each_pass_and_come_from_a_generator():
     expected = aggregate(contributions, clip_norm_multiple=1.0)
     for known, passes in ((False, 2), (True, 1)):
         unpacked.clear()
-        replies = (lazily(c, summarise(c.update) if known else None) for c in contributions)
+        replies = (lazily(c, summarize(c.update) if known else None) for c in contributions)
         result = aggregate(replies, clip_norm_multiple=1.0)
         assert all(torch.equal(result[unit], step) for unit, step in expected.items())
         assert len(unpacked) == passes * len(contributions)
@@ -211,8 +211,8 @@ def test_what_cannot_be_is_an_error():
 
 def test_the_summary_holds_units_and_norm():
     one = contribution(1.0, {(0, 0): {0: 3.0}, (1, 0): {5: 4.0}})
-    assert summarise(one.update) == (frozenset({(0, 0), (1, 0)}), pytest.approx(5.0))
-    assert one.summary() == summarise(one.update)
+    assert summarize(one.update) == (frozenset({(0, 0), (1, 0)}), pytest.approx(5.0))
+    assert one.summary() == summarize(one.update)
     assert replace(one, shipped=Shipped(frozenset(), 1.0)).summary() == (frozenset(), 1.0)
 
 

@@ -63,7 +63,7 @@ def test_bos_stands_between_documents_and_padding_is_in_the_vocabulary():
     assert padded.input_ids.max() < len(TOKENIZER) and padded.input_ids.min() >= 0
 
 
-def test_more_documents_than_are_tokenised_at_once():
+def test_more_documents_than_are_tokenized_at_once():
     texts = [f"document {number}" for number in range(700)]
     blocks = pack_blocks(iter(texts), TOKENIZER, block_size=16)
     assert blocks.input_ids[blocks.labels != -100].tolist() == sum(reference(texts, TOKENIZER, BOS, 16), [])

@@ -115,8 +115,8 @@ def test_a_smaller_alpha_skews_the_labels_more():
 def test_dirichlet_takes_sub_or_category_where_there_is_one_domain():
     dataset = corpus(a=200)
     for column in ("sub", "category"):
-        labelled = dataset.add_column(column, [f"s{number % 2}" for number in range(200)])
-        clients = partition_documents(labelled, partition="dirichlet:0.05", num_clients=2, seed=0)
+        labeled = dataset.add_column(column, [f"s{number % 2}" for number in range(200)])
+        clients = partition_documents(labeled, partition="dirichlet:0.05", num_clients=2, seed=0)
         odd_share = [sum(int(text.split()[1]) % 2 for text in c.train) / len(c.train) for c in clients]
         assert max(odd_share) - min(odd_share) > 0.5
     with pytest.raises(UserError, match="got one domain and the columns domain; use iid"):

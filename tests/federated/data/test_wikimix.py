@@ -229,8 +229,8 @@ def test_domains_are_told_apart_by_a_nearest_centroid() -> None:
         for text in wikimix.documents(domain, 50, split="valid"):
             bag = _bag([text])
             scores = {
-                name: sum(bag[word] * centre.get(word, 0.0) for word in bag)
-                for name, centre in centroids.items()
+                name: sum(bag[word] * center.get(word, 0.0) for word in bag)
+                for name, center in centroids.items()
             }
             right += max(scores, key=scores.__getitem__) == domain
     assert right > 0.95 * 50 * len(wikimix.DOMAINS)

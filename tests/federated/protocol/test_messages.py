@@ -78,7 +78,7 @@ def _within_a_run():
 
 
 def crossed(content: RecordDict) -> RecordDict:
-    """The content after it was serialised and restored as Flower does."""
+    """The content after it was serialized and restored as Flower does."""
     return over_the_wire(Message(content, dst_node_id=1, message_type="train"))[0].content
 
 
@@ -138,7 +138,7 @@ def test_residents_of_another_graph_are_refused(experts):
         read_reply(write_reply(REPLY), experts)
 
 
-def test_a_message_weighs_what_flower_serialises_without_its_envelope():
+def test_a_message_weighs_what_flower_serializes_without_its_envelope():
     for content in (write_request(REQUEST), write_reply(REPLY)):
         message = Message(content, dst_node_id=1, message_type="train")
         _, whole = over_the_wire(message)

@@ -11,7 +11,7 @@ from federated.updates.lazy_vectors import LazyVectors
 from federated.updates.update import SparseVector
 from federated.wire.codec import pack_update, unpack_update
 from federated.wire.factors import FactoredVector
-from federated.wire.quantise import VALUE_BITS
+from federated.wire.quantize import VALUE_BITS
 
 GRAPH = {"graph_version": 2, "graph_hash": "ab"}
 

@@ -14,7 +14,7 @@ from federated.updates.update import RefusedUpdate, SparseUpdate, SparseVector
 from federated.wire.codec import pack_update, packed_stats, unpack_update
 from federated.wire.columns import zstd_pack
 from federated.wire.container import Header, read_container, write_container
-from federated.wire.quantise import VALUE_BITS, quantise_update
+from federated.wire.quantize import VALUE_BITS, quantize_update
 
 HASH = "f" * 16
 
@@ -35,7 +35,7 @@ def repacked(data, *, columns=(), **header_changes):
 
 
 SIZES = {(0, -1): 5, (0, 0): 300, (0, 3): 300, (1, 2): 301}
-UPDATE = quantise_update(make_update(SIZES, 0.1), 4)
+UPDATE = quantize_update(make_update(SIZES, 0.1), 4)
 DATA = pack_update(UPDATE, value_bits=4)
 
 
@@ -47,7 +47,7 @@ DATA = pack_update(UPDATE, value_bits=4)
     st.integers(0, 100),
 )
 def test_any_update_round_trips_in_the_same_bytes(sizes, density, bits, seed):
-    update = quantise_update(make_update(sizes, density, seed=seed), bits)
+    update = quantize_update(make_update(sizes, density, seed=seed), bits)
     data = pack_update(update, value_bits=bits)
     assert unpack_update(data, sizes=sizes, graph_version=3, graph_hash=HASH) == update
     assert unpack_update(data, sizes={**sizes, (99, 99): 4}) == update
@@ -63,14 +63,14 @@ def test_no_unit_no_entry_and_one_entry(vectors, bits):
     sizes = {(0, 0): 9, (2, 1): 1}
     data = pack_update(SparseUpdate(0, "", vectors), value_bits=bits)
     result = unpack_update(data, sizes=sizes)
-    assert result == quantise_update(SparseUpdate(0, "", vectors), bits)
+    assert result == quantize_update(SparseUpdate(0, "", vectors), bits)
     assert len(data) <= 600
 
 
 @pytest.mark.parametrize("density", [0.001, 0.4])
 def test_one_giant_unit(density):
     sizes = {(0, 0): 1_000_003}
-    update = quantise_update(make_update(sizes, density), 8)
+    update = quantize_update(make_update(sizes, density), 8)
     assert unpack_update(pack_update(update, value_bits=8), sizes=sizes) == update
 
 
@@ -89,10 +89,10 @@ def test_changes_of_any_float_type_are_packed_alike(dtype):
     )
 
 
-def test_what_is_unpacked_is_what_quantising_said():
+def test_what_is_unpacked_is_what_quantizing_said():
     raw = make_update(SIZES, 0.2, seed=5)
     for bits in VALUE_BITS:
-        assert unpack_update(pack_update(raw, value_bits=bits), sizes=SIZES) == quantise_update(raw, bits)
+        assert unpack_update(pack_update(raw, value_bits=bits), sizes=SIZES) == quantize_update(raw, bits)
 
 
 def test_dense_random_masks_fall_back_to_the_smaller_index():

@@ -20,7 +20,7 @@ from federated.wire.codec import pack_update, unpack_update
 from federated.wire.columns import pack_column, zstd_pack
 from federated.wire.container import COLUMNS, Header, read_container, write_container
 from federated.wire.factors import FactoredVector
-from federated.wire.quantise import MAX_MAGNITUDE, VALUE_BITS
+from federated.wire.quantize import MAX_MAGNITUDE, VALUE_BITS
 
 SIZES = {(layer, expert): 150 + 37 * layer for layer in range(3) for expert in range(-1, 2)}
 CORPUS = 10_500

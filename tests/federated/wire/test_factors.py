@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from federated.selection.entries import sparsify
 from federated.updates.update import RefusedUpdate, SparseUpdate, SparseVector, density
 from federated.wire.codec import pack_update, packed_stats, unpack_update
-from federated.wire.factors import FactoredVector, better_of, equal_rank, factorise
-from federated.wire.quantise import VALUE_BITS, quantise_update
+from federated.wire.factors import FactoredVector, better_of, equal_rank, factorize
+from federated.wire.quantize import VALUE_BITS, quantize_update
 
 ROWS, COLUMNS, SIZE = 24, 16, 24 * 16 + 9
 REST = SparseVector(SIZE, np.array([384, 390]), np.array([0.5, -2.0]))
@@ -26,7 +26,7 @@ def low_rank(rank, seed=0):
 
 
 def factored(rank, seed=0):
-    return factorise(low_rank(rank, seed), ROWS, COLUMNS, rank, REST)
+    return factorize(low_rank(rank, seed), ROWS, COLUMNS, rank, REST)
 
 
 def test_factors_read_as_the_vector_they_stand_for():
@@ -59,16 +59,16 @@ def test_truncation_is_the_best_of_its_rank(rank):
     change = normal(SIZE, seed=4)
     matrix = change[:384].view(ROWS, COLUMNS)
     singular = torch.linalg.svdvals(matrix)
-    product = torch.from_numpy(factorise(change, ROWS, COLUMNS, rank, REST).values[:384]).view(ROWS, COLUMNS)
+    product = torch.from_numpy(factorize(change, ROWS, COLUMNS, rank, REST).values[:384]).view(ROWS, COLUMNS)
     assert float((matrix - product).square().sum()) == pytest.approx(
         float(singular[rank:].square().sum()), abs=1e-3
     )
 
 
-def test_large_matrices_are_factorised_by_iteration_without_touching_the_generator():
+def test_large_matrices_are_factorized_by_iteration_without_touching_the_generator():
     matrix = normal(520, 4) @ normal(4, 530, seed=1)
     rest, state = SparseVector(matrix.numel(), [], []), torch.random.get_rng_state()
-    product = factorise(matrix.reshape(-1), 520, 530, 4, rest).values
+    product = factorize(matrix.reshape(-1), 520, 530, 4, rest).values
     np.testing.assert_allclose(product.reshape(520, 530), matrix, atol=1e-3)
     assert torch.equal(torch.random.get_rng_state(), state)
 
@@ -95,7 +95,7 @@ def test_units_of_both_kinds_round_trip_in_the_same_bytes(ranks, bits, share):
         (0, unit): factored(rank, seed=unit) if rank else sparsify(low_rank(1, seed=unit), share)
         for unit, rank in enumerate(ranks)
     }
-    update = quantise_update(SparseUpdate(3, "ab", vectors), bits)
+    update = quantize_update(SparseUpdate(3, "ab", vectors), bits)
     data = pack_update(update, value_bits=bits)
     again = unpack_update(data, sizes=dict.fromkeys(vectors, SIZE))
     assert again == update and [type(v) for v in again.vectors.values()] == [

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from configs.errors import UserError
-from models.checkpoints.disk_experts import GraphFiles, materialise, open_mapped
+from models.checkpoints.disk_experts import GraphFiles, materialize, open_mapped
 from models.checkpoints.load import load_graph
 from models.checkpoints.save import save_graph
 from models.graph.unit_vectors import add_to_unit, read_unit, unit_sizes
@@ -71,10 +71,10 @@ def test_experts_that_moved_are_read_where_they_are(source):
         add_to_unit(open_mapped(source), (0, 2), step)
 
 
-def test_residents_alone_are_materialised(source):
+def test_residents_alone_are_materialized(source):
     mapped, whole = open_mapped(source), load_graph(source, dtype=torch.float32)
     held = [torch.tensor([False, True, False, True]), torch.tensor([True, False, False, False])]
-    materialise(mapped, held)
+    materialize(mapped, held)
     for layer, full, resident in zip(mapped.expert_layers(), whole.expert_layers(), held, strict=True):
         full.resident = resident
         assert torch.equal(layer.gate_up_proj, full.gate_up_proj[resident]) and layer.storage is None
@@ -85,9 +85,9 @@ def test_residents_alone_are_materialised(source):
         read_unit(mapped, (0, 0))
 
 
-def test_everything_materialised_is_the_whole_graph_bit_for_bit(source):
+def test_everything_materialized_is_the_whole_graph_bit_for_bit(source):
     mapped, whole = open_mapped(source), load_graph(source, dtype=torch.float32)
-    materialise(mapped, [None, None])
+    materialize(mapped, [None, None])
     left, right = mapped.state_dict(), whole.state_dict()
     assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 

@@ -185,8 +185,8 @@ def four_bit(model) -> set[str]:
     return {name for name, module in model.named_modules() if isinstance(module, NF4Linear)}
 
 
-def dequantised(model) -> dict[str, torch.Tensor]:
-    """The state of a dense 4-bit model, its weights dequantised."""
+def dequantized(model) -> dict[str, torch.Tensor]:
+    """The state of a dense 4-bit model, its weights dequantized."""
     packed = {f"{name}.weight": weight_of(model.get_submodule(name)) for name in four_bit(model)}
     return {
         name: packed.get(name, value) for name, value in model.state_dict().items() if "weight." not in name
@@ -207,7 +207,7 @@ def test_a_dense_model_in_four_bits(tmp_path, load):
         weight_of(model.model.layers[0].mlp.down_proj) - dense.model.layers[0].mlp.down_proj.weight
     ).norm()
     assert error < 0.1 * dense.model.layers[0].mlp.down_proj.weight.norm()
-    dense.load_state_dict(dequantised(model))
+    dense.load_state_dict(dequantized(model))
     assert logit_difference(model, dense, ids) < 1e-4
 
 

@@ -8,7 +8,7 @@ from models.graph.attention_vectors import (
     attention_count,
     flatten_projections,
     projections,
-    quantise_attention,
+    quantize_attention,
     read_attention,
     write_attention,
 )
@@ -67,25 +67,25 @@ def test_a_vector_of_another_size_is_refused(size):
     assert torch.equal(read_attention(model, 0), before)
 
 
-def test_attention_is_quantised_in_place():
+def test_attention_is_quantized_in_place():
     model, ids = graph_of(), random_ids(tiny_llama())
     start = [read_attention(model, layer) for layer in range(2)]
-    quantise_attention(model, torch.float32)
+    quantize_attention(model, torch.float32)
     for layer in range(2):
         assert all(type(linear) is NF4Linear for linear in projections(model, layer))
         assert attention_count(model, layer) == SIZE
         error = (read_attention(model, layer) - start[layer]).norm() / start[layer].norm()
         assert 0.05 < error < 0.12
-    dequantised = graph_of()
+    dequantized = graph_of()
     for layer in range(2):
-        write_attention(dequantised, layer, read_attention(model, layer))
-    assert logit_difference(model, dequantised, ids) < 1e-4
+        write_attention(dequantized, layer, read_attention(model, layer))
+    assert logit_difference(model, dequantized, ids) < 1e-4
 
 
-def test_quantised_attention_cannot_be_moved():
+def test_quantized_attention_cannot_be_moved():
     model = graph_of()
-    quantise_attention(model, torch.float32)
-    with pytest.raises(ValueError, match="before it is quantised"):
+    quantize_attention(model, torch.float32)
+    with pytest.raises(ValueError, match="before it is quantized"):
         add_to_unit(model, (1, OTHERS), torch.zeros(SIZE))
 
 
@@ -95,6 +95,6 @@ def test_biases_of_attention_are_kept():
         for layer in dense.model.layers:
             layer.self_attn.v_proj.bias.fill_(0.5)
     model = graph_of(dense)
-    quantise_attention(model, torch.float32)
+    quantize_attention(model, torch.float32)
     assert all(float(layer.self_attn.v_proj.bias.mean()) == 0.5 for layer in model.model.layers)
     assert torch.isfinite(model(input_ids=random_ids(dense)).logits).all()

@@ -9,7 +9,7 @@ from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import nn
 
 from models.graph.attention_vectors import read_attention, write_attention
-from models.graph.expert_modules import ExpertFFN, ExpertModules, materialise_modules
+from models.graph.expert_modules import ExpertFFN, ExpertModules, materialize_modules
 from models.graph.runtime_settings import set_residents
 from models.graph.unit_vectors import read_unit
 from models.remote_code.configuration_fedgraft import FedGraftConfig
@@ -37,12 +37,12 @@ def random_graph(num_experts: list[int], **options) -> FedGraftForCausalLM:
 def in_modules(graph, residents=None, *, kind: str = "plain", dtype=torch.float32) -> FedGraftForCausalLM:
     """A copy of the graph with its experts as modules."""
     model = copy.deepcopy(graph)
-    materialise_modules(model, residents or [None] * len(model.expert_layers()), kind=kind, dtype=dtype)
+    materialize_modules(model, residents or [None] * len(model.expert_layers()), kind=kind, dtype=dtype)
     return model
 
 
-def dequantised(model, graph) -> FedGraftForCausalLM:
-    """A copy of the fused ``graph`` that holds the dequantised weights of ``model``."""
+def dequantized(model, graph) -> FedGraftForCausalLM:
+    """A copy of the fused ``graph`` that holds the dequantized weights of ``model``."""
     fused = copy.deepcopy(graph)
     for index, layer in enumerate(model.expert_layers()):
         for expert in layer.storage.held:
@@ -73,9 +73,9 @@ def test_plain_modules_equal_the_fused_graph(graph):
 
 
 @pytest.mark.parametrize("graph", [graph_of(visits=2), random_graph([3, 5])])
-def test_four_bit_modules_equal_the_fused_graph_of_the_dequantised_weights(graph):
+def test_four_bit_modules_equal_the_fused_graph_of_the_dequantized_weights(graph):
     model = in_modules(graph, kind="nf4")
-    assert logit_difference(model, dequantised(model, graph), IDS) < 1e-4
+    assert logit_difference(model, dequantized(model, graph), IDS) < 1e-4
     assert logit_difference(model, graph, IDS) > 1e-2
 
 
@@ -115,7 +115,7 @@ def test_only_residents_are_held(kind):
     model = in_modules(graph, residents, kind=kind)
     assert [layer.storage.held for layer in model.expert_layers()] == [[1, 3], [2]]
     assert [layer.resident.tolist() for layer in model.expert_layers()] == [r.tolist() for r in residents]
-    reference = dequantised(model, graph)
+    reference = dequantized(model, graph)
     assert logit_difference(model, reference, IDS) < 1e-4
     with pytest.raises(ValueError, match=r"\[1, 3\], got 0"):
         model.expert_layers()[0].read_expert(0)
@@ -142,14 +142,14 @@ def test_experts_are_read_one_at_a_time_from_where_they_are():
     model = copy.deepcopy(graph)
     for layer in model.expert_layers():
         layer.storage = Elsewhere(layer)
-    materialise_modules(model, [None, None], kind="plain", dtype=torch.float32)
+    materialize_modules(model, [None, None], kind="plain", dtype=torch.float32)
     assert logit_difference(model, graph, IDS) < 1e-5
 
 
 def test_the_fused_tensors_are_let_go():
     model = graph_of()
     fused = [weakref.ref(layer.gate_up_proj) for layer in model.expert_layers()]
-    materialise_modules(model, [None, None], kind="plain", dtype=torch.float32)
+    materialize_modules(model, [None, None], kind="plain", dtype=torch.float32)
     assert [ref() for ref in fused] == [None, None]
     held = [linear.weight.untyped_storage().nbytes() for linear in linears(model)]
     assert held == [linear.weight.nbytes for linear in linears(model)]
@@ -186,7 +186,7 @@ def test_a_dtype_is_chosen_for_the_device(monkeypatch):
 def test_a_kind_that_is_not_known():
     model = graph_of()
     with pytest.raises(ValueError, match="plain or nf4, got 'int8'"):
-        materialise_modules(model, [None, None], kind="int8")
+        materialize_modules(model, [None, None], kind="int8")
     assert model.expert_layers()[0].storage is None
 
 

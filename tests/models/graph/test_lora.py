@@ -221,11 +221,11 @@ def test_the_seed_decides_the_first_values_and_the_global_generator_is_left_alon
 
 
 def test_fused_experts_are_refused():
-    with pytest.raises(ValueError, match="materialise_modules first"):
+    with pytest.raises(ValueError, match="materialize_modules first"):
         attach_lora(graph_of(), rank=1, alpha=1.0)
 
 
-def test_dequantised_bases_are_seen_through_the_factors():
+def test_dequantized_bases_are_seen_through_the_factors():
     model = in_modules(graph_of(), kind="nf4")
     before = [weight.clone() for weight in model.expert_layers()[0].read_expert(2)]
     attention = read_attention(model, 0)

@@ -13,9 +13,9 @@ from tests.support.tiny_graphs import graph_of
 from tests.support.tiny_moes import FAMILIES, tiny_moe
 
 KINDS = {
-    "mixtral": RouterKind.SOFTMAX_TOP_K_RENORMALISED,
+    "mixtral": RouterKind.SOFTMAX_TOP_K_RENORMALIZED,
     "qwen2_moe": RouterKind.SOFTMAX_TOP_K,
-    "qwen3_moe": RouterKind.SOFTMAX_TOP_K_RENORMALISED,
+    "qwen3_moe": RouterKind.SOFTMAX_TOP_K_RENORMALIZED,
     "olmoe": RouterKind.SOFTMAX_TOP_K,
     "granitemoeshared": RouterKind.TOP_K_SOFTMAX,
     "deepseek_v3": RouterKind.SIGMOID_BIASED,
@@ -96,6 +96,6 @@ def test_a_router_of_unknown_kind_is_refused():
     with pytest.raises(UserError, match="'llama'"):
         router_kind(config)
     config.norm_topk_prob = True
-    assert router_kind(config) is RouterKind.SOFTMAX_TOP_K_RENORMALISED
+    assert router_kind(config) is RouterKind.SOFTMAX_TOP_K_RENORMALIZED
     config.scoring_func = "sigmoid"
     assert router_kind(config) is RouterKind.SIGMOID_BIASED

@@ -101,10 +101,10 @@ def test_a_moe_type_without_any_expert_is_refused(tmp_path):
         read_moe_layout(tmp_path)
 
 
-def test_quantised_weights_are_refused(tmp_path, tiny_tokenizer):
+def test_quantized_weights_are_refused(tmp_path, tiny_tokenizer):
     source = saved_moe("deepseek_v3", tmp_path, tiny_tokenizer)
     set_config(source, quantization_config={"quant_method": "fp8"})
-    with pytest.raises(UserError, match="not quantised"):
+    with pytest.raises(UserError, match="not quantized"):
         read_moe_layout(source)
 
 

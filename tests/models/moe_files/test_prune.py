@@ -273,7 +273,7 @@ def test_progress_reaches_its_end(tmp_path, tiny_tokenizer):
 @pytest.mark.parametrize(
     ("keep", "message"),
     [
-        ({0: np.array([0, 1]), 1: np.array([0, 1, 2])}, "2 in layers 0; 3 in layers 1; pass --equalise"),
+        ({0: np.array([0, 1]), 1: np.array([0, 1, 2])}, "2 in layers 0; 3 in layers 1; pass --equalize"),
         ({0: np.array([0, 1])}, "2 in layers 0; 4 in layers 1"),
         ({0: np.array([], dtype=int), 1: np.array([0])}, "at least one expert"),
         ({0: np.array([4]), 1: np.array([0])}, "experts 0 to 3, got 4"),

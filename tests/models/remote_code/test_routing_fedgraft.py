@@ -51,7 +51,7 @@ def assert_matches_reference(walk: Walk, scores, mask, affinity, resident, visit
 
 @settings(max_examples=300, deadline=None)
 @given(layers(), st.sampled_from(ORDERS), st.sampled_from([torch.float64, torch.float32]))
-def test_the_vectorised_walk_is_the_walk_token_by_token(layer, order, dtype):
+def test_the_vectorized_walk_is_the_walk_token_by_token(layer, order, dtype):
     scores, mask, affinity, resident, visits = layer
     walk = walk_of(scores, mask, affinity, resident, visits, order, dtype)
     assert walk.experts_TK.shape == (len(scores), min(visits, scores.shape[1]))

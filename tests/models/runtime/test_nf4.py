@@ -11,9 +11,9 @@ from models.runtime import nf4
 from models.runtime.nf4 import (
     base_of,
     compute_dtype,
-    is_quantised,
-    quantisation_config,
-    quantised_linear,
+    is_quantized,
+    quantization_config,
+    quantized_linear,
     replace_linear4bit,
     weight_of,
 )
@@ -30,10 +30,10 @@ def rows(*shape: int) -> torch.Tensor:
 
 
 def build(weight: torch.Tensor, **options) -> nn.Linear:
-    return quantised_linear(weight, **{"dtype": torch.float32, "device": "cpu", **options})
+    return quantized_linear(weight, **{"dtype": torch.float32, "device": "cpu", **options})
 
 
-def test_the_layer_is_four_bit_nf4_with_double_quantisation(weight):
+def test_the_layer_is_four_bit_nf4_with_double_quantization(weight):
     layer = build(weight)
     assert isinstance(layer, Linear4bit) and isinstance(layer.weight, Params4bit)
     assert layer.weight.quant_type == "nf4" and layer.weight.dtype == torch.uint8
@@ -59,7 +59,7 @@ def test_the_error_is_that_of_nf4_on_normal_weights(weight):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_product_is_that_of_the_dequantised_weight(weight, dtype):
+def test_the_product_is_that_of_the_dequantized_weight(weight, dtype):
     bias = rows(128)
     layer = build(weight, bias=bias, dtype=dtype)
     assert weight_of(layer).dtype == dtype
@@ -107,9 +107,9 @@ def test_layers_of_bitsandbytes_are_replaced(shape):
     assert replace_linear4bit(model)[0][0] is ours and type(model[1]) is nn.Linear
 
 
-def test_what_is_not_quantised(weight):
+def test_what_is_not_quantized(weight):
     plain = nn.Linear(96, 128, bias=False)
-    assert not is_quantised(plain) and is_quantised(build(weight))
+    assert not is_quantized(plain) and is_quantized(build(weight))
     assert torch.equal(weight_of(plain), plain.weight) and not weight_of(plain).requires_grad
     assert base_of(plain) is plain
     wrapper = nn.Module()
@@ -128,6 +128,6 @@ def test_products_are_in_bf16_where_that_is_faster(monkeypatch, faster, dtype):
 
 
 def test_what_transformers_is_told():
-    config = quantisation_config(torch.bfloat16)
+    config = quantization_config(torch.bfloat16)
     assert config.load_in_4bit and config.bnb_4bit_quant_type == "nf4" and config.bnb_4bit_use_double_quant
     assert config.bnb_4bit_compute_dtype == torch.bfloat16

@@ -61,11 +61,11 @@ def test_the_ranks_of_a_table_come_before_those_of_the_saliency(tmp_path, salien
     assert choice.ranks[0] == {0: 4.0, 1: 3.0, 2: 2.0, 3: 1.0}
 
 
-def test_layers_are_equalised_on_request_only(tmp_path, saliency):
+def test_layers_are_equalized_on_request_only(tmp_path, saliency):
     uneven = [list_of(tmp_path / "a.json", {0: [0], 1: [0, 1]})]
     files = {"expert_list": uneven, "saliency": [saliency], "n_prune": None}
     assert kept(choose_experts(EXPERTS, **files)[0]) == [[0], [0, 1]]
-    assert kept(choose_experts(EXPERTS, **files, equalise=True)[0]) == [[0, 2], [0, 1]]
+    assert kept(choose_experts(EXPERTS, **files, equalize=True)[0]) == [[0, 2], [0, 1]]
 
 
 def test_nothing_to_choose_by_is_refused(tmp_path, saliency):

@@ -29,7 +29,7 @@ from server.flower.flower_process import (
 )
 
 # Starts a child in a session of its own that ignores SIGTERM, as a daemon does, and ends itself.
-DAEMONISE = """
+DAEMONIZE = """
 import signal, subprocess, sys
 code = "import os, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); os.write(1, b'1'); time.sleep(60)"
 child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, start_new_session=True)
@@ -82,7 +82,7 @@ def test_connection_file_is_what_flower_reads(tmp_path):
 def test_stop_job_ends_stubborn_daemons_of_this_job_alone(tmp_path, monkeypatch):
     monkeypatch.setattr("server.flower.flower_process.STOP_SECONDS", 0.5)
     env = flower_environment(tmp_path, job=f"mine-{os.getpid()}")
-    subprocess.run([sys.executable, "-c", DAEMONISE], env=env, check=True)
+    subprocess.run([sys.executable, "-c", DAEMONIZE], env=env, check=True)
     other = flower_environment(tmp_path, job=f"other-{os.getpid()}")
     with (tmp_path / "log").open("wb") as log:
         bystander = start_process(

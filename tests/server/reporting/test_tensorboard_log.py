@@ -119,7 +119,7 @@ def test_layer_grid_places_layers_row_by_row_between_separators():
     matrices = np.stack([np.full((2, 2), value, dtype=np.float32) for value in (0.2, 0.4, 0.6)])
     picture = layer_grid(matrices)
     assert picture.shape == (2 * 248 + 8, 2 * 248 + 8, 3)
-    centres = [picture[row, column, 0] for row, column in ((128, 128), (128, 376), (376, 128))]
-    assert centres == pytest.approx([0.2, 0.4, 0.6])
+    centers = [picture[row, column, 0] for row, column in ((128, 128), (128, 376), (376, 128))]
+    assert centers == pytest.approx([0.2, 0.4, 0.6])
     for row, column in ((0, 0), (128, 250), (376, 376)):
         assert picture[row, column] == pytest.approx(SEPARATOR_COLOR)

@@ -179,7 +179,7 @@ def test_usage_is_the_average_of_what_the_clients_counted(plain):
     assert all(np.allclose(a, b) for a, b in zip(plain.federation.usage.counts, total, strict=True))
 
 
-def test_bytes_are_those_of_all_messages_as_serialised(plain):
+def test_bytes_are_those_of_all_messages_as_serialized(plain):
     sent = {(r, node): (message_bytes(down), message_bytes(up)) for r, node, down, up in plain.grid.sent}
     for row in plain.rounds:
         for node, client in enumerate(row["clients"][::-1]):  # by name: digits before letters

@@ -7,7 +7,7 @@ import pytest
 import torch
 from flwr.app import ConfigRecord, RecordDict
 
-from federated.aggregation.combine import aggregate, summarise
+from federated.aggregation.combine import aggregate, summarize
 from federated.aggregation.usage import pack_usage
 from federated.protocol.messages import Reply, detach_update, write_reply
 from federated.updates.update import RefusedUpdate
@@ -66,7 +66,7 @@ def test_a_good_reply_becomes_a_contribution(server, reply):
     assert replies.refused == {} and accepted.node == 7
     contribution = accepted.contribution
     assert contribution.weight == 12.0
-    assert contribution.shipped == summarise(contribution.unpacked())
+    assert contribution.shipped == summarize(contribution.unpacked())
     assert contribution.shipped.units == {(0, 2), (1, 3)}
     assert contribution.trained == TRAINED
     assert contribution.inclusion == {(0, 2): 0.25}

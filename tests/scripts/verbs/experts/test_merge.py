@@ -95,7 +95,7 @@ def test_several_lists_make_several_outputs(tmp_path, tiny_tokenizer, text, list
     source = saved_moe("mixtral", tmp_path, tiny_tokenizer)
     result = run(
         capsys, "merge", "--model", source, "--data", text, "--expert-list", lists["even"], "--expert-list",
-        lists["uneven"], "--equalise", "--out", tmp_path / "out", "--block-size", 16, "--json",
+        lists["uneven"], "--equalize", "--out", tmp_path / "out", "--block-size", 16, "--json",
     ).json()  # fmt: skip
     assert [each["out"] for each in result["outputs"]] == [
         str(tmp_path / "out" / n) for n in ("even", "uneven")
@@ -126,7 +126,7 @@ def test_unequal_layers_of_a_mixture_and_groups_too_small_are_refused(
     before = tree(tmp_path)
     base = ["merge", "--model", source, "--data", text, "--out", tmp_path / "out"]
     outcome = run(capsys, *base, "--expert-list", lists["uneven"])
-    assert outcome.code == 2 and "--equalise" in outcome.err
+    assert outcome.code == 2 and "--equalize" in outcome.err
     outcome = run(capsys, *base, "--expert-list", lists["even"], "--max-group-size", 1)
     assert outcome.code == 2 and "allow 2" in outcome.err
     assert tree(tmp_path) == before

@@ -74,7 +74,7 @@ def test_the_first_perplexity_is_that_of_evaluate_and_pruned_plans_give_what_the
         "--out", "plan", "--json",
     ).json()  # fmt: skip
     # One expert goes in each layer, so that the format holds what is left.
-    assert result["equalise"] is False and {step["action"] for step in result["steps"]} == {"prune"}
+    assert result["equalize"] is False and {step["action"] for step in result["steps"]} == {"prune"}
     pruned = run(
         capsys, "prune", "--model", "moe", "--expert-list", result["csv"], "--out", "small", "--json"
     )
@@ -92,7 +92,7 @@ def test_layers_that_differ_are_told_with_what_to_do(place, capsys):
         capsys, *PLAN, "--model", "moe", "--n-prune", 1, "--safety-map", "safety.json", "--ignore-experts", "3",
         "--out", "plan",
     )  # fmt: skip
-    assert outcome.code == 0 and "--equalise" in outcome.err
+    assert outcome.code == 0 and "--equalize" in outcome.err
     assert "--n-prune 2 --min-experts-per-layer 3" in outcome.err
     assert "keeps 7 experts, removes 1: perplexity" in outcome.out and "filtered_experts.csv" in outcome.out
     prune = (
@@ -106,8 +106,8 @@ def test_layers_that_differ_are_told_with_what_to_do(place, capsys):
         "--json",
     )
     refused = run(capsys, *prune)
-    assert refused.code == 2 and "--equalise" in refused.json()["error"]
-    assert run(capsys, *prune, "--equalise").code == 0
+    assert refused.code == 2 and "--equalize" in refused.json()["error"]
+    assert run(capsys, *prune, "--equalize").code == 0
 
 
 def test_maps_and_ignored_experts_hold(place, capsys):
@@ -117,13 +117,13 @@ def test_maps_and_ignored_experts_hold(place, capsys):
     ).json()  # fmt: skip
     kept = load_expert_list(Path(result["csv"]))
     assert kept[0].tolist() == [0, 1, 2] and kept[1].tolist() == [3]
-    assert result["equalise"] is True
+    assert result["equalize"] is True
     assert json.loads(Path(result["json"]).read_text())["source"]["metric"] == "freq"
 
 
-def test_a_graph_is_planned_and_pruned_without_equalising(place, tiny_graph_dir, capsys):
+def test_a_graph_is_planned_and_pruned_without_equalizing(place, tiny_graph_dir, capsys):
     result = run(capsys, *PLAN, "--model", tiny_graph_dir, "--n-prune", 3, "--out", "plan", "--json").json()
-    assert result["equalise"] is False and result["total_pruned"] == 3
+    assert result["equalize"] is False and result["total_pruned"] == 3
     pruned = run(
         capsys,
         "prune",

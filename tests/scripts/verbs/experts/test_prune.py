@@ -197,7 +197,7 @@ def test_no_output_is_written_where_one_of_several_lists_does_not_fit(tmp_path, 
     assert tree(tmp_path) == before
 
 
-def test_unequal_layers_are_refused_or_equalised(tmp_path, capsys, moe, saliency):
+def test_unequal_layers_are_refused_or_equalized(tmp_path, capsys, moe, saliency):
     command = (
         "prune",
         "--model",
@@ -211,20 +211,20 @@ def test_unequal_layers_are_refused_or_equalised(tmp_path, capsys, moe, saliency
         "--json",
     )
     outcome = run(capsys, *command)
-    assert_refused(outcome, "layers", "mixtral", "--equalise", as_json=True)
-    report = run(capsys, *command, "--equalise").json()
+    assert_refused(outcome, "layers", "mixtral", "--equalize", as_json=True)
+    report = run(capsys, *command, "--equalize").json()
     assert report["keep_map"] == {"0": [0, 2, 3], "1": [1, 2, 3]}
 
 
-def test_equalising_a_list_needs_ranks(tmp_path, capsys, moe, saliency):
+def test_equalizing_a_list_needs_ranks(tmp_path, capsys, moe, saliency):
     uneven = list_of(tmp_path / "list.json", {0: [0, 1, 2], 1: [0]})
-    command = ("prune", "--model", moe, "--expert-list", uneven, "--preview", "--json", "--equalise")
-    assert_refused(run(capsys, *command), "ranks to equalise layer 1", "--saliency", as_json=True)
+    command = ("prune", "--model", moe, "--expert-list", uneven, "--preview", "--json", "--equalize")
+    assert_refused(run(capsys, *command), "ranks to equalize layer 1", "--saliency", as_json=True)
     assert run(capsys, *command, "--saliency", saliency).json()["keep_map"]["1"] == [0, 2, 3]
     csv, _ = write_expert_list(
         select_experts([SALIENCY], "reap", Selection(n_prune=3, model_wide=True)), tmp_path
     )
-    table = ("prune", "--model", moe, "--expert-list", csv, "--preview", "--json", "--equalise")
+    table = ("prune", "--model", moe, "--expert-list", csv, "--preview", "--json", "--equalize")
     assert run(capsys, *table).json()["keep_map"] == {"0": [0, 2, 3], "1": [1, 2, 3]}
 
 

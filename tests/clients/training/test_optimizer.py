@@ -8,7 +8,7 @@ from torch import nn
 from transformers import get_scheduler
 from transformers.optimization import Adafactor
 
-from clients.training.optimiser import OPTIMIZERS, SCHEDULES, make_optimizer, make_schedule
+from clients.training.optimizer import OPTIMIZERS, SCHEDULES, make_optimizer, make_schedule
 
 
 def weights() -> list[nn.Parameter]:

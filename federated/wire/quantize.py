@@ -1,6 +1,6 @@
 """Few-bit values: fp16, int8 and int4 with block scales, 2-bit bin means.
 
-Quantising what was dequantised gives the same values again, so a client may quantise to know its own
+Quantizing what was dequantized gives the same values again, so a client may quantize to know its own
 error and pack the result later without losing anything more.
 
 All magnitudes are relative to one power of two for the whole column, so changes of 1e-6 keep the
@@ -27,7 +27,7 @@ MAX_MAGNITUDE = 2.0**40
 
 
 @dataclass(frozen=True)
-class QuantisedColumn:
+class QuantizedColumn:
     """``bits`` a value; ``codes``: uint8 (uint16 at 16 bits) [count]; ``scales``: uint8 or uint16, one a
     block (two at 2 bits, none at 16); ``exponent``: the column's power of two."""
 
@@ -42,8 +42,8 @@ def scale_count(count: int, bits: int) -> int:
     return 0 if bits == 16 else -(-count // BLOCK[bits]) * (2 if bits == 2 else 1)
 
 
-def quantise(values: np.ndarray, bits: int) -> QuantisedColumn:
-    """Quantise a float column [count] to ``bits`` bits (2, 4, 8 or 16).
+def quantize(values: np.ndarray, bits: int) -> QuantizedColumn:
+    """Quantize a float column [count] to ``bits`` bits (2, 4, 8 or 16).
 
     Raises RefusedUpdate for a NaN, an infinity or a magnitude above 2**40; ValueError for other bits.
     """
@@ -56,17 +56,17 @@ def quantise(values: np.ndarray, bits: int) -> QuantisedColumn:
     _check_bound(magnitudes)
     if not column.size:
         codes = np.zeros(0, dtype=np.uint16 if bits == 16 else np.uint8)
-        return QuantisedColumn(bits, codes, np.zeros(0, dtype=_scale_dtype(bits)), 0)
+        return QuantizedColumn(bits, codes, np.zeros(0, dtype=_scale_dtype(bits)), 0)
     if bits == 16:
-        return _quantise_half(column, magnitudes)
-    quantiser = _quantise_bins if bits == 2 else _quantise_levels
-    return quantiser(column, magnitudes, bits)
+        return _quantize_half(column, magnitudes)
+    quantizer = _quantize_bins if bits == 2 else _quantize_levels
+    return quantizer(column, magnitudes, bits)
 
 
-def dequantise(column: QuantisedColumn) -> np.ndarray:
+def dequantize(column: QuantizedColumn) -> np.ndarray:
     """Return the float32 values [count], finite and of at most 2**40.
 
-    Codes or scales that no quantiser writes raise RefusedUpdate.
+    Codes or scales that no quantizer writes raise RefusedUpdate.
     """
     if column.scales.size != scale_count(column.codes.size, column.bits):
         raise RefusedUpdate(f"expected one scale a block, got {column.scales.size}")
@@ -81,9 +81,9 @@ def dequantise(column: QuantisedColumn) -> np.ndarray:
     return _bin_values(column, scales) if column.bits == 2 else _level_values(column, scales)
 
 
-def quantise_update(update: SparseUpdate, bits: int) -> SparseUpdate:
+def quantize_update(update: SparseUpdate, bits: int) -> SparseUpdate:
     """Return the update with the values that the receiver will see after packing at ``bits`` bits."""
-    return replace_values(update, dequantise(quantise(join_values(update), bits)))
+    return replace_values(update, dequantize(quantize(join_values(update), bits)))
 
 
 def _check_bound(magnitudes: np.ndarray) -> None:
@@ -91,20 +91,20 @@ def _check_bound(magnitudes: np.ndarray) -> None:
         raise RefusedUpdate("expected finite values of at most 2**40, got a NaN, an infinity or more")
 
 
-def _quantise_half(column: np.ndarray, magnitudes: np.ndarray) -> QuantisedColumn:
+def _quantize_half(column: np.ndarray, magnitudes: np.ndarray) -> QuantizedColumn:
     exponent = _top_exponent(_round_mantissa(magnitudes.max(keepdims=True), 10))
     codes = (column * np.float32(2.0 ** (15 - exponent))).astype(np.float16).view(np.uint16)
-    return QuantisedColumn(16, codes, np.zeros(0, dtype=np.uint8), exponent)
+    return QuantizedColumn(16, codes, np.zeros(0, dtype=np.uint8), exponent)
 
 
-def _half_values(column: QuantisedColumn) -> np.ndarray:
+def _half_values(column: QuantizedColumn) -> np.ndarray:
     halves = column.codes.astype(np.uint16, copy=False).view(np.float16)
     # A NaN among the halves passes here; the bound refuses it.
     with np.errstate(invalid="ignore"):
         return halves.astype(np.float32) * np.float32(2.0 ** (column.exponent - 15))
 
 
-def _quantise_levels(column: np.ndarray, magnitudes: np.ndarray, bits: int) -> QuantisedColumn:
+def _quantize_levels(column: np.ndarray, magnitudes: np.ndarray, bits: int) -> QuantizedColumn:
     """Symmetric integers, one scale a block; zero is stored as ``LEVELS + 1``."""
     top = LEVELS[bits]
     largest = np.maximum.reduceat(magnitudes, _starts(column.size, bits)).astype(np.float64)
@@ -113,10 +113,10 @@ def _quantise_levels(column: np.ndarray, magnitudes: np.ndarray, bits: int) -> Q
     steps = column / _per_value(np.where(scales > 0, scales, np.float32(np.inf)), column.size, bits)
     np.clip(np.rint(steps, out=steps), -top, top, out=steps)
     steps += top + 1
-    return QuantisedColumn(bits, steps.astype(np.uint8), scale_codes, exponent)
+    return QuantizedColumn(bits, steps.astype(np.uint8), scale_codes, exponent)
 
 
-def _level_values(column: QuantisedColumn, scales: np.ndarray) -> np.ndarray:
+def _level_values(column: QuantizedColumn, scales: np.ndarray) -> np.ndarray:
     top = LEVELS[column.bits]
     if column.codes.size and (column.codes.min() < 1 or column.codes.max() > 2 * top + 1):
         raise RefusedUpdate(f"expected {column.bits}-bit codes from 1 to {2 * top + 1}")
@@ -126,7 +126,7 @@ def _level_values(column: QuantisedColumn, scales: np.ndarray) -> np.ndarray:
     return values
 
 
-def _quantise_bins(column: np.ndarray, magnitudes: np.ndarray, bits: int) -> QuantisedColumn:
+def _quantize_bins(column: np.ndarray, magnitudes: np.ndarray, bits: int) -> QuantizedColumn:
     """Sign and one of two magnitudes: the means below and above the block's mean magnitude."""
     starts = _starts(column.size, bits)
     counts = np.diff(starts, append=column.size)
@@ -138,10 +138,10 @@ def _quantise_bins(column: np.ndarray, magnitudes: np.ndarray, bits: int) -> Qua
     high = np.where(large_counts > 0, large_sums / np.maximum(large_counts, 1), low)
     scale_codes, exponent = _encode_scales(np.stack([low, high], axis=1).reshape(-1), bits)
     codes = np.signbit(column).view(np.uint8) << np.uint8(1) | large.view(np.uint8)
-    return QuantisedColumn(bits, codes, scale_codes, exponent)
+    return QuantizedColumn(bits, codes, scale_codes, exponent)
 
 
-def _bin_values(column: QuantisedColumn, scales: np.ndarray) -> np.ndarray:
+def _bin_values(column: QuantizedColumn, scales: np.ndarray) -> np.ndarray:
     codes, size = column.codes, column.codes.size
     if size and codes.max() > 3:
         raise RefusedUpdate("expected 2-bit codes from 0 to 3")
