@@ -25,7 +25,7 @@ from configs.output import write_json
 from scripts.shared.console import JsonFlag, print_result, progress, quiet_libraries, stderr
 
 ROOT = Path(__file__).resolve().parents[2]
-RESULTS = Path(__file__).resolve().parent / "results"
+RESULTS = ROOT / "benchmarks" / "results"
 
 OnStep = Callable[[str, int, int], None]
 

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
 import numpy as np
 
-from benchmarks.support.runner import peak_bytes
+from benchmarks.support.material import DEMO_MODEL, SHARED
+from benchmarks.support.runner import RESULTS, peak_bytes
+from tests.support.paths import ROOT
+from tests.support.paths import SHARED as TEST_SHARED
 
 
 def test_the_peak_of_a_process_is_not_that_of_the_one_that_started_it():
@@ -20,3 +24,9 @@ def test_the_peak_of_a_process_is_not_that_of_the_one_that_started_it():
         ).stdout
     )
     assert 250 * 2**20 < grown - alone < 350 * 2**20
+
+
+def test_results_and_material_are_those_of_the_checkout():
+    assert RESULTS == ROOT / "benchmarks" / "results" and (RESULTS / "wire.json").is_file()
+    assert (DEMO_MODEL / "config.json").is_file()
+    assert os.environ.get("FEDGRAFT_SHARED") or SHARED == TEST_SHARED
