@@ -274,7 +274,7 @@ def test_a_list_only_grows_with_n(seed, number):
     "options, words",
     [
         ({"strategy": "top"}, "--strategy bottom or strided, got 'top'"),
-        ({"action": "analyze"}, "--action .*did you mean 'analyze'"),
+        ({"action": "analyse"}, "--action .*did you mean 'analyze'"),
         ({"safety_mode": "targets"}, "--safety-mode protect or target.*did you mean 'target'"),
         ({"domain_mode": "target"}, "--domain-mode protect, got 'target'"),
         ({"n_prune": -1}, "--n-prune of at least 0"),
