@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
@@ -27,29 +26,13 @@ from federated.updates.update import (
 from federated.wire.columns import pack_column, unpack_column, zstd_pack, zstd_unpack
 from federated.wire.container import Header, read_container, write_container
 from federated.wire.factors import FactoredVector
+from federated.wire.packed_stats import PackedStats, indexed_entries, stats_of_columns
 from federated.wire.quantize import MAX_MAGNITUDE, QuantizedColumn, dequantize, quantize, scale_count
 from federated.wire.rle import decode_runs, encode_runs, run_dtype
 from federated.wire.unit_table import UnitRow, pack_units, read_units
 
 # Above this density a compressed bitmask may be smaller than the run lengths.
 BITMASK_DENSITY = 0.25
-
-
-@dataclass(frozen=True)
-class PackedStats:
-    """Bytes of one packed update.
-
-    ``raw_bytes``: every entry of the shipped units in bf16. ``entropy_floor_bytes``: the index column at
-    ``n * H(density)`` bits plus the value codes and scales at their order-0 entropy (fp16 values: as packed).
-    """
-
-    raw_bytes: int
-    packed_bytes: int
-    entropy_floor_bytes: int
-    index_floor_bytes: int
-    density: float
-    index_bytes: int
-    value_bytes: int
 
 
 def pack_update(update: SparseUpdate, *, value_bits: int) -> bytes:
@@ -95,18 +78,18 @@ def unpack_update(
     update must have been computed on; None accepts any. Raises RefusedUpdate with the reason for any
     defect; memory stays within the shapes in ``sizes``.
     """
-    header, columns = read_container(data)
-    if graph_version is not None and header.graph_version != graph_version:
-        raise RefusedUpdate(f"graph version {header.graph_version}, expected {graph_version}")
-    if graph_hash is not None and header.graph_hash != graph_hash:
-        raise RefusedUpdate(f"graph hash {header.graph_hash[:16]!r}, expected {graph_hash[:16]!r}")
-    units = _unpack_units(columns["units"], header.units, sizes)
-    total = sum(unit.size for unit in units)
-    if header.count > total:
-        raise RefusedUpdate(f"{header.count} entries kept of {total}")
-    indices = _unpack_index(columns["index"], header, total)
-    values = dequantize(_unpack_values(columns, header, sum(unit.factor_values for unit in units)))
-    return SparseUpdate(header.graph_version, header.graph_hash, _vectors(units, indices, values))
+    header, columns, units = _open(data, sizes, graph_version, graph_hash)
+    return _decode(header, columns, units, _unpack_values(columns, header, units))
+
+
+def unpack_with_stats(
+    data: bytes, *, sizes: Mapping[Unit, int], graph_version: int, graph_hash: str
+) -> tuple[SparseUpdate, PackedStats]:
+    """Return the update in ``data`` and its packed sizes from a single decode; arguments as for ``unpack_update``."""
+    header, columns, units = _open(data, sizes, graph_version, graph_hash)
+    values = _unpack_values(columns, header, units)
+    stats = stats_of_columns(header, columns, units, values, packed_bytes=len(data))
+    return _decode(header, columns, units, values), stats
 
 
 def packed_stats(data: bytes) -> PackedStats:
@@ -116,21 +99,33 @@ def packed_stats(data: bytes) -> PackedStats:
     """
     header, columns = read_container(data)
     units = read_units(columns["units"], header.units)
+    indexed_entries(header, units)
+    values = _unpack_values(columns, header, units)
+    return stats_of_columns(header, columns, units, values, packed_bytes=len(data))
+
+
+def _open(
+    data: bytes, sizes: Mapping[Unit, int], graph_version: int | None, graph_hash: str | None
+) -> tuple[Header, dict[str, bytes], list[UnitRow]]:
+    """Header, packed columns and units of an update, checked against what the receiver knows."""
+    header, columns = read_container(data)
+    if graph_version is not None and header.graph_version != graph_version:
+        raise RefusedUpdate(f"graph version {header.graph_version}, expected {graph_version}")
+    if graph_hash is not None and header.graph_hash != graph_hash:
+        raise RefusedUpdate(f"graph hash {header.graph_hash[:16]!r}, expected {graph_hash[:16]!r}")
+    units = _unpack_units(columns["units"], header.units, sizes)
     total = sum(unit.size for unit in units)
-    indexed = total - sum(unit.rows * unit.columns for unit in units)
-    if header.count > indexed:
-        raise RefusedUpdate(f"{header.count} entries kept of {indexed}")
-    index_floor = indexed * _entropy(np.array([header.count, indexed - header.count])) / 8
-    value_floor = _value_floor(columns, header, sum(unit.factor_values for unit in units))
-    return PackedStats(
-        raw_bytes=2 * total,
-        packed_bytes=len(data),
-        entropy_floor_bytes=int(np.ceil(index_floor + value_floor)),
-        index_floor_bytes=int(np.ceil(index_floor)),
-        density=header.count / total if total else 0.0,
-        index_bytes=len(columns["index"]),
-        value_bytes=len(columns["codes"]) + len(columns["scales"]),
-    )
+    if header.count > total:
+        raise RefusedUpdate(f"{header.count} entries kept of {total}")
+    return header, columns, units
+
+
+def _decode(
+    header: Header, columns: Mapping[str, bytes], units: Sequence[UnitRow], values: QuantizedColumn
+) -> SparseUpdate:
+    indices = _unpack_index(columns["index"], header, sum(unit.size for unit in units))
+    vectors = _vectors(units, indices, dequantize(values))
+    return SparseUpdate(header.graph_version, header.graph_hash, vectors)
 
 
 def _unpack_units(column: bytes, count: int, sizes: Mapping[Unit, int]) -> list[UnitRow]:
@@ -204,8 +199,8 @@ def _unpack_index(column: bytes, header: Header, total: int) -> np.ndarray:
     return indices
 
 
-def _unpack_values(columns: Mapping[str, bytes], header: Header, factor_values: int) -> QuantizedColumn:
-    bits, count = header.value_bits, header.count + factor_values
+def _unpack_values(columns: Mapping[str, bytes], header: Header, units: Sequence[UnitRow]) -> QuantizedColumn:
+    bits, count = header.value_bits, header.count + sum(unit.factor_values for unit in units)
     codes = unpack_column(
         columns["codes"],
         dtype=np.dtype(np.uint16 if bits == 16 else np.uint8),
@@ -216,18 +211,3 @@ def _unpack_values(columns: Mapping[str, bytes], header: Header, factor_values: 
     blocks = scale_count(count, bits)
     scales = unpack_column(columns["scales"], dtype=dtype, count=blocks, width=8 * dtype.itemsize)
     return QuantizedColumn(bits, codes, scales, header.exponent)
-
-
-def _value_floor(columns: Mapping[str, bytes], header: Header, factor_values: int) -> float:
-    """Return bytes: codes and scales at their order-0 entropy; at 16 bits, nearly all distinct, as packed."""
-    if header.value_bits == 16:
-        return len(columns["codes"]) + len(columns["scales"])
-    values = _unpack_values(columns, header, factor_values)
-    return sum(part.size * _entropy(np.bincount(part)) for part in (values.codes, values.scales)) / 8
-
-
-def _entropy(counts: np.ndarray) -> float:
-    """Return the entropy in bits of one draw with these counts (0.0 without any)."""
-    counts = counts[counts > 0]
-    share = counts / counts.sum()
-    return float(-(share * np.log2(share)).sum())

@@ -16,7 +16,7 @@ import numpy as np
 from configs.output import finite, write_bytes
 
 if TYPE_CHECKING:
-    from federated.wire.codec import PackedStats
+    from federated.wire.packed_stats import PackedStats
 
 ROUNDS_FILE = "rounds.jsonl"
 MASK_FILE = "mask_debug.npy"

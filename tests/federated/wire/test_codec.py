@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from federated.selection.entries import sparsify
 from federated.updates.update import RefusedUpdate, SparseUpdate, SparseVector
-from federated.wire.codec import pack_update, packed_stats, unpack_update
+from federated.wire.codec import pack_update, packed_stats, unpack_update, unpack_with_stats
 from federated.wire.columns import zstd_pack
 from federated.wire.container import Header, read_container, write_container
 from federated.wire.quantize import VALUE_BITS, quantize_update
@@ -234,6 +234,17 @@ def test_stats_count_the_bytes_and_the_floor():
     )
     # Normal values at a scale per 64: a little over three bits each, so below the nominal four.
     assert 3 < 8 * stats.value_bytes / kept < 4
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8, 16])
+def test_a_single_decode_gives_the_update_and_the_stats_that_separate_decodes_give(bits):
+    update = make_update(SIZES, 0.3)
+    data = pack_update(update, value_bits=bits)
+    both = unpack_with_stats(data, sizes=SIZES, graph_version=3, graph_hash=update.graph_hash)
+    assert both == (unpack_update(data, sizes=SIZES), packed_stats(data))
+    for version, graph_hash in ((4, update.graph_hash), (3, "another")):
+        with pytest.raises(RefusedUpdate, match="graph"):
+            unpack_with_stats(data, sizes=SIZES, graph_version=version, graph_hash=graph_hash)
 
 
 def test_stats_of_nothing_and_of_bad_bytes():

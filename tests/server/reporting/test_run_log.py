@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from federated.wire.codec import PackedStats
+from federated.wire.packed_stats import PackedStats
 from server.reporting.run_log import (
     ClientRecord,
     MergeRecord,
