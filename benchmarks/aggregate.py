@@ -19,7 +19,7 @@ from benchmarks.support.runner import Measured, OnStep, measured_apart, run_benc
 from federated.updates.update import SparseUpdate, SparseVector
 from federated.wire.codec import pack_update
 from federated.wire.quantize import quantize_update
-from models.bootstrap.build import BootstrapPlan, build_graph, plan_experts
+from models.bootstrap.build import BootstrapOptions, build_graph, plan_experts
 from models.checkpoints.load import load_dense, load_graph, load_tokenizer
 from models.checkpoints.save import save_graph
 from models.graph.graph_state import read_graph
@@ -88,7 +88,7 @@ def write_graph(source: str, directory: Path) -> FedGraftForCausalLM:
     dense = load_dense(source).float()
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(dense.config.vocab_size, (4, 128), generator=generator)
-    model = build_graph(dense, plan_experts(dense, ids, BootstrapPlan(num_experts=16, jobs=1)), 8)
+    model = build_graph(dense, plan_experts(dense, ids, BootstrapOptions(num_experts=16, jobs=1)), 8)
     directory.mkdir()
     save_graph(model, load_tokenizer(source), directory)
     return model

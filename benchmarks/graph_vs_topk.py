@@ -16,7 +16,7 @@ from benchmarks.support.runner import Measured, OnStep, run_benchmark
 from benchmarks.support.statistics import interval
 from clients.training.trainer import LocalTraining, train_locally
 from federated.data.blocks import Blocks, batches
-from models.bootstrap.build import BootstrapPlan, LayerExperts, build_graph, plan_experts
+from models.bootstrap.build import BootstrapOptions, LayerExperts, build_graph, plan_experts
 from models.checkpoints.load import load_dense
 from models.graph.runtime_settings import Observer, observing
 from models.remote_code.experts_fedgraft import ExpertGraphMLP
@@ -115,7 +115,7 @@ def compare_arms(path: str, sources: Sequence[str], settings: Settings, seed: in
     train, valid = (_mixed(path, sources, settings, split, seed) for split in ("train", "valid"))
     dense = load_dense(path).float()
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
-    plan = BootstrapPlan(settings.experts, experts_per_token=settings.visits, seed=seed)
+    plan = BootstrapOptions(settings.experts, experts_per_token=settings.visits, seed=seed)
     experts = plan_experts(dense, train.input_ids[order[: settings.calibration_blocks]], plan)
     found: dict[str, Any] = {"seed": seed, "perplexity_dense": _perplexity(dense, valid)}
     for arm in ARMS:

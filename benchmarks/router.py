@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from benchmarks.support.material import data_sources, domain_blocks, model_path
 from benchmarks.support.runner import Measured, OnStep, run_benchmark
 from benchmarks.support.statistics import interval
-from models.bootstrap.build import BootstrapPlan, plan_experts
+from models.bootstrap.build import BootstrapOptions, plan_experts
 from models.bootstrap.calibration import Calibration
 from models.bootstrap.pipeline import sample_calibration
 from models.bootstrap.router_init import elimination_places, metric_root
@@ -82,7 +82,7 @@ def mixed_text(model: str, split: str, seed: int, *, quick: bool) -> tuple[Tenso
 
 def seed_tables(dense: PreTrainedModel, text: Tensor, held_out: tuple[Tensor, Tensor], seed: int) -> dict:
     """``{"dense": perplexity, "text": Table, "sampled": Table}``: by what the routers were fitted on."""
-    plan = BootstrapPlan(num_experts=_EXPERTS, seed=seed)
+    plan = BootstrapOptions(num_experts=_EXPERTS, seed=seed)
     tables: dict = {"dense": evaluate_loss(dense, *held_out).perplexity}
     for kind, ids in (("text", text), ("sampled", sample_calibration(dense, text.numel(), seed))):
         measured = Calibration(dense, ids)

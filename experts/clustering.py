@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import time
 import warnings
 from dataclasses import dataclass
@@ -12,12 +13,18 @@ from scipy.cluster.vq import kmeans2
 
 from configs.errors import UserError
 
+# Solvers of the balanced assignments: OR-Tools called once per step, or the package k-means-constrained.
+CLUSTERINGS = ("flow", "k-means-constrained")
+
 # Width of the sketch on which plain k-means finds the first centers, and the steps that it takes there.
 _SKETCH_WIDTH, _PLAIN_STEPS = 64, 10
 # Flow costs are integers; this many of them make up the mean cost of a place.
 _COST_UNITS = 10_000
 # A step that lowers the inertia by less than this share is the last one.
 _TOLERANCE = 1e-4
+# Initializations of k-means-constrained, its own default, and the mean distance to which features are scaled for it:
+# it rounds distances to a thousandth.
+_PACKAGE_RESTARTS, _PACKAGE_DISTANCE = 10, 10.0
 
 
 @dataclass(frozen=True)
@@ -63,37 +70,71 @@ def check_expert_count(num_neurons: int, num_experts: int) -> None:
     )
 
 
+def check_clustering(clustering: str) -> None:
+    """Refuse a clustering that is unknown or whose package is not installed.
+
+    Raises:
+        UserError: lists the choices, or names the extra to install.
+    """
+    if clustering not in CLUSTERINGS:
+        raise UserError(f"expected clustering to be one of {', '.join(CLUSTERINGS)}, got {clustering!r}")
+    if clustering == "k-means-constrained" and importlib.util.find_spec("k_means_constrained") is None:
+        raise UserError(
+            "expected the package k-means-constrained for this clustering, found none; "
+            "install the extra: bash scripts/install.sh clustering"
+        )
+
+
 def balanced_clusters(
-    features: np.ndarray, num_experts: int, *, seed: int = 0, restarts: int = 1, max_iterations: int = 30
+    features: np.ndarray,
+    num_experts: int,
+    *,
+    clustering: str = "flow",
+    seed: int = 0,
+    restarts: int | None = None,
+    max_iterations: int | None = None,
 ) -> Clusters:
     """Cluster neurons into experts of exactly ``m / E`` with k-means whose assignments are minimum-cost flows.
 
     The method is constrained k-means (Bradley, Bennett and Demiriz, 2000, MSR-TR-2000-65) on squared distances.
+    ``flow`` starts from unbalanced k-means on a sketch of the features; ``k-means-constrained`` is the package of that
+    name, as in EMoE, with its own initialization and on distances that are not squared.
 
     Args:
         features: ``[m, F]``, one row a neuron.
         num_experts: E; must divide m.
-        seed: of the sketch and the k-means++ initialization.
-        restarts: independent initializations, of which the best is kept.
-        max_iterations: balanced steps of one run; it ends earlier where they gain nothing.
+        clustering: one of ``CLUSTERINGS``.
+        seed: seed of the sketch and the k-means++ initialization.
+        restarts: independent initializations, of which the best is kept; None for 1 (flow) or 10.
+        max_iterations: most balanced steps of one run; None for 30 (flow) or 300.
 
     Raises:
-        UserError: E does not divide m, or a feature is not finite.
+        UserError: E does not divide m, a feature is not finite, or the clustering is not available.
     """
-    num_neurons = len(features)
-    check_expert_count(num_neurons, num_experts)
+    check_clustering(clustering)
+    check_expert_count(len(features), num_experts)
     if not np.isfinite(features).all():
         raise UserError(
             "expected finite features of every neuron, got NaN or Inf; check the checkpoint's FFN weights"
         )
-    labels = _labels(features, num_experts, seed, restarts, max_iterations)
+    size = len(features) // num_experts
+    if num_experts == 1 or size == 1:
+        labels = np.arange(len(features)) // size
+    elif clustering == "flow":
+        labels = _flow_labels(features, num_experts, seed, restarts or 1, max_iterations or 30)
+    else:
+        labels = _package_labels(
+            features, num_experts, seed, restarts or _PACKAGE_RESTARTS, max_iterations or 300
+        )
     return _describe(features, labels, num_experts)
 
 
-def timed_clusters(features: np.ndarray, num_experts: int, seed: int) -> tuple[Clusters, float]:
-    """``balanced_clusters`` and the seconds that they took; here, so that worker processes import no model."""
+def timed_clusters(
+    features: np.ndarray, num_experts: int, seed: int, clustering: str = "flow"
+) -> tuple[Clusters, float]:
+    """``balanced_clusters`` and its wall time in seconds; defined here so that worker processes import no model."""
     start = time.perf_counter()
-    clusters = balanced_clusters(features, num_experts, seed=seed)
+    clusters = balanced_clusters(features, num_experts, clustering=clustering, seed=seed)
     return clusters, time.perf_counter() - start
 
 
@@ -104,12 +145,9 @@ def random_clusters(num_neurons: int, num_experts: int, *, seed: int = 0) -> np.
     return np.sort(shuffled.reshape(num_experts, -1), axis=1)
 
 
-def _labels(
+def _flow_labels(
     features: np.ndarray, num_experts: int, seed: int, restarts: int, max_iterations: int
 ) -> np.ndarray:
-    size = len(features) // num_experts
-    if num_experts == 1 or size == 1:
-        return np.arange(len(features)) // size
     centered = features - features.mean(axis=0)
     rng = np.random.default_rng(seed)
     runs = [
@@ -117,6 +155,32 @@ def _labels(
         for _ in range(restarts)
     ]
     return min(runs, key=lambda run: run[0])[1]
+
+
+def _package_labels(
+    features: np.ndarray, num_experts: int, seed: int, restarts: int, max_iterations: int
+) -> np.ndarray:
+    """Labels ``[m]`` of the package k-means-constrained with lower and upper size limit ``m / E``."""
+    from k_means_constrained import KMeansConstrained
+
+    size = len(features) // num_experts
+    centered = features.astype(np.float64) - features.mean(axis=0, dtype=np.float64)
+    distance = float(np.sqrt(np.square(centered).sum(axis=1)).mean())
+    model = KMeansConstrained(
+        num_experts,
+        size_min=size,
+        size_max=size,
+        n_init=restarts,
+        max_iter=max_iterations,
+        random_state=seed % 2**32,
+    )
+    labels = np.asarray(model.fit_predict(centered * (_PACKAGE_DISTANCE / (distance or 1.0))))
+    counts = np.bincount(labels, minlength=num_experts)
+    if (counts != size).any():
+        raise RuntimeError(
+            f"k-means-constrained returned clusters of {counts.tolist()} neurons, not of {size}"
+        )
+    return labels
 
 
 def _plain_labels(centered: np.ndarray, num_experts: int, rng: np.random.Generator) -> np.ndarray:

@@ -74,14 +74,14 @@ def tiny_llama_dir(tmp_path_factory, tiny_tokenizer) -> Path:
 @pytest.fixture(scope="session")
 def tiny_graph_dir(tmp_path_factory, tiny_llama_dir) -> Path:
     """The tiny Llama as a graph of 4 experts a layer, 2 a token."""
-    from models.bootstrap.build import BootstrapPlan
+    from models.bootstrap.build import BootstrapOptions
     from models.bootstrap.pipeline import bootstrap_checkpoint
 
     directory = tmp_path_factory.mktemp("tiny-graph") / "graph"
     bootstrap_checkpoint(
         source=str(tiny_llama_dir),
         out=directory,
-        plan=BootstrapPlan(num_experts=4),
+        options=BootstrapOptions(num_experts=4),
         calibration_ids=None,
         calibration_tokens=1024,
         evaluation_tokens=512,

@@ -11,7 +11,7 @@ from configs.errors import UserError
 from federated.data.blocks import Blocks, pack_blocks
 from federated.data.documents import load_documents
 from federated.data.wikimix import DOMAINS
-from models.bootstrap.build import BootstrapPlan, build_graph, plan_experts
+from models.bootstrap.build import BootstrapOptions, build_graph, plan_experts
 from models.bootstrap.pipeline import sample_calibration
 from models.checkpoints.load import load_dense, load_tokenizer
 from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
@@ -49,7 +49,7 @@ def domain_blocks(
 def bootstrapped(path: str, experts: int, calibration_tokens: int) -> FedGraftForCausalLM:
     """The graph of the Llama in ``path``, calibrated on text of the model itself."""
     dense = load_dense(path).float()
-    plan = BootstrapPlan(experts)
+    plan = BootstrapOptions(experts)
     ids = sample_calibration(dense, calibration_tokens, 0)
     return build_graph(dense, plan_experts(dense, ids, plan), plan.visits)
 

@@ -18,7 +18,7 @@ from benchmarks.support.material import data_sources, domain_blocks, model_path
 from benchmarks.support.sparse_experts import SparseExperts
 from clients.training.trainer import LocalTraining
 from configs.schema import RunConfig
-from models.bootstrap.build import BootstrapPlan
+from models.bootstrap.build import BootstrapOptions
 from models.bootstrap.pipeline import bootstrap_checkpoint
 from models.checkpoints.load import load_dense
 from models.graph.runtime_settings import set_visits
@@ -164,7 +164,7 @@ def bootstrap_graph(folder: Path, seed: int, settings: Settings, quick: bool) ->
     bootstrap_checkpoint(
         source=model_path("mix7M", quick=quick),
         out=out,
-        plan=BootstrapPlan(settings.experts, seed=seed),
+        options=BootstrapOptions(settings.experts, seed=seed),
         calibration_ids=None,
         calibration_tokens=settings.calibration_tokens,
         evaluation_tokens=settings.calibration_tokens // 4,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from configs.errors import UserError
-from experts.clustering import Clusters, check_expert_count, timed_clusters
+from experts.clustering import Clusters, check_clustering, check_expert_count, timed_clusters
 from experts.graph.expert_graph import edges_by_lift
 from models.bootstrap.calibration import Calibration, NeuronStatistics, visit_ffn_inputs
 from models.bootstrap.router_init import ROUTERS, centroid_router, ridge_routers
@@ -31,21 +31,23 @@ FEATURES = ("gate", "up", "down", "gate+up", "joint", "activation")
 
 
 @dataclass(frozen=True)
-class BootstrapPlan:
-    """How a dense model is turned into experts.
+class BootstrapOptions:
+    """Options of the bootstrap of a dense model.
 
     Attributes:
         num_experts: experts per layer; must divide the FFN width.
-        features: what k-means sees of a neuron, one of ``FEATURES``.
+        features: features of a neuron for k-means, one of ``FEATURES``.
+        clustering: balanced k-means, one of ``experts.clustering.CLUSTERINGS``.
         router: ``ridge`` or ``centroid``.
         experts_per_token: k; None for half of the experts.
         edges_per_expert: edges that leave an expert at most.
-        seed: of the k-means initialization.
+        seed: seed of the k-means initialization.
         jobs: layers clustered side by side; None for one per core where layers are large enough to gain from it.
     """
 
     num_experts: int
     features: str = "gate"
+    clustering: str = "flow"
     router: str = "ridge"
     experts_per_token: int | None = None
     edges_per_expert: int = 4
@@ -55,6 +57,7 @@ class BootstrapPlan:
     def __post_init__(self):
         if self.features not in FEATURES:
             raise UserError(f"expected features to be one of {', '.join(FEATURES)}, got {self.features!r}")
+        check_clustering(self.clustering)
         if self.router not in ROUTERS:
             raise UserError(f"expected router to be one of {', '.join(ROUTERS)}, got {self.router!r}")
         # A count below one is answered with those that divide the FFN width, once that is known.
@@ -93,7 +96,7 @@ class LayerExperts:
 def plan_experts(
     model: PreTrainedModel,
     input_ids: Tensor,
-    plan: BootstrapPlan,
+    options: BootstrapOptions,
     *,
     measured: Calibration | None = None,
     on_layer: Callable[[int], None] = lambda layer: None,
@@ -103,31 +106,32 @@ def plan_experts(
     Args:
         model: a dense Llama.
         input_ids: calibration text, ``[N, S]``.
-        plan: how.
+        options: options of the bootstrap.
         measured: of this model on this text, where others use it too; None to measure here.
         on_layer: called with the index of each layer when its clustering is done.
 
     Raises:
         UserError: E does not divide the FFN width; weights that are not finite.
     """
-    check_expert_count(model.config.intermediate_size, plan.num_experts)
+    check_expert_count(model.config.intermediate_size, options.num_experts)
     measured = measured or Calibration(model, input_ids)
     statistics = measured.statistics
     layers = [layer.mlp for layer in model.model.layers]
     features = (
-        neuron_features(mlp, plan.features, profile)
+        neuron_features(mlp, options.features, profile)
         for mlp, profile in zip(layers, statistics.profiles, strict=True)
     )
-    timed = Parallel(n_jobs=plan.jobs or _parallel_jobs(model), return_as="generator")(
-        delayed(timed_clusters)(rows, plan.num_experts, plan.seed) for rows in features
+    timed = Parallel(n_jobs=options.jobs or _parallel_jobs(model), return_as="generator")(
+        delayed(timed_clusters)(rows, options.num_experts, options.seed, options.clustering)
+        for rows in features
     )
     clustered = []
     for index, (clusters, seconds) in enumerate(timed):
         clustered.append((order_by_activation(clusters, statistics, index), seconds))
         on_layer(index)
     members = [torch.from_numpy(clusters.members) for clusters, _ in clustered]
-    routers = fit_routers(measured, members, plan.router)
-    edges = first_edges(model, input_ids, routers, plan.visits, plan.edges_per_expert)
+    routers = fit_routers(measured, members, options.router)
+    edges = first_edges(model, input_ids, routers, options.visits, options.edges_per_expert)
     return [
         LayerExperts(clusters, router, mask, seconds)
         for (clusters, seconds), router, mask in zip(clustered, routers, edges, strict=True)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from configs.errors import UserError
 from configs.output import check_output_directory, new_directory, write_bytes
 from experts.clustering import check_expert_count
-from models.bootstrap.build import BootstrapPlan, LayerExperts, build_graph, plan_experts
+from models.bootstrap.build import BootstrapOptions, LayerExperts, build_graph, plan_experts
 from models.bootstrap.calibration import Calibration, sample_text
 from models.bootstrap.cluster_table import cluster_table
 from models.bootstrap.recipe import RECIPE_NAME, recipe_of, write_recipe
@@ -33,7 +33,7 @@ def bootstrap_checkpoint(
     *,
     source: str,
     out: Path,
-    plan: BootstrapPlan,
+    options: BootstrapOptions,
     calibration_ids: Tensor | None,
     calibration_tokens: int,
     evaluation_tokens: int,
@@ -45,7 +45,7 @@ def bootstrap_checkpoint(
     Args:
         source: directory or hub id.
         out: directory to make; nothing is written there until all is done.
-        plan: how the experts are made.
+        options: options of the bootstrap.
         calibration_ids: text ``[N, S]``; None to sample it from the model.
         calibration_tokens: tokens of it that are used.
         evaluation_tokens: further tokens, for the report.
@@ -53,14 +53,15 @@ def bootstrap_checkpoint(
         on_step: called with the name of a stage, the steps done and their total.
 
     Returns:
-        ``{"out", "experts", "experts_per_token", "layers": [{"sizes", "inertia", "seconds"}], "perplexity"}``.
+        ``{"out", "experts", "experts_per_token", "clustering", "layers": [{"sizes", "inertia", "seconds"}],
+        "perplexity"}``.
 
     Raises:
         UserError: a checkpoint that cannot be used, an E that does not divide the FFN width, too little text.
     """
     check_output_directory(out, overwrite=overwrite)
     check_expert_count(
-        getattr(read_config(source), "intermediate_size", 0) or plan.num_experts, plan.num_experts
+        getattr(read_config(source), "intermediate_size", 0) or options.num_experts, options.num_experts
     )
     dense, tokenizer = load_dense(source), load_tokenizer(source)
     dtype, base = dense.dtype, fingerprint(dense)
@@ -69,7 +70,7 @@ def bootstrap_checkpoint(
     on_step("calibration text", 0, 1)
     ids = calibration_ids
     if ids is None:
-        ids = sample_calibration(dense, calibration_tokens + evaluation_tokens, plan.seed)
+        ids = sample_calibration(dense, calibration_tokens + evaluation_tokens, options.seed)
     calibration, held_out = split_tokens(ids, calibration_tokens, evaluation_tokens)
     on_step("calibration text", 1, 1)
     total = dense.config.num_hidden_layers
@@ -77,11 +78,11 @@ def bootstrap_checkpoint(
     experts = plan_experts(
         dense,
         calibration,
-        plan,
+        options,
         measured=measured,
         on_layer=lambda layer: on_step("clustering layers", layer + 1, total),
     )
-    graph = build_graph(dense, experts, plan.visits, base_fingerprint=base)
+    graph = build_graph(dense, experts, options.visits, base_fingerprint=base)
     report = _report(measured, graph, experts, held_out, on_step)
     with new_directory(out, overwrite=overwrite) as directory:
         save_graph(cast_weights(graph, dtype), tokenizer, directory)
@@ -89,8 +90,9 @@ def bootstrap_checkpoint(
         (directory / "cluster_stats.txt").write_text(cluster_table([layer.clusters for layer in experts]))
     return {
         "out": str(out),
-        "experts": plan.num_experts,
-        "experts_per_token": plan.visits,
+        "experts": options.num_experts,
+        "experts_per_token": options.visits,
+        "clustering": options.clustering,
         "layers": [
             {"sizes": layer.clusters.sizes, "inertia": layer.clusters.inertia, "seconds": layer.seconds}
             for layer in experts

@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.graph_vs_topk import build_arm, measure, outside_top_k, trained_figures
 from federated.data.blocks import Blocks
-from models.bootstrap.build import BootstrapPlan, plan_experts
+from models.bootstrap.build import BootstrapOptions, plan_experts
 from tests.conftest import tiny_llama
 from tests.support.tiny_graphs import graph_of, logit_difference, random_ids, with_random_gains
 
@@ -29,7 +29,7 @@ def test_a_quick_run_measures_every_figure():
 
 def test_both_arms_start_as_the_same_function():
     dense, ids = tiny_llama(), random_ids(tiny_llama())
-    experts = plan_experts(dense, ids, BootstrapPlan(num_experts=8, experts_per_token=3))
+    experts = plan_experts(dense, ids, BootstrapOptions(num_experts=8, experts_per_token=3))
     graph, flat = (build_arm(dense, experts, 3, arm) for arm in ("graph", "topk"))
     assert any(layer.edges.triu(1).any() for layer in graph.expert_layers())
     assert not any(layer.edges.triu(1).any() for layer in flat.expert_layers())

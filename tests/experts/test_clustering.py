@@ -9,8 +9,10 @@ from scipy.optimize import linear_sum_assignment
 
 from configs.errors import UserError
 from experts.clustering import (
+    CLUSTERINGS,
     balanced_assignment,
     balanced_clusters,
+    check_clustering,
     check_expert_count,
     random_clusters,
     timed_clusters,
@@ -35,16 +37,17 @@ def inertia_of(features: np.ndarray, members: np.ndarray) -> float:
     return total
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     st.sampled_from([(12, 1), (12, 3), (12, 4), (12, 12), (30, 5), (1, 1), (7, 7)]),
     st.integers(0, 99),
     st.booleans(),
+    st.sampled_from(CLUSTERINGS),
 )
-def test_every_neuron_is_in_exactly_one_expert_and_all_experts_are_equal(shape, seed, constant):
+def test_every_neuron_is_in_exactly_one_expert_and_all_experts_are_equal(shape, seed, constant, clustering):
     neurons, experts = shape
     features = np.random.default_rng(seed).normal(size=(neurons, 2)).astype(np.float32) * (not constant)
-    clusters = balanced_clusters(features, experts, seed=seed)
+    clusters = balanced_clusters(features, experts, clustering=clustering, seed=seed)
     assert clusters.members.shape == (experts, neurons // experts)
     assert sorted(clusters.members.flatten().tolist()) == list(range(neurons))
     assert (np.diff(clusters.members, axis=1) > 0).all()
@@ -101,6 +104,34 @@ def test_a_balanced_assignment_costs_the_least_of_all(shape, seed, ties):
     assert found == pytest.approx(costs.repeat(neurons // experts, axis=1)[slots, columns].sum(), abs=1e-2)
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e-6, 1e6])
+def test_the_package_is_run_as_it_is_on_features_of_any_scale(scale):
+    features = np.random.default_rng(0).normal(size=(64, 5))
+    centered = features - features.mean(axis=0)
+    distance = np.mean([np.linalg.norm(row) for row in centered])
+    reference = KMeansConstrained(8, size_min=8, size_max=8, random_state=3)
+    labels = reference.fit_predict(centered * 10 / distance)
+    expected = [np.flatnonzero(labels == expert).tolist() for expert in range(8)]
+    found = balanced_clusters(features * scale, 8, clustering="k-means-constrained", seed=3)
+    assert found.members.tolist() == expected
+    assert found.inertia == pytest.approx(inertia_of(features * scale, found.members), rel=1e-9)
+
+
+def test_clusters_of_the_package_that_are_not_balanced_are_refused(monkeypatch):
+    monkeypatch.setattr(KMeansConstrained, "fit_predict", lambda self, rows: np.array([0, 0, 0, 1]))
+    with pytest.raises(RuntimeError, match=r"\[3, 1\] neurons, not of 2"):
+        balanced_clusters(np.arange(8.0).reshape(4, 2), 2, clustering="k-means-constrained")
+
+
+def test_an_unknown_clustering_and_a_package_that_is_missing_are_refused(monkeypatch):
+    with pytest.raises(UserError, match="flow, k-means-constrained, got 'k-means'"):
+        balanced_clusters(np.zeros((4, 2)), 2, clustering="k-means")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    check_clustering("flow")
+    with pytest.raises(UserError, match="k-means-constrained.*install.sh clustering$"):
+        check_clustering("k-means-constrained")
+
+
 def test_more_restarts_are_never_worse():
     features = np.random.default_rng(3).normal(size=(64, 5))
     one, five = (balanced_clusters(features, 8, restarts=count).inertia for count in (1, 5))
@@ -124,11 +155,12 @@ def test_the_seed_decides():
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_features_that_are_not_finite_are_refused(bad):
+@pytest.mark.parametrize("clustering", CLUSTERINGS)
+def test_features_that_are_not_finite_are_refused(bad, clustering):
     features = np.zeros((4, 2))
     features[2, 1] = bad
     with pytest.raises(UserError, match="finite"):
-        balanced_clusters(features, 2)
+        balanced_clusters(features, 2, clustering=clustering)
 
 
 @given(st.integers(1, 400))
@@ -164,3 +196,6 @@ def test_timed_clusters_are_the_clusters_and_a_time():
     clusters, seconds = timed_clusters(features, 3, 5)
     assert np.array_equal(clusters.members, balanced_clusters(features, 3, seed=5).members)
     assert 0 < seconds < 60
+    other, _ = timed_clusters(features, 3, 5, "k-means-constrained")
+    reference = balanced_clusters(features, 3, seed=5, clustering="k-means-constrained")
+    assert np.array_equal(other.members, reference.members)

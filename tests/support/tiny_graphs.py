@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from models.bootstrap.build import BootstrapPlan, build_graph, plan_experts
+from models.bootstrap.build import BootstrapOptions, build_graph, plan_experts
 from models.bootstrap.calibration import visit_ffn_inputs
 from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 from tests.conftest import tiny_llama
@@ -31,7 +31,7 @@ def graph_of(
 ) -> FedGraftForCausalLM:
     """An expert graph of ``dense`` (default: the tiny Llama), calibrated on random tokens."""
     dense = tiny_llama() if dense is None else dense
-    experts = plan_experts(dense, random_ids(dense), BootstrapPlan(num_experts=num_experts, **plan))
+    experts = plan_experts(dense, random_ids(dense), BootstrapOptions(num_experts=num_experts, **plan))
     return build_graph(dense, experts, visits)
 
 

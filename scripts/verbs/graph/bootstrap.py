@@ -15,6 +15,9 @@ def bootstrap(
     experts: Annotated[int, typer.Option(help="Experts per layer; must divide the FFN width.")],
     out: Annotated[Path, typer.Option("--out", "--output", help="Directory of the new checkpoint.")],
     features: Annotated[str, typer.Option(help="gate, up, down, gate+up, joint or activation.")] = "gate",
+    clustering: Annotated[
+        str, typer.Option(help="flow, or k-means-constrained: the package that EMoE uses (an extra).")
+    ] = "flow",
     router: Annotated[str, typer.Option(help="ridge or centroid.")] = "ridge",
     calibration: Annotated[
         list[str] | None,
@@ -39,13 +42,14 @@ def bootstrap(
     With every expert active the new model computes what the dense one computes. The report shows the perplexity
     when 75, 50 and 25 % of the experts are active, beside other ways to choose as many neurons.
     """
-    from models.bootstrap.build import BootstrapPlan
+    from models.bootstrap.build import BootstrapOptions
     from models.bootstrap.pipeline import bootstrap_checkpoint
 
     quiet_libraries()
-    plan = BootstrapPlan(
+    options = BootstrapOptions(
         num_experts=experts,
         features=features,
+        clustering=clustering,
         router=router,
         experts_per_token=experts_per_token,
         seed=seed,
@@ -56,7 +60,7 @@ def bootstrap(
         result = bootstrap_checkpoint(
             source=model,
             out=out,
-            plan=plan,
+            options=options,
             calibration_ids=_token_blocks(model, calibration, tokens) if calibration else None,
             calibration_tokens=calibration_tokens,
             evaluation_tokens=evaluation_tokens,

@@ -9,7 +9,7 @@ from experts.clustering import Clusters, balanced_clusters
 from experts.graph.expert_graph import edges_by_lift
 from models.bootstrap.build import (
     FEATURES,
-    BootstrapPlan,
+    BootstrapOptions,
     build_graph,
     first_edges,
     fit_routers,
@@ -37,7 +37,7 @@ def ids(dense):
 
 @pytest.fixture(scope="module")
 def experts(dense, ids):
-    return plan_experts(dense, ids, BootstrapPlan(num_experts=8, experts_per_token=3))
+    return plan_experts(dense, ids, BootstrapOptions(num_experts=8, experts_per_token=3))
 
 
 def test_every_neuron_has_one_place_and_experts_fall_in_mean_activation(dense, ids, experts):
@@ -57,6 +57,16 @@ def test_the_clusters_are_those_of_balanced_k_means_on_the_gate_rows(dense, expe
         }
         assert planned.clusters.inertia == pytest.approx(expected.inertia)
         assert planned.seconds > 0
+
+
+def test_the_clustering_can_be_that_of_the_package(dense, ids, experts):
+    plan = BootstrapOptions(num_experts=8, experts_per_token=3, clustering="k-means-constrained")
+    for layer, planned, flow in zip(dense.model.layers, plan_experts(dense, ids, plan), experts, strict=True):
+        rows = layer.mlp.gate_proj.weight.detach().numpy()
+        expected = balanced_clusters(rows, 8, clustering="k-means-constrained")
+        found = {tuple(rows) for rows in planned.clusters.members.tolist()}
+        assert found == {tuple(rows) for rows in expected.members.tolist()}
+        assert found != {tuple(rows) for rows in flow.clusters.members.tolist()}
 
 
 def test_numbering_reorders_the_clusters_and_nothing_else(dense, ids):
@@ -124,7 +134,7 @@ def test_edges_come_from_what_the_router_selects_together(dense, ids, experts):
 
 def test_a_plan_is_carried_out_the_same_again_and_side_by_side(dense, ids, experts):
     seen = []
-    plan = BootstrapPlan(num_experts=8, experts_per_token=3, jobs=2)
+    plan = BootstrapOptions(num_experts=8, experts_per_token=3, jobs=2)
     again = plan_experts(dense, ids, plan, on_layer=seen.append)
     assert seen == [0, 1]
     for one, other in zip(experts, again, strict=True):
@@ -179,6 +189,7 @@ def test_settings_for_generation_come_along(dense, experts):
     "wrong, message",
     [
         ({"features": "gates"}, "gate, up, down, gate\\+up, joint, activation.*'gates'"),
+        ({"clustering": "k-means"}, "flow, k-means-constrained.*'k-means'"),
         ({"router": "riddle"}, "ridge, centroid.*'riddle'"),
         ({"experts_per_token": 9}, "between 1 and the 8 experts, got 9"),
         ({"experts_per_token": 0}, "between 1 and the 8 experts, got 0"),
@@ -188,21 +199,21 @@ def test_settings_for_generation_come_along(dense, experts):
 )
 def test_plans_that_cannot_be_carried_out_are_refused(wrong, message):
     with pytest.raises(UserError, match=message):
-        BootstrapPlan(**{"num_experts": 8, **wrong})
+        BootstrapOptions(**{"num_experts": 8, **wrong})
 
 
 def test_half_of_the_experts_are_visited_where_nothing_else_is_said():
-    assert [BootstrapPlan(num_experts=count).visits for count in (1, 2, 7, 16)] == [1, 1, 3, 8]
+    assert [BootstrapOptions(num_experts=count).visits for count in (1, 2, 7, 16)] == [1, 1, 3, 8]
 
 
 @pytest.mark.parametrize("count", [0, -4, 5, 128])
 def test_a_count_that_does_not_divide_is_answered_with_the_nearest_that_do(dense, ids, count):
     with pytest.raises(UserError, match="divides the FFN width 64"):
-        plan_experts(dense, ids, BootstrapPlan(num_experts=count))
+        plan_experts(dense, ids, BootstrapOptions(num_experts=count))
 
 
 def test_weights_that_are_not_finite_are_refused(ids):
     damaged = tiny_llama()
     damaged.model.layers[1].mlp.gate_proj.weight.data[3, 4] = float("nan")
     with pytest.raises(UserError, match="finite"):
-        plan_experts(damaged, ids, BootstrapPlan(num_experts=4))
+        plan_experts(damaged, ids, BootstrapOptions(num_experts=4))

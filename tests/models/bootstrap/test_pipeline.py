@@ -9,7 +9,7 @@ import torch
 from configs.errors import UserError
 from experts.graph.expert_graph import reachable
 from models.bootstrap import pipeline as module
-from models.bootstrap.build import BootstrapPlan
+from models.bootstrap.build import BootstrapOptions
 from models.bootstrap.pipeline import bootstrap_checkpoint, sample_calibration, split_tokens
 from models.checkpoints.load import load_dense, load_graph, load_tokenizer
 from models.files.fingerprint import fingerprint
@@ -22,7 +22,7 @@ def run(source: Path, out: Path, *, num_experts: int = 4, plan: dict | None = No
     return bootstrap_checkpoint(
         source=str(source),
         out=out,
-        plan=BootstrapPlan(num_experts=num_experts, **(plan or {})),
+        options=BootstrapOptions(num_experts=num_experts, **(plan or {})),
         **{
             "calibration_ids": random_ids(tiny_llama(), 12, 32),
             "calibration_tokens": 256,
@@ -35,7 +35,8 @@ def run(source: Path, out: Path, *, num_experts: int = 4, plan: dict | None = No
 def test_the_report_has_the_agreed_keys_and_its_files_are_there(tmp_path, tiny_llama_dir):
     stages = []
     report = run(tiny_llama_dir, tmp_path / "graph", on_step=lambda *step: stages.append(step))
-    assert set(report) == {"out", "experts", "experts_per_token", "layers", "perplexity"}
+    assert set(report) == {"out", "experts", "experts_per_token", "clustering", "layers", "perplexity"}
+    assert report["clustering"] == "flow"
     assert (report["out"], report["experts"], report["experts_per_token"]) == (str(tmp_path / "graph"), 4, 2)
     assert [set(layer) for layer in report["layers"]] == [{"sizes", "inertia", "seconds"}] * 2
     assert all(layer["sizes"] == [16] * 4 and layer["inertia"] > 0 for layer in report["layers"])

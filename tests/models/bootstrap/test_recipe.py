@@ -30,7 +30,7 @@ from models.files.config_file import read_config
 from models.files.fingerprint import fingerprint
 from models.graph.graph_state import read_graph
 from tests.conftest import tiny_llama
-from tests.support.tiny_graphs import BootstrapPlan, random_ids
+from tests.support.tiny_graphs import BootstrapOptions, random_ids
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_wide_layers_take_four_bytes_a_neuron():
     width = (1 << 16) + 64
     dense = tiny_llama(intermediate_size=width, hidden_size=4, num_hidden_layers=1, num_attention_heads=2)
     ids = random_ids(dense, blocks=1, length=8)
-    experts = plan_experts(dense, ids, BootstrapPlan(num_experts=1))
+    experts = plan_experts(dense, ids, BootstrapOptions(num_experts=1))
     recipe = recipe_of(build_graph(dense, experts, 1, base_fingerprint="0" * 64))
     assert recipe.neurons.dtype == np.uint32
     assert np.array_equal(read_recipe(write_recipe(recipe)).neurons, recipe.neurons)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from configs.errors import UserError
 from models.bootstrap import recipe_build as module
-from models.bootstrap.build import BootstrapPlan
+from models.bootstrap.build import BootstrapOptions
 from models.bootstrap.pipeline import bootstrap_checkpoint
 from models.bootstrap.recipe import RECIPE_NAME, Recipe, graph_fingerprint, read_recipe, read_recipe_file
 from models.bootstrap.recipe_build import DenseBase, build_from_recipe
@@ -25,7 +25,7 @@ def bootstrapped(base: Path, out: Path, **plan) -> Path:
     bootstrap_checkpoint(
         source=str(base),
         out=out,
-        plan=BootstrapPlan(**{"num_experts": 4, **plan}),
+        options=BootstrapOptions(**{"num_experts": 4, **plan}),
         calibration_ids=None,
         calibration_tokens=256,
         evaluation_tokens=128,

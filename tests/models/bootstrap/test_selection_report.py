@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from models.bootstrap import calibration as module
-from models.bootstrap.build import BootstrapPlan, build_graph, plan_experts
+from models.bootstrap.build import BootstrapOptions, build_graph, plan_experts
 from models.bootstrap.calibration import Calibration
 from models.bootstrap.selection_report import (
     SHARES,
@@ -29,7 +29,7 @@ def made():
     """A dense model, its graph, the experts, calibration and held-out tokens."""
     dense = tiny_llama()
     calibration, held_out = random_ids(dense, 12, 40), random_ids(dense, 4, 40, seed=1)
-    experts = plan_experts(dense, calibration, BootstrapPlan(num_experts=8))
+    experts = plan_experts(dense, calibration, BootstrapOptions(num_experts=8))
     return dense, build_graph(dense, experts, 4), experts, calibration, (held_out, held_out)
 
 
@@ -57,7 +57,7 @@ def test_what_was_measured_before_is_not_measured_again(made, report, monkeypatc
 def test_a_model_in_bf16_is_bootstrapped_and_reported_as_it_is(report):
     dense = tiny_llama().to(torch.bfloat16)
     calibration, held_out = random_ids(dense, 12, 40), random_ids(dense, 4, 40, seed=1)
-    experts = plan_experts(dense, calibration, BootstrapPlan(num_experts=8))
+    experts = plan_experts(dense, calibration, BootstrapOptions(num_experts=8))
     assert all(layer.router.dtype == torch.float32 for layer in experts)
     found = selection_report(
         dense, build_graph(dense, experts, 4), experts, calibration, (held_out, held_out)
@@ -111,7 +111,7 @@ def test_all_neurons_selected_is_the_dense_model(made):
 def test_the_oracle_keeps_most_of_the_output_and_random_experts_the_least():
     """At half the experts, what the oracle leaves out of an FFN's output is less than what a random choice does."""
     dense = tiny_llama()
-    experts = plan_experts(dense, random_ids(dense, 20, 40), BootstrapPlan(num_experts=8))
+    experts = plan_experts(dense, random_ids(dense, 20, 40), BootstrapOptions(num_experts=8))
     x, mlp = ffn_inputs(dense, random_ids(dense, 5, 40, seed=2), 0), dense.model.layers[0].mlp
     members = torch.from_numpy(experts[0].clusters.members)
     noise = torch.randn(len(x), 8, generator=torch.Generator().manual_seed(0))

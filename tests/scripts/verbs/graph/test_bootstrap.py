@@ -45,7 +45,7 @@ def test_a_reader_gets_a_table_and_the_next_step(tmp_path, capsys, tiny_llama_di
             "--router",
             "centroid",
         ),
-        *("--experts-per-token", 3, "--seed", 7, *QUICK),
+        *("--experts-per-token", 3, "--clustering", "k-means-constrained", "--seed", 7, *QUICK),
     )
     assert outcome.code == 0 and "oracle" in outcome.out and f"wrote {out}" in outcome.out.replace("\n", "")
     assert "fedgraft simulate --graph" in outcome.err and "next" not in outcome.out
@@ -80,6 +80,12 @@ def test_overwrite_replaces_and_nothing_else_is_touched(tmp_path, capsys, tiny_l
     assert run(capsys, *command, "--overwrite").code == 0
     assert not (out / "old").exists() and (out / "model.safetensors").is_file()
     assert {path.name for path in tmp_path.iterdir()} == {"graph", "other"} and "other" in tree(tmp_path)
+
+
+def test_an_unknown_clustering_is_refused(tmp_path, capsys, tiny_llama_dir):
+    command = ("bootstrap", "--model", tiny_llama_dir, "--experts", 4, "--out", tmp_path / "new", "--json")
+    outcome = run(capsys, *command, "--clustering", "k-means")
+    assert outcome.code == 2 and "flow" in outcome.json()["error"] and not (tmp_path / "new").exists()
 
 
 def test_the_table_shows_every_figure():
