@@ -23,6 +23,7 @@ from clients.training.gradient_rms import entry_slopes
 from clients.training.resident_model import changes, hold_residents
 from clients.training.starting_point import StartingPoint
 from clients.training.trainer import Batch, LocalTraining, train_locally
+from configs.node_config import NodeConfig, load_node_config
 from configs.schema import RunConfig
 from federated.aggregation.usage import UsageCounter, pack_usage
 from federated.data.blocks import Blocks, batches, take
@@ -79,24 +80,25 @@ class Participant:
         """Load the client's data and its copy of the global model, brought to the request's version.
 
         Raises:
-            UserError: no such graph, another base than the server's, no data, a budget above the graph's experts.
+            UserError: an invalid node configuration, no such graph, another base than the server's, no data, a budget
+                above the graph's experts.
             NeedsRecipe: the graph has yet to be built from the dense base.
             VersionMismatch: the request's steps do not start at the version on disk.
             RefusedUpdate: a step that is damaged or leads to another graph than the server's.
         """
-        node = context.node_config
-        partition = int(node["partition-id"])
+        node = load_node_config(context.node_config)
+        partition = node.partition_id
         graph = local_graph(config, node, request)
-        store = ClientStore(client_folder(config, context) / f"client-{partition}")
+        store = ClientStore(client_folder(config, node, run_id=context.run_id) / f"client-{partition}")
         model = open_mapped(graph, store.copy).to(choose_device(config.device))
-        name, train, valid = store.blocks(lambda: _make_blocks(config, node, partition, graph, model))
+        name, train, valid = store.blocks(lambda: _make_blocks(config, node, graph, model))
         if config.walk:
             set_walk(model, config.walk)
         if config.experts_per_token:
             set_visits(model, config.experts_per_token)
         bring_to_version(model, store, request)
         config = with_own_limits(config, node, name)
-        budget = client_budget(config, node, model, partition, name)
+        budget = client_budget(config, node, model, name)
         return cls(config, partition, budget, name, store, model, train, valid)
 
     def train_round(self, request: Request) -> Reply:
@@ -237,8 +239,10 @@ class Participant:
         return torch.Generator().manual_seed(seed)
 
 
-def _make_blocks(config: RunConfig, node, partition: int, graph: str, model) -> tuple[str, Blocks, Blocks]:
-    documents = client_documents(config, partition, data_dir=str(node.get("data-dir", "")))
+def _make_blocks(
+    config: RunConfig, node: NodeConfig, graph: str, model: FedGraftForCausalLM
+) -> tuple[str, Blocks, Blocks]:
+    documents = client_documents(config, node.partition_id, data_dir=node.data_dir)
     train, valid = pack_client(
         documents, load_tokenizer(graph), config.block_size, model.config.max_position_embeddings
     )

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from clients.state.residual import Kept, Shipped
 from configs.errors import UserError
+from configs.node_config import NodeConfig
 from configs.schema import RunConfig, load_run_config
 from federated.protocol.messages import Request
 from federated.selection.entries import saliency
@@ -20,24 +21,24 @@ from models.graph.graph_state import read_graph
 from models.graph.unit_vectors import unit_shapes
 from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 
-_OWN = ("density", "upload-budget-mb")
 _MB = 10**6
 
 
-def with_own_limits(config: RunConfig, node: Mapping[str, object], name: str) -> RunConfig:
-    """The run's configuration with the ``density`` and ``upload-budget-mb`` of a node in place of the run's.
+def with_own_limits(config: RunConfig, node: NodeConfig, name: str) -> RunConfig:
+    """Run configuration with the node's own ``density`` and ``upload-budget-mb`` in place of the run's.
 
-    A node that names only a density has no upload budget.
+    A node that sets only a density has no upload budget.
 
     Args:
-        config: of the run.
-        node: configuration of the node.
-        name: of the client, for messages.
+        config: run configuration.
+        node: node configuration.
+        name: client name, for messages.
 
     Raises:
-        UserError: a value out of range.
+        UserError: the node's limits conflict with other keys of the run.
     """
-    own = {key: node[key] for key in _OWN if key in node}
+    limits = {"density": node.density, "upload-budget-mb": node.upload_budget_mb}
+    own = {key: value for key, value in limits.items() if value is not None}
     if not own:
         return config
     try:

@@ -9,42 +9,28 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from configs.conflicts import check_conflicts
-from configs.errors import UserError, nearest
-from configs.values import parse_assignments, parse_budgets, parse_partition, read_config_file, split_list
-
-__all__ = [
-    "RunConfig",
-    "defaults_toml",
-    "load_run_config",
-    "parse_assignments",
-    "parse_partition",
-    "read_config_file",
-    "run_config_defaults",
-]
-
-Value = bool | int | float | str
-Count = Annotated[int, Field(ge=1)]
-Whole = Annotated[int, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
+from configs.keys import (
+    Count,
+    Density,
+    Keys,
+    NonNegative,
+    Positive,
+    Share,
+    Value,
+    Whole,
+    check_known,
+    integer_as_text,
+    keys_of,
+    validate_keys,
+)
+from configs.values import parse_budgets, parse_partition, split_list
 
 
-class RunConfig(BaseModel):
+class RunConfig(Keys):
     """Configuration of one federated run; immutable, conflicts are refused when it is built."""
-
-    model_config = ConfigDict(
-        alias_generator=lambda name: name.replace("_", "-"),
-        populate_by_name=True,
-        frozen=True,
-        extra="forbid",
-        strict=True,
-        allow_inf_nan=False,
-        use_attribute_docstrings=True,
-    )
 
     graph: str = ""
     """Path of the bootstrapped checkpoint folder; empty: the user-cache folder."""
@@ -90,7 +76,7 @@ class RunConfig(BaseModel):
     """What a client weighs: its training blocks (examples) or the tokens it trained on in the round."""
     ship_experts: Whole = 0
     """Experts per layer a client ships each round; 0: all it trained."""
-    density: Annotated[float, Field(gt=0, le=1)] = 0.006
+    density: Density = 0.006
     """Kept entries / all entries of the experts a client ships; a node's own density counts before it."""
     density_scope: Literal["expert", "all"] = "all"
     """Entries that compete for the density: of each expert by itself, or of all that a client ships (all)."""
@@ -100,7 +86,7 @@ class RunConfig(BaseModel):
     """Whether an expert's change goes as low-rank factors where these keep more of it in as many bytes."""
     upload_budget_mb: NonNegative = 0.0
     """MB (10^6 bytes) that a client's packed update fills in place of density; a node's own counts first; 0: none."""
-    downlink_density: Annotated[float, Field(gt=0, le=1)] = 1.0
+    downlink_density: Density = 1.0
     """Kept entries / all entries of each expert's step that the server sends; 1: every entry that a client shipped."""
     value_bits: Literal[16, 8, 4, 2] = 2
     """Bits per shipped value: 16, 8, 4 or 2."""
@@ -195,8 +181,7 @@ class RunConfig(BaseModel):
     )
     @classmethod
     def _integer_as_text(cls, value: Any) -> Any:
-        """Accept an integer where text is meant (``budgets = 8``, ``out = 2024``)."""
-        return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+        return integer_as_text(value)
 
     @field_validator("budgets")
     @classmethod
@@ -246,16 +231,10 @@ def load_run_config(values: Mapping[str, Any]) -> RunConfig:
     Raises :class:`UserError` in one line for an unknown key (naming the nearest), a wrong type, a value
     out of range or a conflict between keys.
     """
-    known = run_config_defaults()
-    for key in values:
-        if key not in known:
-            raise UserError(
-                f"unknown configuration key {key!r}{nearest(key, known)}; configs/default.toml lists all"
-            )
-    try:
-        return RunConfig.model_validate(dict(values))
-    except ValidationError as error:
-        raise UserError(_explain(error)) from None
+    check_known(
+        values, keys_of(RunConfig), kind="configuration key", listing="configs/default.toml lists all"
+    )
+    return validate_keys(RunConfig, values)
 
 
 def run_config_defaults() -> dict[str, Value]:
@@ -272,17 +251,6 @@ def defaults_toml() -> str:
     for field in RunConfig.model_fields.values():
         lines += [f"# {field.description}", f"{field.alias} = {_toml(field.default)}", ""]
     return "\n".join(lines)
-
-
-def _explain(error: ValidationError) -> str:
-    """One line for the first problem of a pydantic error."""
-    first = error.errors()[0]
-    if isinstance(cause := first.get("ctx", {}).get("error"), UserError):
-        return str(cause)
-    expected = first["msg"].removeprefix("Input should be ")
-    if expected.startswith(("greater", "less")):
-        expected = f"a value {expected}"
-    return f"expected {'.'.join(map(str, first['loc']))} to be {expected}, got {first['input']!r}"
 
 
 def _toml(value: Value) -> str:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import psutil
 
 from configs.errors import UserError
+from configs.node_config import NodeConfig
 from configs.schema import RunConfig
 from models.graph.unit_vectors import weight_count
 from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
@@ -23,33 +22,25 @@ _PACKED, _PACKED_ENTRY, _PACKED_BYTE = 2.5, 40.0, 160.0
 _MOMENTS = 4.0
 
 
-def client_budget(
-    config: RunConfig, node: Mapping[str, object], model: FedGraftForCausalLM, partition: int, name: str
-) -> int:
+def client_budget(config: RunConfig, node: NodeConfig, model: FedGraftForCausalLM, name: str) -> int:
     """Experts per layer that a client holds; 0 for all.
 
-    ``expert-budget`` or ``memory-budget-mb`` of the node count before those of the run.
+    The node's ``expert-budget`` or ``memory-budget-mb`` takes precedence over the run's.
 
     Args:
-        config: of the run.
-        node: configuration of the node.
-        model: opened with its experts on disk.
-        partition: index of the client.
-        name: of the client, for messages.
+        config: run configuration.
+        node: node configuration.
+        model: graph with its experts on disk.
+        name: client name, for messages.
 
     Raises:
-        UserError: both are given for a node, a budget below 1 or above the graph's experts, memory for less than one.
+        UserError: a budget below 1 or above the graph's experts per layer, or memory for less than one expert.
     """
-    if "expert-budget" in node and "memory-budget-mb" in node:
-        raise UserError(
-            f"expected expert-budget or memory-budget-mb for client {name}, got both; drop one from its node-config"
-        )
-    if "expert-budget" in node:
-        return _checked(int(str(node["expert-budget"])), model, name)
-    memory = int(str(node.get("memory-budget-mb", 0))) or config.memory_budget_mb
-    if memory:
+    if node.expert_budget is not None:
+        return _checked(node.expert_budget, model, name)
+    if memory := node.memory_budget_mb or config.memory_budget_mb:
         return budget_of_memory(config, model, memory, name)
-    budget = config.client_budgets[partition % config.num_clients]
+    budget = config.client_budgets[node.partition_id % config.num_clients]
     return _checked(budget, model, name) if budget else 0
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from flwr.app import Context
-
 from clients.state.store import ClientStore
+from configs.node_config import NodeConfig
 from configs.paths import cache_folder
 from configs.schema import RunConfig
 from federated.protocol.messages import Request
@@ -31,13 +30,13 @@ class VersionMismatch(RuntimeError):
         self.version = version
 
 
-def client_folder(config: RunConfig, context: Context) -> Path:
-    """Where the clients of a run keep their files: the node's own ``cache-dir``, else beside the run's logs."""
-    if cache := context.node_config.get("cache-dir"):
-        return Path(str(cache)) / f"run-{context.run_id}"
+def client_folder(config: RunConfig, node: NodeConfig, *, run_id: int) -> Path:
+    """Folder of the client files of one run: in the node's ``cache-dir``, else in the run's ``log-dir``."""
+    if node.cache_dir:
+        return Path(node.cache_dir) / f"run-{run_id}"
     if config.log_dir:
-        return Path(config.log_dir) / "clients" / f"run-{context.run_id}"
-    return cache_folder() / "runs" / str(context.run_id) / "clients"
+        return Path(config.log_dir) / "clients" / f"run-{run_id}"
+    return cache_folder() / "runs" / str(run_id) / "clients"
 
 
 def bring_to_version(model: FedGraftForCausalLM, store: ClientStore, request: Request) -> None:

@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 
 from filelock import FileLock
 
 from configs.errors import UserError
+from configs.node_config import NodeConfig
 from configs.output import new_directory
 from configs.paths import cache_folder, default_graph
 from configs.schema import RunConfig
@@ -33,7 +33,7 @@ class NeedsRecipe(RuntimeError):
     """The client has the dense base only and has not built this graph yet."""
 
 
-def local_graph(config: RunConfig, node: Mapping[str, object], request: Request) -> str:
+def local_graph(config: RunConfig, node: NodeConfig, request: Request) -> str:
     """The graph checkpoint of a node, checked to be the one that the server starts from.
 
     The node's own ``graph`` counts before its ``base``, these before the run's ``base``, and that before the run's
@@ -49,10 +49,10 @@ def local_graph(config: RunConfig, node: Mapping[str, object], request: Request)
         UserError: another graph than the server's, or a base that it is not made from.
     """
     cache = node_cache(node)
-    base = "" if node.get("graph") else str(node.get("base") or config.base)
+    base = "" if node.graph else node.base or config.base
     if base:
         return str(_built_graph(base, request, cache))
-    graph = str(node.get("graph") or config.graph or default_graph())
+    graph = node.graph or config.graph or str(default_graph())
     if graph_fingerprint(graph, _memory(cache)) != request.base_fingerprint:
         raise UserError(
             f"expected the same bootstrapped checkpoint as the server's, got other weights in {graph}; "
@@ -61,9 +61,9 @@ def local_graph(config: RunConfig, node: Mapping[str, object], request: Request)
     return graph
 
 
-def node_cache(node: Mapping[str, object]) -> Path:
-    """Where a node keeps what outlasts a run."""
-    return Path(str(node["cache-dir"])) if node.get("cache-dir") else cache_folder()
+def node_cache(node: NodeConfig) -> Path:
+    """Folder of the node's files that outlast a run: its ``cache-dir``, else the user-cache folder."""
+    return Path(node.cache_dir) if node.cache_dir else cache_folder()
 
 
 def _built_graph(base: str, request: Request, cache: Path) -> Path:

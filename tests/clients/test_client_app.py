@@ -94,6 +94,17 @@ def test_bad_input_is_an_error_reply_that_names_it(graph, values, tmp_path, kind
         assert_refused(reply, *words)
 
 
+@pytest.mark.parametrize("kind", ["train", "evaluate"])
+def test_a_misspelt_node_key_is_an_error_reply_that_names_the_nearest(graph, values, tmp_path, kind):
+    reply = answer(values, request_for(graph), kind, expert_buget=2)
+    assert_refused(
+        reply, "UserError", "unknown node-config key 'expert-buget'", "'expert-budget'", "client 0"
+    )
+    reply = answer(values, request_for(graph), kind, density=2.0)
+    assert_refused(reply, "UserError", "expected density to be a value less than or equal to 1", "client 0")
+    assert not (tmp_path / "logs").exists()
+
+
 def test_a_node_without_a_partition_is_an_error_reply(graph, values):
     grid = InProcessGrid(client_app.app, [{}], values)
     content = write_request(request_for(graph))

@@ -30,6 +30,7 @@ from tests.support.grid import Late
 from tests.support.tiny_federation import (
     TinyGrid,
     client_folder_of,
+    node_of,
     save_tiny_graph,
     tiny_config,
     tiny_federation,
@@ -95,7 +96,7 @@ def test_nothing_is_carried_into_the_first_round():
     ],
 )
 def test_a_nodes_own_limits_count_before_the_runs(node, density, budget):
-    config = with_own_limits(RunConfig(density=0.05, upload_budget_mb=0.5, seed=3), node, "a")
+    config = with_own_limits(RunConfig(density=0.05, upload_budget_mb=0.5, seed=3), node_of(node), "a")
     assert (config.density, config.upload_budget_mb, config.seed) == (density, budget, 3)
     assert limits(config).max_bytes == budget * 1e6 and limits(config).density == density
 
@@ -105,9 +106,9 @@ def test_a_nodes_own_limits_count_before_the_runs(node, density, budget):
 )
 def test_own_limits_out_of_range_are_the_users_affair(node):
     with pytest.raises(
-        UserError, match=r"^expected (density|upload-budget-mb) .* in the node-config of client b$"
+        UserError, match=r"^expected (density|upload-budget-mb) .* in the node-config of client 0$"
     ):
-        with_own_limits(RunConfig(), node, "b")
+        with_own_limits(RunConfig(), node_of(node), "b")
 
 
 def test_limits_are_those_of_the_run():

@@ -5,7 +5,8 @@ import tomllib
 import pytest
 
 from configs.errors import UserError
-from configs.schema import RunConfig, defaults_toml, load_run_config, read_config_file, run_config_defaults
+from configs.schema import RunConfig, defaults_toml, load_run_config, run_config_defaults
+from configs.values import read_config_file
 from tests.support.paths import ROOT
 
 

@@ -9,7 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from configs.schema import load_run_config, read_config_file
+from configs.schema import load_run_config
+from configs.values import read_config_file
 from scripts import quickstart
 from scripts.quickstart import CONFIG, EXPERTS, QuickStart, lines, run
 from tests.support.paths import ROOT

@@ -13,6 +13,7 @@ from flwr.app import Context, Message, RecordDict
 from transformers import PreTrainedTokenizerBase
 
 from clients.client_app import app as client_app
+from configs.node_config import NodeConfig, load_node_config
 from configs.schema import RunConfig, load_run_config
 from federated.protocol.messages import Request
 from federated.protocol.steps import ServerStep
@@ -79,6 +80,11 @@ def run_values(graph: Path, folder: Path, **changes: Any) -> dict[str, Any]:
 def node_configs(count: int = 2) -> list[dict[str, int]]:
     """Node configurations as Flower's simulation gives them."""
     return [{"partition-id": partition, "num-partitions": count} for partition in range(count)]
+
+
+def node_of(values: Mapping[str, Any] | None = None, *, partition: int = 0) -> NodeConfig:
+    """The validated configuration of a node with hyphenated ``values``."""
+    return load_node_config({"partition-id": partition, **(values or {})})
 
 
 def node_context(partition: int = 0, **node: Any) -> Context:

@@ -85,7 +85,8 @@ def read_run_config(config: Path | None, given: dict[str, Any], assignments: lis
     Raises:
         UserError: unknown keys, values out of range, conflicts.
     """
-    from configs.schema import load_run_config, parse_assignments, read_config_file
+    from configs.schema import load_run_config
+    from configs.values import parse_assignments, read_config_file
     from federated.data.documents import absolute_sources
 
     values = {"log-dir": DEFAULT_LOG_DIR} | (read_config_file(config) if config else {})

@@ -8,6 +8,7 @@ from configs.errors import UserError
 from configs.schema import load_run_config
 from models.checkpoints.disk_experts import open_mapped
 from models.graph.unit_vectors import weight_count
+from tests.support.tiny_federation import node_of
 
 MIB = 2**20
 
@@ -39,7 +40,7 @@ def occupied(model, config) -> float:
     ],
 )
 def test_a_nodes_own_budget_counts_before_the_runs(model, run, node, expected):
-    assert client_budget(config_of(**run), node, model, 1, "a") == expected
+    assert client_budget(config_of(**run), node_of(node, partition=1), model, "a") == expected
 
 
 @pytest.mark.parametrize(
@@ -53,7 +54,7 @@ def test_a_nodes_own_budget_counts_before_the_runs(model, run, node, expected):
 )
 def test_what_cannot_be_held_is_refused(model, node, words):
     with pytest.raises(UserError, match=words):
-        client_budget(config_of(), node, model, 0, "a")
+        client_budget(config_of(), node_of(node), model, "a")
 
 
 def test_as_many_experts_as_fit_are_held(model, monkeypatch):

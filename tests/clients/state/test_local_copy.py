@@ -18,7 +18,7 @@ from server.model.global_model import GlobalModel
 from tests.support.tiny_federation import (
     all_equal,
     next_step,
-    node_context,
+    node_of,
     random_change,
     request_at,
     run_values,
@@ -46,10 +46,11 @@ def test_files_lie_in_the_nodes_cache_else_with_the_logs_else_in_the_users_cache
 ):
     monkeypatch.setenv("FEDGRAFT_CACHE", str(tmp_path / "cache"))
     config = config_of()
-    assert client_folder(config, node_context(cache_dir="/x")) == type(tmp_path)("/x/run-1")
-    assert client_folder(config, node_context()) == tmp_path / "logs" / "clients" / "run-1"
+    assert client_folder(config, node_of({"cache-dir": "/x"}), run_id=1) == type(tmp_path)("/x/run-1")
+    assert client_folder(config, node_of(), run_id=1) == tmp_path / "logs" / "clients" / "run-1"
     assert (
-        client_folder(config_of(log_dir=""), node_context()) == tmp_path / "cache" / "runs" / "1" / "clients"
+        client_folder(config_of(log_dir=""), node_of(), run_id=1)
+        == tmp_path / "cache" / "runs" / "1" / "clients"
     )
 
 

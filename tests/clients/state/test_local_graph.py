@@ -10,13 +10,13 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from clients.state import local_graph as module
-from clients.state.local_graph import NeedsRecipe, local_graph, node_cache
+from clients.state.local_graph import NeedsRecipe, node_cache
 from configs.errors import UserError
 from configs.schema import load_run_config
 from federated.protocol.messages import NEEDS_RECIPE, Request, read_request
 from models.bootstrap.recipe import graph_fingerprint, read_recipe, read_recipe_file, write_recipe
 from models.checkpoints.load import load_graph
-from tests.support.tiny_federation import TinyGrid, all_equal, tiny_config, tiny_federation
+from tests.support.tiny_federation import TinyGrid, all_equal, node_of, tiny_config, tiny_federation
 
 
 @pytest.fixture
@@ -42,6 +42,10 @@ def request_of(graph: Path, **changes) -> Request:
     return Request(**{"server_round": 1, "version": 0, **facts, **changes})
 
 
+def local_graph(config, node, request: Request) -> str:
+    return module.local_graph(config, node_of(node), request)
+
+
 def refusal(*args) -> str:
     with pytest.raises(UserError) as error:
         local_graph(*args)
@@ -51,8 +55,8 @@ def refusal(*args) -> str:
 
 def test_a_node_s_cache_is_its_own_or_the_user_s(monkeypatch, tmp_path):
     monkeypatch.setenv("FEDGRAFT_CACHE", str(tmp_path / "user"))
-    assert node_cache({"cache-dir": "/x"}) == Path("/x")
-    assert node_cache({}) == node_cache({"cache-dir": ""}) == tmp_path / "user"
+    assert node_cache(node_of({"cache-dir": "/x"})) == Path("/x")
+    assert node_cache(node_of()) == node_cache(node_of({"cache-dir": ""})) == tmp_path / "user"
 
 
 def test_a_graph_folder_counts_if_it_is_the_server_s(config, tiny_graph_dir, cache, tmp_path):
