@@ -31,6 +31,7 @@ ROOMS = {
     "models": (
         "",
         "remote_code",
+        "families",
         "runtime",
         "files",
         "graph",
@@ -183,6 +184,34 @@ def test_no_two_modules_import_each_other_in_a_circle():
     while ready := {name for name, targets in edges.items() if name not in done and targets <= done}:
         done |= ready
     assert set(edges) - done == set()
+
+
+FAMILY_TABLE = ROOT / "models/families/table.py"
+
+
+def family_keys() -> set[str]:
+    """Model types that are literals of the family table."""
+    tree = ast.parse(FAMILY_TABLE.read_text())
+    (table,) = [
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.AnnAssign)
+        and isinstance(node.target, ast.Name)
+        and node.target.id == "FAMILIES"
+    ]
+    return {str(key.value) for key in table.keys if isinstance(key, ast.Constant)}
+
+
+def strings(source: str) -> set[str]:
+    constants = [node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant)]
+    return {value for value in constants if isinstance(value, str)}
+
+
+def test_one_table_names_the_families_of_mixtures_of_experts():
+    keys = family_keys()
+    assert len(keys) > 6 and "mixtral" in keys
+    found = {name_of(path) for path in HOUSE if keys & strings(path.read_text())}
+    assert found == {name_of(FAMILY_TABLE)}
 
 
 REMOTE_CODE = sorted((ROOT / "models").rglob("*_fedgraft.py"))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -33,6 +34,15 @@ class EditedGraph:
     kept: tuple[np.ndarray, ...]
     numbers: tuple[dict[int, int], ...]
     added: tuple[np.ndarray, ...]
+
+
+class EditedLayer(NamedTuple):
+    """One layer of an ``EditedGraph``: its mask, and the entries of ``kept``, ``numbers`` and ``added``."""
+
+    mask: np.ndarray
+    kept: np.ndarray
+    numbers: dict[int, int]
+    added: np.ndarray
 
 
 def retirements(
@@ -68,7 +78,7 @@ def apply_expert_edits(graph: ExpertGraph, edits: Sequence[Edit]) -> EditedGraph
         if gone in goes[edit.layer]:
             raise UserError(f"expected expert {edit.layer}:{gone} to be taken out once, got it twice")
         goes[edit.layer][gone] = None if edit.op == RETIRE else edit.p
-    layers = [_edit_layer(mask, goes[layer], layer) for layer, mask in enumerate(graph.masks)]
+    layers = [remove_from_mask(mask, goes[layer], layer) for layer, mask in enumerate(graph.masks)]
     masks, kept, numbers, added = zip(*layers, strict=True) if layers else ((), (), (), ())
     return EditedGraph(ExpertGraph(masks, graph.version + 1), kept, numbers, added)
 
@@ -86,9 +96,17 @@ def _check(edit: Edit, num_experts: Sequence[int]) -> None:
         )
 
 
-def _edit_layer(
-    mask: np.ndarray, goes: Mapping[int, int | None], layer: int
-) -> tuple[np.ndarray, np.ndarray, dict[int, int], np.ndarray]:
+def remove_from_mask(mask: np.ndarray, goes: Mapping[int, int | None], layer: int) -> EditedLayer:
+    """Remove experts from one layer, as ``apply_expert_edits`` does.
+
+    Args:
+        mask: bool ``[E, E]``.
+        goes: by removed expert, the expert that it is merged into, or None.
+        layer: index, for messages.
+
+    Raises:
+        UserError: no expert would stay, or one is merged into an expert that is removed itself.
+    """
     kept = np.array([expert for expert in range(len(mask)) if expert not in goes], dtype=np.int64)
     if not len(kept):
         raise UserError(f"expected an expert to stay in layer {layer}, got all of them taken out")
@@ -102,7 +120,7 @@ def _edit_layer(
     _open_roots(after)
     number = {int(old): new for new, old in enumerate(kept)}
     numbers = {old: number[int(new)] for old, new in enumerate(into) if int(new) in number}
-    return after, kept, numbers, np.triu(after & ~mask[np.ix_(kept, kept)], 1)
+    return EditedLayer(after, kept, numbers, np.triu(after & ~mask[np.ix_(kept, kept)], 1))
 
 
 def _bridge(mask: np.ndarray, retired: Sequence[int]) -> np.ndarray:

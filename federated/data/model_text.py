@@ -56,8 +56,8 @@ class ModelText:
 
     def provenance(self, data: Sequence[str], split: str) -> dict[str, Any]:
         """What figures of this model on this text carry with them. Reads the whole checkpoint, for its fingerprint."""
+        from models.families.table import router_kind
         from models.files.fingerprint import checkpoint_fingerprint
-        from models.moe.views import router_kind
 
         return {
             "model": self.source,

@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 
 from experts.merging.similarity import pack_visits
 from experts.saliency.measures import Saliency
-from models.moe.hooks import ExpertRows
+from models.moe.layers import ExpertRows, MoELayer
 from models.moe.saliency_collection import Batch, collect_saliency
-from models.moe.views import MoELayer, moe_layers
+from models.moe.views import moe_layers
 
 
 def collect_overlap(

@@ -18,13 +18,14 @@ from transformers import PreTrainedModel
 from configs.errors import UserError
 from experts.merging.alignment import align_neurons, average_experts, check_alignment, group_experts
 from experts.selection.expert_list import check_keep_map
-from models.moe.hooks import ExpertRows, observing
+from models.moe.hooks import observing_experts
+from models.moe.layers import ExpertRows, MoELayer
 from models.moe.layerwise import LayerInputs, walk_layers
 from models.moe.refit import block_output, refit_experts
-from models.moe.remove import set_counts, shrink_layer
+from models.moe.remove import remove_experts, set_counts
 from models.moe.routers import all_gates, router_logits
 from models.moe.saliency_collection import SaliencySums, attention
-from models.moe.views import MoELayer, RouterKind, moe_layers
+from models.moe.views import moe_layers
 
 SIMILARITIES = ("gated", "average")
 WEIGHTS = ("centroid", "saliency", "mean-saliency", "plain")
@@ -132,7 +133,9 @@ def output_similarity(layer: MoELayer, x_TD: Tensor, mode: str) -> np.ndarray:
     gram_EE = torch.zeros(layer.num_experts, layer.num_experts, dtype=torch.float64)
     sum_ED = torch.zeros(layer.num_experts, x_TD.shape[-1], dtype=torch.float64)
     for chunk_TD in x_TD.split(_TOKENS_AT_ONCE):
-        weights_ET = _weights(layer, chunk_TD) if mode == "gated" else torch.ones(layer.num_experts, 1)
+        weights_ET = torch.ones(layer.num_experts, 1)
+        if mode == "gated":
+            weights_ET = all_gates(layer, router_logits(layer, chunk_TD)).T
         outputs_ETD = torch.stack(
             [layer.run(expert, chunk_TD) for expert in range(layer.num_experts)]
         ).float()
@@ -143,14 +146,6 @@ def output_similarity(layer: MoELayer, x_TD: Tensor, mode: str) -> np.ndarray:
         gram_EE = sum_ED @ sum_ED.T
     norm_E = gram_EE.diagonal().clamp(min=1e-30).sqrt()
     return (gram_EE / norm_E / norm_E[:, None]).numpy()
-
-
-def _weights(layer: MoELayer, x_TD: Tensor) -> Tensor:
-    """Weight ``[E, T]`` of each expert's output if every expert were visited."""
-    if layer.kind is RouterKind.GRAPH_WALK:
-        # Outputs of a graph add up with weights of about one, whoever else is visited.
-        return torch.ones(layer.num_experts, len(x_TD))
-    return all_gates(layer, router_logits(layer, x_TD)).T
 
 
 def _merge_layer(
@@ -170,7 +165,7 @@ def _merge_layer(
     for group in groups.values():
         if len(group) > 1 and plan.weights != "centroid":
             merge_group(layer, group, weights_E[group].tolist(), plan.alignment)
-    shrink_layer(model, layer, {gone: centroid for centroid, group in groups.items() for gone in group[1:]})
+    remove_experts(layer, {gone: centroid for centroid, group in groups.items() for gone in group[1:]})
     if wanted_TD is not None:
         merged = [index for index, group in enumerate(groups.values()) if len(group) > 1]
         refit_experts(moe_layers(model)[layer.ordinal], merged, x_TD, wanted_TD)
@@ -214,7 +209,7 @@ def _observe(
 
     hook = layer.block.register_forward_pre_hook(on_input)
     try:
-        with observing([layer], on_rows):
+        with observing_experts([layer], on_rows):
             inputs.run(on_batch)
     finally:
         hook.remove()

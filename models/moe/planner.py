@@ -27,10 +27,11 @@ from experts.selection.compression_trace import CompressionPlan, Removal, Step
 from experts.selection.removal_candidates import RemovalCandidates
 from experts.selection.rules import Selection, free_experts, select_experts
 from models.moe.expert_overlap import collect_overlap
+from models.moe.layers import MoELayer
 from models.moe.merge import merge_group
-from models.moe.remove import set_counts, shrink_layer
+from models.moe.remove import remove_experts, set_counts
 from models.moe.saliency_collection import Batch
-from models.moe.views import MoELayer, moe_layers
+from models.moe.views import moe_layers
 
 Measure = Callable[[PreTrainedModel], float]
 OnStep = Callable[[str, int, int | None], None]
@@ -177,7 +178,7 @@ class _Planner:
         if into is not None:
             shares = self._shares[removal.layer, [removal.into, removal.expert]]
             merge_group(layer, [into, expert], shares.tolist(), self._options.alignment)
-        shrink_layer(self._model, layer, {expert: into})
+        remove_experts(layer, {expert: into})
 
     def _take(self, removal: Removal, block: nn.Module) -> None:
         self._place(removal.layer, block)

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from models.moe.hooks import ExpertRows, observing
-from models.moe.views import MoELayer
+from models.moe.hooks import observing_experts
+from models.moe.layers import ExpertRows, MoELayer
 from models.remote_code.execution_fedgraft import gated
 
 # Of the mean square of an expert's neurons: what holds its down projection where the text says little.
@@ -50,7 +50,7 @@ def refit_experts(layer: MoELayer, experts: Sequence[int], x_TD: Tensor, wanted_
             visited[rows.expert] = rows
 
     for _ in range(SWEEPS):
-        with observing([layer], keep):
+        with observing_experts([layer], keep):
             missing_TD = wanted_TD.float() - block_output(layer, x_TD)
         for rows in (visited[expert] for expert in experts if expert in visited):
             missing_TD[rows.tokens] -= _refit(layer, rows, missing_TD[rows.tokens])

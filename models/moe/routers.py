@@ -1,37 +1,47 @@
-"""From router scores to the experts that tokens visit and their gates, for each kind of router.
+"""Top-k experts and gates from router logits, for each kind of router.
 
 Shape suffixes: T tokens, D hidden width, E experts, K visits per token.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from configs.errors import UserError
-from models.moe.views import MoELayer, RouterKind
-
-_SIGMOID = (RouterKind.SIGMOID_BIASED,)
+from models.families.family import RouterKind
+from models.moe.layers import MoELayer
+from models.remote_code.dispatch_fedgraft import sort_visits
 
 
 def router_logits(layer: MoELayer, x_TD: Tensor) -> Tensor:
-    """Scores ``[T, E]`` of the router before softmax or sigmoid, in fp32."""
+    """Router logits ``[T, E]``, before softmax or sigmoid, fp32."""
     return F.linear(x_TD.float(), layer.router_weight.float())
 
 
 def all_gates(layer: MoELayer, logits_TE: Tensor) -> Tensor:
-    """The gate ``[T, E]`` that each expert would have if every expert were visited."""
-    return logits_TE.sigmoid() if layer.kind in _SIGMOID else logits_TE.softmax(-1)
+    """Gates ``[T, E]`` if every token visited every expert.
+
+    Outputs of an expert graph add up with weights of about one, whichever others are visited.
+    """
+    if layer.kind is RouterKind.GRAPH_WALK:
+        return torch.ones_like(logits_TE)
+    return logits_TE.sigmoid() if layer.kind is RouterKind.SIGMOID_BIASED else logits_TE.softmax(-1)
 
 
 def route(layer: MoELayer, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
-    """Experts ``[T, K]`` that tokens visit, best first, and their gates ``[T, K]``.
+    """Top-k experts ``[T, K]`` by descending logit, and their gates ``[T, K]``.
 
     Raises:
-        UserError: a graph, whose walk also follows edges, or a router that chooses among groups of experts.
+        UserError: graph routing, which also follows edges, or group-limited routing.
     """
     if layer.kind is RouterKind.GRAPH_WALK:
-        raise UserError("expected a router that scores alone decide, got a graph; walk it instead")
+        raise UserError(
+            "expected plain top-k routing, got a model that uses graph routing: walk its edges, too"
+        )
     if layer.kind is RouterKind.SIGMOID_BIASED:
         return _route_sigmoid(layer, logits_TE)
     if layer.kind is RouterKind.TOP_K_SOFTMAX:
@@ -43,9 +53,17 @@ def route(layer: MoELayer, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
     return experts_TK, gates_TK
 
 
+def tokens_by_expert(experts_TK: Tensor, num_experts: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Number of each visited expert, with the ``[N]`` places of its visits in the flattened ``[T, K]`` and tokens."""
+    for expert, (places_N, tokens_N) in enumerate(zip(*sort_visits(experts_TK, num_experts), strict=True)):
+        if len(tokens_N):
+            yield expert, places_N, tokens_N
+
+
 def _route_sigmoid(layer: MoELayer, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
     """DeepSeek-V3 (arXiv:2412.19437), section 2.1.2: a bias takes part in the choice, not in the gates."""
-    for name in ("n_group", "num_group"):
+    groups = layer.family.groups
+    for name in groups.count_names if groups else ():
         if getattr(layer.router, name, 1) not in (None, 1):
             raise UserError(
                 f"expected a router that chooses among all experts, got {name} = {getattr(layer.router, name)}"

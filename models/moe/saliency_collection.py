@@ -17,8 +17,9 @@ from transformers import PreTrainedModel
 
 from configs.errors import UserError
 from experts.saliency.measures import Saliency, add_saliency, load_saliency, save_saliency
-from models.moe.hooks import ExpertRows, OnRows, observing
-from models.moe.views import MoELayer, moe_layers
+from models.moe.hooks import OnRows, observing_experts
+from models.moe.layers import ExpertRows, MoELayer
+from models.moe.views import moe_layers
 
 Batch = tuple[Tensor, Tensor]
 
@@ -66,7 +67,7 @@ def collect_saliency(
         sums.add(layer.ordinal, rows)
         on_rows(layer, rows)
 
-    with observing(layers, note):
+    with observing_experts(layers, note):
         for input_ids, counted in islice(batches, done, None):
             sums.start(counted)
             ids = input_ids.to(model.device)

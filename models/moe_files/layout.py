@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import UserError
+from models.families.family import MoEFamily
+from models.families.table import FAMILIES
 from models.files.safetensors_files import StoredTensor, checkpoint_files, stored_tensors
 from models.files.tensor_stream import count_parameters
-from models.moe_files.families import FAMILIES, MoEFamily
 
 _OF_EXPERT = re.compile(r"experts\.\d+\..+")
 

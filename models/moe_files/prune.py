@@ -108,7 +108,7 @@ def _plan(source: Path, keep_map: Mapping[int, np.ndarray]) -> _Plan:
     }
     pairs: dict[str, Tensor] = {}
     version = None
-    if layout.family.per_layer:
+    if layout.family.pairs:
         edited = retire_stored_experts(layout, kept)
         pairs, version = edited_pairs(layout, edited), edited.graph.version
     else:

@@ -46,9 +46,9 @@ def _selectable(
     config: Mapping[str, Any], layout: MoELayout, kept: Mapping[int, np.ndarray], count: int
 ) -> tuple[int, tuple[str, ...]]:
     """Experts that one token can choose from, and a warning where the router's groups change their members."""
-    if not layout.family.grouped:
+    if layout.family.groups is None:
         return count, ()
-    groups = config.get("n_group") or 1
+    groups = config.get(layout.family.groups.count_key) or 1
     if count % groups or count // groups < 2:
         raise UserError(
             f"expected at least two experts in each of the router's {groups} groups, equally many in each, "
@@ -62,4 +62,6 @@ def _selectable(
     ]
     named = ", ".join(map(str, uneven))
     warning = f"the router's groups in layers {named} have other members, since they keep different numbers"
-    return count // groups * (config.get("topk_group") or groups), (warning,) if uneven else ()
+    return count // groups * (config.get(layout.family.groups.selected_key) or groups), (
+        (warning,) if uneven else ()
+    )

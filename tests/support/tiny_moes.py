@@ -44,6 +44,7 @@ FAMILIES = {
         {"num_experts": 8, "moe_intermediate_size": 16, "head_dim": 8, "norm_topk_prob": True},
     ),
     "olmoe": ("Olmoe", {"num_experts": 5}),
+    "granitemoe": ("GraniteMoe", {"num_local_experts": 4}),
     "granitemoeshared": ("GraniteMoeShared", {"num_local_experts": 4, "shared_intermediate_size": 16}),
     "deepseek_v3": ("DeepseekV3", {**DENSE_FIRST, **LATENT, "num_key_value_heads": 4}),
     "glm4_moe": ("Glm4Moe", {**DENSE_FIRST, "head_dim": 8}),

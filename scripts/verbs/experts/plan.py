@@ -140,10 +140,10 @@ def plan(
 
 def needs_equalizing(model: PreTrainedModel) -> bool:
     """Whether layers differ in their number of experts in a format whose configuration holds one number for all."""
-    from models.moe.views import RouterKind, moe_layers
+    from models.moe.views import moe_layers
 
     layers = moe_layers(model)
-    return layers[0].kind is not RouterKind.GRAPH_WALK and len({layer.num_experts for layer in layers}) > 1
+    return not layers[0].family.per_layer and len({layer.num_experts for layer in layers}) > 1
 
 
 def _even(found: CompressionPlan) -> str:

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from configs.errors import UserError
 from models.graph.runtime_settings import set_visits
-from models.moe.hooks import ExpertRows, observing
+from models.moe.hooks import observing_experts
+from models.moe.layers import ExpertRows
 from models.moe.views import MoELayer, moe_layers
 from tests.support.module_moe import with_module_experts
 from tests.support.tiny_graphs import graph_of, random_ids, with_random_gains
@@ -22,7 +23,7 @@ def observed(model, ids) -> tuple[dict[tuple[int, int], ExpertRows], Tensor]:
     def on_rows(layer: MoELayer, found: ExpertRows) -> None:
         rows[layer.ordinal, found.expert] = found
 
-    with observing(moe_layers(model), on_rows):
+    with observing_experts(moe_layers(model), on_rows):
         logits = model(input_ids=ids, use_cache=False).logits
     return rows, logits
 
@@ -125,6 +126,6 @@ def test_the_model_is_left_as_it_was_after_an_error():
     def failing(*_):
         raise RuntimeError("stop")
 
-    with pytest.raises(RuntimeError, match="stop"), observing(moe_layers(model), failing):
+    with pytest.raises(RuntimeError, match="stop"), observing_experts(moe_layers(model), failing):
         model(input_ids=ids)
     assert torch.equal(model(input_ids=ids).logits, expected)

@@ -19,7 +19,7 @@ from experts.selection.removal_candidates import RemovalCandidates
 from experts.selection.rules import Selection
 from models.moe.expert_overlap import collect_overlap
 from models.moe.planner import PlanOptions, plan_compression
-from models.moe.remove import keep_experts, shrink_layer
+from models.moe.remove import keep_experts, remove_experts
 from models.moe.saliency_collection import collect_saliency
 from models.moe.views import moe_layers
 from models.runtime.perplexity import batches_loss
@@ -129,7 +129,7 @@ def test_a_merge_is_the_average_of_the_most_alike_pair(family, alignment, merges
             [view.read_numpy(e) for e in (into, gone)], saliency.reap_sum[layer, [into, gone]]
         )
         view.write(into, *map(torch.from_numpy, average))
-        shrink_layer(expected, view, {gone: into})
+        remove_experts(view, {gone: into})
         assert step.perplexity == pytest.approx(perplexity(expected), rel=1e-6)
         assert logit_difference(model, expected, random_ids(model, 1, 12)) < 1e-5
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from models.moe.hooks import observing
+from models.moe.hooks import observing_experts
 from models.moe.refit import RIDGE, block_output, refit_experts
 from models.moe.views import moe_layers
 from tests.support.module_moe import with_module_experts
@@ -56,7 +56,7 @@ def test_one_expert_is_a_ridge_regression(monkeypatch):
     layer, x = layer_and_tokens(tiny_moe("mixtral"))
     wanted = block_output(layer, x) + 0.1 * torch.randn(400, x.shape[1])
     rows = {}
-    with observing([layer], lambda _, each: rows.update({each.expert: each})):
+    with observing_experts([layer], lambda _, each: rows.update({each.expert: each})):
         missing = (wanted - block_output(layer, x))[rows[1].tokens].double().numpy()
     gate_up, down = (part.clone() for part in layer.read(1))
     gate, up = (x[rows[1].tokens] @ gate_up.T).chunk(2, -1)

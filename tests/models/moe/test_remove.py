@@ -8,7 +8,7 @@ import torch
 
 from configs.errors import UserError
 from models.checkpoints.load import load_causal_lm
-from models.moe.remove import keep_experts, set_counts, shrink_layer
+from models.moe.remove import keep_experts, remove_experts, set_counts
 from models.moe.views import moe_layers
 from models.moe_files.prune import prune_checkpoint
 from tests.support.module_moe import with_module_experts
@@ -66,7 +66,7 @@ def test_one_expert_may_be_left_and_layers_may_differ():
 @torch.no_grad()
 def test_merged_experts_of_a_graph_leave_their_edges():
     graph = with_random_gains(graph_of(num_experts=4))
-    shrink_layer(graph, moe_layers(graph)[0], {3: 1})
+    remove_experts(moe_layers(graph)[0], {3: 1})
     set_counts(graph)
     assert graph.config.num_experts == [3, 4]
     assert graph.expert_layers()[0].edge_gain.shape == (3, 3)
@@ -77,7 +77,7 @@ def test_nothing_to_take_changes_nothing_and_all_is_refused():
     model = tiny_moe("mixtral")
     layer = moe_layers(model)[0]
     weight = layer.router_weight
-    shrink_layer(model, layer, {})
+    remove_experts(layer, {})
     assert moe_layers(model)[0].router_weight is weight
     with pytest.raises(UserError, match="MoE layer 0"):
-        shrink_layer(model, layer, dict.fromkeys(range(4)))
+        remove_experts(layer, dict.fromkeys(range(4)))

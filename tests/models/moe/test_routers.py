@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from configs.errors import UserError
+from models.families.family import RouterKind
 from models.moe.routers import all_gates, route, router_logits
-from models.moe.views import RouterKind, moe_layers
+from models.moe.views import moe_layers
 from tests.support.tiny_graphs import graph_of
 from tests.support.tiny_moes import FAMILIES, tiny_moe
 

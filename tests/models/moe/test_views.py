@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from configs.errors import UserError
-from models.moe.views import RouterKind, moe_layers, router_kind
+from models.families.family import RouterKind
+from models.families.table import router_kind
+from models.moe.views import moe_layers
 from tests.conftest import tiny_llama
 from tests.support.module_moe import with_module_experts
 from tests.support.tiny_graphs import graph_of
@@ -17,6 +19,7 @@ KINDS = {
     "qwen2_moe": RouterKind.SOFTMAX_TOP_K,
     "qwen3_moe": RouterKind.SOFTMAX_TOP_K_RENORMALIZED,
     "olmoe": RouterKind.SOFTMAX_TOP_K,
+    "granitemoe": RouterKind.TOP_K_SOFTMAX,
     "granitemoeshared": RouterKind.TOP_K_SOFTMAX,
     "deepseek_v3": RouterKind.SIGMOID_BIASED,
     "glm4_moe": RouterKind.SIGMOID_BIASED,

@@ -14,7 +14,7 @@ from tests.conftest import tiny_llama
 from tests.support.tiny_graphs import graph_of
 from tests.support.tiny_moes import FAMILIES, saved_moe, tiny_moe
 
-EXPERTS = {"mixtral": 4, "qwen2_moe": 6, "qwen3_moe": 8, "olmoe": 5, "granitemoeshared": 4}
+EXPERTS = {"mixtral": 4, "qwen2_moe": 6, "qwen3_moe": 8, "olmoe": 5, "granitemoe": 4, "granitemoeshared": 4}
 EXPERTS |= {"deepseek_v3": 6, "glm4_moe": 6}
 
 
