@@ -69,9 +69,11 @@ FULL = Settings(
     256,
     8192,
     # A rate that falls to zero: at a constant one the order of the text alone moves a client's perplexity by 5 %.
-    LocalTraining(steps=20, learning_rate=1e-3, schedule="linear", autocast=False),
+    LocalTraining.of(
+        RunConfig(local_steps=20, learning_rate=1e-3, schedule="linear").training, autocast=False
+    ),
 )
-QUICK = Settings(("a", "b"), 8, {2: (0, 1)}, 4, 2, 32, 256, replace(FULL.training, steps=2))
+QUICK = Settings(("a", "b"), 8, {2: (0, 1)}, 4, 2, 32, 256, replace(FULL.training, local_steps=2))
 
 
 def measure(quick: bool, on_step: OnStep) -> Measured:
@@ -103,7 +105,7 @@ def measure(quick: bool, on_step: OnStep) -> Measured:
             "assembler_steps": config.assembler_steps,
             "assembler_learning_rate": config.assembler_learning_rate,
             "lookahead_steps": config.lookahead_steps,
-            "local_steps": settings.training.steps,
+            "local_steps": settings.training.local_steps,
         },
         notes={
             f"ppl_{arm}_over_learned": "geometric mean over clients, lower end of the 95 % interval over seeds"
@@ -146,7 +148,7 @@ def compare_arms(
         with visiting(client, scaled_visits(client, budget)):
             before = evaluate_loss(client, valid.input_ids, valid.labels).perplexity
             stream = batches(train, _BATCH, generator=torch.Generator().manual_seed(seed))
-            train_locally(client, stream, replace(training, steps=training.steps + more))
+            train_locally(client, stream, replace(training, local_steps=training.local_steps + more))
             after = evaluate_loss(client, valid.input_ids, valid.labels).perplexity
         found[arm] = {"before": before, "after": after}
     return found

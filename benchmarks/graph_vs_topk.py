@@ -15,6 +15,7 @@ from benchmarks.support.material import data_sources, domain_blocks, model_path
 from benchmarks.support.runner import Measured, OnStep, run_benchmark
 from benchmarks.support.statistics import interval
 from clients.training.trainer import LocalTraining, train_locally
+from configs.schema import RunConfig
 from federated.data.blocks import Blocks, batches
 from models.bootstrap.build import BootstrapOptions, LayerExperts, build_graph, plan_experts
 from models.checkpoints.load import load_dense
@@ -56,14 +57,14 @@ class Settings:
 
 
 def _training(steps: int) -> LocalTraining:
-    return LocalTraining(
-        steps=steps,
+    keys = RunConfig(
+        local_steps=steps,
         learning_rate=2e-3,
         schedule="cosine",
         warmup_steps=steps // 12,
         gain_learning_rate=10.0,
-        autocast=False,
     )
+    return LocalTraining.of(keys.training, autocast=False)
 
 
 FULL = Settings(DOMAINS, 16, 4, 200, 24, 64, 256, (0, 1, 2), _training(60))
@@ -95,7 +96,7 @@ def measure(quick: bool, on_step: OnStep) -> Measured:
             "setting": {
                 "experts": settings.experts,
                 "visits": settings.visits,
-                "steps": settings.training.steps,
+                "steps": settings.training.local_steps,
                 "learning_rate": settings.training.learning_rate,
                 "gain_learning_rate": settings.training.gain_learning_rate,
                 "schedule": settings.training.schedule,

@@ -27,6 +27,7 @@ from benchmarks.support.wire_updates import (
     trained_updates,
 )
 from clients.training.trainer import LocalTraining
+from configs.schema import RunConfig
 from federated.updates.update import SparseUpdate, SparseVector, Unit
 from federated.wire.codec import pack_update, packed_stats, unpack_update
 
@@ -68,7 +69,9 @@ FULL = Settings(
         128,
         256,
         8192,
-        LocalTraining(steps=20, learning_rate=1e-3, autocast=False),
+        LocalTraining.of(
+            RunConfig(local_steps=20, learning_rate=1e-3, schedule="constant").training, autocast=False
+        ),
     ),
     0.05,
     15,
@@ -86,7 +89,7 @@ QUICK = replace(
         blocks=4,
         block_size=32,
         calibration_tokens=256,
-        training=replace(FULL.training.training, steps=2),
+        training=replace(FULL.training.training, local_steps=2),
     ),
     repeats=1,
     ranks=(1,),

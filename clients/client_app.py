@@ -5,15 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-import torch
 from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
-from transformers.utils.logging import disable_progress_bar
 
 from clients.participant import Participant
 from clients.state.local_copy import VersionMismatch
 from clients.state.local_graph import NeedsRecipe
-from configs.schema import RunConfig, load_run_config
+from configs.schema import load_run_config
 from federated.protocol.messages import (
     NEEDS_RECIPE,
     REFUSED,
@@ -23,6 +21,7 @@ from federated.protocol.messages import (
     read_request,
     write_reply,
 )
+from federated.run_setup import prepare_process
 
 _log = logging.getLogger(__name__)
 
@@ -45,7 +44,7 @@ def _answer(message: Message, context: Context, act: Callable[[Participant, Requ
     """Run ``act`` and reply; any error becomes an error reply, since no reply at all would wedge the node."""
     try:
         config = load_run_config(context.run_config)
-        prepare_torch(config)
+        prepare_process(config)
         request = read_request(message.content)
         reply = act(Participant.open(config, context, request), request)
         return Message(write_reply(reply), reply_to=message)
@@ -57,10 +56,3 @@ def _answer(message: Message, context: Context, act: Callable[[Participant, Requ
         _log.exception("the message could not be answered")
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         return Message(Error(code=REFUSED, reason=reason), reply_to=message)
-
-
-def prepare_torch(config: RunConfig) -> None:
-    """Threads and seed of this process; its log is no place for progress bars."""
-    disable_progress_bar()
-    torch.set_num_threads(config.num_threads)
-    torch.manual_seed(config.seed)

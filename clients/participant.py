@@ -28,6 +28,7 @@ from configs.schema import RunConfig
 from federated.aggregation.usage import UsageCounter, pack_usage
 from federated.data.blocks import Blocks, batches, take
 from federated.protocol.messages import Reply, Request
+from federated.run_setup import override_routing
 from federated.updates.update import density
 from federated.wire.codec import pack_update
 from models.checkpoints.disk_experts import materialize, open_mapped
@@ -37,8 +38,6 @@ from models.graph.runtime_settings import (
     residents,
     scaled_visits,
     set_residents,
-    set_visits,
-    set_walk,
     visiting,
     warn_where_fewer_reside,
 )
@@ -92,10 +91,7 @@ class Participant:
         store = ClientStore(client_folder(config, node, run_id=context.run_id) / f"client-{partition}")
         model = open_mapped(graph, store.copy).to(choose_device(config.device))
         name, train, valid = store.blocks(lambda: _make_blocks(config, node, graph, model))
-        if config.walk:
-            set_walk(model, config.walk)
-        if config.experts_per_token:
-            set_visits(model, config.experts_per_token)
+        override_routing(model, config)
         bring_to_version(model, store, request)
         config = with_own_limits(config, node, name)
         budget = client_budget(config, node, model, name)
@@ -108,7 +104,7 @@ class Participant:
         stream = batches(self.train, self.config.batch_size, generator=self._generator(request, 1))
         if not self._holds_all:
             self._assemble(stream, training)
-        hold_residents(self.model, self._residents(), self.config, seed=request.server_round)
+        hold_residents(self.model, self._residents(), self.config.adapters, seed=request.server_round)
         counter = UsageCounter(read_graph(self.model).masks)
         with visiting(self.model, self.visits()):
             warn_where_fewer_reside(self.model)
@@ -117,7 +113,9 @@ class Participant:
             start.restore_others(self.model)
             personal = self.evaluate() if request.last else LossSum()
         packed, shipped_density, inclusion = self._pack(
-            changes(self.model, start, self.config), entry_slopes(self.model, result.moments), request
+            changes(self.model, start, self.config.adapters),
+            entry_slopes(self.model, result.moments),
+            request,
         )
         return self._reply(
             request,
@@ -189,26 +187,13 @@ class Participant:
         return scaled_visits(self.model, 0 if self.config.experts_per_token else self.budget)
 
     def training(self, request: Request) -> LocalTraining:
-        config = self.config
-        return LocalTraining(
-            steps=config.local_steps,
-            learning_rate=config.learning_rate,
-            weight_decay=config.weight_decay,
-            max_grad_norm=config.max_grad_norm,
+        """Local training of the round that ``request`` asks for."""
+        return LocalTraining.of(
+            self.config.training,
             autocast=self._autocast,
-            train=config.train,
-            optimizer=config.optimizer,
-            momentum=config.momentum,
-            gain_learning_rate=config.gain_learning_rate,
-            schedule=config.schedule,
-            warmup_steps=config.warmup_steps,
-            first_step=(request.server_round - 1) * config.local_steps,
-            total_steps=config.total_steps,
-            accumulation_steps=config.accumulation_steps,
-            gradient_checkpointing=config.gradient_checkpointing,
-            load_balance_weight=config.load_balance_weight,
-            z_loss_weight=config.z_loss_weight,
-            keep_moments=config.entry_score == "saliency",
+            first_step=(request.server_round - 1) * self.config.local_steps,
+            total_steps=self.config.total_steps,
+            keep_moments=self.config.entry_score == "saliency",
         )
 
     def _pack(
@@ -218,7 +203,7 @@ class Participant:
         sizes = unit_sizes(self.model, attention=config.attention_lora)
         residual = carried_over(self.store.residual.load(), request, sizes)
         generator = self._generator(request, 2)
-        prepared = choose_shipment(self.model, deltas, slopes, residual, config, generator=generator)
+        prepared = choose_shipment(self.model, deltas, slopes, residual, config.upload, generator=generator)
         packed = pack_update(prepared.update, value_bits=config.value_bits)
         self.store.residual.save(prepared.residual, version, shipped_in(request, prepared.update, packed))
         return packed, density(prepared.update), drawn_with(prepared)

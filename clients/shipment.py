@@ -10,6 +10,7 @@ from torch import Tensor
 from clients.state.residual import Kept, Shipped
 from configs.errors import UserError
 from configs.node_config import NodeConfig
+from configs.run_views import Upload
 from configs.schema import RunConfig, load_run_config
 from federated.protocol.messages import Request
 from federated.selection.entries import saliency
@@ -20,8 +21,6 @@ from federated.wire.codec import unpack_update
 from models.graph.graph_state import read_graph
 from models.graph.unit_vectors import unit_shapes
 from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
-
-_MB = 10**6
 
 
 def with_own_limits(config: RunConfig, node: NodeConfig, name: str) -> RunConfig:
@@ -47,13 +46,13 @@ def with_own_limits(config: RunConfig, node: NodeConfig, name: str) -> RunConfig
         raise UserError(f"{error} in the node-config of client {name}") from None
 
 
-def limits(config: RunConfig) -> Limits:
-    """How much a client ships in a round."""
+def limits(upload: Upload) -> Limits:
+    """Size limits of one update."""
     return Limits(
-        per_layer=config.ship_experts,
-        density=config.density,
-        scope=config.density_scope,
-        max_bytes=int(config.upload_budget_mb * _MB),
+        per_layer=upload.ship_experts,
+        density=upload.density,
+        scope=upload.density_scope,
+        max_bytes=upload.max_bytes,
     )
 
 
@@ -62,7 +61,7 @@ def choose_shipment(
     deltas: Mapping[Unit, Tensor],
     slopes: Mapping[Unit, Tensor],
     residual: Mapping[Unit, Tensor],
-    config: RunConfig,
+    upload: Upload,
     *,
     generator: torch.Generator,
 ) -> PreparedUpdate:
@@ -73,8 +72,8 @@ def choose_shipment(
         deltas: ``[size]`` of each unit that trained.
         slopes: of the loss along these, as ``gradient_rms.entry_slopes`` gives them; without any, magnitude counts.
         residual: as ``carried_over`` gives it.
-        config: with the client's own limits.
-        generator: of the draw, where experts are drawn.
+        upload: keys of the upload, with the client's own limits.
+        generator: random generator of the draw of experts.
 
     Raises:
         UserError: as ``federated.selection.error_feedback.choose_update``.
@@ -83,13 +82,13 @@ def choose_shipment(
     return choose_update(
         deltas,
         residual,
-        limits(config),
+        limits(upload),
         score=saliency(slopes),
-        shapes=unit_shapes(model) if config.low_rank else None,
-        selection=config.selection,
-        unbiased=config.combine == "horvitz-thompson",
-        value_bits=config.value_bits,
-        residual_decay=config.residual_decay,
+        shapes=unit_shapes(model) if upload.low_rank else None,
+        selection=upload.selection,
+        unbiased=upload.unbiased,
+        value_bits=upload.value_bits,
+        residual_decay=upload.residual_decay,
         graph_version=graph.version,
         graph_hash=graph.digest(),
         generator=generator,

@@ -1,9 +1,11 @@
-"""Where FedGraft keeps things of its own on a user's disk."""
+"""FedGraft's own folders on a user's disk."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+
+from configs.errors import UserError
 
 
 def cache_folder() -> Path:
@@ -15,5 +17,21 @@ def cache_folder() -> Path:
 
 
 def default_graph() -> Path:
-    """The graph that the quick start makes, which runs without a named graph take."""
+    """Folder of the graph that the quick start writes, for runs that name no graph."""
     return cache_folder() / "graph"
+
+
+def graph_or_default(graph: str) -> str:
+    """The graph that a configuration names, or the quick start's where it names none.
+
+    Raises:
+        UserError: no graph is named, and the quick start has not written one.
+    """
+    if graph:
+        return graph
+    if not (default_graph() / "config.json").is_file():
+        raise UserError(
+            f"expected a graph, got none named and none in {default_graph()}; "
+            "set graph to a folder that `fedgraft bootstrap` wrote, or run scripts/quickstart.sh first"
+        )
+    return str(default_graph())

@@ -26,10 +26,22 @@ from configs.keys import (
     keys_of,
     validate_keys,
 )
+from configs.run_views import (
+    Combine,
+    DensityScope,
+    EntryScore,
+    OptimizerName,
+    ScheduleName,
+    Selection,
+    Trained,
+    ValueBits,
+    Views,
+    Weights,
+)
 from configs.values import parse_budgets, parse_partition, split_list
 
 
-class RunConfig(Keys):
+class RunConfig(Views, Keys):
     """Configuration of one federated run; immutable, conflicts are refused when it is built."""
 
     graph: str = ""
@@ -68,9 +80,9 @@ class RunConfig(Keys):
     """Rise of the server's validation loss (nats per token) above which a merge is undone."""
     checkpoint_every: Whole = 0
     """Server rounds between two checkpoints in log-dir/checkpoints; 0: none but out."""
-    selection: Literal["top", "sample"] = "top"
+    selection: Selection = "top"
     """Experts a client ships: top (most update energy) or sample (known probability)."""
-    combine: Literal["entrywise", "hajek", "horvitz-thompson", "mean"] = "entrywise"
+    combine: Combine = "entrywise"
     """Server weighting of updates: entrywise, hajek (of whole experts), horvitz-thompson or mean."""
     client_weight: Literal["examples", "tokens"] = "examples"
     """What a client weighs: its training blocks (examples) or the tokens it trained on in the round."""
@@ -78,9 +90,9 @@ class RunConfig(Keys):
     """Experts per layer a client ships each round; 0: all it trained."""
     density: Density = 0.006
     """Kept entries / all entries of the experts a client ships; a node's own density counts before it."""
-    density_scope: Literal["expert", "all"] = "all"
+    density_scope: DensityScope = "all"
     """Entries that compete for the density: of each expert by itself, or of all that a client ships (all)."""
-    entry_score: Literal["saliency", "magnitude"] = "saliency"
+    entry_score: EntryScore = "saliency"
     """What makes an entry worth shipping: saliency (its change, weighted by the slope of the loss) or magnitude."""
     low_rank: bool = False
     """Whether an expert's change goes as low-rank factors where these keep more of it in as many bytes."""
@@ -88,7 +100,7 @@ class RunConfig(Keys):
     """MB (10^6 bytes) that a client's packed update fills in place of density; a node's own counts first; 0: none."""
     downlink_density: Density = 1.0
     """Kept entries / all entries of each expert's step that the server sends; 1: every entry that a client shipped."""
-    value_bits: Literal[16, 8, 4, 2] = 2
+    value_bits: ValueBits = 2
     """Bits per shipped value: 16, 8, 4 or 2."""
     residual_decay: Share = 0.5
     """Share of the unshipped residual kept for next round."""
@@ -98,9 +110,9 @@ class RunConfig(Keys):
     """Clip client updates to this multiple of the round's median update norm; 0: off."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seed of every random choice in the run."""
-    train: Literal["all", "experts", "routing"] = "all"
+    train: Trained = "all"
     """What trains: all, experts (their matrices only) or routing (routers, gains and affinities only)."""
-    weights: Literal["fp32", "bf16", "nf4"] = "fp32"
+    weights: Weights = "fp32"
     """How a client holds its experts: fp32, bf16 or nf4 (4-bit QLoRA, attention too); the latter two need lora-rank."""
     lora_rank: Whole = 0
     """Rank of the LoRA factors that train in place of the experts' matrices; 0: the matrices train."""
@@ -116,7 +128,7 @@ class RunConfig(Keys):
     """Batches per optimizer step."""
     block_size: Annotated[int, Field(ge=2)] = 256
     """Tokens per block; at most the model's max_position_embeddings."""
-    optimizer: Literal["adamw", "adafactor", "sgd"] = "adamw"
+    optimizer: OptimizerName = "adamw"
     """Optimizer of the clients: adamw, adafactor (needs the least memory) or sgd."""
     learning_rate: Positive = 5e-4
     """Learning rate of the clients' optimizer."""
@@ -126,7 +138,7 @@ class RunConfig(Keys):
     """Momentum of sgd; the other optimizers ignore it."""
     weight_decay: NonNegative = 0.0
     """Weight decay of the clients' optimizer, decoupled from the gradient with adamw and adafactor."""
-    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    schedule: ScheduleName = "linear"
     """Learning rate over all rounds: constant, linear or cosine; the latter two fall to 0."""
     warmup_steps: Whole = 0
     """Optimizer steps, from the first of the run, in which the learning rate rises to its full height."""
@@ -240,20 +252,3 @@ def load_run_config(values: Mapping[str, Any]) -> RunConfig:
 def run_config_defaults() -> dict[str, Value]:
     """Every key, hyphenated, with its default."""
     return RunConfig().values()
-
-
-def defaults_toml() -> str:
-    """The text of ``configs/default.toml``: every key with its line of documentation and its default."""
-    lines = [
-        "# Every key of a run with its default. Generated from configs/schema.py: `defaults_toml()`.",
-        "",
-    ]
-    for field in RunConfig.model_fields.values():
-        lines += [f"# {field.description}", f"{field.alias} = {_toml(field.default)}", ""]
-    return "\n".join(lines)
-
-
-def _toml(value: Value) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    return f'"{value}"' if isinstance(value, str) else repr(value)

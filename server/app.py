@@ -8,17 +8,16 @@ import torch
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from transformers import PreTrainedConfig
-from transformers.utils.logging import disable_progress_bar
 
 from configs.errors import UserError
 from configs.output import check_output_directory
-from configs.paths import cache_folder, default_graph
+from configs.paths import cache_folder, graph_or_default
 from configs.schema import RunConfig, load_run_config
 from federated.data.blocks import Blocks, pack_blocks
 from federated.data.documents import load_documents
+from federated.run_setup import override_routing, prepare_process
 from models.bootstrap.calibration import sample_text
 from models.files.config_file import check_is_graph, read_config
-from models.graph.runtime_settings import set_visits, set_walk
 from server.model.global_model import GlobalModel
 from server.reporting.call_trace import call_trace
 from server.rounds.loop import Federation
@@ -40,9 +39,7 @@ def main(grid: Grid, context: Context) -> None:
 
 def run_federation(grid: Grid, config: RunConfig, *, run_id: int) -> dict:
     """Run a federation over ``grid`` and return its summary (see ``server.rounds.run_observer``)."""
-    disable_progress_bar()
-    torch.set_num_threads(config.num_threads)
-    torch.manual_seed(config.seed)
+    prepare_process(config)
     if config.out:
         check_output_directory(Path(config.out), overwrite=config.overwrite)
     server = open_global_model(config)
@@ -66,10 +63,7 @@ def open_global_model(config: RunConfig) -> GlobalModel:
     source = graph_source(config)
     check_fit(config, read_config(source))
     server = GlobalModel(source)
-    if config.experts_per_token:
-        set_visits(server.model, config.experts_per_token)
-    if config.walk:
-        set_walk(server.model, config.walk)
+    override_routing(server.model, config)
     return server
 
 
@@ -79,14 +73,7 @@ def graph_source(config: RunConfig) -> str:
     Raises:
         UserError: there is none.
     """
-    if config.graph:
-        return config.graph
-    if not (default_graph() / "config.json").is_file():
-        raise UserError(
-            f"expected a graph, got none named and none in {default_graph()}; "
-            "set graph to a folder that `fedgraft bootstrap` wrote, or run scripts/quickstart.sh first"
-        )
-    return str(default_graph())
+    return graph_or_default(config.graph)
 
 
 def check_fit(config: RunConfig, graph: PreTrainedConfig) -> None:

@@ -61,15 +61,22 @@ class Averaging:
     def _train(self, client: Client, server_round: int) -> None:
         training, stream = self._schedule.at(server_round), self._schedule.stream(client, server_round)
         parameters = list(self._parameters.values())
-        optimizer = make_optimizer(parameters, learning_rate=training.learning_rate)
+        optimizer = make_optimizer(
+            parameters,
+            name=training.optimizer,
+            learning_rate=training.learning_rate,
+            weight_decay=training.weight_decay,
+            momentum=training.momentum,
+        )
         learning_rate = make_schedule(
             optimizer,
             name=training.schedule,
+            warmup_steps=training.warmup_steps,
             first_step=training.first_step,
             total_steps=training.total_steps,
         )
         self.model.train()
-        for _ in range(training.steps):
+        for _ in range(training.local_steps):
             input_ids, labels = next(stream)
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=training.autocast):
                 loss = self.model(input_ids=input_ids, labels=labels, use_cache=False).loss

@@ -75,7 +75,7 @@ def measure_client(graph: str, budget: int, folder: Path, steps: int, settings: 
 def step_seconds(client: Participant, request: Request, steps: int) -> list[float]:
     """Seconds of single optimizer steps of a client that holds its residents."""
     stream = batches(client.train, client.config.batch_size, generator=torch.Generator().manual_seed(0))
-    training = replace(client.training(request), steps=1)
+    training = replace(client.training(request), local_steps=1)
     seconds = []
     with visiting(client.model, client.visits()):
         for _ in range(steps):

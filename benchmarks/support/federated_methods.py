@@ -62,7 +62,7 @@ class Schedule:
 
     def at(self, server_round: int) -> LocalTraining:
         """How a client trains in a round, counted from 1."""
-        steps = self.training.steps
+        steps = self.training.local_steps
         return replace(
             self.training,
             first_step=(server_round - 1) * steps,

@@ -204,14 +204,14 @@ def _federation(job: Job, settings: Settings, graph: str, quick: bool) -> Method
 
 
 def _schedule(job: Job, settings: Settings, half: bool) -> Schedule:
-    training = LocalTraining(
-        steps=settings.local_steps,
+    keys = RunConfig(
+        local_steps=settings.local_steps,
         learning_rate=job.learning_rate[0],
         schedule=job.learning_rate[1],
-        autocast=autocast_to_bf16("auto", "cpu"),
         # With every expert active there is nothing to route.
         train="all" if half else "experts",
     )
+    training = LocalTraining.of(keys.training, autocast=autocast_to_bf16("auto", "cpu"))
     return Schedule(training, _rounds(job, settings), settings.batch_size, job.seed)
 
 

@@ -77,7 +77,7 @@ class SparseExperts:
             LazyVectors(unit_sizes(model), lambda unit: read_unit(model, unit) - read_unit(server, unit)),
             entry_slopes(model, result.moments),
             self._residuals[index],
-            config,
+            config.upload,
             generator=torch.Generator().manual_seed(self._schedule.seed * 1000 + server_round * 10 + index),
         )
         self._residuals[index] = dict(prepared.residual)

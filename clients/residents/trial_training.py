@@ -37,8 +37,14 @@ def best_residents(
         training: its learning rate and optimizer; its steps and schedule do not count.
         hold: makes the model hold a candidate, e.g. ``disk_experts.materialize`` for experts on disk.
     """
-    plain = {"schedule": "constant", "warmup_steps": 0, "accumulation_steps": 1, "keep_moments": False}
-    trial = replace(training, steps=len(batches), **plain)
+    trial = replace(
+        training,
+        local_steps=len(batches),
+        schedule="constant",
+        warmup_steps=0,
+        accumulation_steps=1,
+        keep_moments=False,
+    )
     losses = []
     for candidate in candidates if batches else []:
         with _taken_back(model):

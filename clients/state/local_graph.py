@@ -20,7 +20,7 @@ from filelock import FileLock
 from configs.errors import UserError
 from configs.node_config import NodeConfig
 from configs.output import new_directory
-from configs.paths import cache_folder, default_graph
+from configs.paths import cache_folder, graph_or_default
 from configs.schema import RunConfig
 from federated.protocol.messages import Request
 from models.bootstrap.recipe import graph_fingerprint, read_recipe
@@ -52,7 +52,7 @@ def local_graph(config: RunConfig, node: NodeConfig, request: Request) -> str:
     base = "" if node.graph else node.base or config.base
     if base:
         return str(_built_graph(base, request, cache))
-    graph = node.graph or config.graph or str(default_graph())
+    graph = graph_or_default(node.graph or config.graph)
     if graph_fingerprint(graph, _memory(cache)) != request.base_fingerprint:
         raise UserError(
             f"expected the same bootstrapped checkpoint as the server's, got other weights in {graph}; "

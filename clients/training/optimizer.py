@@ -15,17 +15,16 @@ from transformers.optimization import (
     get_linear_schedule_with_warmup,
 )
 
-OPTIMIZERS = ("adamw", "adafactor", "sgd")
-SCHEDULES = ("constant", "linear", "cosine")
+from configs.run_views import OptimizerName, ScheduleName
 
 
 def make_optimizer(
     parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
     *,
-    name: str = "adamw",
+    name: OptimizerName,
     learning_rate: float,
-    weight_decay: float = 0.0,
-    momentum: float = 0.9,
+    weight_decay: float,
+    momentum: float,
 ) -> Optimizer:
     """A fresh optimizer of ``parameters``.
 
@@ -34,7 +33,7 @@ def make_optimizer(
 
     Args:
         parameters: what trains, or groups of it as torch's optimizers take them.
-        name: one of ``OPTIMIZERS``.
+        name: ``adamw``, ``adafactor`` or ``sgd``.
         learning_rate: before any schedule.
         weight_decay: decoupled from the gradient with adamw and adafactor, added to it with sgd.
         momentum: of sgd.
@@ -55,9 +54,9 @@ def make_optimizer(
 def make_schedule(
     optimizer: Optimizer,
     *,
-    name: str = "constant",
-    warmup_steps: int = 0,
-    first_step: int = 0,
+    name: ScheduleName,
+    warmup_steps: int,
+    first_step: int,
     total_steps: int,
 ) -> LRScheduler:
     """Set the learning rate of ``optimizer`` to that of step ``first_step``; ``step()`` moves it on.
@@ -66,7 +65,7 @@ def make_schedule(
 
     Args:
         optimizer: fresh.
-        name: one of ``SCHEDULES``.
+        name: ``constant``, ``linear`` or ``cosine``.
         warmup_steps: steps of the run before the one that first has the full rate.
         first_step: steps of the run before these.
         total_steps: steps of the run, after which linear and cosine reach 0.

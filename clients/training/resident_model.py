@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from clients.training.starting_point import StartingPoint, resident_units
-from configs.schema import RunConfig
+from configs.run_views import Adapters
 from federated.updates.lazy_vectors import LazyVectors
 from models.checkpoints.disk_experts import materialize
 from models.graph.expert_modules import materialize_modules
@@ -18,34 +18,38 @@ from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 
 
 def hold_residents(
-    model: FedGraftForCausalLM, residents: Sequence[Tensor | None], config: RunConfig, *, seed: int
+    model: FedGraftForCausalLM, residents: Sequence[Tensor | None], adapters: Adapters, *, seed: int
 ) -> None:
     """Read the residents from disk in the form in which they train, and no other expert.
 
     Args:
         model: opened with its experts on disk.
         residents: per layer bool ``[E]``, None for all.
-        config: says whether matrices train or LoRA factors on a base of which precision.
-        seed: of the factors.
+        adapters: whether matrices train, or LoRA factors on fixed weights of some precision.
+        seed: seed of the factors.
     """
-    if not config.lora_rank:
+    if not adapters.lora_rank:
         materialize(model, residents)
         return
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "nf4": None}[config.weights]
-    materialize_modules(model, residents, kind="nf4" if config.weights == "nf4" else "plain", dtype=dtype)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "nf4": None}[adapters.weights]
+    materialize_modules(model, residents, kind="nf4" if adapters.weights == "nf4" else "plain", dtype=dtype)
     attach_lora(
-        model, rank=config.lora_rank, alpha=config.lora_alpha, attention=config.attention_lora, seed=seed
+        model,
+        rank=adapters.lora_rank,
+        alpha=adapters.lora_alpha,
+        attention=adapters.attention_lora,
+        seed=seed,
     )
 
 
-def changes(model: FedGraftForCausalLM, start: StartingPoint, config: RunConfig) -> Mapping[Unit, Tensor]:
+def changes(model: FedGraftForCausalLM, start: StartingPoint, adapters: Adapters) -> Mapping[Unit, Tensor]:
     """What training changed since ``start``, by unit ``[size]``, each computed when it is asked for.
 
     Of LoRA factors their product, in the place of the matrices: the server adds up products, which is exact, where a
     mean of factors is not the factors of the mean.
     """
     units = resident_units(model)
-    if not config.lora_rank:
+    if not adapters.lora_rank:
         return LazyVectors(units, lambda unit: start.change(model, unit))
     # Attention is small beside the experts.
     attention = {(layer, OTHERS): change for layer, change in attention_changes(model)}

@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from clients.training.gradient_rms import second_moments
 from clients.training.optimizer import make_optimizer, make_schedule
 from configs.errors import UserError
+from configs.run_views import Trained, Training
 from models.graph.router_losses import Routing, collect_routing, router_loss
 from models.graph.runtime_settings import checkpointing
 from models.remote_code.experts_fedgraft import ROUTING
@@ -30,48 +31,25 @@ Batch = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
-class LocalTraining:
-    """How a client trains in a round.
+class LocalTraining(Training):
+    """Local training of one round: the keys of the run, and the place of the round in it.
 
     Attributes:
-        steps: optimizer steps.
-        learning_rate: before any schedule.
-        weight_decay: see ``clients.training.optimizer``.
-        max_grad_norm: 0 for no clipping.
         autocast: run matrix products in bf16.
-        train: ``all``, ``experts`` (without their routing) or ``routing``.
-        optimizer: ``adamw``, ``adafactor`` or ``sgd``.
-        momentum: of sgd.
-        gain_learning_rate: of ``GAINS``, as a multiple of ``learning_rate``.
-        schedule: ``constant``, ``linear`` or ``cosine``.
-        warmup_steps: steps of the run before the one that first has the full learning rate.
-        first_step: steps of the run before these.
-        total_steps: steps of the run; 0 where these are its last.
-        accumulation_steps: batches per optimizer step.
-        gradient_checkpointing: compute activations again in the backward pass in place of keeping them.
-        load_balance_weight: of ``models.graph.router_losses.load_balance_loss``.
-        z_loss_weight: of ``models.graph.router_losses.z_loss``.
-        keep_moments: return those of the gradients, which the optimizer has in memory anyway.
+        first_step: optimizer steps of the run before these.
+        total_steps: optimizer steps of the run, over which the learning rate is scheduled; 0: it ends with these.
+        keep_moments: return the second moments of the gradients, which AdamW holds in memory already.
     """
 
-    steps: int
-    learning_rate: float
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    autocast: bool = True
-    train: str = "all"
-    optimizer: str = "adamw"
-    momentum: float = 0.9
-    gain_learning_rate: float = 1.0
-    schedule: str = "constant"
-    warmup_steps: int = 0
+    autocast: bool
     first_step: int = 0
     total_steps: int = 0
-    accumulation_steps: int = 1
-    gradient_checkpointing: bool = False
-    load_balance_weight: float = 0.0
-    z_loss_weight: float = 0.0
     keep_moments: bool = False
+
+    @classmethod
+    def of(cls, keys: Training, **round_facts: Any) -> LocalTraining:
+        """Local training with the ``keys`` of a run (``RunConfig.training``) and the attributes of this class."""
+        return cls(**vars(keys), **round_facts)
 
 
 @dataclass(frozen=True)
@@ -107,7 +85,7 @@ def train_locally(
     losses, tokens = [], 0
     model.train()
     with _collecting(model, training) as routings, _checkpointing(model, training):
-        for _ in range(training.steps):
+        for _ in range(training.local_steps):
             group = list(islice(batches, training.accumulation_steps))
             count = sum(_predicted(labels) for _, labels in group)
             optimizer.zero_grad()
@@ -121,7 +99,7 @@ def train_locally(
     return LocalResult(losses, tokens, second_moments(optimizer) if training.keep_moments else {})
 
 
-def expert_parameters(model: FedGraftForCausalLM, train: str = "all") -> list[nn.Parameter]:
+def expert_parameters(model: FedGraftForCausalLM, train: Trained) -> list[nn.Parameter]:
     """The parameters that train; all others of the model are frozen by this call.
 
     Where the model carries LoRA factors, on experts and maybe attention, these train in place of the experts' matrices.
@@ -170,7 +148,7 @@ def _optimization(groups: list[dict[str, Any]], training: LocalTraining) -> tupl
         name=training.schedule,
         warmup_steps=training.warmup_steps,
         first_step=training.first_step,
-        total_steps=training.total_steps or training.first_step + training.steps,
+        total_steps=training.total_steps or training.first_step + training.local_steps,
     )
     return optimizer, schedule
 

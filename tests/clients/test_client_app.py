@@ -7,8 +7,6 @@ import torch
 from flwr.app import Message, RecordDict
 
 from clients import client_app
-from clients.client_app import prepare_torch
-from configs.schema import load_run_config
 from experts.graph.edge_edits import Edit
 from federated.protocol.messages import NEEDS_RECIPE, REFUSED, RESEND, Request, read_reply, write_request
 from federated.protocol.steps import ServerStep, apply_step
@@ -179,11 +177,3 @@ def test_any_failure_on_the_way_is_an_error_reply(graph, values, monkeypatch):
 def test_a_learning_rate_out_of_bounds_is_the_users_affair(graph, values):
     values |= {"learning-rate": 1e30, "local-steps": 5}
     assert_refused(answer(values, request_for(graph)), "UserError", "lower learning-rate")
-
-
-def test_threads_and_seed_follow_the_configuration():
-    prepare_torch(load_run_config({"num-threads": 2, "seed": 5}))
-    assert torch.get_num_threads() == 2
-    drawn = torch.rand(1)
-    prepare_torch(load_run_config({"seed": 5}))
-    assert torch.get_num_threads() == 1 and torch.equal(torch.rand(1), drawn)

@@ -98,7 +98,8 @@ def test_nothing_is_carried_into_the_first_round():
 def test_a_nodes_own_limits_count_before_the_runs(node, density, budget):
     config = with_own_limits(RunConfig(density=0.05, upload_budget_mb=0.5, seed=3), node_of(node), "a")
     assert (config.density, config.upload_budget_mb, config.seed) == (density, budget, 3)
-    assert limits(config).max_bytes == budget * 1e6 and limits(config).density == density
+    assert limits(config.upload).max_bytes == budget * 1e6
+    assert limits(config.upload).density == density
 
 
 @pytest.mark.parametrize(
@@ -113,7 +114,7 @@ def test_own_limits_out_of_range_are_the_users_affair(node):
 
 def test_limits_are_those_of_the_run():
     config = RunConfig(ship_experts=3, density=0.25, density_scope="all", upload_budget_mb=0.001)
-    assert limits(config) == Limits(3, 0.25, "all", 1000)
+    assert limits(config.upload) == Limits(3, 0.25, "all", 1000)
 
 
 EVENTS = st.lists(st.sampled_from(["accepted", "refused", "repeated", "killed"]), min_size=1, max_size=8)
@@ -195,7 +196,7 @@ def test_a_shipment_holds_what_the_slopes_make_worth_most(steep, shipped):
         slopes = {(0, 0): slope}
     config = RunConfig(density=1 / size, value_bits=16)
     generator = torch.Generator().manual_seed(0)
-    prepared = choose_shipment(model, {(0, 0): delta}, slopes, {}, config, generator=generator)
+    prepared = choose_shipment(model, {(0, 0): delta}, slopes, {}, config.upload, generator=generator)
     assert prepared.update.vectors[0, 0].indices.tolist() == shipped
     assert prepared.update.graph_hash == read_graph(model).digest()
     assert drawn_with(prepared) == {}

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from configs.paths import cache_folder, default_graph
+from configs.errors import UserError
+from configs.paths import cache_folder, default_graph, graph_or_default
 
 
 @pytest.fixture(autouse=True)
@@ -37,3 +38,15 @@ def test_our_own_variable_wins(monkeypatch, tmp_path, given, expected):
 def test_the_default_graph_lies_in_the_cache():
     assert default_graph() == cache_folder() / "graph"
     assert isinstance(default_graph(), Path)
+
+
+def test_a_run_without_a_graph_takes_the_quick_starts_or_is_told_how_to_get_one(monkeypatch, tmp_path):
+    monkeypatch.setenv("FEDGRAFT_CACHE", str(tmp_path))
+    assert graph_or_default("/models/graph") == "/models/graph"
+    with pytest.raises(
+        UserError, match="expected a graph, got none named .* run scripts/quickstart.sh first"
+    ):
+        graph_or_default("")
+    (tmp_path / "graph").mkdir()
+    (tmp_path / "graph" / "config.json").touch()
+    assert graph_or_default("") == str(tmp_path / "graph")

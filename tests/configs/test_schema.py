@@ -4,8 +4,9 @@ import tomllib
 
 import pytest
 
+from configs.default_toml import defaults_toml
 from configs.errors import UserError
-from configs.schema import RunConfig, defaults_toml, load_run_config, run_config_defaults
+from configs.schema import RunConfig, load_run_config, run_config_defaults
 from configs.values import read_config_file
 from tests.support.paths import ROOT
 

@@ -9,14 +9,14 @@ import torch
 from benchmarks.support.averaging import Averaging
 from benchmarks.support.federated_methods import Client, Schedule
 from benchmarks.support.sparse_experts import SparseExperts
-from clients.training.trainer import LocalTraining
 from configs.schema import RunConfig
 from federated.data.blocks import Blocks
 from models.checkpoints.load import load_dense
 from server.model.global_model import GlobalModel
+from tests.support.local_training import local_training
 from tests.support.tiny_federation import save_tiny_graph
 
-TRAINING = LocalTraining(steps=2, learning_rate=1e-2, schedule="linear", autocast=False)
+TRAINING = local_training(local_steps=2, schedule="linear")
 SCHEDULE = Schedule(TRAINING, rounds=2, batch_size=2, seed=0)
 
 

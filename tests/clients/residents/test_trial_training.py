@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from clients.residents.trial_training import best_residents
-from clients.training.trainer import LocalTraining, train_locally
+from clients.training.trainer import train_locally
 from models.checkpoints.disk_experts import materialize, open_mapped
 from models.graph.runtime_settings import residents, set_residents
+from tests.support.local_training import local_training
 from tests.support.tiny_graphs import graph_of, random_ids
 
-TRAINING = LocalTraining(steps=99, learning_rate=0.01, autocast=False, schedule="linear", warmup_steps=5)
+TRAINING = local_training(local_steps=99, schedule="linear", warmup_steps=5)
 
 
 def masks(*held: int) -> list[torch.Tensor]:
@@ -41,9 +42,7 @@ def test_it_compares_the_losses_of_real_training():
     for candidate in candidates:
         client = copy.deepcopy(model)
         set_residents(client, candidate)
-        result = train_locally(
-            client, iter(tried), LocalTraining(steps=4, learning_rate=0.01, autocast=False)
-        )
+        result = train_locally(client, iter(tried), local_training(local_steps=4))
         losses.append(sum(result.losses[2:]))
     assert best_residents(model, candidates, tried, TRAINING) == losses.index(min(losses))
 

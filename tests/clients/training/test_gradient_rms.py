@@ -8,11 +8,12 @@ import torch
 from clients.training.gradient_rms import entry_slopes, second_moments
 from clients.training.optimizer import make_optimizer
 from clients.training.starting_point import resident_units
-from clients.training.trainer import LocalTraining, train_locally
+from clients.training.trainer import train_locally
 from models.graph.expert_modules import materialize_modules
 from models.graph.lora import attach_lora
 from models.graph.runtime_settings import residents, set_residents
 from models.graph.unit_vectors import read_unit, unit_sizes
+from tests.support.local_training import local_training
 from tests.support.tiny_graphs import graph_of, random_ids, with_random_gains
 
 
@@ -27,9 +28,7 @@ def model():
 
 def _train(model, **changes):
     ids = random_ids(model, 4, 16)
-    training = LocalTraining(
-        **{"steps": 1, "learning_rate": 0.01, "autocast": False, "keep_moments": True} | changes
-    )
+    training = local_training(**{"local_steps": 1, "keep_moments": True} | changes)
     return train_locally(model, repeat((ids, ids)), training)
 
 
@@ -77,7 +76,18 @@ def test_lora_factors_have_none():
 
 
 def test_second_moments_of_an_optimizer_that_has_not_stepped():
-    assert second_moments(make_optimizer([torch.nn.Parameter(torch.zeros(2))], learning_rate=0.1)) == {}
+    assert (
+        second_moments(
+            make_optimizer(
+                [torch.nn.Parameter(torch.zeros(2))],
+                name="adamw",
+                learning_rate=0.1,
+                weight_decay=0.0,
+                momentum=0.0,
+            )
+        )
+        == {}
+    )
 
 
 def test_moments_are_kept_only_on_request(model):

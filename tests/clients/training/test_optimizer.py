@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -8,12 +9,27 @@ from torch import nn
 from transformers import get_scheduler
 from transformers.optimization import Adafactor
 
-from clients.training.optimizer import OPTIMIZERS, SCHEDULES, make_optimizer, make_schedule
+from clients.training import optimizer as module
+from configs.run_views import OptimizerName, ScheduleName
+
+OPTIMIZERS, SCHEDULES = get_args(OptimizerName), get_args(ScheduleName)
 
 
 def weights() -> list[nn.Parameter]:
     generator = torch.Generator().manual_seed(0)
     return [nn.Parameter(torch.randn(3, 4, 5, generator=generator)), nn.Parameter(torch.zeros(4))]
+
+
+def make_optimizer(parameters, **options):
+    return module.make_optimizer(
+        parameters, **{"name": "adamw", "weight_decay": 0.0, "momentum": 0.9, **options}
+    )
+
+
+def make_schedule(optimizer, **options):
+    return module.make_schedule(
+        optimizer, **{"name": "constant", "warmup_steps": 0, "first_step": 0, **options}
+    )
 
 
 def rates(steps: int, **options) -> list[float]:

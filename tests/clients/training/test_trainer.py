@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from clients.training.starting_point import resident_units
-from clients.training.trainer import LocalTraining, expert_parameters, train_locally
+from clients.training.trainer import expert_parameters, train_locally
 from configs.errors import UserError
 from federated.aggregation.usage import UsageCounter
 from models.graph.expert_modules import materialize_modules
@@ -17,6 +17,7 @@ from models.graph.lora import attach_lora
 from models.graph.router_losses import collect_routing, load_balance_loss, router_loss
 from models.graph.runtime_settings import residents, set_residents
 from models.graph.unit_vectors import read_unit, unit_sizes
+from tests.support.local_training import local_training
 from tests.support.tiny_graphs import graph_of, random_ids, with_random_gains
 
 HELD = [torch.tensor([True, False, True, False]), torch.tensor([False, False, False, True])]
@@ -36,7 +37,7 @@ def ids(model):
 
 
 def train(model, ids, *, labels=None, **changes):
-    training = LocalTraining(**{"steps": 3, "learning_rate": 0.01, "autocast": False} | changes)
+    training = local_training(**{"local_steps": 3} | changes)
     return with_changes(model, repeat((ids, ids if labels is None else labels)), training)
 
 
@@ -88,26 +89,26 @@ def test_with_all_resident_everything_that_an_edge_can_carry_learns(model, ids):
 
 
 def test_the_loss_falls_on_a_repeated_batch(model, ids):
-    losses = train(model, ids, steps=30).losses
+    losses = train(model, ids, local_steps=30).losses
     assert len(losses) == 30
     assert losses[-1] < 0.8 * losses[0]
 
 
 def test_losses_are_those_of_the_model_before_each_step(model, ids):
     expected = model(input_ids=ids, labels=ids).loss.item()
-    assert train(model, ids, steps=1).losses == [pytest.approx(expected, rel=1e-6)]
+    assert train(model, ids, local_steps=1).losses == [pytest.approx(expected, rel=1e-6)]
 
 
 def test_predicted_tokens_are_counted(model, ids):
     labels = ids.clone()
     labels[0, 5:] = -100
     # 16 tokens a block predict 15; the first block predicts 4.
-    assert train(model, ids, labels=labels, steps=3).tokens == 3 * (3 * 15 + 4)
+    assert train(model, ids, labels=labels, local_steps=3).tokens == 3 * (3 * 15 + 4)
 
 
 def test_batches_are_taken_one_a_step(model):
     batches = iter([(random_ids(model, 1, 8, seed=seed),) * 2 for seed in range(5)])
-    result = train_locally(model, batches, LocalTraining(steps=3, learning_rate=0.01, autocast=False))
+    result = train_locally(model, batches, local_training(local_steps=3))
     assert len(result.losses) == 3 and len(set(result.losses)) == 3
     assert len(list(batches)) == 2
 
@@ -121,14 +122,14 @@ def test_gradients_are_clipped_to_the_norm(model, ids, limit, expected, monkeypa
         norms.append(float(torch.cat([gradient.flatten() for gradient in gradients]).norm()))
 
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
-    train(model, ids, steps=1, max_grad_norm=limit)
+    train(model, ids, local_steps=1, max_grad_norm=limit)
     whole = unclipped_norm(model, ids)
     assert whole > 0.5
     assert norms == [pytest.approx(expected or whole, rel=1e-4)]
 
 
 def unclipped_norm(model, ids) -> float:
-    parameters = expert_parameters(model)
+    parameters = expert_parameters(model, "all")
     model.zero_grad()
     model(input_ids=ids, labels=ids).loss.backward()
     return float(torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]).norm())
@@ -138,7 +139,7 @@ def test_the_norm_takes_effect_on_what_is_learned(model, ids):
     other = copy.deepcopy(model)
     set_residents(other, HELD)
     clipped, free = (
-        train(each, ids, steps=3, max_grad_norm=norm) for each, norm in ((model, 1e-9), (other, 0))
+        train(each, ids, local_steps=3, max_grad_norm=norm) for each, norm in ((model, 1e-9), (other, 0))
     )
     assert clipped.deltas[0, 0].norm() < free.deltas[0, 0].norm()
 
@@ -146,7 +147,7 @@ def test_the_norm_takes_effect_on_what_is_learned(model, ids):
 @pytest.mark.parametrize("learning_rate", [1e4, 1e30])
 def test_a_loss_that_is_not_finite_is_the_users_affair(model, ids, learning_rate):
     with pytest.raises(UserError, match="finite.*lower learning-rate"):
-        train(model, ids, steps=50, learning_rate=learning_rate)
+        train(model, ids, local_steps=50, learning_rate=learning_rate)
 
 
 def test_labels_without_a_token_to_predict_are_no_training(model, ids):
@@ -155,9 +156,9 @@ def test_labels_without_a_token_to_predict_are_no_training(model, ids):
 
 
 def test_bf16_products_leave_the_weights_in_fp32(model, ids):
-    result = train(model, ids, autocast=True, steps=2)
+    result = train(model, ids, autocast=True, local_steps=2)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
-    exact = train(with_held(), ids, steps=2)
+    exact = train(with_held(), ids, local_steps=2)
     assert result.losses == [pytest.approx(loss, rel=0.05) for loss in exact.losses]
     assert result.losses != exact.losses
 
@@ -175,7 +176,7 @@ def test_training_is_repeatable(model, ids):
 
 
 def test_expert_parameters_freeze_all_others(model):
-    parameters = expert_parameters(model)
+    parameters = expert_parameters(model, "all")
     assert {id(p) for p in parameters} == {id(p) for p in model.parameters() if p.requires_grad}
     assert {name.split(".")[3] for name, p in model.named_parameters() if p.requires_grad} == {"mlp"}
     assert not model.training
@@ -202,7 +203,7 @@ def test_only_the_part_that_trains_moves_or_has_a_gradient_or_optimizer_state(
 
     monkeypatch.setattr(torch.optim.AdamW, "step", watch)
     before = copy.deepcopy(model.state_dict())
-    train(model, ids, steps=2, train=part)
+    train(model, ids, local_steps=2, train=part)
     assert held == [names] * 4
     moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert {name.rpartition(".")[2] for name in moved} == names
@@ -214,7 +215,7 @@ def test_gains_have_a_learning_rate_of_their_own(ids):
     for factor in (1.0, 5.0):
         graph = with_held()
         before = copy.deepcopy(graph.state_dict())
-        train(graph, ids, steps=1, gain_learning_rate=factor, max_grad_norm=0.0)
+        train(graph, ids, local_steps=1, gain_learning_rate=factor, max_grad_norm=0.0)
         moved[factor] = {
             name.rpartition(".")[2]: (value - before[name]).abs().max().item()
             for name, value in graph.state_dict().items()
@@ -228,7 +229,7 @@ def test_gains_have_a_learning_rate_of_their_own(ids):
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "sgd"])
 def test_every_optimizer_learns(model, ids, optimizer):
     rate = 0.5 if optimizer == "sgd" else 0.01
-    losses = train(model, ids, steps=20, optimizer=optimizer, learning_rate=rate).losses
+    losses = train(model, ids, local_steps=20, optimizer=optimizer, learning_rate=rate).losses
     assert losses[-1] < 0.9 * losses[0]
 
 
@@ -249,9 +250,9 @@ def test_a_schedule_spans_the_rounds(ids):
         "warmup_steps": 2,
     }
     whole, halves = with_held(), with_held()
-    train(whole, ids, steps=6, total_steps=6, **options)
+    train(whole, ids, local_steps=6, total_steps=6, **options)
     for first in (0, 3):
-        train(halves, ids, steps=3, first_step=first, total_steps=6, **options)
+        train(halves, ids, local_steps=3, first_step=first, total_steps=6, **options)
     for unit, vector in vectors(whole).items():
         torch.testing.assert_close(vectors(halves)[unit], vector)
 
@@ -266,9 +267,9 @@ def test_accumulated_batches_are_one_larger_batch(ids, labeled):
     labels = ids.clone()
     labels[2:, labeled + 1 :] = -100  # batches that predict fewer tokens weigh less
     one, two = with_held(), with_held()
-    large = train(one, ids, labels=labels, steps=2)
+    large = train(one, ids, labels=labels, local_steps=2)
     halves = [(ids[:2], labels[:2]), (ids[2:], labels[2:])] * 2
-    training = LocalTraining(steps=2, learning_rate=0.01, autocast=False, accumulation_steps=2)
+    training = local_training(local_steps=2, accumulation_steps=2)
     small = with_changes(two, iter(halves), training)
     assert small.losses == pytest.approx(large.losses, rel=1e-5) and small.tokens == large.tokens
     for unit in TRAINED:
@@ -315,17 +316,17 @@ def test_checkpointing_keeps_fewer_activations(ids):
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            train(with_held(), ids, steps=1, gradient_checkpointing=checkpointing)
+            train(with_held(), ids, local_steps=1, gradient_checkpointing=checkpointing)
         kept.append(sum(sizes))
     assert kept[1] < kept[0]
 
 
 def test_router_losses_are_added_to_what_is_descended_but_not_to_what_is_reported(ids):
-    plain = train(with_held(), ids, steps=1)
-    weighted = train(with_held(), ids, steps=1, z_loss_weight=0.5)
+    plain = train(with_held(), ids, local_steps=1)
+    weighted = train(with_held(), ids, local_steps=1, z_loss_weight=0.5)
     assert weighted.losses == plain.losses
     graph = with_held()
-    parameters = expert_parameters(graph)
+    parameters = expert_parameters(graph, "all")
     with collect_routing(graph) as routings:
         loss = graph(input_ids=ids, labels=ids).loss
         (loss + router_loss(routings, z_loss_weight=0.5)).backward()
@@ -335,7 +336,7 @@ def test_router_losses_are_added_to_what_is_descended_but_not_to_what_is_reporte
     optimizer.step()
     mine = with_held()
     options = {"optimizer": "sgd", "momentum": 0.0, "learning_rate": 0.1, "z_loss_weight": 0.5}
-    train(mine, ids, steps=1, **options)
+    train(mine, ids, local_steps=1, **options)
     assert expected
     for unit, vector in vectors(graph).items():
         torch.testing.assert_close(vectors(mine)[unit], vector)
@@ -345,7 +346,7 @@ def test_the_load_balance_loss_spreads_the_load(ids):
     balances = []
     for weight in (0.0, 5.0):
         graph = graph_of(num_experts=8, visits=2)
-        train(graph, ids, steps=30, load_balance_weight=weight, train="routing")
+        train(graph, ids, local_steps=30, load_balance_weight=weight, train="routing")
         with torch.no_grad(), collect_routing(graph) as routings:
             graph(input_ids=ids, use_cache=False)
         balances.append(sum(float(load_balance_loss(routing)) for routing in routings))
@@ -362,7 +363,7 @@ def test_lora_factors_train_in_place_of_the_matrices(ids):
     graph = with_random_gains(graph_of(visits=2))
     materialize_modules(graph, residents(graph), kind="plain", dtype=torch.float32)
     factors = attach_lora(graph, rank=2, alpha=4.0, attention=True)
-    chosen = {id(parameter) for parameter in expert_parameters(graph)}
+    chosen = {id(parameter) for parameter in expert_parameters(graph, "all")}
     assert chosen == {id(parameter) for parameter in factors}
     assert not {id(p) for p in expert_parameters(graph, "routing")} - chosen
     names = {name for name, p in graph.named_parameters() if p.requires_grad}

@@ -1,0 +1,105 @@
+"""Typed parts of a run configuration: each holds the keys that one kind of consumer reads.
+
+A view has neither defaults nor documentation of its own: both stand at the key of the same name in
+``configs.schema.RunConfig``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal, TypeVar
+
+Selection = Literal["top", "sample"]
+Combine = Literal["entrywise", "hajek", "horvitz-thompson", "mean"]
+DensityScope = Literal["expert", "all"]
+EntryScore = Literal["saliency", "magnitude"]
+ValueBits = Literal[16, 8, 4, 2]
+Trained = Literal["all", "experts", "routing"]
+Weights = Literal["fp32", "bf16", "nf4"]
+OptimizerName = Literal["adamw", "adafactor", "sgd"]
+ScheduleName = Literal["constant", "linear", "cosine"]
+
+_BYTES_PER_MB = 10**6
+
+
+@dataclass(frozen=True)
+class Training:
+    """Keys of local training."""
+
+    train: Trained
+    local_steps: int
+    accumulation_steps: int
+    optimizer: OptimizerName
+    learning_rate: float
+    gain_learning_rate: float
+    momentum: float
+    weight_decay: float
+    schedule: ScheduleName
+    warmup_steps: int
+    max_grad_norm: float
+    gradient_checkpointing: bool
+    load_balance_weight: float
+    z_loss_weight: float
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """Keys of the storage of a client's experts and of their LoRA factors."""
+
+    weights: Weights
+    lora_rank: int
+    lora_alpha: float
+    attention_lora: bool
+
+
+@dataclass(frozen=True)
+class Upload:
+    """Keys of the selection, error feedback and coding of a client's update."""
+
+    selection: Selection
+    combine: Combine
+    ship_experts: int
+    density: float
+    density_scope: DensityScope
+    entry_score: EntryScore
+    low_rank: bool
+    upload_budget_mb: float
+    value_bits: ValueBits
+    residual_decay: float
+
+    @property
+    def max_bytes(self) -> int:
+        """Bytes that the packed update fills in place of ``density``; 0: ``density`` counts."""
+        return int(self.upload_budget_mb * _BYTES_PER_MB)
+
+    @property
+    def unbiased(self) -> bool:
+        """Whether the server weights drawn experts by inverse inclusion probability."""
+        return self.combine == "horvitz-thompson"
+
+
+View = TypeVar("View", Training, Adapters, Upload)
+
+
+def view_of(kind: type[View], config: Any) -> View:
+    """The keys of ``kind`` read from a run configuration."""
+    return kind(**{field.name: getattr(config, field.name) for field in fields(kind)})
+
+
+class Views:
+    """The views of a run configuration, as properties for ``configs.schema.RunConfig``."""
+
+    @property
+    def training(self) -> Training:
+        """Keys of local training."""
+        return view_of(Training, self)
+
+    @property
+    def adapters(self) -> Adapters:
+        """Keys of the storage of experts and of LoRA factors."""
+        return view_of(Adapters, self)
+
+    @property
+    def upload(self) -> Upload:
+        """Keys of the selection, error feedback and coding of a client's update."""
+        return view_of(Upload, self)

@@ -1,0 +1,32 @@
+from __future__ import annotations
+
+from dataclasses import MISSING, fields
+from typing import get_type_hints
+
+import pytest
+
+from configs.run_views import Adapters, Training, Upload, view_of
+from configs.schema import RunConfig
+
+VIEWS = (Training, Adapters, Upload)
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_a_view_holds_keys_of_the_run_with_their_types_and_no_defaults(view):
+    run, own = get_type_hints(RunConfig), get_type_hints(view)
+    for field in fields(view):
+        assert own[field.name] == run[field.name], field.name
+        assert field.default is MISSING and field.default_factory is MISSING, field.name
+
+
+def test_views_carry_the_values_of_the_run():
+    config = RunConfig(local_steps=7, lora_rank=3, density=0.25, schedule="cosine")
+    assert (config.training.local_steps, config.training.schedule) == (7, "cosine")
+    assert config.adapters.lora_rank == 3 and config.upload.density == 0.25
+    assert (view_of(Training, config), view_of(Adapters, config)) == (config.training, config.adapters)
+
+
+def test_an_upload_knows_its_bytes_and_its_weighting():
+    assert RunConfig().upload.max_bytes == 0 and not RunConfig().upload.unbiased
+    assert RunConfig(upload_budget_mb=0.25).upload.max_bytes == 250_000
+    assert RunConfig(combine="horvitz-thompson").upload.unbiased
