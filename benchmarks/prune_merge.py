@@ -28,7 +28,7 @@ from benchmarks.support.statistics import interval
 from experts.saliency.measures import METRICS, Saliency
 from experts.selection.rules import Selection, select_experts
 from federated.data.blocks import Blocks
-from models.moe.merge import Batch, MergePlan, merge_experts
+from models.moe.merge import Batch, MergeOptions, merge_experts
 from models.moe.remove import keep_experts
 from models.moe.saliency_collection import collect_saliency
 from models.runtime.perplexity import IGNORED, evaluate_loss
@@ -36,11 +36,11 @@ from models.runtime.precision import autocast_to_bf16
 
 # How merging is done, beside the default.
 PLANS = {
-    "merge": MergePlan(),
-    "merge, average similarity": MergePlan(similarity="average"),
-    "merge, REAM": MergePlan(weights="mean-saliency", refit=False),
-    "merge, REAM by all tokens, refitted": MergePlan(weights="saliency"),
-    "merge, plain average": MergePlan(alignment="none", weights="plain", refit=False),
+    "merge": MergeOptions(),
+    "merge, average similarity": MergeOptions(similarity="average"),
+    "merge, REAM": MergeOptions(weights="mean-saliency", refit=False),
+    "merge, REAM by all tokens, refitted": MergeOptions(weights="saliency"),
+    "merge, plain average": MergeOptions(alignment="none", weights="plain", refit=False),
 }
 RANDOM_DRAWS = 3
 

@@ -1,30 +1,24 @@
-"""A compression plan: experts that go one after another, what each step cost, as a table and as an expert list."""
+"""Compression trace: the measured removals of a compression in order, executable and as an expert list."""
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from configs.output import write_bytes
 from experts.selection.expert_list import ExpertList
-
-PLAN_FILE = "compression_plan.csv"
 
 
 @dataclass(frozen=True)
 class Removal:
-    """One expert that goes; numbers are those of the model before any step.
+    """Removal of one expert; numbers are those of the model before the first step.
 
     Attributes:
         layer: MoE-layer ordinal.
-        expert: that goes.
-        into: the expert of the layer that it is merged into; None where it is pruned.
+        expert: removed expert.
+        into: expert of the layer that it is merged into; None where it is pruned.
     """
 
     layer: int
@@ -42,19 +36,35 @@ class Removal:
 
 
 @dataclass(frozen=True)
-class Step:
-    """A removal that was taken, and what was measured.
+class Averaging:
+    """Weighted average of a merged pair.
 
     Attributes:
-        removal: what goes.
+        weight_into: weight of the expert that stays, not normalized.
+        weight_expert: weight of the removed expert.
+        alignment: of the removed expert's neurons (see ``experts.merging.alignment.align_neurons``).
+    """
+
+    weight_into: float
+    weight_expert: float
+    alignment: str
+
+
+@dataclass(frozen=True)
+class Step:
+    """Executed removal and its measurements.
+
+    Attributes:
+        removal: the removal.
         decoder_layer: index of the decoder layer.
-        weight_cosine: between the two experts of a merge as they were then; None for a pruned expert.
-        jaccard: of the tokens that visit the two, likewise.
-        saliency_rank: of the expert that goes, among all experts of the model; 1 is the best.
+        weight_cosine: cosine of the two experts of a merge at that step; None for a pruned expert.
+        jaccard: Jaccard index of the tokens routed to the two, likewise.
+        saliency_rank: rank of the removed expert among all experts of the model; 1 is the best.
         perplexity: on held-out text after the step.
-        perplexity_loss: by how much the step raised it.
-        other: the removal that was measured, too, and was worse; None where there was none.
-        other_perplexity: after that one instead; None where there was none.
+        perplexity_loss: increase of the perplexity by the step.
+        other: removal that was measured at this step and had the higher perplexity; None without one.
+        other_perplexity: perplexity after ``other`` instead; None without one.
+        averaging: of a merge; None for a pruned expert.
     """
 
     removal: Removal
@@ -66,9 +76,11 @@ class Step:
     perplexity_loss: float
     other: Removal | None = None
     other_perplexity: float | None = None
+    averaging: Averaging | None = None
 
     def row(self, number: int) -> dict[str, Any]:
-        """The step as plain values, by column of the table."""
+        """Plain values of the step by column of the trace file."""
+        average = self.averaging
         return {
             "step": number,
             "layer": self.removal.layer,
@@ -83,19 +95,19 @@ class Step:
             "perplexity_loss": self.perplexity_loss,
             "other": None if self.other is None else str(self.other),
             "other_perplexity": self.other_perplexity,
+            "weight_into": None if average is None else average.weight_into,
+            "weight_expert": None if average is None else average.weight_expert,
+            "alignment": None if average is None else average.alignment,
         }
 
 
-COLUMNS = tuple(Step(Removal(0, 0), 0, None, None, 1, 1, 0).row(1))
-
-
 @dataclass(frozen=True, eq=False)
-class CompressionPlan:
-    """The steps in order.
+class CompressionTrace:
+    """Measured steps in order.
 
     Attributes:
-        steps: one per expert that goes.
-        ranks: float64 ``[L, E]``, ranks by saliency among all experts of the model, NaN where absent; 1 is the best.
+        steps: one per removed expert.
+        ranks: float64 ``[L, E]``, saliency ranks among all experts of the model, NaN where absent; 1 is the best.
         perplexity_before: on held-out text.
     """
 
@@ -105,27 +117,18 @@ class CompressionPlan:
 
     @property
     def perplexity_after(self) -> float:
-        """On held-out text, after all steps."""
+        """Perplexity on held-out text after all steps."""
         return self.steps[-1].perplexity if self.steps else self.perplexity_before
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """The steps as plain values; steps count from 1."""
+        """Plain values of the steps, numbered from 1."""
         return [step.row(number) for number, step in enumerate(self.steps, start=1)]
 
     def expert_list(self, source: dict[str, Any]) -> ExpertList:
-        """What happens to every expert: the steps' actions, and ``keep``."""
+        """Expert list with the action of every step, and ``keep`` for the other experts."""
         actions = np.where(np.isnan(self.ranks), "", "keep").astype("<U5")
         for step in self.steps:
             actions[step.removal.layer, step.removal.expert] = step.removal.action
         filters = {"min_rank": None, "max_rank": None, "n_prune": len(self.steps)}
         return ExpertList(self.ranks, actions, source, filters)
-
-
-def write_plan(plan: CompressionPlan, path: Path) -> None:
-    """Write the steps as CSV, in one step; a cell without a value is empty."""
-    text = io.StringIO()
-    table = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    table.writeheader()
-    table.writerows(plan.rows)
-    write_bytes(Path(path), text.getvalue().encode())

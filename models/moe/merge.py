@@ -36,7 +36,7 @@ _TOKENS_AT_ONCE = 128
 
 
 @dataclass(frozen=True)
-class MergePlan:
+class MergeOptions:
     """How experts are merged.
 
     Attributes:
@@ -82,7 +82,7 @@ def merge_experts(
     model: PreTrainedModel,
     batches: Sequence[Batch],
     keep_map: Mapping[int, np.ndarray],
-    plan: MergePlan,
+    options: MergeOptions,
     *,
     on_step: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> list[dict[int, list[int]]]:
@@ -95,7 +95,7 @@ def merge_experts(
         model: any with experts (see ``models.moe.views``).
         batches: calibration text, ``(input_ids [B, S], counted [B, S] bool)``.
         keep_map: MoE-layer ordinal to the experts that stay; a layer that it does not name keeps all.
-        plan: how.
+        options: grouping, averaging and refit.
         on_step: told of the layers done and of all of them.
 
     Returns:
@@ -116,7 +116,7 @@ def merge_experts(
         if layer is None:
             continue
         kept = np.sort(keep_map.get(layer.ordinal, np.arange(layer.num_experts)))
-        groups.append(_merge_layer(model, layer, inputs, [counted for _, counted in batches], kept, plan))
+        groups.append(_merge_layer(model, layer, inputs, [counted for _, counted in batches], kept, options))
         on_step("merging layers", len(groups), len(layers))
     set_counts(model)
     return groups
@@ -154,17 +154,17 @@ def _merge_layer(
     inputs: LayerInputs,
     counted: Sequence[Tensor],
     kept: np.ndarray,
-    plan: MergePlan,
+    options: MergeOptions,
 ) -> dict[int, list[int]]:
     if len(kept) == layer.num_experts:
         return {int(expert): [int(expert)] for expert in kept}
-    x_TD, weights_E = _observe(layer, inputs, counted, plan)
-    alike_EE = output_similarity(layer, x_TD[: plan.sample_tokens], plan.similarity)
-    groups = group_experts(alike_EE, kept, plan.max_group_size)
-    wanted_TD = block_output(layer, x_TD) if plan.refit else None
+    x_TD, weights_E = _observe(layer, inputs, counted, options)
+    alike_EE = output_similarity(layer, x_TD[: options.sample_tokens], options.similarity)
+    groups = group_experts(alike_EE, kept, options.max_group_size)
+    wanted_TD = block_output(layer, x_TD) if options.refit else None
     for group in groups.values():
-        if len(group) > 1 and plan.weights != "centroid":
-            merge_group(layer, group, weights_E[group].tolist(), plan.alignment)
+        if len(group) > 1 and options.weights != "centroid":
+            merge_group(layer, group, weights_E[group].tolist(), options.alignment)
     remove_experts(layer, {gone: centroid for centroid, group in groups.items() for gone in group[1:]})
     if wanted_TD is not None:
         merged = [index for index, group in enumerate(groups.values()) if len(group) > 1]
@@ -189,10 +189,12 @@ def merge_group(layer: MoELayer, group: Sequence[int], shares: Sequence[float], 
 
 
 def _observe(
-    layer: MoELayer, inputs: LayerInputs, counted: Sequence[Tensor], plan: MergePlan
+    layer: MoELayer, inputs: LayerInputs, counted: Sequence[Tensor], options: MergeOptions
 ) -> tuple[Tensor, np.ndarray]:
     """What the experts receive on the first counted tokens, ``[T, D]``, and their weights in averages, ``[E]``."""
-    sums, tokens = SaliencySums([layer]), max(plan.sample_tokens, plan.refit_tokens if plan.refit else 0)
+    sums, tokens = SaliencySums([layer]), max(
+        options.sample_tokens, options.refit_tokens if options.refit else 0
+    )
     parts: list[Tensor] = []
 
     def on_batch(batch: int) -> None:
@@ -216,4 +218,4 @@ def _observe(
     sums.finish()
     saliency_E, counts_E = sums.values[0][0].numpy(), sums.counts[0].numpy()
     weights = {"saliency": saliency_E, "mean-saliency": saliency_E / np.maximum(counts_E, 1)}
-    return torch.cat(parts), weights.get(plan.weights, np.ones_like(saliency_E))
+    return torch.cat(parts), weights.get(options.weights, np.ones_like(saliency_E))

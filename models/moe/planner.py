@@ -23,13 +23,13 @@ from experts.merging.alignment import check_alignment
 from experts.merging.similarity import PairLikeness, weight_cosine, weight_cosines
 from experts.saliency.measures import Saliency, check_metric
 from experts.saliency.ranks import rank_sums
-from experts.selection.compression_trace import CompressionPlan, Removal, Step
+from experts.selection.compression_trace import Averaging, CompressionTrace, Removal, Step
 from experts.selection.removal_candidates import RemovalCandidates
 from experts.selection.rules import Selection, free_experts, select_experts
 from models.moe.expert_overlap import collect_overlap
 from models.moe.layers import MoELayer
-from models.moe.merge import merge_group
-from models.moe.remove import remove_experts, set_counts
+from models.moe.remove import set_counts
+from models.moe.replay import execute_removal
 from models.moe.saliency_collection import Batch
 from models.moe.views import moe_layers
 
@@ -72,7 +72,7 @@ def plan_compression(
     *,
     provenance: dict | None = None,
     on_step: OnStep = lambda stage, done, total: None,
-) -> CompressionPlan:
+) -> CompressionTrace:
     """Take experts out of a model one after another, in place, and record what each step costs.
 
     Saliency and visits are collected once, on the model as it is; weight cosines follow the merges. A merged expert is
@@ -111,7 +111,7 @@ def plan_compression(
             steps.append(planner.step(steps[-1].perplexity if steps else before))
             on_step("planning steps", len(steps), total)
     set_counts(model)
-    return CompressionPlan(steps, ranks, before)
+    return CompressionTrace(steps, ranks, before)
 
 
 class _Planner:
@@ -155,6 +155,7 @@ class _Planner:
             perplexity_loss=perplexity - before,
             other=other,
             other_perplexity=other_perplexity,
+            averaging=self._averaging(removal),
         )
         self._last_loss = result.perplexity_loss
         self._take(removal, block)
@@ -167,18 +168,17 @@ class _Planner:
         block = self._layer(removal.layer).block
         self._place(removal.layer, copy.deepcopy(block))
         try:
-            self._remove(removal)
+            layer, left = self._layer(removal.layer), self._left(removal.layer)
+            execute_removal(layer, left, removal, self._averaging(removal))
             return self._measure(self._model), self._layer(removal.layer).block
         finally:
             self._place(removal.layer, block)
 
-    def _remove(self, removal: Removal) -> None:
-        layer, left = self._layer(removal.layer), self._left(removal.layer)
-        expert, into = left.index(removal.expert), None if removal.into is None else left.index(removal.into)
-        if into is not None:
-            shares = self._shares[removal.layer, [removal.into, removal.expert]]
-            merge_group(layer, [into, expert], shares.tolist(), self._options.alignment)
-        remove_experts(layer, {expert: into})
+    def _averaging(self, removal: Removal) -> Averaging | None:
+        if removal.into is None:
+            return None
+        shares = self._shares[removal.layer]
+        return Averaging(float(shares[removal.into]), float(shares[removal.expert]), self._options.alignment)
 
     def _take(self, removal: Removal, block: nn.Module) -> None:
         self._place(removal.layer, block)

@@ -44,7 +44,7 @@ from scripts.shared.expert_options import (
 from scripts.verbs.experts.prune import as_result, result_lines
 
 if TYPE_CHECKING:
-    from models.moe.merge import MergePlan
+    from models.moe.merge import MergeOptions
     from models.moe_files.layout import MoELayout
 
 _OURS = (
@@ -103,11 +103,11 @@ def merge(
     """
     from configs.output import check_output_directory
     from models.files.side_files import local_checkpoint
-    from models.moe.merge import MergePlan
+    from models.moe.merge import MergeOptions
     from models.moe_files.layout import read_moe_layout
 
     quiet_libraries()
-    plan = MergePlan(similarity_mode, alignment, max_group_size, average, refit)
+    plan = MergeOptions(similarity_mode, alignment, max_group_size, average, refit)
     source = local_checkpoint(model)
     layout = read_moe_layout(source)
     choices = choose_experts(
@@ -150,7 +150,7 @@ def merge(
 def _merge(
     layout: MoELayout,
     choice: ExpertChoice,
-    plan: MergePlan,
+    plan: MergeOptions,
     out: Path | None,
     data: list[str],
     *,

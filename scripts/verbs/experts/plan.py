@@ -34,7 +34,7 @@ from scripts.shared.expert_options import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from experts.selection.compression_trace import CompressionPlan
+    from experts.selection.compression_trace import CompressionTrace
 
 _SOURCE = {"files": [], "selection_mode": "model_wide", "action_mode": "plan"}
 
@@ -78,8 +78,8 @@ def plan(
     """
     from configs.errors import UserError
     from configs.output import check_output_file
-    from experts.selection.compression_trace import PLAN_FILE, write_plan
     from experts.selection.expert_list import CSV_FILE, JSON_FILE, write_expert_list
+    from experts.selection.trace_file import PLAN_FILE, write_trace
     from models.moe.planner import PlanOptions, plan_compression
     from models.runtime.perplexity import batches_loss
 
@@ -124,7 +124,7 @@ def plan(
             on_step=on_step,
         )
     experts = found.expert_list({**_SOURCE, "metric": metric, "model": model, "datasets": list(data)})
-    write_plan(found, out / PLAN_FILE)
+    write_trace(found, out / PLAN_FILE)
     csv_path, json_path = write_expert_list(experts, out)
     files = {"csv": str(csv_path), "json": str(json_path), "plan": str(out / PLAN_FILE)}
     equalize = needs_equalizing(opened.model)
@@ -146,7 +146,7 @@ def needs_equalizing(model: PreTrainedModel) -> bool:
     return not layers[0].family.per_layer and len({layer.num_experts for layer in layers}) > 1
 
 
-def _even(found: CompressionPlan) -> str:
+def _even(found: CompressionTrace) -> str:
     """Options with which about as many experts go, equally many in every layer."""
     import numpy as np
 
@@ -155,7 +155,7 @@ def _even(found: CompressionPlan) -> str:
     return f"--n-prune {each * len(counts)} --min-experts-per-layer {min(counts) - each}"
 
 
-def _figures(found: CompressionPlan) -> dict[str, Any]:
+def _figures(found: CompressionTrace) -> dict[str, Any]:
     return {
         "steps": found.rows,
         "perplexity_before": found.perplexity_before,
@@ -163,7 +163,7 @@ def _figures(found: CompressionPlan) -> dict[str, Any]:
     }
 
 
-def _lines(found: CompressionPlan, result: dict[str, Any]) -> list:
+def _lines(found: CompressionTrace, result: dict[str, Any]) -> list:
     from rich.table import Table
 
     columns = ("step", "layer:expert", "decoder", "cosine", "Jaccard", "rank", "perplexity", "loss", "other")

@@ -6,19 +6,20 @@ import csv
 
 import numpy as np
 
-from experts.selection.compression_trace import COLUMNS, CompressionPlan, Removal, Step, write_plan
+from experts.selection.compression_trace import Averaging, CompressionTrace, Removal, Step
 from experts.selection.expert_list import load_expert_list, write_expert_list
+from experts.selection.trace_file import COLUMNS, write_trace
 
 RANKS = np.array([[1.0, 4.0, 5.0], [2.0, 3.0, np.nan]])
 STEPS = [
-    Step(Removal(0, 2, 0), 1, 0.5, 0.25, 5.0, 10.5, 0.5, Removal(1, 1), 11.0),
+    Step(Removal(0, 2, 0), 1, 0.5, 0.25, 5.0, 10.5, 0.5, Removal(1, 1), 11.0, Averaging(0.1, 2.5, "sign")),
     Step(Removal(1, 1), 2, None, None, 3.0, 10.25, -0.25),
 ]
 SOURCE = {"files": [], "metric": "reap", "selection_mode": "model_wide", "action_mode": "plan"}
 
 
 def plan(steps=STEPS):
-    return CompressionPlan(steps, RANKS, 10.0)
+    return CompressionTrace(steps, RANKS, 10.0)
 
 
 def test_a_removal_says_what_it_is():
@@ -27,13 +28,14 @@ def test_a_removal_says_what_it_is():
 
 
 def test_the_table_has_a_row_a_step_and_empty_cells_for_no_value(tmp_path):
-    write_plan(plan(), tmp_path / "new" / "plan.csv")
+    write_trace(plan(), tmp_path / "new" / "plan.csv")
     with (tmp_path / "new" / "plan.csv").open() as file:
         first, second = csv.DictReader(file)
     assert tuple(first) == COLUMNS
     assert first == {"step": "1", "layer": "0", "decoder_layer": "1", "action": "merge", "expert": "2", "into": "0",
                      "weight_cosine": "0.5", "jaccard": "0.25", "saliency_rank": "5.0", "perplexity": "10.5",
-                     "perplexity_loss": "0.5", "other": "prune 1:1", "other_perplexity": "11.0"}  # fmt: skip
+                     "perplexity_loss": "0.5", "other": "prune 1:1", "other_perplexity": "11.0",
+                     "weight_into": "0.1", "weight_expert": "2.5", "alignment": "sign"}  # fmt: skip
     assert (second["step"], second["action"], second["perplexity_loss"]) == ("2", "prune", "-0.25")
     assert not any(second[name] for name in ("into", "weight_cosine", "jaccard", "other", "other_perplexity"))
 
@@ -52,5 +54,5 @@ def test_perplexity_after_is_that_of_the_last_step():
 
 def test_a_plan_without_steps_keeps_all(tmp_path):
     assert plan([]).expert_list(SOURCE).statistics["total_pruned"] == 0
-    write_plan(plan([]), tmp_path / "plan.csv")
+    write_trace(plan([]), tmp_path / "plan.csv")
     assert (tmp_path / "plan.csv").read_text() == ",".join(COLUMNS) + "\n"

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from configs.errors import UserError
-from models.moe.merge import WEIGHTS, MergePlan, merge_experts, output_similarity
+from models.moe.merge import WEIGHTS, MergeOptions, merge_experts, output_similarity
 from models.moe.refit import block_output
 from models.moe.remove import keep_experts
 from models.moe.routers import all_gates, router_logits
@@ -45,7 +45,7 @@ def with_twins(model):
 def test_every_family_merges_and_keeps_router_rows_of_centroids(family):
     model = tiny_moe(family)
     rows = [layer.router_weight[torch.from_numpy(KEPT[layer.ordinal])].clone() for layer in moe_layers(model)]
-    groups = merge_experts(model, calibration(model, padding=4), KEPT, MergePlan())
+    groups = merge_experts(model, calibration(model, padding=4), KEPT, MergeOptions())
     for layer, row, group in zip(moe_layers(model), rows, groups, strict=True):
         assert layer.num_experts == 2 and torch.equal(layer.router_weight, row)
         assert list(group) == KEPT[layer.ordinal].tolist()
@@ -58,7 +58,7 @@ def test_twins_find_each_other_and_merge_without_loss(similarity):
     model = with_twins(tiny_moe("mixtral"))
     pruned = keep_experts(copy.deepcopy(model), KEPT)
     groups = merge_experts(
-        model, calibration(model), KEPT, MergePlan(similarity, weights="saliency", refit=False)
+        model, calibration(model), KEPT, MergeOptions(similarity, weights="saliency", refit=False)
     )
     assert groups == [{1: [1, 0], 3: [3, 2]}, {0: [0, 1], 2: [2, 3]}]
     # The average of twins, aligned, is the expert itself: what pruning leaves.
@@ -69,7 +69,9 @@ def test_twins_find_each_other_and_merge_without_loss(similarity):
 def test_without_alignment_twins_in_another_order_spoil_each_other():
     model = with_twins(tiny_moe("mixtral"))
     pruned = keep_experts(copy.deepcopy(model), KEPT)
-    merge_experts(model, calibration(model), KEPT, MergePlan(alignment="none", weights="plain", refit=False))
+    merge_experts(
+        model, calibration(model), KEPT, MergeOptions(alignment="none", weights="plain", refit=False)
+    )
     assert logit_difference(model, pruned, random_ids(model, 2, 12)) > 1e-2
 
 
@@ -82,7 +84,7 @@ def test_the_first_layer_is_the_average_with_the_weights_asked_for(weights):
     saliency = {"saliency": found.reap_sum[0], "mean-saliency": found.scores("reap")[0], "plain": np.ones(5)}[
         weights
     ]
-    plan = MergePlan(alignment="none", weights=weights, refit=False)
+    plan = MergeOptions(alignment="none", weights=weights, refit=False)
     group, *_ = merge_experts(model, calibration(model), {0: np.array([1, 3])}, plan)
     assert sorted(sum(group.values(), [])) == list(range(5))
     before, after = moe_layers(expected)[0], moe_layers(model)[0]
@@ -97,7 +99,7 @@ def test_the_first_layer_is_the_average_with_the_weights_asked_for(weights):
 
 @torch.no_grad()
 def test_later_layers_see_what_merged_layers_give(monkeypatch):
-    model, plan = tiny_moe("mixtral"), MergePlan(weights="saliency")
+    model, plan = tiny_moe("mixtral"), MergeOptions(weights="saliency")
     merged_first = tiny_moe("mixtral")
     merge_experts(merged_first, calibration(model), {0: KEPT[0]}, plan)
     expected = collect_saliency(merged_first, calibration(model)).reap_sum[1]
@@ -133,14 +135,14 @@ def test_modules_merge_as_the_fused_do():
     modules = with_module_experts(fused)
     kept = {0: np.arange(5), 1: np.arange(3, 8)}
     for model in (fused, modules):
-        merge_experts(model, calibration(model), kept, MergePlan())
+        merge_experts(model, calibration(model), kept, MergeOptions())
     assert logit_difference(fused, modules, random_ids(fused, 2, 12)) < 1e-4
 
 
 @torch.no_grad()
 def test_a_graph_merges_into_a_graph():
     graph = graph_of(num_experts=4, visits=2)
-    groups = merge_experts(graph, calibration(graph), {0: np.array([0, 2])}, MergePlan())
+    groups = merge_experts(graph, calibration(graph), {0: np.array([0, 2])}, MergeOptions())
     assert graph.config.num_experts == [2, 4] and sorted(sum(groups[0].values(), [])) == [0, 1, 2, 3]
     assert torch.isfinite(graph(input_ids=random_ids(graph, 1, 8)).logits).all()
 
@@ -153,11 +155,11 @@ def test_a_refit_comes_closer_to_the_layer_that_was_there(family, weights):
     whole = graph_of(num_experts=4, visits=2) if family == "graph" else tiny_moe(family)
     text, kept = calibration(whole), {0: KEPT[0]}
     with_refit, without = copy.deepcopy(whole), copy.deepcopy(whole)
-    merge_experts(with_refit, text, kept, MergePlan(weights=weights))
+    merge_experts(with_refit, text, kept, MergeOptions(weights=weights))
     if weights == "centroid":
         keep_experts(without, kept)
     else:
-        merge_experts(without, text, kept, MergePlan(weights=weights, refit=False))
+        merge_experts(without, text, kept, MergeOptions(weights=weights, refit=False))
     x = torch.cat([_first_inputs(whole, ids) for ids, _ in text])
     wanted = block_output(moe_layers(whole)[0], x)
     errors = [float((block_output(moe_layers(m)[0], x) - wanted).norm()) for m in (with_refit, without)]
@@ -175,7 +177,7 @@ def _first_inputs(model, ids):
 @torch.no_grad()
 def test_all_kept_changes_nothing():
     model = tiny_moe("mixtral")
-    groups = merge_experts(model, calibration(model), {}, MergePlan())
+    groups = merge_experts(model, calibration(model), {}, MergeOptions())
     assert groups == [{expert: [expert] for expert in range(4)}] * 2
     assert logit_difference(model, tiny_moe("mixtral"), random_ids(model, 1, 12)) == 0
 
@@ -183,16 +185,16 @@ def test_all_kept_changes_nothing():
 def test_bad_plans_and_no_text_are_refused():
     model = tiny_moe("mixtral")
     with pytest.raises(UserError, match="'cosine'"):
-        MergePlan(similarity="cosine")
+        MergeOptions(similarity="cosine")
     with pytest.raises(UserError, match="'up'"):
-        MergePlan(alignment="up")
+        MergeOptions(alignment="up")
     with pytest.raises(UserError, match="'mean'"):
-        MergePlan(weights="mean")
+        MergeOptions(weights="mean")
     with pytest.raises(UserError, match="that is pruning"):
-        MergePlan(refit=False)
+        MergeOptions(refit=False)
     with pytest.raises(UserError, match="got 0"):
-        MergePlan(max_group_size=0)
+        MergeOptions(max_group_size=0)
     with pytest.raises(UserError, match="no token"):
-        merge_experts(model, [], KEPT, MergePlan())
+        merge_experts(model, [], KEPT, MergeOptions())
     with pytest.raises(UserError, match="allow 2"):
-        merge_experts(model, calibration(model), KEPT, MergePlan(max_group_size=1))
+        merge_experts(model, calibration(model), KEPT, MergeOptions(max_group_size=1))

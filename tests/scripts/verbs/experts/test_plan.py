@@ -10,8 +10,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from experts.saliency.expert_map import save_expert_map
-from experts.selection.compression_trace import COLUMNS
 from experts.selection.expert_list import load_expert_list
+from experts.selection.trace_file import COLUMNS
 from tests.support.command import assert_refused, run, tree
 from tests.support.saliency_samples import map_of
 from tests.support.tiny_moes import saved_moe
