@@ -19,7 +19,7 @@ from clients.shipment import carried_over, choose_shipment, drawn_with, shipped_
 from clients.state.local_copy import bring_to_version, client_folder
 from clients.state.local_graph import local_graph
 from clients.state.store import ClientStore
-from clients.training.gradient_rms import entry_slopes
+from clients.training.gradient_rms import entry_gradient_rms
 from clients.training.resident_model import changes, hold_residents
 from clients.training.starting_point import StartingPoint
 from clients.training.trainer import Batch, LocalTraining, train_locally
@@ -114,7 +114,7 @@ class Participant:
             personal = self.evaluate() if request.last else LossSum()
         packed, shipped_density, inclusion = self._pack(
             changes(self.model, start, self.config.adapters),
-            entry_slopes(self.model, result.moments),
+            entry_gradient_rms(self.model, result.moments),
             request,
         )
         return self._reply(
@@ -197,13 +197,15 @@ class Participant:
         )
 
     def _pack(
-        self, deltas: Mapping[Unit, Tensor], slopes: Mapping[Unit, Tensor], request: Request
+        self, deltas: Mapping[Unit, Tensor], gradient_rms: Mapping[Unit, Tensor], request: Request
     ) -> tuple[bytes, float, dict[str, float]]:
         config, version = self.config, self.model.config.graph_version
         sizes = unit_sizes(self.model, attention=config.attention_lora)
         residual = carried_over(self.store.residual.load(), request, sizes)
         generator = self._generator(request, 2)
-        prepared = choose_shipment(self.model, deltas, slopes, residual, config.upload, generator=generator)
+        prepared = choose_shipment(
+            self.model, deltas, gradient_rms, residual, config.upload, generator=generator
+        )
         packed = pack_update(prepared.update, value_bits=config.value_bits)
         self.store.residual.save(prepared.residual, version, shipped_in(request, prepared.update, packed))
         return packed, density(prepared.update), drawn_with(prepared)

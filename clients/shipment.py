@@ -7,19 +7,19 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from clients.state.residual import Kept, Shipped
+from clients.state.residual import Kept, ShippedUpdate
 from configs.errors import UserError
 from configs.node_config import NodeConfig
 from configs.run_views import Upload
 from configs.schema import RunConfig, load_run_config
 from federated.protocol.messages import Request
-from federated.selection.entries import saliency
+from federated.selection.entries import gradient_score
 from federated.selection.error_feedback import Limits, PreparedUpdate, choose_update
 from federated.updates.lazy_vectors import LazyVectors
-from federated.updates.update import SparseUpdate, SparseVector, Unit, unit_name
+from federated.updates.update import SparseUpdate, SparseVector, unit_name
 from federated.wire.codec import unpack_update
 from models.graph.graph_state import read_graph
-from models.graph.unit_vectors import unit_shapes
+from models.graph.unit_vectors import Unit, unit_shapes
 from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 
 
@@ -59,7 +59,7 @@ def limits(upload: Upload) -> Limits:
 def choose_shipment(
     model: FedGraftForCausalLM,
     deltas: Mapping[Unit, Tensor],
-    slopes: Mapping[Unit, Tensor],
+    gradient_rms: Mapping[Unit, Tensor],
     residual: Mapping[Unit, Tensor],
     upload: Upload,
     *,
@@ -70,7 +70,8 @@ def choose_shipment(
     Args:
         model: after local training; says which graph that was.
         deltas: ``[size]`` of each unit that trained.
-        slopes: of the loss along these, as ``gradient_rms.entry_slopes`` gives them; without any, magnitude counts.
+        gradient_rms: root mean square of the gradient of each entry ``[size]``, as ``entry_gradient_rms`` gives it;
+            empty: entries are scored by magnitude.
         residual: as ``carried_over`` gives it.
         upload: keys of the upload, with the client's own limits.
         generator: random generator of the draw of experts.
@@ -83,7 +84,7 @@ def choose_shipment(
         deltas,
         residual,
         limits(upload),
-        score=saliency(slopes),
+        score=gradient_score(gradient_rms),
         shapes=unit_shapes(model) if upload.low_rank else None,
         selection=upload.selection,
         unbiased=upload.unbiased,
@@ -119,14 +120,14 @@ def carried_over(kept: Kept, request: Request, sizes: Mapping[Unit, int]) -> Map
     return LazyVectors(units, vector)
 
 
-def shipped_in(request: Request, update: SparseUpdate, packed: bytes) -> Shipped:
+def shipped_in(request: Request, update: SparseUpdate, packed: bytes) -> ShippedUpdate:
     """What is kept of an update until the server says whether it counted."""
     sizes = {unit: vector.size for unit, vector in update.vectors.items()}
-    return Shipped(request.server_round, packed, sizes)
+    return ShippedUpdate(request.server_round, packed, sizes)
 
 
 def _refused(
-    shipped: Shipped | None, request: Request, sizes: Mapping[Unit, int]
+    shipped: ShippedUpdate | None, request: Request, sizes: Mapping[Unit, int]
 ) -> dict[Unit, SparseVector]:
     if shipped is None:
         return {}

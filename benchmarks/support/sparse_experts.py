@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.support.federated_methods import Client, Schedule, Traffic, held_out_losses
 from clients.shipment import choose_shipment, drawn_with
-from clients.training.gradient_rms import entry_slopes
+from clients.training.gradient_rms import entry_gradient_rms
 from clients.training.trainer import train_locally
 from configs.schema import RunConfig
 from federated.aggregation.combine import Contribution, aggregate
@@ -75,7 +75,7 @@ class SparseExperts:
         prepared = choose_shipment(
             model,
             LazyVectors(unit_sizes(model), lambda unit: read_unit(model, unit) - read_unit(server, unit)),
-            entry_slopes(model, result.moments),
+            entry_gradient_rms(model, result.moments),
             self._residuals[index],
             config.upload,
             generator=torch.Generator().manual_seed(self._schedule.seed * 1000 + server_round * 10 + index),

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from clients.state.checked_file import check_in_turn, read_tensor, write_in_turn
 from federated.updates.lazy_vectors import LazyVectors
-from federated.updates.update import Unit, parse_unit, unit_name
+from federated.updates.update import parse_unit, unit_name
+from models.graph.unit_vectors import Unit
 
 _log = logging.getLogger(__name__)
 
@@ -23,7 +24,7 @@ _SHIPPED = "shipped"
 
 
 @dataclass(frozen=True)
-class Shipped:
+class ShippedUpdate:
     """The update that a client shipped last.
 
     Attributes:
@@ -50,7 +51,7 @@ class Kept:
 
     residual: Mapping[Unit, Tensor] = field(default_factory=dict)
     sizes: dict[Unit, int] = field(default_factory=dict)
-    shipped: Shipped | None = None
+    shipped: ShippedUpdate | None = None
     graph_version: int | None = None
 
 
@@ -81,7 +82,7 @@ class ResidualStore:
         return Kept(residual, sizes, self._shipped(metadata), int(metadata["graph_version"]))
 
     def save(
-        self, residual: Mapping[Unit, Tensor], graph_version: int, shipped: Shipped | None = None
+        self, residual: Mapping[Unit, Tensor], graph_version: int, shipped: ShippedUpdate | None = None
     ) -> None:
         """Replace what was saved.
 
@@ -106,12 +107,12 @@ class ResidualStore:
 
         write_in_turn(self._path, [*names, *packed], read, metadata)
 
-    def _shipped(self, metadata: Mapping[str, str]) -> Shipped | None:
+    def _shipped(self, metadata: Mapping[str, str]) -> ShippedUpdate | None:
         if "shipped_round" not in metadata:
             return None
         sizes = {parse_unit(name): size for name, size in json.loads(metadata["shipped_sizes"]).items()}
         packed = read_tensor(self._path, _SHIPPED).numpy().tobytes()
-        return Shipped(int(metadata["shipped_round"]), packed, sizes)
+        return ShippedUpdate(int(metadata["shipped_round"]), packed, sizes)
 
     def _set_aside(self) -> Kept:
         broken = self._path.with_name(self._path.name + ".broken")

@@ -27,7 +27,7 @@ def second_moments(optimizer: Optimizer) -> dict[Tensor, Tensor]:
     return {parameter: state["exp_avg_sq"] for parameter, state in states.items()}
 
 
-def entry_slopes(model: FedGraftForCausalLM, moments: Mapping[Tensor, Tensor]) -> Mapping[Unit, Tensor]:
+def entry_gradient_rms(model: FedGraftForCausalLM, moments: Mapping[Tensor, Tensor]) -> Mapping[Unit, Tensor]:
     """Root mean square of the gradient of each entry ``[size]`` of the units that ``model`` holds.
 
     Zero for what did not train. Without moments, and for LoRA factors, whose entries are not those of the unit, there
@@ -42,10 +42,10 @@ def entry_slopes(model: FedGraftForCausalLM, moments: Mapping[Tensor, Tensor]) -
         ".lora_" in name for name, _ in model.named_parameters()
     ):
         return {}
-    return LazyVectors(resident_units(model), lambda unit: _slope(layers[unit[0]], unit[1], moments))
+    return LazyVectors(resident_units(model), lambda unit: _unit_rms(layers[unit[0]], unit[1], moments))
 
 
-def _slope(layer: ExpertGraphMLP, expert: int, moments: Mapping[Tensor, Tensor]) -> Tensor:
+def _unit_rms(layer: ExpertGraphMLP, expert: int, moments: Mapping[Tensor, Tensor]) -> Tensor:
     def moment(name: str) -> Tensor:
         parameter = getattr(layer, name)
         return moments[parameter] if parameter in moments else torch.zeros_like(parameter)

@@ -1,7 +1,7 @@
-"""The whole difference between the global model and the checkpoint that every client has, without any loss.
+"""Lossless difference between the global model and the bootstrapped checkpoint, as one container (a snapshot).
 
-For a client that is too far behind, or whose copy is another. Per unit that ever moved: the difference of the fp32 bit
-patterns as integers, which is zero where nothing moved and small where little did, entropy-coded as one column.
+For clients that are too far behind, or whose copy differs. Each unit that ever moved is a column: the entropy-coded
+integer difference of the fp32 bit patterns, zero where nothing moved and small where little did.
 """
 
 from __future__ import annotations
@@ -12,20 +12,19 @@ from collections.abc import Iterable, Mapping
 from typing import Literal
 
 import numpy as np
-import safetensors
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors.numpy import save
+from pydantic import Field
 from torch import Tensor
 
 from configs.errors import UserError
 from experts.graph.expert_graph import ExpertGraph, check_reachable
 from federated.protocol.copy_hash import moved_vector, routing_vector
-from federated.updates.update import RefusedUpdate, Unit
+from federated.updates.update import RefusedUpdate
+from federated.wire.byte_columns import ColumnsHeader, read_columns, write_columns
 from federated.wire.columns import pack_column, unpack_column
 from models.graph.attention_vectors import write_attention
 from models.graph.graph_state import read_graph, write_graph
-from models.graph.unit_vectors import OTHERS, unflatten_weights
+from models.graph.unit_vectors import OTHERS, Unit, unflatten_weights
 from models.remote_code.experts_fedgraft import ROUTING, ExpertGraphMLP
 from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 
@@ -33,10 +32,8 @@ _UNIT = re.compile(r"unit\.(\d{1,9})\.(-1|\d{1,9})")
 _WIDTH = 32  # bits of a difference
 
 
-class SnapshotHeader(BaseModel):
-    """What describes a snapshot; ``checksum`` covers the rest of it and every column."""
-
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+class SnapshotHeader(ColumnsHeader):
+    """Header of a snapshot: the version of the global model and of its graph."""
 
     format: Literal[1] = 1
     version: int = Field(ge=0)
@@ -47,9 +44,15 @@ class SnapshotHeader(BaseModel):
 def pack_snapshot(
     model: FedGraftForCausalLM, base: FedGraftForCausalLM, moved: Iterable[Unit], version: int
 ) -> bytes:
-    """What turns ``base``, just opened, into ``model`` at ``version``, in which the units ``moved`` differ.
+    """Pack the difference of ``model`` at ``version`` from ``base``; equal states give equal bytes.
 
-    One unit at a time is in memory beside the packed columns. The same state gives the same bytes.
+    One unit at a time is in memory in addition to the packed columns.
+
+    Args:
+        model: global model.
+        base: bootstrapped checkpoint, just opened.
+        moved: units that differ.
+        version: version of ``model``.
     """
     graph = read_graph(model)
     columns = {f"mask.{index}": np.packbits(mask).tobytes() for index, mask in enumerate(graph.masks)}
@@ -60,20 +63,20 @@ def pack_snapshot(
             moved_vector(model, unit), moved_vector(base, unit)
         )
     header = SnapshotHeader(version=version, graph_version=graph.version)
-    header = header.model_copy(update={"checksum": _checksum(header, columns)})
-    parts = {"header": header.model_dump_json().encode(), **columns}
-    return save({name: np.frombuffer(part, dtype=np.uint8) for name, part in parts.items()})
+    return write_columns(header, columns, _checksum)
 
 
 def apply_snapshot(model: FedGraftForCausalLM, data: bytes, version: int) -> set[Unit]:
-    """Turn ``model``, just opened, into the one that was packed; returns the units that differ from the checkpoint.
+    """Add a packed difference to ``model``, just opened from the checkpoint; returns the units that differ from it.
 
     Every size is known from ``model`` before memory is allocated, and one unit at a time is in memory.
 
     Raises:
-        RefusedUpdate: damaged bytes, another version or graph; what ``model`` holds then is of no use.
+        RefusedUpdate: damaged bytes, another version or another graph; the contents of ``model`` are then undefined.
     """
-    header, columns = _read_container(data)
+    header, columns = read_columns(
+        data, SnapshotHeader, _checksum, kind="a snapshot", contents="byte columns"
+    )
     if header.version != version:
         raise RefusedUpdate(f"expected a snapshot of version {version}, got one of version {header.version}")
     units = _known_units(model, columns)
@@ -122,7 +125,7 @@ def _write_routing(layer: ExpertGraphMLP, vector: Tensor) -> None:
 
 
 def _known_units(model: FedGraftForCausalLM, columns: Mapping[str, bytes]) -> set[Unit]:
-    """Units of the columns, all others of which must be there."""
+    """Units among the columns; checks that masks and routing are complete and that no column is unknown."""
     layers = model.expert_layers()
     rest = {f"{name}.{index}" for index in range(len(layers)) for name in ("mask", "routing")}
     units = set()
@@ -154,23 +157,9 @@ def _read_masks(model: FedGraftForCausalLM, columns: Mapping[str, bytes], versio
     return graph
 
 
-def _read_container(data: bytes) -> tuple[SnapshotHeader, dict[str, bytes]]:
-    try:
-        tensors = dict(safetensors.deserialize(data))
-        if any(view["dtype"] != "U8" for view in tensors.values()):
-            raise ValueError("expected byte columns")
-        columns = {name: bytes(view["data"]) for name, view in tensors.items()}
-        header = SnapshotHeader.model_validate_json(columns.pop("header"))
-    except (safetensors.SafetensorError, ValidationError, KeyError, ValueError, TypeError) as error:
-        raise RefusedUpdate(f"not a snapshot: {' '.join(str(error).split())}") from error
-    if header.checksum != _checksum(header, columns):
-        raise RefusedUpdate("checksum mismatch in a snapshot")
-    return header, columns
-
-
 def _checksum(header: SnapshotHeader, columns: Mapping[str, bytes]) -> str:
     digest = hashlib.blake2b(digest_size=16)
-    digest.update(header.model_copy(update={"checksum": ""}).model_dump_json().encode())
+    digest.update(header.unsigned())
     for name in sorted(columns):
         digest.update(f"\n{name} {len(columns[name])}\n".encode())
         digest.update(columns[name])

@@ -11,11 +11,11 @@ import torch
 from configs.errors import UserError
 from experts.graph.edge_edits import Edit, apply_edits, edits_from_dicts
 from experts.graph.expert_graph import ExpertGraph
-from federated.updates.update import RefusedUpdate, SparseUpdate, Unit
+from federated.updates.update import RefusedUpdate, SparseUpdate
 from federated.wire.codec import packed_stats, unpack_update
 from federated.wire.packed_stats import PackedStats
 from models.graph.graph_state import read_graph, write_graph
-from models.graph.unit_vectors import add_to_unit, unit_sizes
+from models.graph.unit_vectors import Unit, add_to_unit, unit_sizes
 from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 
 # No packed update starts like this: its first eight bytes are a small number.

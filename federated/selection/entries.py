@@ -16,14 +16,8 @@ from torch import Tensor
 
 from configs.errors import UserError
 from federated.updates.topk import top_entries
-from federated.updates.update import (
-    SparseUpdate,
-    SparseVector,
-    Unit,
-    join_indices,
-    join_values,
-    split_columns,
-)
+from federated.updates.update import SparseUpdate, SparseVector, join_indices, join_values, split_columns
+from models.graph.unit_vectors import Unit
 from models.runtime.memory import return_freed_memory
 
 Vectors = dict[Unit, SparseVector]
@@ -48,19 +42,19 @@ def magnitude(unit: Unit, vector: Tensor) -> Tensor:
     return vector.abs()
 
 
-def saliency(slopes: Mapping[Unit, Tensor]) -> Score:
-    """The score ``|change| * sqrt(slope)``: half-way from the change itself to what it does to the loss.
+def gradient_score(gradient_rms: Mapping[Unit, Tensor]) -> Score:
+    """Score ``|change| * sqrt(gradient RMS)``: geometric mean of magnitude and first-order Taylor saliency.
 
-    ``|change| * slope`` is the first-order change of the loss (Molchanov et al., 2017, arXiv:1611.06440). Adam's
-    changes are of nearly one magnitude, so that their own size says little; the steepest entries alone are also those
-    where another client's loss suffers most. The root was measured to be better than either.
+    ``|change| * gradient RMS`` estimates the first-order change of the loss (Molchanov et al., 2017, arXiv:1611.06440).
+    Adam's changes are of nearly one magnitude, so that magnitude alone says little; the entries of largest gradient are
+    also those that raise the loss of other clients most. The square root was measured to be better than either.
 
     Args:
-        slopes: root mean square of each entry's gradient ``[size]``; units without have a slope of one everywhere.
+        gradient_rms: root mean square of each entry's gradient ``[size]``; 1 for units without.
     """
 
     def score(unit: Unit, vector: Tensor) -> Tensor:
-        return vector.abs() * slopes[unit].sqrt() if unit in slopes else vector.abs()
+        return vector.abs() * gradient_rms[unit].sqrt() if unit in gradient_rms else vector.abs()
 
     return score
 

@@ -24,10 +24,11 @@ from federated.selection.entries import (
 )
 from federated.selection.unit_selection import select_sample, select_top
 from federated.updates.lazy_vectors import LazyVectors
-from federated.updates.update import SparseUpdate, SparseVector, Unit
+from federated.updates.update import SparseUpdate, SparseVector
 from federated.wire.codec import pack_update
 from federated.wire.factors import better_of
 from federated.wire.quantize import quantize_update
+from models.graph.unit_vectors import Unit
 
 
 @dataclass(frozen=True)

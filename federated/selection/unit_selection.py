@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from federated.updates.update import Unit
+from models.graph.unit_vectors import Unit
 
 
 def update_energy(vectors: Mapping[Unit, Tensor]) -> dict[Unit, float]:

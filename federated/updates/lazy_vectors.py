@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from torch import Tensor
 
-from federated.updates.update import Unit
+from models.graph.unit_vectors import Unit
 
 
 class LazyVectors(Mapping[Unit, Tensor]):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-Unit = tuple[int, int]
+from models.graph.unit_vectors import Unit
 
 
 def unit_name(unit: Unit) -> str:

@@ -18,7 +18,6 @@ from federated.updates.update import (
     RefusedUpdate,
     SparseUpdate,
     SparseVector,
-    Unit,
     join_indices,
     join_values,
     split_columns,
@@ -30,6 +29,7 @@ from federated.wire.packed_stats import PackedStats, indexed_entries, stats_of_c
 from federated.wire.quantize import MAX_MAGNITUDE, QuantizedColumn, dequantize, quantize, scale_count
 from federated.wire.rle import decode_runs, encode_runs, run_dtype
 from federated.wire.unit_table import UnitRow, pack_units, read_units
+from models.graph.unit_vectors import Unit
 
 # Above this density a compressed bitmask may be smaller than the run lengths.
 BITMASK_DENSITY = 0.25

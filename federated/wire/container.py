@@ -1,4 +1,4 @@
-"""The safetensors container of a packed update: one header and four byte columns, under a checksum."""
+"""Container of a packed update: its header and its four byte columns."""
 
 from __future__ import annotations
 
@@ -6,22 +6,17 @@ import zlib
 from collections.abc import Mapping
 from typing import Literal
 
-import numpy as np
-import safetensors
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors.numpy import save
+from pydantic import Field
 
-from federated.updates.update import RefusedUpdate
+from federated.wire.byte_columns import ColumnsHeader, read_columns, write_columns
 
 COLUMNS = ("codes", "index", "scales", "units")
 MAX_UNITS = 1 << 20
 MAX_UNIT_SIZE = 1 << 42
 
 
-class Header(BaseModel):
-    """What describes a packed update; ``checksum`` covers the rest of the header and every column."""
-
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+class Header(ColumnsHeader):
+    """Header of a packed update: the graph it was computed on, its units, kept entries and coding."""
 
     format: Literal[2] = 2
     graph_version: int
@@ -35,36 +30,20 @@ class Header(BaseModel):
 
 
 def write_container(header: Header, columns: Mapping[str, bytes]) -> bytes:
-    """Return the bytes of a header and the four ``COLUMNS``; its checksum is filled in here."""
-    header = header.model_copy(update={"checksum": _checksum(header, columns)})
-    parts = {"header": header.model_dump_json().encode(), **columns}
-    return save({name: np.frombuffer(part, dtype=np.uint8) for name, part in parts.items()})
+    """Serialize a header, its checksum filled in here, and the four ``COLUMNS``."""
+    return write_columns(header, columns, _checksum)
 
 
 def read_container(data: bytes) -> tuple[Header, dict[str, bytes]]:
-    """Return the header and the columns; bytes that no ``write_container`` wrote raise RefusedUpdate."""
-    try:
-        tensors = dict(safetensors.deserialize(data))
-    except (safetensors.SafetensorError, ValueError, TypeError) as error:
-        raise RefusedUpdate(f"not a packed update: {error}") from error
-    if set(tensors) != {"header", *COLUMNS} or any(view["dtype"] != "U8" for view in tensors.values()):
-        raise RefusedUpdate("not a packed update: expected a header and four byte columns")
-    columns = {name: bytes(view["data"]) for name, view in tensors.items()}
-    try:
-        header = Header.model_validate_json(columns.pop("header"))
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise RefusedUpdate(f"header: {'.'.join(map(str, first['loc']))} {first['msg']}") from error
-    if header.checksum != _checksum(header, columns):
-        raise RefusedUpdate("checksum mismatch")
-    return header, columns
+    """Undo ``write_container``; RefusedUpdate for other bytes."""
+    return read_columns(
+        data, Header, _checksum, kind="a packed update", contents="four byte columns", names=COLUMNS
+    )
 
 
 def _checksum(header: Header, columns: Mapping[str, bytes]) -> str:
     """CRC-32 over the lengths and bytes of all parts: against accidents, and many times as fast as a digest."""
     value = 0
-    for part in [header.model_copy(update={"checksum": ""}).model_dump_json().encode()] + [
-        columns[name] for name in COLUMNS
-    ]:
+    for part in [header.unsigned(), *(columns[name] for name in COLUMNS)]:
         value = zlib.crc32(part, zlib.crc32(len(part).to_bytes(8, "little"), value))
     return f"{value:08x}"

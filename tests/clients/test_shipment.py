@@ -14,7 +14,7 @@ from clients.shipment import (
     shipped_in,
     with_own_limits,
 )
-from clients.state.residual import Kept, ResidualStore, Shipped
+from clients.state.residual import Kept, ResidualStore, ShippedUpdate
 from clients.state.store import ClientStore
 from configs.errors import UserError
 from configs.schema import RunConfig
@@ -49,7 +49,7 @@ def kept_of(residual, values, server_round: int = 3) -> Kept:
     """A residual, and an update that was shipped in a round."""
     vectors = {unit: SparseVector.from_dense(v.numpy(), v.numpy() != 0) for unit, v in values.items()}
     update = quantize_update(SparseUpdate(0, "", vectors), 16)
-    shipped = Shipped(
+    shipped = ShippedUpdate(
         server_round, pack_update(update, value_bits=16), {u: v.size for u, v in vectors.items()}
     )
     return Kept(residual, {unit: vector.numel() for unit, vector in residual.items()}, shipped, 0)

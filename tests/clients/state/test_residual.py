@@ -11,12 +11,12 @@ import time
 import pytest
 import torch
 
-from clients.state.residual import ResidualStore, Shipped
+from clients.state.residual import ResidualStore, ShippedUpdate
 from federated.updates.lazy_vectors import LazyVectors
 
 VECTORS = {(0, -1): torch.randn(3), (0, 2): torch.randn(5), (0, 10): torch.randn(2), (11, 0): torch.randn(1)}
 SIZES = {unit: vector.numel() for unit, vector in VECTORS.items()}
-SHIPPED = Shipped(7, b"\x00packed\xff", {(0, 2): 5, (11, 0): 1})
+SHIPPED = ShippedUpdate(7, b"\x00packed\xff", {(0, 2): 5, (11, 0): 1})
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ def test_a_crash_at_any_write_keeps_the_pair_of_the_round_before(path, monkeypat
                 patch.setattr(f"configs.output.os.{name}", _crashing(getattr(os, name), left))
             vectors = LazyVectors(VECTORS, _crashing(lambda unit: -VECTORS[unit], left))
             try:
-                store.save(vectors, 2, Shipped(8, b"next", {}))
+                store.save(vectors, 2, ShippedUpdate(8, b"next", {}))
             except InterruptedError:
                 crashes += 1
                 kept = ResidualStore(path).load()
@@ -131,11 +131,11 @@ SAVES_FOR_EVER = """
 import itertools, sys
 from pathlib import Path
 import torch
-from clients.state.residual import ResidualStore, Shipped
+from clients.state.residual import ResidualStore, ShippedUpdate
 store = ResidualStore(Path(sys.argv[1]))
 for number in itertools.count(1):
     vectors = {(0, e): torch.full((50_000,), float(number)) for e in range(4)}
-    store.save(vectors, number, Shipped(number, str(number).encode(), {(0, 0): 50_000}))
+    store.save(vectors, number, ShippedUpdate(number, str(number).encode(), {(0, 0): 50_000}))
     print(number, flush=True)
 """
 
@@ -152,5 +152,5 @@ def test_a_process_that_is_killed_while_it_saves_leaves_a_pair(path):
         kept = ResidualStore(path).load()
         number = kept.graph_version
         assert number is not None and number >= saved
-        assert kept.shipped == Shipped(number, str(number).encode(), {(0, 0): 50_000})
+        assert kept.shipped == ShippedUpdate(number, str(number).encode(), {(0, 0): 50_000})
         assert_same(kept.residual, {(0, e): torch.full((50_000,), float(number)) for e in range(4)})

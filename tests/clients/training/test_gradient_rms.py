@@ -5,7 +5,7 @@ from itertools import repeat
 import pytest
 import torch
 
-from clients.training.gradient_rms import entry_slopes, second_moments
+from clients.training.gradient_rms import entry_gradient_rms, second_moments
 from clients.training.optimizer import make_optimizer
 from clients.training.starting_point import resident_units
 from clients.training.trainer import train_locally
@@ -34,7 +34,7 @@ def _train(model, **changes):
 
 def test_after_one_step_slopes_are_proportional_to_the_gradient(model):
     ids = random_ids(model, 4, 16)
-    slopes = entry_slopes(model, _train(model, learning_rate=1e-12, max_grad_norm=0.0).moments)
+    slopes = entry_gradient_rms(model, _train(model, learning_rate=1e-12, max_grad_norm=0.0).moments)
     for layer in model.expert_layers():
         layer.requires_grad_(True)
     model(input_ids=ids, labels=ids).loss.backward()
@@ -54,7 +54,7 @@ def test_after_one_step_slopes_are_proportional_to_the_gradient(model):
 
 
 def test_what_did_not_train_has_no_slope(model):
-    slopes = entry_slopes(model, _train(model, train="experts").moments)
+    slopes = entry_gradient_rms(model, _train(model, train="experts").moments)
     layer = model.expert_layers()[0]
     routing = 2 * layer.num_experts + 1 + layer.hidden_size
     for slope in slopes.values():
@@ -65,14 +65,14 @@ def test_what_did_not_train_has_no_slope(model):
 def test_other_optimizers_know_no_slopes(model, optimizer):
     result = _train(model, optimizer=optimizer)
     assert result.moments == {}
-    assert entry_slopes(model, result.moments) == {}
+    assert entry_gradient_rms(model, result.moments) == {}
 
 
 def test_lora_factors_have_none():
     graph = graph_of(visits=2)
     materialize_modules(graph, residents(graph), kind="plain", dtype=torch.float32)
     attach_lora(graph, rank=2, alpha=4, attention=False, seed=0)
-    assert entry_slopes(graph, _train(graph).moments) == {}
+    assert entry_gradient_rms(graph, _train(graph).moments) == {}
 
 
 def test_second_moments_of_an_optimizer_that_has_not_stepped():
