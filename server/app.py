@@ -1,4 +1,4 @@
-"""The Flower ServerApp: open the graph, run the federation, leave logs and a checkpoint."""
+"""The Flower ServerApp: load the graph, run the federation, write logs and a checkpoint."""
 
 from __future__ import annotations
 
@@ -20,67 +20,93 @@ from models.bootstrap.calibration import sample_text
 from models.files.config_file import check_is_graph, read_config
 from server.model.global_model import GlobalModel
 from server.reporting.call_trace import call_trace
+from server.rounds.interruption import save_interrupted
 from server.rounds.loop import Federation
 from server.rounds.run_observer import RunObserver
+from server.strategies.sam_v2 import SamV2
 
 app = ServerApp()
 
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run one federation as its run configuration says.
+    """Run one federation from Flower's run configuration.
 
     Raises:
-        UserError: bad input of any kind, before anything is written.
+        UserError: bad input of any kind.
     """
     config = load_run_config(context.run_config)
     run_federation(grid, config, run_id=context.run_id)
 
 
 def run_federation(grid: Grid, config: RunConfig, *, run_id: int) -> dict:
-    """Run a federation over ``grid`` and return its summary (see ``server.rounds.run_observer``)."""
+    """Run a federation over ``grid`` and return its summary (see ``server.rounds.run_observer``).
+
+    On an exception after the first trained round the model is saved before the exception is raised again.
+
+    Args:
+        grid: Flower's.
+        config: run configuration.
+        run_id: names the log directory where ``log-dir`` is not configured.
+
+    Raises:
+        UserError: bad input; before the first trained round nothing has been written but logs.
+        RuntimeError: no client gave a usable update in repeated exchanges of a round.
+    """
     prepare_process(config)
     if config.out:
         check_output_directory(Path(config.out), overwrite=config.overwrite)
-    server = open_global_model(config)
-    validation = server_text(config, server)
+    global_model = open_global_model(config)
+    validation = server_text(config, global_model)
     log_dir = Path(config.log_dir) if config.log_dir else cache_folder() / "runs" / str(run_id)
-    observer = RunObserver(log_dir, server=server)
-    Federation(grid=grid, config=config, server=server, observer=observer, validation=validation).run()
-    text = validation.input_ids if validation is not None else _sampled(server, config)
-    observer.trace(call_trace(server.model, text, config.trace_tokens))
-    if config.out:
-        server.save(Path(config.out), overwrite=config.overwrite)
-    return observer.close(out=config.out)
+    observer = RunObserver(log_dir, global_model=global_model)
+    federation = Federation(
+        grid=grid,
+        config=config,
+        global_model=global_model,
+        strategy=SamV2(config, validation=validation),
+        observer=observer,
+    )
+    try:
+        federation.run()
+        text = validation.input_ids if validation is not None else _sampled(global_model, config)
+        observer.trace(call_trace(global_model.model, text, config.trace_tokens))
+        if config.out:
+            global_model.save(Path(config.out), overwrite=config.overwrite)
+    except BaseException as error:
+        save_interrupted(federation, error)
+        raise
+    return observer.close(out=config.out, stopped=federation.state.stopped)
 
 
 def open_global_model(config: RunConfig) -> GlobalModel:
-    """The graph that the configuration names, or the one that the quick start left.
+    """Load the configured graph, with the run's walk and experts per token.
 
     Raises:
-        UserError: there is none, or the configuration does not fit it.
+        UserError: there is no graph, or the configuration does not fit it.
     """
     source = graph_source(config)
     check_fit(config, read_config(source))
-    server = GlobalModel(source)
-    override_routing(server.model, config)
-    return server
+    global_model = GlobalModel(source)
+    override_routing(global_model.model, config)
+    return global_model
 
 
 def graph_source(config: RunConfig) -> str:
-    """The checkpoint that the configuration names, or the one that the quick start left.
+    """Return the configured checkpoint folder, or the quick start's in the user cache.
 
     Raises:
-        UserError: there is none.
+        UserError: neither exists.
     """
     return graph_or_default(config.graph)
 
 
 def check_fit(config: RunConfig, graph: PreTrainedConfig) -> None:
-    """Refuse a run configuration that the graph cannot serve, from the graph's ``config.json`` alone.
+    """Check a run configuration against the graph's ``config.json``.
 
     Raises:
-        UserError: not a graph, budgets or experts per token above its experts, blocks beyond its context.
+        UserError: the model is not an expert graph, budgets or experts per token exceed its experts per layer, or
+            block-size exceeds its context length.
     """
     check_is_graph(graph, graph_source(config))
     experts, context = max(graph.num_experts), graph.max_position_embeddings
@@ -93,8 +119,8 @@ def check_fit(config: RunConfig, graph: PreTrainedConfig) -> None:
             raise UserError(f"expected {key} to be at most the graph's {most} {what}, got {value}")
 
 
-def server_text(config: RunConfig, server: GlobalModel) -> Blocks | None:
-    """The server's own validation text as blocks; None if the configuration names none."""
+def server_text(config: RunConfig, global_model: GlobalModel) -> Blocks | None:
+    """Return the server's own validation text as blocks; None where none is configured."""
     if not config.server_sources:
         return None
     documents = load_documents(
@@ -104,10 +130,12 @@ def server_text(config: RunConfig, server: GlobalModel) -> Blocks | None:
         seed=config.seed + 1,
     ).shuffle(seed=config.seed)
     texts = (row["text"] for row in documents if row["split"] == "valid")
-    return pack_blocks(texts, server.tokenizer, block_size=config.block_size, max_blocks=config.eval_blocks)
+    return pack_blocks(
+        texts, global_model.tokenizer, block_size=config.block_size, max_blocks=config.eval_blocks
+    )
 
 
-def _sampled(server: GlobalModel, config: RunConfig) -> torch.Tensor:
-    """Text for the call trace where the server has none: sampled from the model."""
+def _sampled(global_model: GlobalModel, config: RunConfig) -> torch.Tensor:
+    """Sample token ids ``[1, S]`` from the model, for the call trace of a server without text."""
     length = max(2, min(config.block_size, config.trace_tokens))
-    return sample_text(server.model, blocks=1, block_size=length, seed=config.seed)
+    return sample_text(global_model.model, blocks=1, block_size=length, seed=config.seed)

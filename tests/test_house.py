@@ -42,7 +42,7 @@ ROOMS = {
     ),
     "federated": ("", "updates", "wire", "selection", "aggregation", "protocol", "data"),
     "clients": ("training", "residents", "state", ""),
-    "server": ("model", "reporting", "rounds", "", "flower"),
+    "server": ("model", "reporting", "state", "strategies", "rounds", "", "flower"),
     "scripts": ("shared", "verbs", "tools", "", "deploy"),
 }
 LARGEST_FOLDER = 16

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -48,8 +49,12 @@ class SparseExperts:
             [
                 Contribution(
                     reply.numbers["examples"],
-                    unpack_update(
-                        reply.update, sizes=sizes, graph_version=graph.version, graph_hash=graph.digest()
+                    partial(
+                        unpack_update,
+                        reply.update,
+                        sizes=sizes,
+                        graph_version=graph.version,
+                        graph_hash=graph.digest(),
                     ),
                     {parse_unit(name): pi for name, pi in (reply.inclusion or {}).items()},
                 )

@@ -1,4 +1,4 @@
-"""The server's step from what the clients shipped: one reply after the other, one dense vector for each expert."""
+"""Weighted combination of sparse client updates into one dense change per unit, with one update decoded at a time."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from federated.updates.update import SparseUpdate, SparseVector, Unit
+from federated.updates.update import SparseUpdate, SparseVector
+from models.graph.unit_vectors import Unit
 
 Combine = Literal["entrywise", "hajek", "horvitz-thompson", "mean"]
 
 _LARGEST_FACTOR = float(np.finfo(np.float32).max)
 
 
-class Shipped(NamedTuple):
-    """What the first pass needs to know of an update: its units and its Euclidean norm over all values."""
+class UpdateSummary(NamedTuple):
+    """Units of an update and its Euclidean norm over all values: all that the weights of a round depend on."""
 
     units: frozenset[Unit]
     norm: float
@@ -27,29 +28,25 @@ class Shipped(NamedTuple):
 
 @dataclass(frozen=True)
 class Contribution:
-    """One client's reply.
+    """One client's accepted update and its weight.
 
     Attributes:
         weight: share or number of examples or tokens, above 0.
-        update: what it shipped, or a function that unpacks it anew, so that nobody has to hold it.
-        inclusion: probability with which each shipped unit was drawn, 1 where absent.
+        unpack: decodes the update; called once per pass, so that a single update is in memory at a time.
+        inclusion: inclusion probability of each shipped unit, 1 where absent.
         trained: units that the client trained; None for all.
-        shipped: of the update; None where it is to be unpacked for that.
+        summary: of the update; None: computed by an additional decode.
     """
 
     weight: float
-    update: SparseUpdate | Callable[[], SparseUpdate]
+    unpack: Callable[[], SparseUpdate]
     inclusion: dict[Unit, float] = field(default_factory=dict)
     trained: set[Unit] | None = None
-    shipped: Shipped | None = None
+    summary: UpdateSummary | None = None
 
-    def unpacked(self) -> SparseUpdate:
-        """The update itself."""
-        return self.update() if callable(self.update) else self.update
-
-    def summary(self) -> Shipped:
+    def summarized(self) -> UpdateSummary:
         """Units and norm of the update."""
-        return self.shipped or summarize(self.unpacked())
+        return self.summary or summarize(self.unpack())
 
 
 def aggregate(
@@ -59,20 +56,20 @@ def aggregate(
     server_learning_rate: float = 1.0,
     clip_norm_multiple: float = 0.0,
 ) -> dict[Unit, Tensor]:
-    """Return the step (float32 [size]) of every unit that at least one client shipped.
+    """Return the weighted combination of client updates, float32 [size], for each unit that a client shipped.
 
-    - ``entrywise``: ``hajek`` for each entry by itself, over the clients that shipped this entry: what one client alone
-      finds worth shipping counts in full, what several ship is averaged;
+    - ``entrywise``: ``hajek`` per entry, over the clients that shipped this entry: an entry from a single client
+      enters with its full value, an entry from several is averaged;
     - ``hajek``: ``sum w/pi * change / sum w/pi`` over the clients that shipped the unit (Hajek, 1971);
     - ``horvitz-thompson``: ``sum w/pi * change`` over the weight of the clients that trained the unit (Horvitz and
       Thompson, 1952);
     - ``mean``: ``sum w * change`` over the weight of all clients.
 
-    A client's change is first scaled down to ``clip_norm_multiple`` times the median norm of the round (0: off).
-    A first pass reads what was shipped and its norms, which settles every factor; a second adds one unpacked
-    update after the other, so memory stays near one model (``entrywise``: two) however many clients there are.
+    Each update is first scaled down to at most ``clip_norm_multiple`` times the round's median norm (0: off).
+    The factors follow from the summaries alone; the updates are then decoded and added one at a time, so memory
+    stays near one model (``entrywise``: two) for any number of clients.
 
-    Raises ValueError without a client, or for weights, probabilities, sizes or factors that cannot be.
+    Raises ValueError for no client, or for invalid weights, probabilities, sizes or factors.
     """
     contributions = list(contributions)
     if not contributions:
@@ -80,21 +77,21 @@ def aggregate(
     for contribution in contributions:
         if not 0 < contribution.weight < float("inf"):
             raise ValueError(f"expected a client weight above 0, got {contribution.weight}")
-    shipped = [contribution.summary() for contribution in contributions]
-    factors = unit_factors(contributions, [each.units for each in shipped], combine)
-    scales = _clip_scales([each.norm for each in shipped], clip_norm_multiple)
+    summaries = [contribution.summarized() for contribution in contributions]
+    factors = unit_factors(contributions, [each.units for each in summaries], combine)
+    scales = _clip_scales([each.norm for each in summaries], clip_norm_multiple)
     sums: dict[Unit, np.ndarray] = {}
     covered: dict[Unit, np.ndarray] | None = {} if combine == "entrywise" else None
     for contribution, own, scale in zip(contributions, factors, scales, strict=True):
-        _add_update(sums, covered, contribution.unpacked(), own, server_learning_rate * scale)
+        _add_update(sums, covered, contribution.unpack(), own, server_learning_rate * scale)
     for unit, total in (covered or {}).items():
         np.divide(sums[unit], total, out=sums[unit], where=total > 0)
     return {unit: torch.from_numpy(sums[unit]) for unit in sorted(sums)}
 
 
-def summarize(update: SparseUpdate) -> Shipped:
+def summarize(update: SparseUpdate) -> UpdateSummary:
     """Units and norm of an update."""
-    return Shipped(frozenset(update.vectors), update_norm(update))
+    return UpdateSummary(frozenset(update.vectors), update_norm(update))
 
 
 def update_norm(update: SparseUpdate) -> float:
@@ -105,9 +102,9 @@ def update_norm(update: SparseUpdate) -> float:
 def unit_factors(
     contributions: Sequence[Contribution], shipped: Sequence[Iterable[Unit]], combine: Combine
 ) -> list[dict[Unit, float]]:
-    """What each client's change of each unit it shipped is multiplied by, per client.
+    """Return, per client, the factor of its change of each unit that it shipped.
 
-    Weights are divided before anything is summed, so that no sum of changes can overflow.
+    Factors are normalized before any change is summed, so that no sum can overflow.
 
     Raises:
         ValueError: an unknown ``combine``, a probability outside (0, 1], or a unit that was shipped but not trained.
@@ -117,7 +114,9 @@ def unit_factors(
     largest = max(contribution.weight for contribution in contributions)
     weights = [contribution.weight / largest for contribution in contributions]
     if not min(weights) > 0:
-        raise ValueError("expected client weights of comparable size, got one that vanishes beside another")
+        raise ValueError(
+            "expected client weights of comparable size, got one that vanishes relative to another"
+        )
     factors = []
     for contribution, units, weight in zip(contributions, shipped, weights, strict=True):
         if contribution.trained is not None and not contribution.trained.issuperset(units):
@@ -164,7 +163,7 @@ def _add_update(
     factors: dict[Unit, float],
     scale: float,
 ) -> None:
-    # A function of its own: nothing of one update is alive when the next is unpacked.
+    # A separate function, so that one update is freed before the next is decoded.
     for unit, vector in update.vectors.items():
         _add_scaled(sums, unit, vector, vector.values, scale * factors[unit])
         if covered is not None:

@@ -1,4 +1,4 @@
-"""How tokens use the graph: edges traveled, and edges that are missing."""
+"""Traversals of existing edges and demand for missing ones: token counts per pair of experts."""
 
 from __future__ import annotations
 
@@ -20,10 +20,13 @@ _WIDTH = 32  # bits of a count
 
 
 class UsageCounter:
-    """Counts of one client, per layer int64 ``[E, E]``, upper-triangular.
+    """Usage counts of one client, per layer int64 ``[E, E]``, upper-triangular.
 
-    On the diagonal: visits without a visited parent. On an edge ``p -> q`` of the global graph: traversals. On any
-    other pair ``p < q``: demand, i.e. tokens whose k best raw router scores hold both.
+    Diagonal: visits without a visited parent. An edge ``p -> q`` of the global graph: traversals. Any other pair
+    ``p < q``: demand, i.e. tokens with both experts in the top-k of the raw router logits.
+
+    Args:
+        masks: of the global graph, per layer bool ``[E, E]``.
     """
 
     def __init__(self, masks: Sequence[np.ndarray]) -> None:
@@ -32,7 +35,7 @@ class UsageCounter:
 
     @contextmanager
     def counting(self, model: FedGraftForCausalLM) -> Iterator[None]:
-        """Count every forward pass of ``model`` within the block."""
+        """Add the counts of every forward pass of ``model`` within the block."""
         with observing(model, self._observer):
             yield
 
@@ -51,7 +54,7 @@ class UsageCounter:
 
 
 def traversals(walk: Walk, num_experts: int) -> Tensor:
-    """Visits by credited parent, int64 ``[E, E]``; visits without one count on the diagonal."""
+    """Visits per (credited parent, expert), int64 ``[E, E]``; visits without a parent are on the diagonal."""
     made = walk.experts_TK >= 0
     targets = walk.experts_TK[made]
     sources = torch.where(walk.parents_TK[made] < 0, targets, walk.parents_TK[made])
@@ -59,13 +62,13 @@ def traversals(walk: Walk, num_experts: int) -> Tensor:
 
 
 def demand(scores_TE: Tensor, top_k: int) -> Tensor:
-    """Tokens whose ``top_k`` best raw scores hold both p and q, int64 ``[E, E]``, for p < q only."""
+    """Tokens with both p and q in the top-k of the raw router logits, int64 ``[E, E]``, for p < q only."""
     chosen = torch.zeros_like(scores_TE).scatter(-1, scores_TE.topk(top_k, -1).indices, 1.0)
     return (chosen.T @ chosen).round().long().triu(1)
 
 
 def pack_usage(counts: Sequence[np.ndarray]) -> bytes:
-    """The upper triangles of all layers as one column of bytes."""
+    """Pack the upper triangles of all layers, clipped to 32 bits, as one entropy-coded column."""
     columns = [count[np.triu_indices(len(count))] for count in counts]
     flat = np.concatenate(columns).clip(0, 2**32 - 1).astype(np.uint32)
     return pack_column(flat, width=_WIDTH)
@@ -75,7 +78,7 @@ def unpack_usage(data: bytes, num_experts: Sequence[int]) -> list[np.ndarray]:
     """Undo ``pack_usage``: per layer int64 ``[E, E]``.
 
     Raises:
-        RefusedUpdate: bytes that are no such column.
+        RefusedUpdate: the bytes are not such a column.
     """
     sizes = [count * (count + 1) // 2 for count in num_experts]
     flat = unpack_column(data, dtype=np.dtype(np.uint32), count=sum(sizes), width=_WIDTH)

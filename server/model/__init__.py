@@ -1,1 +1,1 @@
-"""The global model and the packed steps that it ships."""
+"""The global model and its packed steps."""

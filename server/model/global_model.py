@@ -1,4 +1,4 @@
-"""The server's global model: fp32 experts, the graph, and the steps that clients replay."""
+"""The global model on the server: fp32 experts, the graph, and the packed steps that clients replay."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ from models.graph.graph_state import read_graph, write_graph
 from models.graph.unit_vectors import Unit, unit_sizes, weight_count
 from server.model.pack_step import pack_step
 
-# As many missing steps may outweigh a snapshot, which takes time to pack; fewer hardly can.
+# Minimum backlog of missing steps before a snapshot, which takes time, is packed and compared by size.
 SNAPSHOT_FROM = 4
 
 
 class GlobalModel:
-    """The model that all clients share.
+    """The model that all clients share, changed by packed steps only.
 
-    It moves only by steps that are packed first and applied as packed, so that a client that replays them holds the
-    same experts bit for bit; what packing loses stays in the server's own residual.
+    A step is packed first and applied as packed, so that a client that replays it holds the same experts bit for bit;
+    quantization errors and entries left out accumulate in the server's residual (error feedback).
 
     Args:
-        source: checkpoint of the bootstrapped graph.
+        source: checkpoint folder of the bootstrapped graph.
 
     Raises:
-        UserError: no such graph.
+        UserError: there is no such graph.
     """
 
     def __init__(self, source: str) -> None:
@@ -57,19 +57,19 @@ class GlobalModel:
 
     @property
     def graph(self) -> ExpertGraph:
-        """The graph as it is."""
+        """The current expert graph."""
         return read_graph(self.model)
 
     def recipe(self) -> bytes:
-        """What builds the bootstrapped graph from its dense base; empty where the checkpoint came without."""
+        """Return the recipe of the bootstrapped graph from its dense base; empty where the checkpoint has none."""
         return read_recipe_file(self.source)
 
     def advance(self, change: Mapping[Unit, Tensor], *, value_bits: int, density: float = 1.0) -> None:
-        """Make the next step from an aggregated change ``[size]`` per unit; without any change it moves nothing.
+        """Pack and apply the next step; an empty change gives a step without entries.
 
         Args:
-            change: of the units that clients shipped; no other unit moves.
-            value_bits: of the step's values.
+            change: aggregated change ``[size]`` per unit that clients shipped; other units do not change.
+            value_bits: bits per value of the step.
             density: kept entries / all entries of each unit; 1: every entry that a client shipped.
 
         Raises:
@@ -92,7 +92,7 @@ class GlobalModel:
         self._copy_hash = self._snapshot = None
 
     def edit(self, edits: list[Edit]) -> None:
-        """Make edits of the graph, as part of the latest step."""
+        """Apply graph edits and append them to the latest step."""
         write_graph(self.model, apply_edits(self.graph, edits))
         latest = self.steps.pop()
         self.steps.append(ServerStep(latest.version, latest.packed, edits))
@@ -100,23 +100,23 @@ class GlobalModel:
 
     @property
     def copy_hash(self) -> str:
-        """What a client's copy of this version must hash to."""
+        """Hash that a client's copy of this version must have."""
         if self._copy_hash is None:
             self._copy_hash = copy_hash(self.model, self._digests)
         return self._copy_hash
 
     def snapshot(self) -> bytes:
-        """All in which the model differs from the checkpoint it came from."""
+        """Return all differences from the bootstrapped checkpoint, packed; cached per version."""
         if self._snapshot is None:
             base = open_mapped(self.source)
             self._snapshot = pack_snapshot(self.model, base, self._digests, self.version)
         return self._snapshot
 
     def catch_up(self, held: int) -> tuple[list[ServerStep], bytes]:
-        """What a client at version ``held`` needs: the steps since, or no step and a snapshot where that is smaller.
+        """Return the missing steps and an empty snapshot, or no step and a snapshot where that is smaller.
 
         Args:
-            held: 0 for the checkpoint.
+            held: version that a client holds; 0: the checkpoint.
         """
         missing = steps_after(self.steps, held)
         whole = len(missing) == max(self.version - held, 0)
@@ -128,9 +128,12 @@ class GlobalModel:
         return [], snapshot
 
     def drop_steps(self, held: int) -> None:
-        """Forget steps up to version ``held``, which every client has, and the oldest of more than one model's bytes.
+        """Drop steps up to version ``held``, then the oldest ones beyond the fp32 bytes of all moved units.
 
-        Whoever needs them yet gets a snapshot.
+        A client that still needs a dropped step receives a snapshot.
+
+        Args:
+            held: lowest version that a client holds.
         """
         self.steps = steps_after(self.steps, held)
         sizes = unit_sizes(self.model, attention=True)
@@ -140,7 +143,7 @@ class GlobalModel:
 
     @contextmanager
     def trying(self, edits: list[Edit]) -> Iterator[None]:
-        """Make edits for the time of the block only."""
+        """Apply graph edits for the duration of a ``with`` block."""
         graph = self.graph
         gains = [
             (layer.edge_gain.clone(), layer.edge_affinity.clone()) for layer in self.model.expert_layers()
@@ -156,10 +159,10 @@ class GlobalModel:
                     layer.edge_affinity.copy_(affinity)
 
     def dense_bytes(self) -> int:
-        """Bytes of all FFN weights in bf16: what dense FedAvg sends a client, each way, in a round."""
+        """Return the bytes of all FFN weights in bf16: what dense FedAvg sends per client, direction and round."""
         return 2 * sum(weight_count(layer) * layer.num_experts for layer in self.model.expert_layers())
 
     def save(self, directory: Path, *, overwrite: bool) -> None:
-        """Write the model as a checkpoint, in the dtype of the one it came from."""
+        """Write the model as a checkpoint in the dtype of the bootstrapped one."""
         with new_directory(directory, overwrite=overwrite) as partial:
             save_graph(cast_weights(copy.deepcopy(self.model), self._dtype), self.tokenizer, partial)

@@ -1,4 +1,4 @@
-"""The server's own step as it is sent: aggregated changes with what earlier steps left out, quantized and packed."""
+"""Packing of the server's step: aggregated changes with error feedback, quantized and entropy-coded."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ def pack_step(
     graph_hash: str,
     part_entries: int = PART_ENTRIES,
 ) -> bytes:
-    """Pack the next step in parts of whole units; ``residual`` then holds what it left out.
+    """Pack a change plus residual in parts of whole units; the residual is updated in place.
 
     Args:
-        change: ``[size]`` of each unit that clients shipped; no other unit moves. All zero: a step without entries.
-        residual: of any units; that of a unit that no client shipped waits.
-        density: kept entries / all entries of each unit, the largest of change and residual together; 1: every
-            entry that a client shipped, and no other.
-        value_bits: 2, 4, 8 or 16.
-        graph_version: of the graph that the step is made on.
-        graph_hash: likewise.
-        part_entries: kept entries from which on a part is closed.
+        change: ``[size]`` of each unit that clients shipped; all zero: a step without entries.
+        residual: error feedback of any units; that of a unit without a change is kept for later.
+        density: kept entries / all entries of each unit, the largest of change plus residual; 1: exactly the entries
+            that a client shipped.
+        value_bits: bits per value: 2, 4, 8 or 16.
+        graph_version: version of the graph before the step.
+        graph_hash: hash of that graph.
+        part_entries: kept entries at which a part is closed.
 
     Raises:
-        UserError: the change is not finite or too large to be sent; ``residual`` is left as it was.
+        UserError: the change is not finite or too large for the wire; ``residual`` is unchanged.
     """
     _check_finite(change)
     moving = {unit: vector for unit, vector in change.items() if vector.any()}
@@ -51,7 +51,7 @@ def pack_step(
         waiting = {unit: residual.pop(unit) for unit in group if unit in residual}
         asides = _set_aside(group, waiting) if density == 1 else {}
         if not any((vector + waiting.get(unit, 0)).any() for unit, vector in group.items()):
-            residual.update(asides)  # what was left out before and what came take each other back
+            residual.update(asides)  # residual and change cancel
             continue
         prepared = prepare_update(
             group,
@@ -86,7 +86,7 @@ def _groups(
 
 
 def _kept(vector: Tensor, left: Tensor | None, density: float) -> int:
-    """Entries that a unit will take, at most."""
+    """Upper bound on the entries that a unit keeps."""
     if density == 1:
         return int(torch.count_nonzero(vector))
     touched = int(torch.count_nonzero(vector)) + (int(torch.count_nonzero(left)) if left is not None else 0)
@@ -94,7 +94,7 @@ def _kept(vector: Tensor, left: Tensor | None, density: float) -> int:
 
 
 def _set_aside(group: Mapping[Unit, Tensor], waiting: MutableMapping[Unit, Tensor]) -> dict[Unit, Tensor]:
-    """Take out of ``waiting`` the entries that no client shipped, which would make every step dense after a while."""
+    """Move entries that no client shipped out of ``waiting``; sending them would make every step dense in time."""
     asides = {}
     for unit, left in waiting.items():
         aside = left.masked_fill(group[unit] != 0, 0)

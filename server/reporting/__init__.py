@@ -1,1 +1,1 @@
-"""Run logs, TensorBoard events, call traces and the live table."""
+"""Log files, TensorBoard events, call traces and the live table."""

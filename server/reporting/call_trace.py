@@ -1,4 +1,4 @@
-"""Which experts single tokens visit: the entries of ``expert_call_trace.json``."""
+"""Expert visits of single tokens: the entries of ``expert_call_trace.json``."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 
 @torch.no_grad()
 def call_trace(model: FedGraftForCausalLM, input_ids: Tensor, max_tokens: int) -> list[dict[str, Any]]:
-    """Walks of the first ``max_tokens`` tokens of ``input_ids [N, S]``, one entry per token and layer.
+    """Record the routing of the first ``max_tokens`` tokens of ``input_ids [N, S]``, one entry per token and layer.
 
-    ``experts`` are in order of visit, ``parents`` holds -1 for a visit from the router, ``weights`` are the output
-    weights; ``token`` is the position in the sequence.
+    ``experts`` are in order of visit, ``parents`` the expert whose edge led there (-1: the router), ``weights`` the
+    output weights; ``token`` is the position in the sequence.
     """
     length = input_ids.shape[1]
     wanted = input_ids[: -(-max_tokens // length)] if max_tokens else input_ids[:0]

@@ -1,4 +1,4 @@
-"""The console while a run goes on: a table that grows by one row a round, fed by the run's own log."""
+"""Live console table of a run, one row per round, read from the run's log files."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console, Group
+from rich.filesize import decimal
 from rich.live import Live
 from rich.spinner import Spinner
 from rich.table import Table
 
-from server.reporting.run_log import read_merges, read_rounds
+from server.reporting.run_log import read_rewirings, read_rounds
 
 POLL_SECONDS = 0.5
-MAX_CLIENT_COLUMNS = 4  # beyond this many clients the table shows the mean and the worst instead
+MAX_CLIENT_COLUMNS = 4  # with more clients the table shows the worst instead of each
 
 Row = Mapping[str, Any]
 
@@ -25,10 +26,13 @@ Row = Mapping[str, Any]
 def follow_run(
     log_dir: Path, *, is_finished: Callable[[], bool], num_rounds: int, console: Console | None = None
 ) -> None:
-    """Show the rounds in ``log_dir`` as they are written, until ``is_finished()`` is true.
+    """Print the rounds in ``log_dir`` as they are written: a live table on a terminal, otherwise a line per round.
 
-    A terminal gets a live table with a status line; anything else one plain line per round.
-    ``console`` defaults to one on stderr.
+    Args:
+        log_dir: log directory of the run.
+        is_finished: returns whether the run has ended, which ends this function after a last look.
+        num_rounds: planned rounds.
+        console: destination; stderr by default.
     """
     console = console or Console(stderr=True)
     follow = _follow_live if console.is_terminal else _follow_plain
@@ -37,7 +41,7 @@ def follow_run(
 
 @contextmanager
 def following(log_dir: Path, *, num_rounds: int, console: Console | None = None) -> Iterator[None]:
-    """Run :func:`follow_run` beside the body of a ``with`` statement and end it with the body."""
+    """Run ``follow_run`` in a thread for the duration of a ``with`` block."""
     done = threading.Event()
     thread = threading.Thread(
         target=follow_run,
@@ -55,7 +59,7 @@ def following(log_dir: Path, *, num_rounds: int, console: Console | None = None)
 
 
 def rounds_table(rounds: list[dict[str, Any]], edits: Mapping[int, int]) -> Table:
-    """The table of the rounds so far; ``edits`` maps a round to the number of graph edits made in it."""
+    """Build the table of the completed rounds; ``edits``: number of graph edits by round."""
     names = _client_columns(rounds)
     table = Table(box=None, pad_edge=False, header_style="bold")
     for header in ("round", "time", "loss", "perplexity", *names, "up", "down", "density", "edges", "edits"):
@@ -66,30 +70,19 @@ def rounds_table(rounds: list[dict[str, Any]], edits: Mapping[int, int]) -> Tabl
 
 
 def round_line(row: Row, *, num_rounds: int, edits: int | None) -> str:
-    """One round as a plain line, for a console that is no terminal."""
+    """Format one round as a plain line, for a console without a terminal."""
     clients = ", ".join(f"{c['name']} {_number(c['perplexity'])}" for c in row["clients"])
     parts = [
         f"round {row['round']}/{num_rounds}",
         f"{row['seconds']:.1f} s",
         f"train loss {_number(row['train_loss'])}",
         f"perplexity {_number(row['perplexity'])} ({clients})",
-        f"up {human_bytes(row['bytes_up'])}",
-        f"down {human_bytes(row['bytes_down'])}",
+        f"up {decimal(row['bytes_up'])}",
+        f"down {decimal(row['bytes_down'])}",
         f"density {_number(row['density'], digits=4)}",
         f"edges {sum(row['edges'])}",
     ]
     return "  ".join(parts if edits is None else [*parts, f"edits {edits}"])
-
-
-def human_bytes(count: float) -> str:
-    """``count`` bytes with a decimal unit: 950 B, 1.2 kB, 3.4 MB."""
-    if count < 1000:
-        return f"{count:.0f} B"
-    for unit in ("kB", "MB", "GB"):
-        count /= 1000
-        if count < 999.95 or unit == "GB":
-            break
-    return f"{count:.1f} {unit}"
 
 
 def _follow_live(log_dir: Path, is_finished: Callable[[], bool], num_rounds: int, console: Console) -> None:
@@ -140,7 +133,7 @@ def _status(done: int, num_rounds: int, started: float, round_started: float) ->
 
 
 def _stopped(rounds: list[dict[str, Any]]) -> str | None:
-    """Why the run ended before the rounds that were planned, if it did."""
+    """Reason of an early end, from the last round; None where there is none."""
     return rounds[-1].get("stopped") if rounds else None
 
 
@@ -159,8 +152,8 @@ def _cells(row: Row, names: list[str], edits: Mapping[int, int]) -> list[str]:
         _number(row["train_loss"]),
         _number(row["perplexity"]),
         *(_number(perplexities.get(name)) for name in names),
-        human_bytes(row["bytes_up"]),
-        human_bytes(row["bytes_down"]),
+        decimal(row["bytes_up"]),
+        decimal(row["bytes_down"]),
         _number(row["density"], digits=4),
         str(sum(row["edges"])),
         str(edits.get(row["round"], "")),
@@ -168,7 +161,7 @@ def _cells(row: Row, names: list[str], edits: Mapping[int, int]) -> list[str]:
 
 
 def _edit_counts(log_dir: Path) -> dict[int, int]:
-    return {merge["round"]: len(merge["edits"]) for merge in read_merges(log_dir)}
+    return {each["round"]: len(each["edits"]) for each in read_rewirings(log_dir)}
 
 
 def _number(value: float | None, digits: int = 3) -> str:

@@ -1,11 +1,10 @@
-"""The files a run leaves in its log directory; `logs/README.md` explains each of them."""
+"""Log files of a run and their readers; `logs/README.md` describes each file."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from configs.output import finite, write_bytes
+from configs.output import finite, replacing, write_bytes
 
 if TYPE_CHECKING:
     from federated.wire.packed_stats import PackedStats
@@ -30,10 +29,10 @@ _PACK_ROW = "{:>6}  {:<24}  {:>14}  {:>14}  {:>10}  {:>20}\n"
 
 @dataclass(frozen=True)
 class ClientRecord:
-    """What one client did in a round.
+    """Metrics of one client in a round.
 
-    Bytes are as sent on the wire, framing included; ``update_bytes`` of ``bytes_up`` are its packed update, whose
-    entropy floor is ``update_floor_bytes``. ``refused`` is the reason, if any.
+    Bytes are as sent on the wire, framing included; ``update_bytes`` of ``bytes_up`` are its packed update, with
+    entropy floor ``update_floor_bytes``. ``refused`` is the reason of a refusal, else None.
     """
 
     name: str
@@ -51,11 +50,12 @@ class ClientRecord:
 
 @dataclass(frozen=True)
 class RoundRecord:
-    """One server round. Bytes are totals over clients; ``*_dense`` is dense FedAvg of the same round in bf16.
+    """Metrics of one server round.
 
-    ``step_bytes`` are the packed step that the server made of it, whose entropy floor is ``step_floor_bytes``.
-    ``perplexity`` is token-weighted over the clients, ``edges`` holds one count per layer, and ``stopped``
-    says why the run ended after this round although more were planned.
+    Bytes are totals over clients; ``*_dense`` are those of dense FedAvg in bf16. ``step_bytes`` is the size of the
+    server's packed step, with entropy floor ``step_floor_bytes``. ``perplexity`` is token-weighted over the clients,
+    ``edges`` holds one count per layer, ``stopped`` the reason if the run ended after this round before the last
+    planned one.
     """
 
     round: int
@@ -76,8 +76,8 @@ class RoundRecord:
 
 
 @dataclass(frozen=True)
-class MergeRecord:
-    """One merge of the graph: the edits made and the loss (nats per token) the server measured around it."""
+class RewireRecord:
+    """Graph edits of a round and the server's validation loss (nats per token) before and after them."""
 
     round: int
     rho_max: int
@@ -88,10 +88,13 @@ class MergeRecord:
 
 
 class RunLog:
-    """The single writer of a run's log files.
+    """Writer of a run's log files.
 
-    Unless ``resume`` is set, the files of an earlier run in ``log_dir`` are removed first.
-    ``experts_per_layer`` holds E of each of the ``num_layers`` layers.
+    Args:
+        log_dir: folder of the files; created where absent.
+        num_layers: layers of the model.
+        experts_per_layer: E of each layer.
+        resume: append to the files of an earlier run; they are removed otherwise.
     """
 
     def __init__(
@@ -106,11 +109,11 @@ class RunLog:
             clear_run(self.log_dir)
 
     def round(self, record: RoundRecord) -> None:
-        """Append one line to ``rounds.jsonl``; it is on disk when this returns."""
+        """Append one line to ``rounds.jsonl`` and flush it."""
         content = dataclasses.asdict(record) | {"train_loss": mean_train_loss(record.clients)}
         _append(self.log_dir / ROUNDS_FILE, _to_json(content) + "\n")
 
-    def merge(self, record: MergeRecord) -> None:
+    def rewire(self, record: RewireRecord) -> None:
         """Write ``merge_roundN.json``. Raises ValueError for an edit with other keys than EDIT_KEYS."""
         content = dataclasses.asdict(record)
         content["edits"] = [_with_keys(edit, EDIT_KEYS, "edit") for edit in record.edits]
@@ -122,11 +125,9 @@ class RunLog:
         Where E differs by layer the smaller masks are padded with False.
         Raises ValueError for a mask of another shape or with an entry below the diagonal.
         """
-        target = self.log_dir / MASK_FILE
-        partial = target.with_name(f"{target.name}.partial")
-        with partial.open("wb") as stream:
-            np.save(stream, pad_masks(masks, experts_per_layer=self.experts_per_layer))
-        os.replace(partial, target)
+        padded = pad_masks(masks, experts_per_layer=self.experts_per_layer)
+        with replacing(self.log_dir / MASK_FILE) as file:
+            np.save(file, padded)
 
     def call_trace(self, entries: Iterable[Mapping[str, Any]]) -> None:
         """Write ``expert_call_trace.json``, one entry per token and layer with the keys of TRACE_KEYS.
@@ -147,7 +148,7 @@ class RunLog:
 
 
 def read_rounds(log_dir: Path) -> list[dict[str, Any]]:
-    """The records of ``rounds.jsonl`` so far, oldest first; a line still being written is left out."""
+    """Read the complete lines of ``rounds.jsonl``, oldest first; an unfinished last line is skipped."""
     path = Path(log_dir) / ROUNDS_FILE
     if not path.exists():
         return []
@@ -156,23 +157,22 @@ def read_rounds(log_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in complete.splitlines() if line]
 
 
-def read_merges(log_dir: Path) -> list[dict[str, Any]]:
-    """The contents of all ``merge_roundN.json`` files so far, by round."""
-    merges = [
-        json.loads(path.read_text(encoding="utf-8")) for path in Path(log_dir).glob("merge_round*.json")
-    ]
-    return sorted(merges, key=lambda merge: merge["round"])
+def read_rewirings(log_dir: Path) -> list[dict[str, Any]]:
+    """Read all ``merge_roundN.json`` files, by round."""
+    paths = Path(log_dir).glob("merge_round*.json")
+    rewirings = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    return sorted(rewirings, key=lambda each: each["round"])
 
 
 def mean_train_loss(clients: Sequence[ClientRecord]) -> float | None:
-    """Training loss (nats per token) averaged with the clients' weights; None when nobody reported one."""
+    """Weighted mean training loss (nats per token) over the clients that reported one; None without any."""
     known = [(c.weight, c.train_loss) for c in clients if c.train_loss is not None]
     total = sum(weight for weight, _ in known)
     return sum(weight * loss for weight, loss in known) / total if total else None
 
 
 def clear_run(log_dir: Path) -> None:
-    """Remove the files that a RunLog wrote into ``log_dir``; everything else stays."""
+    """Remove the files of a RunLog from ``log_dir``; other files stay."""
     names = [ROUNDS_FILE, MASK_FILE, TRACE_FILE, PACK_FILE]
     for path in [*map(Path(log_dir).joinpath, names), *Path(log_dir).glob("merge_round*.json")]:
         path.unlink(missing_ok=True)
@@ -202,7 +202,7 @@ def pad_masks(masks: Sequence[Any] | np.ndarray, *, experts_per_layer: Sequence[
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace ``path`` by a file holding ``text``: a reader sees the old or the new one, never a half."""
+    """Replace the content of ``path`` in one step: readers see the old or the new content."""
     write_bytes(path, text.encode())
 
 

@@ -1,4 +1,4 @@
-"""A run as TensorBoard events: curves, byte counts, edits as text, masks and usage as pictures."""
+"""TensorBoard events of a run: scalars, byte counts, graph edits as text, masks and usage as images."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
-from server.reporting.run_log import ClientRecord, MergeRecord, RoundRecord, mean_train_loss
+from server.reporting.run_log import ClientRecord, RewireRecord, RoundRecord, mean_train_loss
 
 CELL_SIDE = 240  # pixels that one layer's matrix is at least scaled up to
 SEPARATOR = 8  # pixels between the layers of a picture
@@ -19,9 +19,11 @@ SEPARATOR_COLOR = (0.2, 0.45, 0.85)  # unlike every value of a cell, which is gr
 
 
 class TensorBoardLog:
-    """Writes event files under ``log_dir/tensorboard``; the step is the server round everywhere.
+    """Writer of event files under ``log_dir/tensorboard``, with the server round as step.
 
-    Unless ``resume`` is set, the event files of an earlier run there are removed: TensorBoard would mix them.
+    Args:
+        log_dir: log directory of the run.
+        resume: keep the event files of an earlier run; they are removed otherwise, since TensorBoard would mix them.
     """
 
     def __init__(self, log_dir: Path, *, resume: bool = False) -> None:
@@ -32,7 +34,7 @@ class TensorBoardLog:
         self._sent: Counter[str] = Counter()
 
     def round(self, record: RoundRecord) -> None:
-        """Curves of one round: loss, perplexity, bytes, density, seconds, edges per layer."""
+        """Write the scalars of one round: loss, perplexity, bytes, density, seconds, edges per layer."""
         step = record.round
         self._scalar("perplexity/overall", record.perplexity, step)
         self._scalar("loss/overall", mean_train_loss(record.clients), step)
@@ -47,14 +49,14 @@ class TensorBoardLog:
         self._writer.flush()
 
     def perplexities(self, clients: Mapping[str, float | None], overall: float, step: int) -> None:
-        """Held-out perplexity of the model that the last round left, where the next round would log it."""
+        """Write the held-out perplexities of the final model, at the step after the last round."""
         self._scalar("perplexity/overall", overall, step)
         for name, value in clients.items():
             self._scalar(f"perplexity/{name}", value, step)
         self._writer.flush()
 
-    def merge(self, record: MergeRecord) -> None:
-        """The edits of one merge as a Markdown table, and the loss around it."""
+    def rewire(self, record: RewireRecord) -> None:
+        """Write the graph edits of a round as a Markdown table and the loss before and after them."""
         self._writer.add_text("graph/edits", edits_table(record), record.round)
         self._scalar("edges/edits", len(record.edits), record.round)
         for name in ("loss_before", "loss_after", "gamma_hat"):
@@ -62,14 +64,14 @@ class TensorBoardLog:
         self._writer.flush()
 
     def masks(self, name: str, masks: Any, step: int) -> None:
-        """Masks, bool ``[L, E, E]``, as one picture under ``masks/NAME``: white is an edge or open root."""
+        """Write masks, bool ``[L, E, E]``, as one image ``masks/NAME``: white is an edge or an open root."""
         picture = layer_grid(np.asarray(masks, dtype=np.float32))
         self._writer.add_image(f"masks/{name}", picture, step, dataformats="HWC")
 
     def usage(self, usage: Any, step: int) -> None:
-        """Traversals ``[L, E, E]`` as a picture (square root, scaled per layer) and tokens per expert.
+        """Write traversals ``[L, E, E]`` as an image (square root, scaled per layer) and tokens per expert.
 
-        The tokens an expert saw are its column: entries on the diagonal plus arrivals along edges.
+        An expert's tokens are the sum of its column: entries from the router on the diagonal, plus edge traversals.
         """
         counts = np.asarray(usage, dtype=np.float64)
         peaks = np.maximum(counts.max(axis=(1, 2), keepdims=True), np.finfo(np.float64).tiny)
@@ -102,7 +104,7 @@ class TensorBoardLog:
             self._writer.add_text(f"refused/{client.name}", client.refused, step)
 
     def _histogram(self, tag: str, tokens: np.ndarray, step: int) -> None:
-        """One bar per expert (its index on the axis), as high as the tokens it saw."""
+        """Write a histogram with one bar per expert: index on the axis, tokens as height."""
         index = np.arange(len(tokens))
         self._writer.add_histogram_raw(
             tag,
@@ -117,13 +119,13 @@ class TensorBoardLog:
         )
 
     def _scalar(self, tag: str, value: float | None, step: int) -> None:
-        """Write ``value`` unless it is absent or not finite (a gap in the curve says the same)."""
+        """Write ``value``; an absent or non-finite one leaves a gap in the curve."""
         if value is not None and math.isfinite(value):
             self._writer.add_scalar(tag, value, step)
 
 
-def edits_table(record: MergeRecord) -> str:
-    """The edits of a merge as a Markdown table; ``|`` in a reason is escaped."""
+def edits_table(record: RewireRecord) -> str:
+    """Format graph edits as a Markdown table; ``|`` in a reason is escaped."""
     if not record.edits:
         return f"round {record.round}: no edit (at most {record.rho_max} allowed)"
     rows = ["| op | layer | p | q | reason |", "|---|---|---|---|---|"]
@@ -134,10 +136,10 @@ def edits_table(record: MergeRecord) -> str:
 
 
 def layer_grid(matrices: np.ndarray) -> np.ndarray:
-    """Lay ``[L, E, E]`` values in 0..1 out as one RGB picture ``[height, width, 3]``, float32.
+    """Arrange ``[L, E, E]`` values in 0..1 as one RGB image ``[height, width, 3]``, float32.
 
-    Layers run row by row, upscaled without smoothing so that one entry is a visible square,
-    with blue lines around each layer.
+    Layers run row by row, upscaled without smoothing so that one entry is a visible square, with blue lines around
+    each layer.
     """
     layers, experts, _ = matrices.shape
     scale = max(1, math.ceil(CELL_SIDE / experts))

@@ -1,1 +1,1 @@
-"""The round loop: exchange of messages, validation, aggregation, graph edits."""
+"""The round loop: requests, validation of the answers, logs."""

@@ -1,4 +1,4 @@
-"""One exchange with the clients over a Flower Grid: push, pull until all have answered or time is up."""
+"""One exchange of messages over a Flower Grid: push, then pull until every node has answered or a timeout."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from federated.protocol.messages import NEEDS_RECIPE, RESEND, detach_update, mes
 from server.rounds.reply_spool import ReplySpool, SpooledBytes
 
 POLL_SECONDS = 0.2
-LARGEST_REST = 1 << 26  # bytes of a reply beside its update: residency and usage counts need far less
-_PULLED_AT_ONCE = 2  # replies: what Flower hands over at a time is in memory at a time
+LARGEST_REST = 1 << 26  # bytes of a reply apart from its update; residency and usage counts need far less
+_PULLED_AT_ONCE = 2  # replies; all that Flower hands over in one pull are in memory together
 _LONGEST_VERSION = 16  # digits
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back from one node.
+    """Reply or error of one node, with its traffic.
 
     Attributes:
-        content: of the reply; None where there is an error.
-        error: reason why there is none; empty where there is a reply.
-        held_version: version that the node holds, where it asks for the steps since then; else None.
-        bytes_up: of the reply, an error too; 0 where none came.
-        bytes_down: of the request.
-        update: the packed update of the reply, where it was taken out of ``content`` and put on disk.
-        needs_recipe: whether the node asks for the recipe of the graph.
+        content: content of the reply; None for an error.
+        error: reason of the error; empty for a reply.
+        held_version: version that the node holds, where it requests the steps since then; else None.
+        bytes_up: bytes of the reply or error reply; 0 without an answer.
+        bytes_down: bytes of the request.
+        update: packed update of the reply, where it was moved from ``content`` to disk.
+        needs_recipe: whether the node requests the recipe of the graph.
     """
 
     content: RecordDict | None
@@ -43,10 +43,10 @@ class Answer:
 
 
 def wait_for_nodes(grid: Grid, count: int, *, timeout: float) -> list[int]:
-    """Node ids of at least ``count`` connected clients, in order.
+    """Wait until ``count`` clients are connected; return that many node ids, sorted.
 
     Raises:
-        UserError: fewer are there after ``timeout`` seconds.
+        UserError: fewer are connected after ``timeout`` seconds.
     """
     deadline = time.monotonic() + timeout
     while True:
@@ -70,23 +70,21 @@ def exchange(
     timeout: float,
     spool: ReplySpool | None = None,
 ) -> dict[int, Answer]:
-    """Send each node its content and collect one answer per node.
-
-    A node that does not answer within ``timeout`` seconds is answered for with an error.
+    """Send each node its content and collect one answer per node, an error for each node that exceeds the timeout.
 
     Args:
         grid: Flower's.
-        contents: by node id.
+        contents: request content by node id.
         message_type: ``train`` or ``evaluate``.
-        group: name of the exchange, for Flower's log.
+        group: group id of the messages, for Flower's log.
         timeout: seconds.
-        spool: takes the packed updates; None leaves them in memory.
+        spool: receives the packed updates; None: they stay in memory.
     """
     messages = [
         Message(content, dst_node_id=node, message_type=message_type, group_id=group)
         for node, content in contents.items()
     ]
-    # Flower's serialization is the truth about what is sent.
+    # Traffic is counted on Flower's own serialization.
     sent = {node: message_bytes(message) for node, message in zip(contents, messages, strict=True)}
     waiting = dict(zip(grid.push_messages(messages), contents, strict=True))
     answers: dict[int, Answer] = {}
@@ -103,7 +101,7 @@ def exchange(
 
 
 def _pull(grid: Grid, message_ids: list[str]) -> Iterator[Message]:
-    """The replies that are there, of which only a few are in memory at a time."""
+    """Yield the replies that have arrived, with at most two in memory."""
     for start in range(0, len(message_ids), _PULLED_AT_ONCE):
         replies = list(grid.pull_messages(message_ids[start : start + _PULLED_AT_ONCE]))
         while replies:
@@ -121,7 +119,7 @@ def _read(reply: Message, bytes_down: int, spool: ReplySpool | None) -> Answer:
         return Answer(reply.content, "", None, size, bytes_down)
     content, update = detach_update(reply.content)
     if size - len(update) > LARGEST_REST:
-        reason = f"expected at most {LARGEST_REST} bytes beside the update, got {size - len(update)}"
+        reason = f"expected at most {LARGEST_REST} bytes apart from the update, got {size - len(update)}"
         return Answer(None, reason, None, size, bytes_down)
     return Answer(content, "", None, size, bytes_down, spool.put(update))
 

@@ -1,29 +1,30 @@
-"""The federation as the server runs it: rounds of training and aggregation, merges between them, logs throughout."""
+"""The round loop of a federation: request, validate, combine, apply, log, edit the graph."""
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Iterable
-from dataclasses import replace
 
 from flwr.app import MessageType
 from flwr.serverapp import Grid
-from torch import Tensor
 
 from configs.schema import RunConfig
-from federated.aggregation.combine import aggregate
-from federated.data.blocks import Blocks, take
-from federated.protocol.messages import Request, raise_user_error, write_request
-from federated.updates.update import Unit
+from federated.protocol.messages import raise_user_error
 from server.model.global_model import GlobalModel
-from server.rounds.early_stop import EarlyStop
-from server.rounds.exchange import Answer, exchange, wait_for_nodes
+from server.rounds.exchange import Answer, wait_for_nodes
+from server.rounds.node_requests import NodeRequests, add_retries
 from server.rounds.reply_spool import ReplySpool
-from server.rounds.rewire import UsageAverage, merge
 from server.rounds.run_observer import RunObserver
 from server.rounds.validation import RoundReplies, check_evaluations, check_replies, held_out_loss
+from server.state.checkpoint import write_checkpoint
+from server.state.federation_state import FederationState
+from server.state.node_session import NodeSession
+from server.strategies.strategy import Strategy
 
+ROUND_ATTEMPTS = 2  # exchanges of a round before the run ends for lack of a usable reply
 _NODES_TIMEOUT = 120.0  # seconds until the clients must have connected
+
+_log = logging.getLogger(__name__)
 
 
 class Federation:
@@ -31,10 +32,13 @@ class Federation:
 
     Args:
         grid: Flower's.
-        config: of the run.
-        server: the global model.
-        observer: writes the logs.
-        validation: the server's own text; None without any.
+        config: run configuration.
+        global_model: model that the clients share.
+        strategy: federated method.
+        observer: writer of the logs.
+
+    Attributes:
+        state: everything that the rounds accumulate apart from the model.
     """
 
     def __init__(
@@ -42,166 +46,99 @@ class Federation:
         *,
         grid: Grid,
         config: RunConfig,
-        server: GlobalModel,
+        global_model: GlobalModel,
+        strategy: Strategy,
         observer: RunObserver,
-        validation: Blocks | None,
     ) -> None:
-        self.grid, self.config, self.server, self.observer = grid, config, server, observer
-        self.validation = take(validation, config.eval_blocks) if validation is not None else None
-        self.usage = UsageAverage(config.usage_decay)
-        self.early_stop = EarlyStop(rounds=config.early_stop_rounds, delta=config.early_stop_delta)
-        # Node -> the version of the global model on its disk.
-        self._held: dict[int, int] = {}
-        # Node -> the client that it answers for.
-        self._partitions: dict[int, int] = {}
-        # Node -> the last server round of which its update went into the model.
-        self._accepted: dict[int, int] = {}
+        self.grid, self.config, self.observer = grid, config, observer
+        self.global_model, self.strategy = global_model, strategy
+        self.state = FederationState()
+        self._requests = NodeRequests(grid, global_model, strategy, config.reply_timeout)
 
     def run(self) -> None:
-        """Run all rounds.
+        """Run all rounds and the final evaluation.
 
         Raises:
-            UserError: what a client reports as bad input, or too few clients.
-            RuntimeError: no client gave a usable update in a round.
+            UserError: too few clients connect, or a client reports bad input and no reply is usable.
+            RuntimeError: no reply is usable in ``ROUND_ATTEMPTS`` exchanges of a round.
         """
         nodes = wait_for_nodes(self.grid, self.config.num_clients, timeout=_NODES_TIMEOUT)
-        for server_round in range(1, self.config.num_rounds + 1):
-            if self._round(server_round, nodes):
-                break
-        answers = self._ask(nodes, MessageType.EVALUATE, server_round + 1)
-        self.observer.finish(check_evaluations(answers, self.server, self._partitions))
+        self.state.sessions = {node: NodeSession() for node in nodes}
+        while self.state.server_round < self.config.num_rounds and not self.state.stopped:
+            self._round(self.state.server_round + 1)
+        self._evaluate()
 
-    def _round(self, server_round: int, nodes: list[int]) -> bool:
-        """Train, aggregate and, where it is time, merge; whether the run ends early after this round."""
-        started, trained_on = time.perf_counter(), self.server.graph
+    def _round(self, server_round: int) -> None:
+        """Train on all nodes, apply the combined change, log the round, edit the graph."""
+        started, trained_on = time.perf_counter(), self.global_model.graph
         with ReplySpool(self.observer.log_dir) as spool:
-            answers = self._ask(nodes, MessageType.TRAIN, server_round, spool)
-            replies = self._check(answers, server_round)
-            change = self._aggregate(replies)
-        self.server.drop_steps(min(self._held.get(node, 0) for node in nodes))
-        self.server.advance(change, value_bits=self.config.value_bits, density=self.config.downlink_density)
-        self.usage.add([accepted.usage for accepted in replies.accepted])
-        planned = server_round == self.config.num_rounds
-        stopped = None if planned else self.early_stop.after(held_out_loss(replies))
-        seconds = time.perf_counter() - started
+            answers, replies = self._collect(server_round, spool)
+            change = self.strategy.combine(replies.accepted)
+        self.global_model.drop_steps(min(each.held_version for each in self.state.sessions.values()))
+        self.global_model.advance(
+            change, value_bits=self.config.value_bits, density=self.config.downlink_density
+        )
+        self._update_state(server_round, replies)
         self.observer.round(
             server_round,
             replies,
             answers,
             graph=trained_on,
-            usage=self.usage.counts,
-            seconds=seconds,
-            stopped=stopped,
+            usage=self.state.usage.counts,
+            seconds=time.perf_counter() - started,
+            stopped=self.state.stopped,
         )
-        if self.config.rho_max and server_round % self.config.merge_every == 0:
-            self._merge(server_round)
+        record = self.strategy.after_round(self.global_model, self.state)
+        if record is not None:
+            self.observer.rewire(record)
+            self.state.graph_version = self.global_model.graph.version
         if self.config.checkpoint_every and server_round % self.config.checkpoint_every == 0:
-            self.observer.checkpoint(server_round)
-        return stopped is not None
+            write_checkpoint(self.observer.log_dir, self.global_model, self.state)
 
-    def _check(self, answers: dict[int, Answer], server_round: int) -> RoundReplies:
-        """What may touch the model; notes who sent it."""
-        replies = check_replies(
-            answers,
-            self.server,
-            attention=self.config.attention_lora,
-            client_weight=self.config.client_weight,
-            partitions=self._partitions,
-        )
-        _raise_if_nobody(replies)
-        self._accepted |= {accepted.node: server_round for accepted in replies.accepted}
-        self._partitions |= {accepted.node: accepted.reply.partition for accepted in replies.accepted}
-        return replies
+    def _collect(self, server_round: int, spool: ReplySpool) -> tuple[dict[int, Answer], RoundReplies]:
+        """Request an update from every node; repeat the exchange where no reply is usable."""
+        answers, replies = self._exchange(server_round, spool)
+        for _ in range(ROUND_ATTEMPTS - 1):
+            if replies.accepted:
+                break
+            _raise_bad_input(replies)
+            _log.warning("round %d is repeated: %s", server_round, _reasons(replies))
+            again, replies = self._exchange(server_round, spool)
+            answers = add_retries(answers, again)
+        if not replies.accepted:
+            self.observer.add_traffic(answers)
+            _raise_bad_input(replies)
+            raise RuntimeError(f"no client gave a usable update: {_reasons(replies)}")
+        return answers, replies
 
-    def _aggregate(self, replies: RoundReplies) -> dict[Unit, Tensor]:
-        return aggregate(
-            [accepted.contribution for accepted in replies.accepted],
-            combine=self.config.combine,
-            server_learning_rate=self.config.server_learning_rate,
-            clip_norm_multiple=self.config.clip_norm_multiple,
-        )
+    def _exchange(self, server_round: int, spool: ReplySpool) -> tuple[dict[int, Answer], RoundReplies]:
+        answers = self._requests.ask(self.state.sessions, MessageType.TRAIN, server_round, spool)
+        partitions = self.state.partitions()
+        return answers, check_replies(answers, self.global_model, self.strategy, partitions=partitions)
 
-    def _merge(self, server_round: int) -> None:
-        record = merge(
-            self.server,
-            self.usage,
-            server_round=server_round,
-            rho_max=self.config.rho_max,
-            validation=self.validation,
-            max_drift=self.config.merge_max_drift,
-        )
-        self.observer.merge(record)
+    def _update_state(self, server_round: int, replies: RoundReplies) -> None:
+        """Record that the round's change is in the model; decide on early stopping."""
+        state, config = self.state, self.config
+        state.server_round, state.model_version = server_round, self.global_model.version
+        for accepted in replies.accepted:
+            state.sessions[accepted.node].accept(accepted.reply.partition, server_round)
+        state.usage.add([accepted.usage for accepted in replies.accepted], decay=config.usage_decay)
+        if server_round < config.num_rounds:
+            state.stopped = state.early_stop.after(
+                held_out_loss(replies), rounds=config.early_stop_rounds, delta=config.early_stop_delta
+            )
 
-    def _ask(
-        self, nodes: Iterable[int], message_type: str, server_round: int, spool: ReplySpool | None = None
-    ) -> dict[int, Answer]:
-        """Exchange with all nodes; those that lack the graph or hold another version than assumed are asked again."""
-        answers = self._exchange(nodes, message_type, server_round, spool)
-        lacking = [node for node, answer in answers.items() if answer.needs_recipe]
-        if lacking and (recipe := self.server.recipe()):
-            again = self._exchange(lacking, message_type, server_round, spool, recipe)
-            answers |= {node: _with_bytes_of(answer, answers[node]) for node, answer in again.items()}
-        behind = {
-            node: answer.held_version for node, answer in answers.items() if answer.held_version is not None
-        }
-        if behind:
-            self._held |= behind
-            again = self._exchange(behind, message_type, server_round, spool)
-            answers |= {node: _with_bytes_of(answer, answers[node]) for node, answer in again.items()}
-        for node, answer in answers.items():
-            if answer.content is not None:
-                self._held[node] = self.server.version
-            elif answer.held_version is not None:
-                answers[node] = replace(answer, error=f"holds version {answer.held_version} after a resend")
-        return answers
-
-    def _exchange(
-        self,
-        nodes: Iterable[int],
-        message_type: str,
-        server_round: int,
-        spool: ReplySpool | None,
-        recipe: bytes = b"",
-    ) -> dict[int, Answer]:
-        requests = {node: replace(self._request(node, server_round), recipe=recipe) for node in nodes}
-        contents = {node: write_request(request) for node, request in requests.items()}
-        return exchange(
-            self.grid,
-            contents,
-            message_type,
-            group=str(server_round),
-            timeout=self.config.reply_timeout,
-            spool=spool,
-        )
-
-    def _request(self, node: int, server_round: int) -> Request:
-        steps, snapshot = self.server.catch_up(self._held.get(node, 0))
-        return Request(
-            server_round=server_round,
-            version=self.server.version,
-            graph_hash=self.server.graph.digest(),
-            base_fingerprint=self.server.fingerprint,
-            copy_hash=self.server.copy_hash,
-            steps=steps,
-            snapshot=snapshot,
-            last=server_round == self.config.num_rounds,
-            accepted_round=self._accepted.get(node, 0),
-        )
+    def _evaluate(self) -> None:
+        """Evaluate the final model on the held-out text of every client."""
+        answers = self._requests.ask(self.state.sessions, MessageType.EVALUATE, self.state.server_round + 1)
+        evaluations = check_evaluations(answers, self.global_model, self.state.partitions())
+        self.observer.finish(evaluations, answers)
 
 
-def _with_bytes_of(answer: Answer, earlier: Answer) -> Answer:
-    """The answer, with the bytes of both exchanges: what was sent in vain was sent, too."""
-    return replace(
-        answer,
-        bytes_up=answer.bytes_up + earlier.bytes_up,
-        bytes_down=answer.bytes_down + earlier.bytes_down,
-    )
-
-
-def _raise_if_nobody(replies: RoundReplies) -> None:
-    if replies.accepted:
-        return
+def _raise_bad_input(replies: RoundReplies) -> None:
     for reason in replies.refused.values():
         raise_user_error(reason)
-    reasons = "; ".join(sorted(set(replies.refused.values())))
-    raise RuntimeError(f"no client gave a usable update: {reasons}")
+
+
+def _reasons(replies: RoundReplies) -> str:
+    return "; ".join(sorted(set(replies.refused.values())))

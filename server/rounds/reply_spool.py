@@ -1,4 +1,4 @@
-"""Packed updates of one round on disk, so that the server's memory does not grow with the number of clients."""
+"""Disk spool for the packed updates of one round, so that memory does not grow with the number of clients."""
 
 from __future__ import annotations
 
@@ -9,27 +9,43 @@ from pathlib import Path
 
 
 @dataclass(frozen=True)
+class HeldBytes:
+    """Bytes in memory, with the interface of ``SpooledBytes``."""
+
+    data: bytes
+
+    @property
+    def size(self) -> int:
+        """Number of bytes."""
+        return len(self.data)
+
+    def read(self) -> bytes:
+        """Return the bytes."""
+        return self.data
+
+
+@dataclass(frozen=True)
 class SpooledBytes:
     """Bytes in a file.
 
     Attributes:
         path: of the file.
-        size: in bytes.
+        size: number of bytes.
     """
 
     path: Path
     size: int
 
     def read(self) -> bytes:
-        """All of them."""
+        """Return the bytes."""
         return self.path.read_bytes()
 
 
 class ReplySpool:
-    """A folder that takes bytes as they come in and is gone after its ``with`` block.
+    """Temporary folder of packed updates, removed at the end of its ``with`` block.
 
     Args:
-        parent: folder in which it is made; on a disk, where it matters that the memory stays free.
+        parent: folder in which it is created; on disk rather than a RAM disk, to keep memory free.
     """
 
     def __init__(self, parent: Path) -> None:
@@ -38,14 +54,14 @@ class ReplySpool:
         self._count = 0
 
     def put(self, data: bytes) -> SpooledBytes:
-        """Write ``data`` to a file of its own."""
+        """Write ``data`` to a new file."""
         self._count += 1
         path = self.folder / f"{self._count}.update"
         path.write_bytes(data)
         return SpooledBytes(path, len(data))
 
     def close(self) -> None:
-        """Remove the folder with all it holds."""
+        """Remove the folder and its files."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def __enter__(self) -> ReplySpool:

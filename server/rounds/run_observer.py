@@ -1,4 +1,4 @@
-"""Turns what happens in a run into its log files, its TensorBoard events, and its summary."""
+"""Log files, TensorBoard events and summary of a run, written as its rounds complete."""
 
 from __future__ import annotations
 
@@ -12,41 +12,41 @@ import numpy as np
 
 from configs.output import finite, write_json
 from experts.graph.expert_graph import ExpertGraph
-from federated.protocol.messages import Reply, read_reply
+from federated.protocol.messages import Reply
 from federated.protocol.steps import step_stats
-from federated.updates.update import RefusedUpdate
 from models.runtime.perplexity import LossSum
 from server.model.global_model import GlobalModel
-from server.reporting.run_log import ClientRecord, MergeRecord, RoundRecord, RunLog, pad_masks
+from server.reporting.run_log import ClientRecord, RewireRecord, RoundRecord, RunLog, pad_masks
 from server.reporting.tensorboard_log import TensorBoardLog
 from server.rounds.exchange import Answer
-from server.rounds.validation import Accepted, RoundReplies, check_numbers, held_out_loss, reply_loss
+from server.rounds.validation import Evaluations, RoundReplies, held_out_loss, reply_loss
+from server.state.checkpoint import CHECKPOINTS
+from server.strategies.strategy import Accepted
 
 SUMMARY_FILE = "summary.json"
 
 
 class RunObserver:
-    """Everything a run writes about itself; the only part of the server that knows the log files.
+    """Writer of a run's logs; removes those of an earlier run in the same folder.
 
     Args:
         log_dir: folder of the logs.
-        server: the global model, read only.
+        global_model: model that the clients share, read only.
     """
 
-    def __init__(self, log_dir: Path, *, server: GlobalModel) -> None:
-        experts = server.graph.num_experts
-        self.log_dir, self._server = log_dir, server
+    def __init__(self, log_dir: Path, *, global_model: GlobalModel) -> None:
+        experts = global_model.graph.num_experts
+        self.log_dir, self._global_model = log_dir, global_model
         self._log = RunLog(log_dir, num_layers=len(experts), experts_per_layer=experts)
         (log_dir / SUMMARY_FILE).unlink(missing_ok=True)
-        for folder in ("tensorboard", "checkpoints"):
+        for folder in ("tensorboard", CHECKPOINTS):
             shutil.rmtree(log_dir / folder, ignore_errors=True)
-        _copy_cluster_statistics(server.source, log_dir)
+        _copy_cluster_statistics(global_model.source, log_dir)
         self._tensorboard = TensorBoardLog(log_dir)
         self._clients: dict[int, dict[str, Any]] = {}
         self._names: dict[int, str] = {}
         self._bytes = dict.fromkeys(("bytes_up", "bytes_down", "bytes_up_dense", "bytes_down_dense"), 0)
         self._edits = self._rounds = 0
-        self._stopped: str | None = None
 
     def round(
         self,
@@ -59,17 +59,24 @@ class RunObserver:
         seconds: float,
         stopped: str | None = None,
     ) -> None:
-        """Write a round: ``graph`` is what the clients trained on, ``usage`` the average so far.
+        """Write a completed round.
 
-        ``stopped`` says why this round is the last although more were planned.
+        Args:
+            server_round: number of the round, from 1.
+            replies: validated answers.
+            answers: all answers, whose traffic is logged.
+            graph: graph that the clients trained on.
+            usage: moving average of usage, per layer ``[E, E]``.
+            seconds: wall time.
+            stopped: reason why this is the last round although more were planned.
         """
         for accepted in replies.accepted:
             self._note(accepted)
             self._log.pack_sizes(server_round, accepted.reply.name, accepted.stats)
-        step = step_stats(self._server.steps[-1]) if self._server.steps else None
+        step = step_stats(self._global_model.steps[-1]) if self._global_model.steps else None
         if step is not None:
             self._log.pack_sizes(server_round, "server", step)
-        dense = self._server.dense_bytes() * len(answers)
+        dense = self._global_model.dense_bytes() * len(answers)
         record = RoundRecord(
             round=server_round,
             seconds=seconds,
@@ -77,7 +84,7 @@ class RunObserver:
             bytes_down=sum(answer.bytes_down for answer in answers.values()),
             bytes_up_dense=dense,
             bytes_down_dense=dense,
-            density=_mean([accepted.reply.numbers["density"] for accepted in replies.accepted]),
+            density=_mean([accepted.stats.density for accepted in replies.accepted]),
             edges=graph.edges_per_layer(),
             graph_version=graph.version,
             graph_hash=graph.digest(),
@@ -87,56 +94,58 @@ class RunObserver:
             step_bytes=step.packed_bytes if step else None,
             step_floor_bytes=step.entropy_floor_bytes if step else None,
         )
-        self._rounds, self._stopped = server_round, stopped
+        self._rounds = server_round
         for name in self._bytes:
             self._bytes[name] += getattr(record, name)
         self._log.round(record)
         self._tensorboard.round(record)
         self._pictures(server_round, replies, graph, usage)
 
-    def merge(self, record: MergeRecord) -> None:
-        """Write a merge."""
+    def rewire(self, record: RewireRecord) -> None:
+        """Write the graph edits of a round."""
         self._edits += len(record.edits)
-        self._log.merge(record)
-        self._tensorboard.merge(record)
+        self._log.rewire(record)
+        self._tensorboard.rewire(record)
 
-    def finish(self, answers: Mapping[int, Answer]) -> None:
-        """Take in the final evaluation: held-out perplexity of the final global model, per client."""
-        total = LossSum()
-        for node, answer in answers.items():
-            self._bytes["bytes_up"] += answer.bytes_up
-            self._bytes["bytes_down"] += answer.bytes_down
-            if answer.content is None:
-                continue
-            try:
-                reply = read_reply(answer.content, self._server.graph.num_experts)
-                check_numbers(reply)
-            except RefusedUpdate:
-                continue
-            client = self._client(node, reply)
-            loss = reply_loss(reply, "valid")
-            client["perplexity_after"], client["graph_hash"] = loss.perplexity, reply.graph_hash
-            total += loss
+    def add_traffic(self, answers: Mapping[int, Answer]) -> None:
+        """Add the bytes of an exchange that is not part of a completed round to the summary's totals."""
+        self._bytes["bytes_up"] += sum(answer.bytes_up for answer in answers.values())
+        self._bytes["bytes_down"] += sum(answer.bytes_down for answer in answers.values())
+
+    def finish(self, evaluations: Evaluations, answers: Mapping[int, Answer]) -> None:
+        """Write the held-out perplexity of the final global model, per client and overall.
+
+        Args:
+            evaluations: validated answers.
+            answers: all answers, whose traffic is counted.
+        """
+        self.add_traffic(answers)
+        for evaluation in evaluations.accepted:
+            client = self._client(evaluation.node, evaluation.reply)
+            client["perplexity_after"] = evaluation.loss.perplexity
+            client["graph_hash"] = evaluation.reply.graph_hash
+        total = sum((evaluation.loss for evaluation in evaluations.accepted), LossSum())
         after = {client["name"]: client["perplexity_after"] for client in self._clients.values()}
         self._tensorboard.perplexities(after, total.perplexity, self._rounds + 1)
-
-    def checkpoint(self, server_round: int) -> None:
-        """Write the global model as it is under ``checkpoints``."""
-        self._server.save(self.log_dir / "checkpoints" / f"round-{server_round}", overwrite=True)
 
     def trace(self, entries: Sequence[Mapping[str, Any]]) -> None:
         """Write the call trace of the final model."""
         self._log.call_trace(entries)
 
-    def close(self, *, out: str) -> dict[str, Any]:
-        """Write ``summary.json`` and close the event files; returns the summary."""
+    def close(self, *, out: str, stopped: str | None = None) -> dict[str, Any]:
+        """Write ``summary.json``, close the event files and return the summary.
+
+        Args:
+            out: folder of the final model; empty: not written.
+            stopped: reason why the run ended before its last planned round.
+        """
         summary = {
             "rounds": self._rounds,
-            "stopped": self._stopped,
+            "stopped": stopped,
             "clients": [self._clients[partition] for partition in sorted(self._clients)],
             **self._bytes,
             "edits": self._edits,
-            "graph_hash": self._server.graph.digest(),
+            "graph_hash": self._global_model.graph.digest(),
             "out": out,
             "log_dir": str(self.log_dir),
         }
@@ -157,7 +166,7 @@ class RunObserver:
         self._names[node] = reply.name
         fresh = {
             "name": reply.name,
-            "budget": reply.budget or max(self._server.graph.num_experts),
+            "budget": reply.budget or max(self._global_model.graph.num_experts),
             "perplexity_before": None,
             "perplexity_after": None,
             "perplexity_after_personal": None,
@@ -166,7 +175,7 @@ class RunObserver:
         return self._clients.setdefault(reply.partition, fresh)
 
     def _order(self, answers: Mapping[int, Answer]) -> list[int]:
-        """Nodes by name, so that a client keeps its place from round to round."""
+        """Sort nodes by client name, so that a client keeps its position from round to round."""
         return sorted(answers, key=lambda node: (self._names.get(node, f"~{node}"), node))
 
     def _client_record(self, node: int, replies: RoundReplies, answer: Answer) -> ClientRecord:
@@ -176,13 +185,13 @@ class RunObserver:
         numbers = reply.numbers if reply else {}
         return ClientRecord(
             name=name,
-            budget=(reply.budget or max(self._server.graph.num_experts)) if reply else 0,
+            budget=(reply.budget or max(self._global_model.graph.num_experts)) if reply else 0,
             weight=accepted.contribution.weight if accepted else 0.0,
             train_loss=numbers.get("train-loss"),
             perplexity=reply_loss(reply, "valid").perplexity if reply else None,
             bytes_up=answer.bytes_up,
             bytes_down=answer.bytes_down,
-            density=numbers.get("density"),
+            density=accepted.stats.density if accepted else None,
             refused=replies.refused.get(node),
             update_bytes=accepted.stats.packed_bytes if accepted else None,
             update_floor_bytes=accepted.stats.entropy_floor_bytes if accepted else None,
@@ -208,12 +217,12 @@ class RunObserver:
 
 
 def read_summary(log_dir: Path) -> dict[str, Any]:
-    """The summary that a finished run left in its log directory."""
+    """Read the summary of a finished run from its log directory."""
     return json.loads((log_dir / SUMMARY_FILE).read_text(encoding="utf-8"))
 
 
 def _copy_cluster_statistics(source: str, log_dir: Path) -> None:
-    """Keep what the bootstrap said about the experts beside what the run says about them."""
+    """Copy the cluster statistics of the bootstrap into the log directory."""
     statistics = Path(source) / "cluster_stats.txt"
     if statistics.is_file():
         shutil.copyfile(statistics, log_dir / statistics.name)

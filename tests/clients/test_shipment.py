@@ -237,7 +237,7 @@ def test_a_change_that_the_server_did_not_take_arrives_in_the_next_round(graph, 
     monkeypatch.setattr("clients.shipment.choose_update", recording)
     grid.before = lambda server_round, node: setattr(grid, "present", node)
     federation.run()
-    sizes = unit_sizes(federation.server.model)
+    sizes = unit_sizes(federation.global_model.model)
     told = {0: [], 1: []}
     sent = {0: {}, 1: {}}
     for server_round, node, request, reply in grid.sent:

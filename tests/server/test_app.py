@@ -42,10 +42,10 @@ def test_a_run_leaves_logs_and_a_checkpoint_that_is_the_servers_model(config, tm
     assert {path.name for path in Path(config.log_dir).iterdir()} == LOGS
     assert summary == json.loads((Path(config.log_dir) / "summary.json").read_text())
     assert (summary["out"], summary["rounds"]) == (config.out, 1)
-    (server,) = servers
+    (global_model,) = servers
     loaded, source = load_graph(config.out), load_graph(config.graph)
-    assert read_graph(loaded).digest() == summary["graph_hash"] == server.graph.digest()
-    for name, value in server.model.state_dict().items():
+    assert read_graph(loaded).digest() == summary["graph_hash"] == global_model.graph.digest()
+    for name, value in global_model.model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value.to(loaded.state_dict()[name].dtype))
     assert loaded.dtype == source.dtype
     assert load_tokenizer(config.out)("the")["input_ids"] == load_tokenizer(config.graph)("the")["input_ids"]
@@ -134,8 +134,10 @@ def test_without_a_named_graph_the_quick_starts_is_taken(config, tiny_graph_dir,
 
 
 def test_walk_and_visits_of_the_run_are_set(config):
-    server = open_global_model(with_(config, walk="depth-first", experts_per_token=3))
-    assert {(layer.order, layer.num_visits) for layer in server.model.expert_layers()} == {("depth-first", 3)}
+    global_model = open_global_model(with_(config, walk="depth-first", experts_per_token=3))
+    assert {(layer.order, layer.num_visits) for layer in global_model.model.expert_layers()} == {
+        ("depth-first", 3)
+    }
 
 
 def test_what_fits_passes(config, tiny_graph_dir):
@@ -144,11 +146,11 @@ def test_what_fits_passes(config, tiny_graph_dir):
 
 
 def test_the_servers_text_is_the_held_out_part_of_its_sources(config, tmp_path):
-    server = open_global_model(config)
-    assert server_text(config, server) is None
+    global_model = open_global_model(config)
+    assert server_text(config, global_model) is None
     rows = [json.dumps({"text": "ab" if number < 18 else "xyz"}) for number in range(20)]
     (tmp_path / "own.jsonl").write_text("\n".join(rows))
-    blocks = server_text(with_(config, server_data=str(tmp_path / "own.jsonl")), server)
-    words = server.tokenizer("xyz")["input_ids"]
+    blocks = server_text(with_(config, server_data=str(tmp_path / "own.jsonl")), global_model)
+    words = global_model.tokenizer("xyz")["input_ids"]
     assert blocks.input_ids[0, :8].tolist() == [0, *words, 0, *words]
     assert blocks.num_tokens == 8

@@ -30,6 +30,7 @@ from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 from server.app import open_global_model, server_text
 from server.rounds.loop import Federation
 from server.rounds.run_observer import RunObserver
+from server.strategies.sam_v2 import SamV2
 from tests.support.grid import RUN_ID, Fault, InProcessGrid
 from tests.support.tiny_graphs import graph_of
 
@@ -139,10 +140,21 @@ class TinyGrid(InProcessGrid):
 
 def tiny_federation(grid: TinyGrid, config: RunConfig) -> Federation:
     """The parts of ``server.app.run_federation``, so that a test can look at them while it runs."""
-    server = open_global_model(config)
-    observer = RunObserver(Path(config.log_dir), server=server)
-    validation = server_text(config, server)
-    return Federation(grid=grid, config=config, server=server, observer=observer, validation=validation)
+    global_model = open_global_model(config)
+    observer = RunObserver(Path(config.log_dir), global_model=global_model)
+    strategy = SamV2(config, validation=server_text(config, global_model))
+    return Federation(
+        grid=grid, config=config, global_model=global_model, strategy=strategy, observer=observer
+    )
+
+
+def request_of(reply: Message) -> Message:
+    """A message that another reply may answer in the place of ``reply``."""
+    message = Message(
+        RecordDict({}), dst_node_id=reply.metadata.src_node_id, message_type="train", group_id="2"
+    )
+    message.metadata.__dict__["_message_id"] = reply.metadata.reply_to_message_id
+    return message
 
 
 def tiny_config(graph: Path, folder: Path, **changes: Any) -> RunConfig:

@@ -134,9 +134,8 @@ def check_run(run) -> None:
 
 def summary_lines(summary: dict[str, Any]) -> list:
     """The result of a run for a reader: a table of clients, then bytes, edits and paths."""
+    from rich.filesize import decimal
     from rich.table import Table
-
-    from server.reporting.live_table import human_bytes
 
     table = Table("client", "budget", title="held-out perplexity of the global model")
     for column in ("before", "after", "after, personal"):
@@ -151,7 +150,7 @@ def summary_lines(summary: dict[str, Any]) -> list:
     for way in ("up", "down"):
         sent, dense = summary[f"bytes_{way}"], summary[f"bytes_{way}_dense"]
         ratio = f" ({dense / sent:.0f} times less)" if sent else ""
-        lines.append(f"bytes {way}: {human_bytes(sent)}, dense FedAvg in bf16 {human_bytes(dense)}{ratio}")
+        lines.append(f"bytes {way}: {decimal(sent)}, dense FedAvg in bf16 {decimal(dense)}{ratio}")
     lines.append(f"graph edits: {summary['edits']}, graph {summary['graph_hash'][:12]}")
     lines.append(f"logs: {summary['log_dir']}")
     return [*lines, f"model: {summary['out']}"] if summary["out"] else lines

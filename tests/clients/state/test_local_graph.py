@@ -176,7 +176,7 @@ def run_tiny(config, cache: Path | None = None, before=lambda server_round, node
     grid.before = before
     federation = tiny_federation(grid, config)
     federation.run()
-    return grid, federation.server
+    return grid, federation.global_model
 
 
 def needs_recipe(sent) -> list[tuple[int, int]]:

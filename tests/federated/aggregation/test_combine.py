@@ -9,7 +9,7 @@ import torch
 
 from federated.aggregation.combine import (
     Contribution,
-    Shipped,
+    UpdateSummary,
     aggregate,
     summarize,
     unit_factors,
@@ -23,7 +23,8 @@ SIZES = {(0, 0): 6, (0, 1): 6, (1, 0): 9, (1, -1): 3}
 def contribution(weight, entries, *, inclusion=None, trained=None):
     """``entries``: {unit: {index: value}}."""
     vectors = {unit: SparseVector(SIZES[unit], list(e), list(e.values())) for unit, e in entries.items()}
-    return Contribution(weight, SparseUpdate(0, "", vectors), inclusion or {}, trained)
+    update = SparseUpdate(0, "", vectors)
+    return Contribution(weight, lambda: update, inclusion or {}, trained)
 
 
 def random_round(seed, clients):
@@ -44,24 +45,25 @@ def random_round(seed, clients):
 def walk(contributions, combine, learning_rate, clip):
     """The same sums entry by entry in plain Python."""
     norms = [
-        sum(x * x for v in c.update.vectors.values() for x in v.values.tolist()) ** 0.5 for c in contributions
+        sum(x * x for v in c.unpack().vectors.values() for x in v.values.tolist()) ** 0.5
+        for c in contributions
     ]
     limit = clip * statistics.median(norms)
     steps = {}
     for unit, size in SIZES.items():
-        if not any(unit in c.update.vectors for c in contributions):
+        if not any(unit in c.unpack().vectors for c in contributions):
             continue
         sums, below, covered = [0.0] * size, 0.0, [0.0] * size
         for c, norm in zip(contributions, norms, strict=True):
             probability = 1.0 if combine == "mean" else c.inclusion.get(unit, 1.0)
-            shipped, trained = unit in c.update.vectors, c.trained is None or unit in c.trained
+            shipped, trained = unit in c.unpack().vectors, c.trained is None or unit in c.trained
             if combine == "mean" or (combine == "horvitz-thompson" and trained):
                 below += c.weight
             elif combine == "hajek" and shipped:
                 below += c.weight / probability
             if shipped:
                 factor = min(1.0, limit / norm) if clip and norm else 1.0
-                vector = c.update.vectors[unit]
+                vector = c.unpack().vectors[unit]
                 for index, value in zip(vector.indices.tolist(), vector.values.tolist(), strict=True):
                     sums[index] += c.weight / probability * factor * value
                     covered[index] += c.weight / probability
@@ -126,24 +128,24 @@ def test_clipping_bounds_the_loud_client_and_leaves_the_others():
 
 
 def test_norm_is_over_all_units():
-    assert update_norm(contribution(1.0, {(0, 0): {0: 3.0}, (1, 0): {5: 4.0}}).update) == pytest.approx(5.0)
+    assert update_norm(contribution(1.0, {(0, 0): {0: 3.0}, (1, 0): {5: 4.0}}).unpack()) == pytest.approx(5.0)
     assert update_norm(SparseUpdate(0, "", {})) == 0.0
 
 
 def test_updates_may_be_unpacked_anew_for_each_pass_and_come_from_a_generator():
     contributions, unpacked = random_round(3, 4), []
 
-    def lazily(one, shipped):
+    def lazily(one, summary):
         def unpack():
             unpacked.append(one)
-            return one.update
+            return one.unpack()
 
-        return replace(one, update=unpack, shipped=shipped)
+        return replace(one, unpack=unpack, summary=summary)
 
     expected = aggregate(contributions, clip_norm_multiple=1.0)
     for known, passes in ((False, 2), (True, 1)):
         unpacked.clear()
-        replies = (lazily(c, summarize(c.update) if known else None) for c in contributions)
+        replies = (lazily(c, summarize(c.unpack()) if known else None) for c in contributions)
         result = aggregate(replies, clip_norm_multiple=1.0)
         assert all(torch.equal(result[unit], step) for unit, step in expected.items())
         assert len(unpacked) == passes * len(contributions)
@@ -187,7 +189,7 @@ def test_no_client_is_an_error(contributions):
 
 def test_what_cannot_be_is_an_error():
     entries = {(0, 0): {0: 1.0}}
-    wrong_size = Contribution(1.0, SparseUpdate(0, "", {(0, 0): SparseVector(7, [0], [1.0])}))
+    wrong_size = Contribution(1.0, lambda: SparseUpdate(0, "", {(0, 0): SparseVector(7, [0], [1.0])}))
     cases = [
         ([contribution(0.0, entries)], "weight"),
         ([contribution(float("nan"), entries)], "weight"),
@@ -211,9 +213,9 @@ def test_what_cannot_be_is_an_error():
 
 def test_the_summary_holds_units_and_norm():
     one = contribution(1.0, {(0, 0): {0: 3.0}, (1, 0): {5: 4.0}})
-    assert summarize(one.update) == (frozenset({(0, 0), (1, 0)}), pytest.approx(5.0))
-    assert one.summary() == summarize(one.update)
-    assert replace(one, shipped=Shipped(frozenset(), 1.0)).summary() == (frozenset(), 1.0)
+    assert summarize(one.unpack()) == (frozenset({(0, 0), (1, 0)}), pytest.approx(5.0))
+    assert one.summarized() == summarize(one.unpack())
+    assert replace(one, summary=UpdateSummary(frozenset(), 1.0)).summarized() == (frozenset(), 1.0)
 
 
 def test_factors_of_one_unit_by_hand():

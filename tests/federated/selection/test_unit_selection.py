@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -124,7 +125,7 @@ def _drawn_step(clients, weights, sizes, generator, *, weighted=True):
             unit: SparseVector.from_dense(client[unit].numpy(), np.ones(2, dtype=bool)) for unit in inclusion
         }
         packed = pack_update(SparseUpdate(0, "", vectors), value_bits=16)
-        update = unpack_update(packed, sizes=sizes)
-        contributions.append(Contribution(weight, update, inclusion if weighted else {}, set(sizes)))
+        unpack = partial(unpack_update, packed, sizes=sizes)
+        contributions.append(Contribution(weight, unpack, inclusion if weighted else {}, set(sizes)))
     step = aggregate(contributions, combine="horvitz-thompson")
     return np.concatenate([step[unit].numpy() if unit in step else np.zeros(2) for unit in sizes])

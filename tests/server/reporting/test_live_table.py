@@ -5,13 +5,13 @@ from __future__ import annotations
 import io
 import threading
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 from rich.console import Console
 
-from server.reporting.live_table import follow_run, following, human_bytes, round_line, rounds_table
-from server.reporting.run_log import MergeRecord, read_rounds
+from server.reporting.live_table import follow_run, following, round_line, rounds_table
+from server.reporting.run_log import RewireRecord, read_rounds
 from tests.server.reporting.test_run_log import CLIENT, EDIT, ROUND, make_log
 
 
@@ -21,7 +21,7 @@ def console(*, terminal: bool) -> Console:
 
 def finished_log(path):
     log = make_log(path)
-    log.merge(MergeRecord(round=1, rho_max=4, edits=[EDIT, EDIT]))
+    log.rewire(RewireRecord(round=1, rho_max=4, edits=[EDIT, EDIT]))
     log.round(ROUND)
     log.round(replace(ROUND, round=2, perplexity=None))
 
@@ -32,7 +32,17 @@ def test_everything_logged_before_the_end_is_shown(tmp_path, terminal):
     out = console(terminal=terminal)
     follow_run(tmp_path, is_finished=lambda: True, num_rounds=2, console=out)
     shown = out.file.getvalue()
-    for fragment in ("2.5 s", "8.000", "9.500", "300 B", "80 B", "0.0500", "recipes", "prose", "3.500"):
+    for fragment in (
+        "2.5 s",
+        "8.000",
+        "9.500",
+        "300 bytes",
+        "80 bytes",
+        "0.0500",
+        "recipes",
+        "prose",
+        "3.500",
+    ):
         assert fragment in shown
 
 
@@ -111,13 +121,14 @@ def test_round_line_marks_what_is_unknown(tmp_path):
 @pytest.mark.parametrize(
     ("count", "text"),
     [
-        (0, "0 B"),
-        (999, "999 B"),
+        (0, "0 bytes"),
+        (999, "999 bytes"),
         (1000, "1.0 kB"),
-        (999_999, "1.0 MB"),
+        (999_999, "1,000.0 kB"),
         (4_300_000, "4.3 MB"),
-        (2e12, "2000.0 GB"),
+        (2 * 10**12, "2.0 TB"),
     ],
 )
-def test_human_bytes(count, text):
-    assert human_bytes(count) == text
+def test_bytes_have_decimal_units(count, text):
+    line = round_line({**asdict(ROUND), "train_loss": 1.0, "bytes_up": count}, num_rounds=3, edits=None)
+    assert f"  up {text}  down 80 bytes  " in line

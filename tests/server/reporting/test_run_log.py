@@ -13,13 +13,13 @@ import torch
 from federated.wire.packed_stats import PackedStats
 from server.reporting.run_log import (
     ClientRecord,
-    MergeRecord,
+    RewireRecord,
     RoundRecord,
     RunLog,
     clear_run,
     mean_train_loss,
     pad_masks,
-    read_merges,
+    read_rewirings,
     read_rounds,
     write_atomically,
 )
@@ -106,8 +106,8 @@ def test_a_line_still_being_written_is_not_read(tmp_path):
 
 def test_merge_file_has_exactly_the_agreed_keys(tmp_path):
     log = make_log(tmp_path)
-    log.merge(MergeRecord(round=10, rho_max=4, edits=[EDIT], loss_before=2.0, loss_after=math.nan))
-    log.merge(MergeRecord(round=9, rho_max=4, edits=[]))
+    log.rewire(RewireRecord(round=10, rho_max=4, edits=[EDIT], loss_before=2.0, loss_after=math.nan))
+    log.rewire(RewireRecord(round=9, rho_max=4, edits=[]))
     assert strict_json((tmp_path / "merge_round10.json").read_text()) == {
         "round": 10,
         "rho_max": 4,
@@ -116,13 +116,13 @@ def test_merge_file_has_exactly_the_agreed_keys(tmp_path):
         "loss_after": None,
         "gamma_hat": None,
     }
-    assert [merge["round"] for merge in read_merges(tmp_path)] == [9, 10]
+    assert [merge["round"] for merge in read_rewirings(tmp_path)] == [9, 10]
 
 
 @pytest.mark.parametrize("edit", [{"op": "add_edge"}, EDIT | {"extra": 1}])
 def test_merge_refuses_edits_with_other_keys(tmp_path, edit):
     with pytest.raises(ValueError, match="keys"):
-        make_log(tmp_path).merge(MergeRecord(round=1, rho_max=4, edits=[edit]))
+        make_log(tmp_path).rewire(RewireRecord(round=1, rho_max=4, edits=[edit]))
     assert not list(tmp_path.glob("merge*"))
 
 
@@ -198,7 +198,7 @@ def test_a_new_log_removes_the_earlier_run_and_a_resumed_one_goes_on(tmp_path):
 def test_clear_run_removes_every_file_a_log_writes(tmp_path):
     log = make_log(tmp_path)
     log.round(ROUND)
-    log.merge(MergeRecord(round=1, rho_max=1, edits=[]))
+    log.rewire(RewireRecord(round=1, rho_max=1, edits=[]))
     log.mask_debug([np.eye(3), np.eye(3)])
     log.call_trace([TRACE])
     assert len(list(tmp_path.iterdir())) == 4

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from server.reporting.run_log import MergeRecord
+from server.reporting.run_log import RewireRecord
 from server.reporting.tensorboard_log import SEPARATOR_COLOR, TensorBoardLog, edits_table, layer_grid
 from tests.server.reporting.test_run_log import CLIENT, EDIT, ROUND
 
@@ -68,7 +68,7 @@ def text(events: EventAccumulator, tag: str) -> str:
 
 def test_edits_and_refusals_are_readable_text(read_back):
     def merge(log):
-        log.merge(MergeRecord(round=3, rho_max=4, edits=[EDIT], loss_before=2.0, loss_after=1.5))
+        log.rewire(RewireRecord(round=3, rho_max=4, edits=[EDIT], loss_before=2.0, loss_after=1.5))
         log.round(replace(ROUND, clients=[replace(CLIENT, refused="graph version 1, expected 2")]))
 
     events = read_back(merge)
@@ -110,9 +110,9 @@ def test_unused_experts_do_not_divide_by_zero(read_back):
 
 def test_edits_table_escapes_bars_and_says_when_there_is_nothing():
     retired = EDIT | {"op": "retire_expert", "q": None, "reason": "usage|low"}
-    table = edits_table(MergeRecord(round=1, rho_max=2, edits=[retired]))
+    table = edits_table(RewireRecord(round=1, rho_max=2, edits=[retired]))
     assert table.splitlines()[2] == "| retire_expert | 0 | 1 |  | usage\\|low |"
-    assert edits_table(MergeRecord(round=1, rho_max=2, edits=[])) == "round 1: no edit (at most 2 allowed)"
+    assert edits_table(RewireRecord(round=1, rho_max=2, edits=[])) == "round 1: no edit (at most 2 allowed)"
 
 
 def test_layer_grid_places_layers_row_by_row_between_separators():

@@ -89,7 +89,7 @@ def test_a_reply_with_much_beside_its_update_is_refused(tmp_path, monkeypatch):
             arguments = _reply_arguments(update=b"u" * 9000, usage=usage)
             (answer,) = exchange(*arguments, group="g", timeout=1, spool=spool).values()
         assert (answer.content is None) == refused
-        assert answer.error.startswith("expected at most 5000 bytes beside the update") == refused
+        assert answer.error.startswith("expected at most 5000 bytes apart from the update") == refused
 
 
 def _reply_arguments(**arrays):

@@ -35,6 +35,7 @@ from tests.support.tiny_federation import (
     TinyGrid,
     all_equal,
     client_folder_of,
+    request_of,
     save_tiny_graph,
     tiny_config,
     tiny_federation,
@@ -80,13 +81,16 @@ def run(config: RunConfig, *, faults=None, app=None, before=None) -> Run:
         kept = ClientStore(client_folder_of(config, node)).copy
         copy = open_mapped(config.graph, kept)
         version = kept.load(copy)
-        server = federation.server
-        copies.append((server_round, node, version, server.version, all_equal(copy, server.model)))
+        global_model = federation.global_model
+        copies.append(
+            (server_round, node, version, global_model.version, all_equal(copy, global_model.model))
+        )
 
     grid.after = compare
     grid.before = before or grid.before
     federation.run()
-    return Run(config, grid, federation, federation.observer.close(out=""), copies)
+    summary = federation.observer.close(out="", stopped=federation.state.stopped)
+    return Run(config, grid, federation, summary, copies)
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +120,10 @@ def test_the_perplexities_are_those_of_the_global_model_on_each_clients_text(pla
     for node, client in enumerate(plain.summary["clients"]):
         store = ClientStore(client_folder_of(plain.config, node))
         _, _, valid = store.blocks(lambda: pytest.fail("made again"))
-        for model, key in ((base, "perplexity_before"), (plain.federation.server.model, "perplexity_after")):
+        for model, key in (
+            (base, "perplexity_before"),
+            (plain.federation.global_model.model, "perplexity_after"),
+        ):
             loss = evaluate_loss(model, valid.input_ids[:4], valid.labels[:4])
             assert client[key] == pytest.approx(loss.perplexity, rel=1e-5)
 
@@ -130,7 +137,7 @@ def test_every_client_copy_equals_the_servers_model_bit_for_bit_in_every_round(p
 
 
 def test_graph_hashes_are_equal_on_both_sides(plain):
-    expected = plain.federation.server.graph.digest()
+    expected = plain.federation.global_model.graph.digest()
     assert plain.summary["graph_hash"] == expected
     assert [client["graph_hash"] for client in plain.summary["clients"]] == [expected] * 2
     logged = {row["round"]: row["graph_hash"] for row in plain.rounds}
@@ -149,7 +156,7 @@ def test_merges_stay_within_rho_max_and_are_logged(plain):
         drift = abs(merge["loss_after"] - merge["loss_before"])
         assert merge["gamma_hat"] == pytest.approx(drift / len(merge["edits"]))
     assert plain.summary["edits"] == sum(len(merge["edits"]) for merge in plain.merges.values())
-    assert plain.federation.server.graph.version == 3
+    assert plain.federation.global_model.graph.version == 3
 
 
 def test_the_logged_edits_lead_from_each_rounds_edges_to_the_next(plain):
@@ -159,7 +166,7 @@ def test_the_logged_edits_lead_from_each_rounds_edges_to_the_next(plain):
         for edit in plain.merges[row["round"]]["edits"]:
             assert masks[edit["layer"]][edit["p"], edit["q"]] == (edit["op"] == "remove-edge")
             masks[edit["layer"]][edit["p"], edit["q"]] ^= True
-    final = plain.federation.server.graph.masks
+    final = plain.federation.global_model.graph.masks
     assert all(np.array_equal(mine, theirs) for mine, theirs in zip(masks, final, strict=True))
 
 
@@ -176,7 +183,7 @@ def test_usage_is_the_average_of_what_the_clients_counted(plain):
         for edit in plain.merges[server_round]["edits"]:  # an edited pair starts again from its layer's mean
             counts = total[edit["layer"]] = total[edit["layer"]].astype(float)
             counts[edit["p"], edit["q"]] = counts[np.triu_indices(4, 1)].mean()
-    assert all(np.allclose(a, b) for a, b in zip(plain.federation.usage.counts, total, strict=True))
+    assert all(np.allclose(a, b) for a, b in zip(plain.federation.state.usage.counts, total, strict=True))
 
 
 def test_bytes_are_those_of_all_messages_as_serialized(plain):
@@ -208,7 +215,7 @@ def test_each_step_is_sent_once_to_each_client(plain):
 def test_another_run_gives_the_same_result(plain, graph, tmp_path):
     config = plain.config.model_copy(update={"log_dir": str(tmp_path / "logs")})
     again = run(config)
-    assert all_equal(again.federation.server.model, plain.federation.server.model)
+    assert all_equal(again.federation.global_model.model, plain.federation.global_model.model)
     assert {**again.summary, "log_dir": ""} == {**plain.summary, "log_dir": ""}
 
 
@@ -216,7 +223,7 @@ def test_clients_whose_every_message_meets_a_fresh_process_give_the_same_result(
     config = plain.config.model_copy(update={"log_dir": str(tmp_path / "logs")})
     again = run(config, app=FreshProcessApp())
     assert again.copies == plain.copies
-    assert all_equal(again.federation.server.model, plain.federation.server.model)
+    assert all_equal(again.federation.global_model.model, plain.federation.global_model.model)
     timed = ({**row, "seconds": 0} for row in plain.rounds)
     assert [{**row, "seconds": 0} for row in again.rounds] == list(timed)
     assert again.merges == plain.merges
@@ -261,7 +268,7 @@ def test_a_client_whose_copy_is_damaged_is_healed_by_a_snapshot_in_the_same_roun
             damage(folder)
 
     healed = run(config, before=before)
-    assert all_equal(healed.federation.server.model, plain.federation.server.model)
+    assert all_equal(healed.federation.global_model.model, plain.federation.global_model.model)
     assert [client["refused"] for client in healed.rounds[2]["clients"]] == [None, None]
     to_0 = [(down, up) for r, node, down, up in healed.grid.sent if (r, node) == (3, 0)]
     requests = [read_request(down.content) for down, _ in to_0]
@@ -301,7 +308,7 @@ def test_a_client_that_was_away_for_long_comes_back_by_a_snapshot_and_steps_are_
     assert back.snapshot and not back.steps
     assert seen.copies[-1][-1] and all(equal for r, node, *_, equal in seen.copies if node == 1)
     # All nodes hold version 8 by then.
-    assert [step.version for step in seen.federation.server.steps] == [9]
+    assert [step.version for step in seen.federation.global_model.steps] == [9]
 
 
 def test_a_sparse_downlink_keeps_both_sides_equal_and_sends_less(plain, tmp_path):
@@ -345,7 +352,7 @@ def changed(**records) -> Callable[[Message], Message]:
             if record not in content:
                 content[record] = MetricRecord()
             content[record][key.replace("_", "-")] = value
-        return Message(content, reply_to=_request_of(reply))
+        return Message(content, reply_to=request_of(reply))
 
     return change
 
@@ -371,7 +378,7 @@ def test_a_hostile_client_is_refused_in_every_round_and_the_rest_trains_on(
     seen = run(config, faults=in_every_round(fault))
     refused = [client["refused"] for row in seen.rounds for client in row["clients"] if client["refused"]]
     assert len(refused) == 2 and all(reason in each for each in refused)
-    assert all_equal(seen.federation.server.model, digits_alone.federation.server.model)
+    assert all_equal(seen.federation.global_model.model, digits_alone.federation.global_model.model)
 
 
 def test_a_reply_of_an_earlier_round_is_refused_when_it_is_played_again(graph, tmp_path):
@@ -383,7 +390,7 @@ def test_a_reply_of_an_earlier_round_is_refused_when_it_is_played_again(graph, t
         return reply
 
     def replay(reply: Message) -> Message:
-        return Message(copy.deepcopy(kept[0]), reply_to=_request_of(reply))
+        return Message(copy.deepcopy(kept[0]), reply_to=request_of(reply))
 
     seen = run(config, faults={(0, "1"): record, (0, "2"): replay, (0, "3"): replay})
     refused = [[client["refused"] for client in row["clients"] if client["refused"]] for row in seen.rounds]
@@ -408,7 +415,7 @@ def test_a_late_answer_to_an_earlier_round_is_never_looked_at(graph, tmp_path):
     config = tiny_config(graph, tmp_path, local_steps=1, num_rounds=2, reply_timeout=0.1)
     late = run(config, faults={(0, "2"): Late(10**6)})
     never = run(config.model_copy(update={"log_dir": str(tmp_path / "never")}), faults={(0, "2"): Drop()})
-    assert all_equal(late.federation.server.model, never.federation.server.model)
+    assert all_equal(late.federation.global_model.model, never.federation.global_model.model)
     letters = [next(c for c in row["clients"] if c["name"] == "letters") for row in late.rounds]
     assert [client["refused"] for client in letters] == [None, "no answer within 0 s"]
     assert all(equal for r, *_, equal in late.copies if r == 3)
@@ -419,15 +426,7 @@ def corrupted(reply: Message) -> Message:
     content = RecordDict(dict(reply.content.items()))
     array = content["arrays"]["update"]
     array.data = array.data[:-1] + bytes([array.data[-1] ^ 1])
-    return Message(content, reply_to=_request_of(reply))
-
-
-def _request_of(reply: Message) -> Message:
-    message = Message(
-        RecordDict({}), dst_node_id=reply.metadata.src_node_id, message_type="train", group_id="2"
-    )
-    message.metadata.__dict__["_message_id"] = reply.metadata.reply_to_message_id
-    return message
+    return Message(content, reply_to=request_of(reply))
 
 
 @pytest.mark.parametrize(
@@ -505,20 +504,20 @@ def test_other_precisions_of_the_wire_keep_both_sides_equal(graph, tmp_path, val
     seen = run(config)
     assert all(equal for *_, equal in seen.copies)
     assert seen.merges == {} and seen.summary["edits"] == 0
-    assert seen.federation.server.graph.version == 0
+    assert seen.federation.global_model.graph.version == 0
     for client in seen.summary["clients"]:
         assert client["perplexity_after"] < client["perplexity_before"]
 
 
 def test_a_merge_that_costs_too_much_is_not_made(graph, tmp_path, monkeypatch):
     losses = iter([1.0, 2.0] * 2)
-    monkeypatch.setattr("server.rounds.rewire.evaluate_loss", lambda *_: LossSum(next(losses), 1))
+    monkeypatch.setattr("server.strategies.rewire.evaluate_loss", lambda *_: LossSum(next(losses), 1))
     config = tiny_config(graph, tmp_path, num_rounds=2, local_steps=1, merge_max_drift=0.5)
     server_data = str(tmp_path / "texts" / "letters.jsonl")
     seen = run(config.model_copy(update={"server_data": server_data}))
     assert [merge["edits"] for merge in seen.merges.values()] == [[], []]
     assert {merge["gamma_hat"] for merge in seen.merges.values()} == {0.5}
-    assert seen.summary["edits"] == 0 and seen.federation.server.graph.version == 0
+    assert seen.summary["edits"] == 0 and seen.federation.global_model.graph.version == 0
     assert all(equal for *_, equal in seen.copies)
 
 
@@ -556,7 +555,7 @@ def test_a_warm_up_as_long_as_a_round_still_trains(graph, tmp_path):
 
 def test_routing_alone_can_train(graph, tmp_path):
     seen = run(tiny_config(graph, tmp_path, num_rounds=1, train="routing", rho_max=0, value_bits=16))
-    before, after = load_graph(seen.config.graph, dtype=torch.float32), seen.federation.server.model
+    before, after = load_graph(seen.config.graph, dtype=torch.float32), seen.federation.global_model.model
     for old, new in zip(before.expert_layers(), after.expert_layers(), strict=True):
         assert torch.equal(old.gate_up_proj, new.gate_up_proj) and torch.equal(old.down_proj, new.down_proj)
         assert not torch.equal(old.output_gain, new.output_gain)
@@ -612,9 +611,9 @@ def test_4_bit_clients_with_lora_on_experts_and_attention_train_the_graph(graph,
     )
     result = run(config)
     assert all(equal for *_, equal in result.copies)
-    base, server = load_graph(config.graph, dtype=torch.float32), result.federation.server.model
+    base, global_model = load_graph(config.graph, dtype=torch.float32), result.federation.global_model.model
     for layer in (0, 1):
-        assert not torch.equal(read_attention(base, layer), read_attention(server, layer))
+        assert not torch.equal(read_attention(base, layer), read_attention(global_model, layer))
     for client in result.summary["clients"]:
         assert client["perplexity_after"] < client["perplexity_before"]
 
@@ -632,5 +631,5 @@ def test_attention_that_nobody_asked_for_is_refused(graph, tmp_path):
     refused = {client["name"]: client["refused"] for client in row["clients"]}
     assert refused["letters"] is None
     assert len([reason for reason in refused.values() if reason]) == 1
-    base, server = load_graph(config.graph, dtype=torch.float32), result.federation.server.model
-    assert torch.equal(read_attention(base, 0), read_attention(server, 0))
+    base, global_model = load_graph(config.graph, dtype=torch.float32), result.federation.global_model.model
+    assert torch.equal(read_attention(base, 0), read_attention(global_model, 0))

@@ -7,19 +7,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from configs.schema import RunConfig
 from federated.aggregation.usage import pack_usage
 from federated.protocol.messages import Reply, read_reply, write_reply
 from federated.protocol.steps import step_stats
 from federated.wire.codec import packed_stats
-from models.checkpoints.load import load_graph
 from server.model.global_model import GlobalModel
-from server.reporting.run_log import MergeRecord
+from server.reporting.run_log import RewireRecord
 from server.rounds.exchange import Answer
 from server.rounds.run_observer import RunObserver, read_summary
-from server.rounds.validation import check_replies
-from tests.support.tiny_federation import all_equal, packed_change, random_change, save_tiny_graph
+from server.rounds.validation import check_evaluations, check_replies
+from server.strategies.sam_v2 import SamV2
+from tests.support.tiny_federation import packed_change, random_change, save_tiny_graph
 
 NUMBERS = {"examples": 3.0, "train-loss": 1.5, "density": 0.5, "valid-nll": 20.0, "valid-tokens": 10.0}
 CLIENT_KEYS = {
@@ -41,7 +43,7 @@ def graph(tmp_path_factory, tiny_tokenizer) -> Path:
 
 
 @pytest.fixture
-def server(graph) -> GlobalModel:
+def global_model(graph) -> GlobalModel:
     return GlobalModel(str(graph))
 
 
@@ -51,64 +53,94 @@ def log_dir(tmp_path) -> Path:
 
 
 @pytest.fixture
-def observer(server, log_dir) -> RunObserver:
-    return RunObserver(log_dir, server=server)
+def observer(global_model, log_dir) -> RunObserver:
+    return RunObserver(log_dir, global_model=global_model)
 
 
-def answer_of(server: GlobalModel, partition: int, numbers: dict | None = None, **changes) -> Answer:
+def answer_of(global_model: GlobalModel, partition: int, numbers: dict | None = None, **changes) -> Answer:
     """A good answer of a client to a round; it holds experts 0 and 2 of the first layer and 3 of the second."""
     reply = Reply(
         name=f"client-{partition}",
         partition=partition,
         budget=2,
-        version=server.version,
-        graph_hash=server.graph.digest(),
+        version=global_model.version,
+        graph_hash=global_model.graph.digest(),
         numbers=NUMBERS | (numbers or {}),
-        update=packed_change(server.model, random_change(server.model, [(0, 2)])),
+        update=packed_change(
+            global_model.model, half_of(random_change(global_model.model, [(0, 0), (0, 2)]))
+        ),
         usage=pack_usage([np.eye(4, dtype=np.int64)] * 2),
         residents=[np.array([1, 0, 1, 0], dtype=bool), np.array([0, 0, 0, 1], dtype=bool)],
     )
     return Answer(write_reply(replace(reply, **changes)), "", None, 10 + partition, 20 + partition)
 
 
-def evaluated(server: GlobalModel, partition: int, nll: float, **changes) -> Answer:
+def half_of(change: dict) -> dict:
+    """The change with alternate entries zero: a density of 0.5 over an even number of equal units."""
+    return {
+        unit: vector * ((torch.arange(len(vector)) + index) % 2)
+        for index, (unit, vector) in enumerate(change.items())
+    }
+
+
+def finish(observer: RunObserver, global_model: GlobalModel, answers: dict[int, Answer]) -> None:
+    """Validate and write the final evaluation."""
+    observer.finish(check_evaluations(answers, global_model, {}), answers)
+
+
+def evaluated(global_model: GlobalModel, partition: int, nll: float, **changes) -> Answer:
     """A good answer to the final evaluation."""
     numbers = {"valid-nll": nll, "valid-tokens": 10.0}
-    reply = Reply(f"client-{partition}", partition, 2, server.version, server.graph.digest(), numbers)
+    reply = Reply(
+        f"client-{partition}", partition, 2, global_model.version, global_model.graph.digest(), numbers
+    )
     return Answer(write_reply(replace(reply, **changes)), "", None, 1, 2)
 
 
 def observe(
-    observer: RunObserver, server: GlobalModel, answers: dict[int, Answer], server_round: int = 1, **facts
+    observer: RunObserver,
+    global_model: GlobalModel,
+    answers: dict[int, Answer],
+    server_round: int = 1,
+    **facts,
 ) -> dict:
     """Write a round and return its line."""
     usage = [np.ones((4, 4))] * 2
-    replies = check_replies(answers, server)
-    observer.round(server_round, replies, answers, graph=server.graph, usage=usage, seconds=1.5, **facts)
+    replies = check_replies(answers, global_model, SamV2(RunConfig()))
+    observer.round(
+        server_round, replies, answers, graph=global_model.graph, usage=usage, seconds=1.5, **facts
+    )
     return json.loads((observer.log_dir / "rounds.jsonl").read_text().splitlines()[-1])
 
 
-def test_a_round_is_a_line(observer, server):
-    row = observe(observer, server, {5: answer_of(server, 1, {"valid-nll": 40.0}), 9: answer_of(server, 0)})
+def test_a_round_is_a_line(observer, global_model):
+    row = observe(
+        observer,
+        global_model,
+        {5: answer_of(global_model, 1, {"valid-nll": 40.0}), 9: answer_of(global_model, 0)},
+    )
     assert (row["round"], row["seconds"], row["train_loss"], row["density"]) == (1, 1.5, 1.5, 0.5)
     assert (row["bytes_up"], row["bytes_down"]) == (21, 41)
-    assert row["bytes_up_dense"] == row["bytes_down_dense"] == 2 * server.dense_bytes()
+    assert row["bytes_up_dense"] == row["bytes_down_dense"] == 2 * global_model.dense_bytes()
     assert row["perplexity"] == pytest.approx(math.exp(60 / 20))
-    assert (row["edges"], row["graph_hash"]) == (server.graph.edges_per_layer(), server.graph.digest())
+    assert (row["edges"], row["graph_hash"]) == (
+        global_model.graph.edges_per_layer(),
+        global_model.graph.digest(),
+    )
     assert [client["name"] for client in row["clients"]] == ["client-0", "client-1"]
     first = row["clients"][0]
     assert (first["budget"], first["weight"], first["bytes_up"], first["bytes_down"]) == (2, 3.0, 10, 20)
     assert (first["perplexity"], first["refused"]) == (pytest.approx(math.exp(2)), None)
-    packed = read_reply(answer_of(server, 0).content, [4, 4]).update
+    packed = read_reply(answer_of(global_model, 0).content, [4, 4]).update
     stats = packed_stats(packed)
     assert (first["update_bytes"], first["update_floor_bytes"]) == (len(packed), stats.entropy_floor_bytes)
     assert (row["step_bytes"], row["step_floor_bytes"]) == (None, None)  # the server has made no step
 
 
-def test_the_servers_step_has_its_sizes_beside_the_clients(server, log_dir):
-    stepped = GlobalModel(server.source)
+def test_the_servers_step_has_its_sizes_beside_the_clients(global_model, log_dir):
+    stepped = GlobalModel(global_model.source)
     stepped.advance(random_change(stepped.model, [(0, 2)]), value_bits=4)
-    row = observe(RunObserver(log_dir, server=stepped), stepped, {9: answer_of(stepped, 0)})
+    row = observe(RunObserver(log_dir, global_model=stepped), stepped, {9: answer_of(stepped, 0)})
     stats = step_stats(stepped.steps[-1])
     assert (row["step_bytes"], row["step_floor_bytes"]) == (stats.packed_bytes, stats.entropy_floor_bytes)
     table = [line.split() for line in (log_dir / "pack_sizes.txt").read_text().splitlines()]
@@ -116,18 +148,18 @@ def test_the_servers_step_has_its_sizes_beside_the_clients(server, log_dir):
     assert [int(table[2][column]) for column in (3, 5)] == [stats.packed_bytes, stats.entropy_floor_bytes]
 
 
-def test_a_client_weighs_what_the_aggregation_says(observer, server):
-    answers = {9: answer_of(server, 0, {"train-tokens": 77.0})}
-    replies = check_replies(answers, server, client_weight="tokens")
-    facts = {"graph": server.graph, "usage": [np.ones((4, 4))] * 2, "seconds": 1.0}
+def test_a_client_weighs_what_the_aggregation_says(observer, global_model):
+    answers = {9: answer_of(global_model, 0, {"train-tokens": 77.0})}
+    replies = check_replies(answers, global_model, SamV2(RunConfig(client_weight="tokens")))
+    facts = {"graph": global_model.graph, "usage": [np.ones((4, 4))] * 2, "seconds": 1.0}
     observer.round(1, replies, answers, **facts)
     row = json.loads((observer.log_dir / "rounds.jsonl").read_text())
     assert row["clients"][0]["weight"] == 77.0
 
 
-def test_a_refused_client_has_a_reason_and_a_name_once_it_is_known(observer, server):
+def test_a_refused_client_has_a_reason_and_a_name_once_it_is_known(observer, global_model):
     bad = Answer(None, "disk full", None, 9, 30)
-    row = observe(observer, server, {5: bad, 9: answer_of(server, 0)})
+    row = observe(observer, global_model, {5: bad, 9: answer_of(global_model, 0)})
     assert [(client["name"], client["refused"]) for client in row["clients"]] == [
         ("client-0", None),
         ("node-5", "disk full"),
@@ -137,33 +169,37 @@ def test_a_refused_client_has_a_reason_and_a_name_once_it_is_known(observer, ser
         "bytes_down": 30, "density": None, "refused": 0, "update_bytes": None, "update_floor_bytes": None,
     }  # fmt: skip
     assert (row["bytes_up"], row["bytes_down"]) == (19, 50)
-    observe(observer, server, {5: answer_of(server, 1), 9: answer_of(server, 0)}, 2)
-    row = observe(observer, server, {5: bad, 9: answer_of(server, 0)}, 3)
+    observe(observer, global_model, {5: answer_of(global_model, 1), 9: answer_of(global_model, 0)}, 2)
+    row = observe(observer, global_model, {5: bad, 9: answer_of(global_model, 0)}, 3)
     assert [client["name"] for client in row["clients"]] == ["client-0", "client-1"]
 
 
-def test_the_first_mask_is_the_first_clients_and_is_written_once(observer, server, log_dir):
-    observe(observer, server, {5: answer_of(server, 1), 9: answer_of(server, 0)})
+def test_the_first_mask_is_the_first_clients_and_is_written_once(observer, global_model, log_dir):
+    observe(observer, global_model, {5: answer_of(global_model, 1), 9: answer_of(global_model, 0)})
     mask = np.load(log_dir / "mask_debug.npy")
     held = np.zeros((2, 4), dtype=bool)
     held[0, [0, 2]] = held[1, 3] = True
-    expected = np.stack(server.graph.masks) & held[:, :, None] & held[:, None, :]
+    expected = np.stack(global_model.graph.masks) & held[:, :, None] & held[:, None, :]
     assert np.array_equal(mask, expected)
     (log_dir / "mask_debug.npy").unlink()
-    observe(observer, server, {9: answer_of(server, 0)}, 2)
+    observe(observer, global_model, {9: answer_of(global_model, 0)}, 2)
     assert not (log_dir / "mask_debug.npy").exists()
 
 
-def test_the_summary_takes_everything_together(observer, server, log_dir):
+def test_the_summary_takes_everything_together(observer, global_model, log_dir):
     for server_round in (1, 2):
         personal = {"personal-nll": 5.0, "personal-tokens": 10.0} if server_round == 2 else {}
         numbers = {"valid-nll": 20.0 / server_round, **personal}
-        answers = {5: answer_of(server, 1, numbers), 9: answer_of(server, 0, numbers, budget=0)}
-        observe(observer, server, answers, server_round)
+        answers = {5: answer_of(global_model, 1, numbers), 9: answer_of(global_model, 0, numbers, budget=0)}
+        observe(observer, global_model, answers, server_round)
     edit = {"op": "add-edge", "layer": 0, "p": 0, "q": 1, "reason": ""}
-    observer.merge(MergeRecord(1, 4, [edit] * 3))
-    observer.merge(MergeRecord(2, 4, [edit]))
-    observer.finish({5: evaluated(server, 1, 4.0), 9: evaluated(server, 0, 3.0, graph_hash="ab")})
+    observer.rewire(RewireRecord(1, 4, [edit] * 3))
+    observer.rewire(RewireRecord(2, 4, [edit]))
+    answers = {5: evaluated(global_model, 1, 4.0), 9: evaluated(global_model, 0, 3.0)}
+    evaluations = check_evaluations(answers, global_model, {})
+    last = evaluations.accepted[1]
+    evaluations.accepted[1] = replace(last, reply=replace(last.reply, graph_hash="ab"))
+    observer.finish(evaluations, answers)
     summary = observer.close(out="/some/where")
     assert summary == read_summary(log_dir)
     assert set(summary) == {
@@ -173,8 +209,8 @@ def test_the_summary_takes_everything_together(observer, server, log_dir):
     assert (summary["rounds"], summary["edits"], summary["out"]) == (2, 4, "/some/where")
     assert summary["stopped"] is None
     assert (summary["bytes_up"], summary["bytes_down"]) == (2 * 21 + 2, 2 * 41 + 4)
-    assert summary["bytes_up_dense"] == 4 * server.dense_bytes()
-    assert summary["graph_hash"] == server.graph.digest() and summary["log_dir"] == str(log_dir)
+    assert summary["bytes_up_dense"] == 4 * global_model.dense_bytes()
+    assert summary["graph_hash"] == global_model.graph.digest() and summary["log_dir"] == str(log_dir)
     first, second = summary["clients"]
     assert set(first) == set(second) == CLIENT_KEYS
     assert (first["name"], first["budget"], first["graph_hash"]) == ("client-0", 4, "ab")
@@ -184,39 +220,44 @@ def test_the_summary_takes_everything_together(observer, server, log_dir):
     assert first["perplexity_after_personal"] == pytest.approx(math.exp(0.5))
 
 
-def test_a_run_that_stops_early_says_why_and_counts_the_rounds_done(observer, server):
-    answers = {9: answer_of(server, 0)}
-    assert observe(observer, server, answers)["stopped"] is None
-    assert observe(observer, server, answers, 2, stopped="no better")["stopped"] == "no better"
-    observer.finish({9: evaluated(server, 0, 3.0)})
-    summary = observer.close(out="")
+def test_a_run_that_stops_early_says_why_and_counts_the_rounds_done(observer, global_model):
+    answers = {9: answer_of(global_model, 0)}
+    assert observe(observer, global_model, answers)["stopped"] is None
+    assert observe(observer, global_model, answers, 2, stopped="no better")["stopped"] == "no better"
+    finish(observer, global_model, {9: evaluated(global_model, 0, 3.0)})
+    summary = observer.close(out="", stopped="no better")
     assert (summary["rounds"], summary["stopped"]) == (2, "no better")
     assert summary["clients"][0]["perplexity_after_personal"] is None
 
 
-def test_an_answer_to_the_evaluation_that_is_no_good_is_left_out(observer, server):
-    observe(observer, server, {5: answer_of(server, 1), 9: answer_of(server, 0)})
-    nan = evaluated(server, 1, float("nan"))
-    observer.finish({5: nan, 9: Answer(None, "no answer", None, 0, 2)})
+def test_an_answer_to_the_evaluation_that_is_no_good_is_left_out(observer, global_model):
+    observe(observer, global_model, {5: answer_of(global_model, 1), 9: answer_of(global_model, 0)})
+    nan = evaluated(global_model, 1, float("nan"))
+    finish(observer, global_model, {5: nan, 9: Answer(None, "no answer", None, 0, 2)})
     clients = observer.close(out="")["clients"]
     assert [client["perplexity_after"] for client in clients] == [None, None]
 
 
-def test_a_perplexity_beyond_all_numbers_is_null(observer, server, log_dir):
-    row = observe(observer, server, {9: answer_of(server, 0, {"valid-nll": 1e6})})
+def test_a_perplexity_beyond_all_numbers_is_null(observer, global_model, log_dir):
+    row = observe(observer, global_model, {9: answer_of(global_model, 0, {"valid-nll": 1e6})})
     assert row["perplexity"] is None and row["clients"][0]["perplexity"] is None
-    observer.finish({9: evaluated(server, 0, 1e6)})
+    finish(observer, global_model, {9: evaluated(global_model, 0, 1e6)})
     observer.close(out="")
     text = (log_dir / "summary.json").read_text()
     client = json.loads(text, parse_constant=lambda name: pytest.fail(name))["clients"][0]
     assert (client["perplexity_before"], client["perplexity_after"]) == (None, None)
 
 
-def test_curves_text_pictures_and_histograms_reach_tensorboard(observer, server, log_dir):
+def test_curves_text_pictures_and_histograms_reach_tensorboard(observer, global_model, log_dir):
     for server_round in (1, 2):
-        observe(observer, server, {5: answer_of(server, 1), 9: answer_of(server, 0)}, server_round)
-    observer.merge(MergeRecord(2, 4, [{"op": "add-edge", "layer": 0, "p": 0, "q": 1, "reason": ""}]))
-    observer.finish({5: evaluated(server, 1, 4.0), 9: evaluated(server, 0, 3.0)})
+        observe(
+            observer,
+            global_model,
+            {5: answer_of(global_model, 1), 9: answer_of(global_model, 0)},
+            server_round,
+        )
+    observer.rewire(RewireRecord(2, 4, [{"op": "add-edge", "layer": 0, "p": 0, "q": 1, "reason": ""}]))
+    finish(observer, global_model, {5: evaluated(global_model, 1, 4.0), 9: evaluated(global_model, 0, 3.0)})
     observer.close(out="")
     events = EventAccumulator(str(log_dir / "tensorboard")).Reload()
     tags = events.Tags()
@@ -231,24 +272,23 @@ def test_curves_text_pictures_and_histograms_reach_tensorboard(observer, server,
     assert "graph/edits/text_summary" in tags["tensors"]
 
 
-def test_a_new_run_replaces_the_files_of_an_earlier_one_and_no_others(server, log_dir):
+def test_a_new_run_replaces_the_files_of_an_earlier_one_and_no_others(global_model, log_dir):
     log_dir.mkdir()
     stale = ["rounds.jsonl", "summary.json", "merge_round7.json", "tensorboard/old", "checkpoints/round-1/x"]
     for name in [*stale, "flower.log"]:
         (log_dir / name).parent.mkdir(parents=True, exist_ok=True)
         (log_dir / name).write_text("{}")
-    RunObserver(log_dir, server=server)
+    RunObserver(log_dir, global_model=global_model)
     assert not any((log_dir / name).exists() for name in stale)
     assert (log_dir / "flower.log").read_text() == "{}"
     assert (log_dir / "cluster_stats.txt").read_text() == "how well the clusters separate\n"
 
 
-def test_a_checkpoint_is_the_model_as_it_is(observer, server, log_dir):
-    observer.checkpoint(4)
-    assert all_equal(load_graph(str(log_dir / "checkpoints" / "round-4")), server.model)
-    server.advance(random_change(server.model), value_bits=8)
-    observer.checkpoint(4)
-    assert all_equal(load_graph(str(log_dir / "checkpoints" / "round-4")), server.model)
+def test_traffic_outside_of_completed_rounds_counts_in_the_summary(observer, global_model):
+    observe(observer, global_model, {9: answer_of(global_model, 0)})
+    observer.add_traffic({5: Answer(None, "gone", None, 3, 4), 9: Answer(None, "gone", None, 0, 4)})
+    summary = observer.close(out="")
+    assert (summary["bytes_up"], summary["bytes_down"]) == (10 + 3, 20 + 8)
 
 
 def test_the_trace_is_written(observer, log_dir):

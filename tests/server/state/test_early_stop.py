@@ -3,14 +3,15 @@ from __future__ import annotations
 import pytest
 
 from models.runtime.perplexity import LossSum
-from server.rounds.early_stop import EarlyStop
+from server.state.early_stop import EarlyStop
 
 
 def stops(losses: list[float | None], *, rounds: int, delta: float = 0.0) -> int | None:
     """The round, from 1, after which a run with these losses ends; None if it goes on. None: no text held out."""
-    watch = EarlyStop(rounds=rounds, delta=delta)
+    watch = EarlyStop()
     for server_round, loss in enumerate(losses, start=1):
-        if watch.after(LossSum() if loss is None else LossSum(loss * 8, 8)) is not None:
+        held_out = LossSum() if loss is None else LossSum(loss * 8, 8)
+        if watch.after(held_out, rounds=rounds, delta=delta) is not None:
             return server_round
     return None
 
@@ -36,7 +37,7 @@ def test_a_run_ends_after_so_many_rounds_without_a_better_loss(losses, rounds, d
 
 
 def test_the_reason_holds_the_figures():
-    watch = EarlyStop(rounds=1, delta=0.5)
-    assert watch.after(LossSum(20.0, 10)) is None
-    reason = watch.after(LossSum(18.0, 10))
+    watch = EarlyStop()
+    assert watch.after(LossSum(20.0, 10), rounds=1, delta=0.5) is None
+    reason = watch.after(LossSum(18.0, 10), rounds=1, delta=0.5)
     assert reason == "the held-out loss did not fall by more than 0.5 below 2.0000 nats per token in 1 rounds"

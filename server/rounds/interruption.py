@@ -1,0 +1,46 @@
+"""Rescue of the trained model of a run that ends with an exception."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from configs.schema import RunConfig
+from server.rounds.loop import Federation
+from server.state.checkpoint import write_checkpoint, write_state
+
+_log = logging.getLogger(__name__)
+
+
+def save_interrupted(federation: Federation, error: BaseException) -> None:
+    """Save model, state and summary of a run that ``error`` ends; nothing before the first trained round.
+
+    The model goes to ``out``, or to ``checkpoints/round-N`` of the log directory where ``out`` is not configured or
+    cannot be written. A failure to save is logged and does not replace ``error``.
+
+    Args:
+        federation: interrupted run.
+        error: exception that ends it; its first line becomes ``stopped`` of the summary.
+    """
+    if not federation.state.server_round:
+        return
+    federation.state.stopped = next(iter(str(error).splitlines()), type(error).__name__)
+    try:
+        folder = _save_model(federation, federation.config)
+        federation.observer.close(out=str(folder), stopped=federation.state.stopped)
+    except Exception:
+        _log.exception("the interrupted run could not be saved")
+    else:
+        _log.warning("the model after round %d is in %s", federation.state.server_round, folder)
+
+
+def _save_model(federation: Federation, config: RunConfig) -> Path:
+    global_model, state, log_dir = federation.global_model, federation.state, federation.observer.log_dir
+    if config.out:
+        try:
+            global_model.save(Path(config.out), overwrite=config.overwrite)
+            write_state(log_dir, state)
+            return Path(config.out)
+        except Exception:
+            _log.exception("the model could not be saved to %s", config.out)
+    return write_checkpoint(log_dir, global_model, state)

@@ -1,0 +1,74 @@
+"""Serializable state of a run: everything that the rounds accumulate apart from the global model."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+from safetensors.numpy import load, save
+
+from server.state.early_stop import EarlyStop
+from server.state.node_session import NodeSession
+from server.state.usage_average import UsageAverage
+
+_FACTS = "facts"  # tensor that holds everything but the usage counts, as JSON in UTF-8
+
+
+@dataclass
+class FederationState:
+    """State after the last completed aggregation.
+
+    Attributes:
+        server_round: rounds whose aggregated change is in the global model.
+        model_version: version of the global model.
+        graph_version: version of its graph.
+        stopped: reason why the run ended before its last planned round; None: it did not.
+        usage: moving average of expert usage.
+        early_stop: best held-out loss so far.
+        sessions: by node id.
+    """
+
+    server_round: int = 0
+    model_version: int = 0
+    graph_version: int = 0
+    stopped: str | None = None
+    usage: UsageAverage = field(default_factory=UsageAverage)
+    early_stop: EarlyStop = field(default_factory=EarlyStop)
+    sessions: dict[int, NodeSession] = field(default_factory=dict)
+
+    def partitions(self) -> dict[int, int]:
+        """Client index by node id, for the nodes with an accepted reply."""
+        return {node: each.partition for node, each in self.sessions.items() if each.partition is not None}
+
+    def to_bytes(self) -> bytes:
+        """Serialize as a safetensors file: the usage counts as tensors, everything else as JSON."""
+        best = self.early_stop.best
+        facts = {
+            "server_round": self.server_round,
+            "model_version": self.model_version,
+            "graph_version": self.graph_version,
+            "stopped": self.stopped,
+            "early_stop": asdict(self.early_stop) | {"best": best if math.isfinite(best) else None},
+            "sessions": {str(node): asdict(session) for node, session in self.sessions.items()},
+        }
+        text = np.frombuffer(json.dumps(facts, allow_nan=False).encode(), dtype=np.uint8)
+        usage = {f"usage.{layer}": np.ascontiguousarray(each) for layer, each in enumerate(self.usage.counts)}
+        return save({_FACTS: text, **usage})
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> FederationState:
+        """Undo ``to_bytes``, bit for bit."""
+        tensors = load(data)
+        facts = json.loads(tensors.pop(_FACTS).tobytes())
+        best = facts["early_stop"].pop("best")
+        return cls(
+            server_round=facts["server_round"],
+            model_version=facts["model_version"],
+            graph_version=facts["graph_version"],
+            stopped=facts["stopped"],
+            usage=UsageAverage([tensors[f"usage.{layer}"] for layer in range(len(tensors))]),
+            early_stop=EarlyStop(math.inf if best is None else best, **facts["early_stop"]),
+            sessions={int(node): NodeSession(**session) for node, session in facts["sessions"].items()},
+        )

@@ -1,0 +1,45 @@
+"""Exponential moving average of expert usage over rounds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from experts.graph.edge_edits import Edit
+
+
+@dataclass
+class UsageAverage:
+    """Usage counts summed over clients and averaged over rounds.
+
+    Attributes:
+        counts: per layer float64 ``[E, E]``; empty before the first round.
+    """
+
+    counts: list[np.ndarray] = field(default_factory=list)
+
+    def add(self, clients: Sequence[Sequence[np.ndarray]], *, decay: float) -> None:
+        """Add the counts of a round.
+
+        Args:
+            clients: per client and layer ``[E, E]``.
+            decay: weight of earlier rounds, 0 to 1.
+        """
+        if not clients:
+            return
+        total = [np.sum(layer, axis=0).astype(np.float64) for layer in zip(*clients, strict=True)]
+        past = self.counts or [np.zeros_like(counts) for counts in total]
+        weight = decay if self.counts else 0.0
+        self.counts = [weight * old + (1 - weight) * new for old, new in zip(past, total, strict=True)]
+
+    def reset(self, edits: Sequence[Edit]) -> None:
+        """Set the count of each edited pair to the mean over its layer's pairs.
+
+        The traversals of an existing edge and the demand for a missing one are not comparable.
+        """
+        for edit in edits:
+            counts = self.counts[edit.layer]
+            pairs = np.triu_indices(len(counts), 1)
+            counts[edit.p, edit.q] = counts[pairs].mean()

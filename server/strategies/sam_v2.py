@@ -1,0 +1,96 @@
+"""SAM-v2: sparse updates of experts, combined per entry or unit, and graph edits by usage."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from configs.schema import RunConfig
+from federated.aggregation.combine import Contribution, aggregate
+from federated.aggregation.usage import unpack_usage
+from federated.data.blocks import Blocks, take
+from federated.protocol.messages import Reply, Request
+from models.graph.unit_vectors import Unit, unit_sizes
+from server.model.global_model import GlobalModel
+from server.reporting.run_log import RewireRecord
+from server.state.federation_state import FederationState
+from server.state.node_session import NodeSession
+from server.strategies.rewire import rewire
+from server.strategies.strategy import Accepted, PackedUpdate
+from server.strategies.update_checks import (
+    check_residents,
+    check_size,
+    client_weight,
+    decode_checked,
+    inclusion_probabilities,
+    trained_units,
+)
+
+
+class SamV2:
+    """Strategy of FedGraft's own method.
+
+    Args:
+        config: run configuration.
+        validation: the server's own text, on which the loss around graph edits is measured; None: not measured.
+    """
+
+    def __init__(self, config: RunConfig, *, validation: Blocks | None = None) -> None:
+        self._config = config
+        self._validation = take(validation, config.eval_blocks) if validation is not None else None
+
+    def configure(self, global_model: GlobalModel, session: NodeSession, server_round: int) -> Request:
+        """Request local training or evaluation, with the missing steps or a snapshot."""
+        steps, snapshot = global_model.catch_up(session.held_version)
+        return Request(
+            server_round=server_round,
+            version=global_model.version,
+            graph_hash=global_model.graph.digest(),
+            base_fingerprint=global_model.fingerprint,
+            copy_hash=global_model.copy_hash,
+            steps=steps,
+            snapshot=snapshot,
+            last=server_round == self._config.num_rounds,
+            accepted_round=session.accepted_round,
+        )
+
+    def accept(self, node: int, reply: Reply, packed: PackedUpdate, global_model: GlobalModel) -> Accepted:
+        """Validate residents, weight, inclusion probabilities, usage counts and the sparse update.
+
+        Raises:
+            RefusedUpdate: one of them is invalid.
+        """
+        graph = global_model.graph
+        sizes = unit_sizes(global_model.model, attention=self._config.attention_lora)
+        weight = client_weight(reply, self._config.client_weight)
+        check_residents(reply, num_layers=len(graph.masks))
+        check_size(packed.size, sizes)
+        trained = trained_units(reply, sizes)
+        inclusion = inclusion_probabilities(reply, trained)
+        usage = unpack_usage(reply.usage, graph.num_experts)
+        unpack, summary, stats = decode_checked(packed, graph, sizes, trained)
+        return Accepted(node, reply, Contribution(weight, unpack, inclusion, trained, summary), usage, stats)
+
+    def combine(self, accepted: Sequence[Accepted]) -> Mapping[Unit, Tensor]:
+        """Combine updates per ``combine``, with norm clipping and the server learning rate."""
+        return aggregate(
+            [each.contribution for each in accepted],
+            combine=self._config.combine,
+            server_learning_rate=self._config.server_learning_rate,
+            clip_norm_multiple=self._config.clip_norm_multiple,
+        )
+
+    def after_round(self, global_model: GlobalModel, state: FederationState) -> RewireRecord | None:
+        """Edit edges by usage every ``merge-every`` rounds."""
+        config = self._config
+        if not config.rho_max or state.server_round % config.merge_every:
+            return None
+        return rewire(
+            global_model,
+            state.usage,
+            server_round=state.server_round,
+            rho_max=config.rho_max,
+            validation=self._validation,
+            max_drift=config.merge_max_drift,
+        )

@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from server.state.early_stop import EarlyStop
+from server.state.federation_state import FederationState
+from server.state.node_session import NodeSession
+from server.state.usage_average import UsageAverage
+
+# Values that decimal text with fewer than 17 digits would change.
+STATE = FederationState(
+    server_round=7,
+    model_version=7,
+    graph_version=3,
+    stopped="no better \u2013 \n ever",
+    usage=UsageAverage(
+        [np.triu(np.full((4, 4), 0.1)), np.array([[np.nextafter(1, 2), 1e300], [0.0, 5e-324]])]
+    ),
+    early_stop=EarlyStop(best=0.1 + 0.2, rounds_without=2),
+    sessions={
+        2**63 + 5: NodeSession(held_version=6, partition=0, accepted_round=7),
+        3: NodeSession(held_version=0, partition=None, accepted_round=0),
+    },
+)
+
+
+def bits(state: FederationState) -> list[bytes]:
+    return [counts.tobytes() for counts in state.usage.counts]
+
+
+@pytest.mark.parametrize(
+    "state", [FederationState(), STATE, replace(STATE, early_stop=EarlyStop(math.inf, 1))]
+)
+def test_the_state_survives_its_serialization_bit_for_bit(state):
+    data = state.to_bytes()
+    again = FederationState.from_bytes(data)
+    assert replace(again, usage=UsageAverage()) == replace(state, usage=UsageAverage())
+    assert bits(again) == bits(state)
+    assert [each.shape for each in again.usage.counts] == [each.shape for each in state.usage.counts]
+    assert again.to_bytes() == data
+
+
+def test_a_restored_state_accumulates_as_the_original():
+    counts = [[np.full((4, 4), 3), np.full((2, 2), 5)]]
+    restored, original = (
+        FederationState.from_bytes(STATE.to_bytes()),
+        FederationState.from_bytes(STATE.to_bytes()),
+    )
+    original.usage.add(counts, decay=0.75)
+    restored = FederationState.from_bytes(restored.to_bytes())
+    restored.usage.add(counts, decay=0.75)
+    expected = [0.75 * STATE.usage.counts[0] + 0.25 * 3, 0.75 * STATE.usage.counts[1] + 0.25 * 5]
+    assert bits(restored) == bits(original) == [each.tobytes() for each in expected]
+
+
+def test_partitions_are_those_of_nodes_with_an_accepted_reply():
+    state = FederationState(sessions={4: NodeSession(), 9: NodeSession(held_version=2)})
+    assert state.partitions() == {}
+    state.sessions[9].accept(1, 5)
+    assert state.partitions() == {9: 1}
+    assert state.sessions[9] == NodeSession(held_version=2, partition=1, accepted_round=5)

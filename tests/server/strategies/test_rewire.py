@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+
+from experts.graph.edge_edits import propose_edits
+from experts.graph.expert_graph import ExpertGraph
+from federated.data.blocks import Blocks
+from models.graph.graph_state import write_graph
+from models.runtime.perplexity import LossSum, evaluate_loss
+from server.model.global_model import GlobalModel
+from server.state.usage_average import UsageAverage
+from server.strategies.rewire import rewire
+from tests.support.tiny_federation import all_equal, random_change, save_tiny_graph
+from tests.support.tiny_graphs import random_ids, with_random_gains
+
+
+@pytest.fixture
+def global_model(tmp_path, tiny_tokenizer) -> GlobalModel:
+    """Edges 0 -> 1 -> 2 -> 3 with gains, after a first step."""
+    graph = save_tiny_graph(tmp_path / "graph", tiny_tokenizer, num_experts=4, visits=3)
+    global_model = GlobalModel(str(graph))
+    with_random_gains(global_model.model)
+    write_graph(global_model.model, ExpertGraph((np.eye(4, dtype=bool) | np.eye(4, k=1, dtype=bool),) * 2))
+    global_model.advance(random_change(global_model.model), value_bits=8)
+    return global_model
+
+
+@pytest.fixture
+def usage() -> UsageAverage:
+    average = UsageAverage()
+    counts = np.triu(np.arange(16).reshape(4, 4) + 1)
+    counts[0, 2] = 100
+    average.add([[counts, counts]], decay=0.5)
+    return average
+
+
+@pytest.fixture
+def validation(global_model) -> Blocks:
+    ids = random_ids(global_model.model)
+    return Blocks(ids, ids)
+
+
+def run(global_model, usage, validation, **changes):
+    options = {"server_round": 3, "rho_max": 2, "max_drift": 100.0} | changes
+    return rewire(global_model, usage, validation=validation, **options)
+
+
+def test_rewiring_makes_the_proposed_edits_as_part_of_the_latest_step(global_model, usage):
+    proposed = propose_edits(global_model.graph, usage.counts, 2)
+    version = global_model.version
+    record = run(global_model, usage, None)
+    assert [edit["op"] for edit in record.edits] == ["remove-edge", "add-edge"]
+    assert record.edits == [edit.as_dict() for edit in proposed]
+    assert (record.round, record.rho_max) == (3, 2)
+    assert (record.loss_before, record.loss_after, record.gamma_hat) == (None, None, None)
+    assert global_model.graph.version == 1 and global_model.version == version
+    assert global_model.steps[-1].edits == proposed
+
+
+def test_with_validation_text_the_drift_is_measured(global_model, usage, validation):
+    before = evaluate_loss(global_model.model, validation.input_ids, validation.labels).mean
+    record = run(global_model, usage, validation)
+    after = evaluate_loss(global_model.model, validation.input_ids, validation.labels).mean
+    assert (record.loss_before, record.loss_after) == (before, after)
+    assert before != after
+    assert record.gamma_hat == abs(after - before) / 2
+    assert global_model.graph.version == 1
+
+
+@pytest.mark.parametrize(
+    ("losses", "max_drift", "kept"),
+    [
+        ((1.0, 1.2), 0.1, False),
+        ((1.0, 1.2), 0.25, True),
+        ((1.0, 1.5), 0.5, True),
+        ((2.0, 1.0), 0.0, True),
+        ((1.0, float("nan")), 10.0, False),
+    ],
+)
+def test_rewiring_that_costs_too_much_is_rolled_back(
+    global_model, usage, validation, losses, max_drift, kept, monkeypatch
+):
+    given = iter(losses)
+    monkeypatch.setattr("server.strategies.rewire.evaluate_loss", lambda *_: LossSum(next(given), 1))
+    before, digest = copy.deepcopy(global_model.model), global_model.graph.digest()
+    record = run(global_model, usage, validation, max_drift=max_drift)
+    assert (len(record.edits) == 2) == kept == bool(global_model.steps[-1].edits)
+    if not kept:
+        assert global_model.graph.digest() == digest and all_equal(global_model.model, before)
+        assert record.edits == []
+        np.testing.assert_equal(record.gamma_hat, abs(losses[1] - losses[0]) / 2)
+
+
+def test_without_usage_or_demand_there_is_nothing_to_rewire(global_model, validation):
+    average = UsageAverage()
+    assert run(global_model, average, validation).edits == []
+    average.add([[np.zeros((4, 4))] * 2], decay=0.5)
+    record = run(global_model, average, validation)
+    assert record.edits == [] and record.gamma_hat is None
+    assert global_model.graph.version == 0 and global_model.steps[-1].edits == []
+
+
+def test_a_graph_used_the_same_way_settles(global_model, usage):
+    made = [len(run(global_model, usage, None).edits) for _ in range(12)]
+    assert made[0] > 0 and made[-1] == 0
