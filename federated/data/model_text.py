@@ -1,33 +1,30 @@
-"""An opened model and text for it; what looks at experts while they work shares this."""
+"""A model with experts together with the blocking of text for it, as measurements on experts need them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
+# Torch and transformers take seconds to import, so that functions import what needs them.
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-ExpertModel = Annotated[
-    str, typer.Option(help="Directory or hub id of an expert graph or a Hugging Face mixture of experts.")
-]
+DEFAULT_BLOCK_SIZE = 256
 
 
 @dataclass(frozen=True, eq=False)
 class ModelText:
-    """A model with experts, and how text is cut for it.
+    """A model with experts and the block and batch sizes of text for it.
 
     Attributes:
-        source: directory or hub id.
-        model: opened.
-        tokenizer: of the model.
-        block_size: tokens of a block.
-        batch_size: blocks that go through the model at once.
-        max_blocks: of a domain; 0 for all.
+        source: directory or hub id of the checkpoint.
+        model: opened model.
+        tokenizer: tokenizer of the model.
+        block_size: tokens per block.
+        batch_size: blocks per forward pass.
+        max_blocks: blocks per domain; 0: all.
     """
 
     source: str
@@ -38,10 +35,10 @@ class ModelText:
     max_blocks: int
 
     def batches(self, data: Sequence[str], split: str) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches ``(input_ids [B, S], counted [B, S])`` of data sources, one domain after the other.
+        """Batches ``(input_ids [B, S], token_mask [B, S] bool)`` of data sources, one domain after the other.
 
         Raises:
-            UserError: as ``texts_by_domain``, at once, and ``text_batches``.
+            UserError: as ``texts_by_domain``, at once, and as ``text_batches``, at the first batch.
         """
         from federated.data.text_batches import text_batches, texts_by_domain
 
@@ -55,9 +52,9 @@ class ModelText:
         )
 
     def provenance(self, data: Sequence[str], split: str) -> dict[str, Any]:
-        """What figures of this model on this text carry with them. Reads the whole checkpoint, for its fingerprint."""
-        from models.families.table import router_kind
+        """Model, fingerprint, router kind and text of a measurement; reads the whole checkpoint."""
         from models.files.fingerprint import checkpoint_fingerprint
+        from models.moe.views import router_kind
 
         return {
             "model": self.source,
@@ -80,10 +77,18 @@ def open_model_text(
     batch_size: int,
     max_blocks: int,
 ) -> ModelText:
-    """Open a model with experts; blocks are 256 tokens or the model's context where no size is given.
+    """Open a model with experts for measurements on text.
+
+    Args:
+        source: directory or hub id.
+        precision: of the weights, as ``load_causal_lm`` takes it; None: as stored.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        block_size: tokens per block; None: ``DEFAULT_BLOCK_SIZE``, or the model's context where that is smaller.
+        batch_size: blocks per forward pass.
+        max_blocks: blocks per domain; 0: all.
 
     Raises:
-        UserError: as ``load_causal_lm``, and a model whose layers have no experts or store them in an unknown way.
+        UserError: as ``load_causal_lm``; a model without experts, or with experts stored in an unknown way.
     """
     from models.checkpoints.load import load_causal_lm, load_tokenizer
     from models.moe.views import moe_layers
@@ -91,5 +96,5 @@ def open_model_text(
 
     model = load_causal_lm(source, precision=precision, device=choose_device(device))
     moe_layers(model)
-    size = block_size or min(256, model.config.max_position_embeddings)
+    size = block_size or min(DEFAULT_BLOCK_SIZE, model.config.max_position_embeddings)
     return ModelText(source, model, load_tokenizer(source), size, batch_size, max_blocks)

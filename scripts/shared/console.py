@@ -26,6 +26,9 @@ from configs.output import finite
 JsonFlag = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")
 ]
+ExpertModel = Annotated[
+    str, typer.Option(help="Directory or hub id of an expert graph or a Hugging Face mixture of experts.")
+]
 Precision = Annotated[
     str | None, typer.Option(help="Weights as fp32, bf16 or nf4 (4-bit); as they are stored where not given.")
 ]

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from federated.data.model_text import ExpertModel, open_model_text
+from federated.data.model_text import open_model_text
 from scripts.shared.console import (
     BatchSize,
     BlockSize,
     DataSources,
     Device,
+    ExpertModel,
     JsonFlag,
     Overwrite,
     print_result,

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from federated.data.model_text import ExpertModel, ModelText, open_model_text
+from federated.data.model_text import ModelText, open_model_text
 from scripts.shared.console import (
     BatchSize,
     BlockSize,
     Device,
+    ExpertModel,
     JsonFlag,
     MaxBlocks,
     OverwriteFiles,
