@@ -31,7 +31,7 @@ from models.moe.layers import MoELayer
 from models.moe.remove import set_counts
 from models.moe.replay import execute_removal
 from models.moe.saliency_collection import Batch
-from models.moe.views import moe_layers
+from models.moe.views import moe_layers, replace_block
 
 Measure = Callable[[PreTrainedModel], float]
 OnStep = Callable[[str, int, int | None], None]
@@ -166,13 +166,13 @@ class _Planner:
     def _try(self, removal: Removal) -> tuple[float, nn.Module]:
         """Perplexity after a removal, and the block that makes it; the model stays as it is."""
         block = self._layer(removal.layer).block
-        self._place(removal.layer, copy.deepcopy(block))
+        replace_block(self._model, self._layer(removal.layer), copy.deepcopy(block))
         try:
             layer, left = self._layer(removal.layer), self._left(removal.layer)
             execute_removal(layer, left, removal, self._averaging(removal))
             return self._measure(self._model), self._layer(removal.layer).block
         finally:
-            self._place(removal.layer, block)
+            replace_block(self._model, self._layer(removal.layer), block)
 
     def _averaging(self, removal: Removal) -> Averaging | None:
         if removal.into is None:
@@ -181,7 +181,7 @@ class _Planner:
         return Averaging(float(shares[removal.into]), float(shares[removal.expert]), self._options.alignment)
 
     def _take(self, removal: Removal, block: nn.Module) -> None:
-        self._place(removal.layer, block)
+        replace_block(self._model, self._layer(removal.layer), block)
         self._candidates.take(removal)
         if removal.into is not None:
             shares = self._shares[removal.layer]
@@ -212,12 +212,6 @@ class _Planner:
 
     def _layer(self, ordinal: int) -> MoELayer:
         return moe_layers(self._model)[ordinal]
-
-    def _place(self, ordinal: int, block: nn.Module) -> None:
-        layer = self._layer(ordinal)
-        decoder = self._model.model.layers[layer.decoder]
-        name = next(name for name, child in decoder.named_children() if child is layer.block)
-        setattr(decoder, name, block)
 
 
 def _likeness(

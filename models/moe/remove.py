@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -10,7 +12,7 @@ from transformers import PreTrainedModel
 
 from configs.errors import UserError
 from models.moe.layers import MoELayer, Removed
-from models.moe.views import moe_layers
+from models.moe.views import moe_layers, replace_block
 
 
 @torch.no_grad()
@@ -23,13 +25,35 @@ def keep_experts(model: PreTrainedModel, keep_map: Mapping[int, np.ndarray]) -> 
         model: any with experts (see ``models.moe.views``).
         keep_map: MoE-layer ordinal to the kept experts.
     """
-    for layer in moe_layers(model):
-        kept = keep_map.get(layer.ordinal)
-        if kept is not None:
-            removed = np.setdiff1d(np.arange(layer.num_experts), kept).tolist()
-            remove_experts(layer, dict.fromkeys(removed))
+    _remove_others(model, keep_map)
     set_counts(model)
     return model
+
+
+@contextmanager
+def experts_removed(model: PreTrainedModel, keep_map: Mapping[int, np.ndarray]) -> Iterator[PreTrainedModel]:
+    """Context in which a model holds the experts of ``keep_map`` alone; then it is as before, bit for bit.
+
+    Only the weights of the kept experts and their routers are copied. The configuration stays as it is.
+
+    Args:
+        model: any with experts (see ``models.moe.views``).
+        keep_map: MoE-layer ordinal to the kept experts; an unnamed layer keeps all.
+    """
+    blocks = [layer.block for layer in moe_layers(model)]
+    try:
+        for layer in moe_layers(model):
+            if layer.ordinal in keep_map:
+                # A memo that holds the tensors already lets the copy share them.
+                shared = {
+                    id(tensor): tensor for tensor in (*layer.block.parameters(), *layer.block.buffers())
+                }
+                replace_block(model, layer, copy.deepcopy(layer.block, shared))
+        _remove_others(model, keep_map)
+        yield model
+    finally:
+        for layer, block in zip(moe_layers(model), blocks, strict=True):
+            replace_block(model, layer, block)
 
 
 @torch.no_grad()
@@ -46,6 +70,14 @@ def remove_experts(layer: MoELayer, removed: Removed) -> None:
     if len(removed) >= layer.num_experts:
         raise UserError(f"expected an expert to stay in MoE layer {layer.ordinal}, got none")
     layer.remove(removed)
+
+
+def _remove_others(model: PreTrainedModel, keep_map: Mapping[int, np.ndarray]) -> None:
+    for layer in moe_layers(model):
+        kept = keep_map.get(layer.ordinal)
+        if kept is not None:
+            removed = np.setdiff1d(np.arange(layer.num_experts), kept).tolist()
+            remove_experts(layer, dict.fromkeys(removed))
 
 
 def set_counts(model: PreTrainedModel) -> None:

@@ -39,6 +39,13 @@ def moe_layers(model: PreTrainedModel) -> list[MoELayer]:
     return found
 
 
+def replace_block(model: PreTrainedModel, layer: MoELayer, block: nn.Module) -> None:
+    """Put ``block`` in the place of the layer's block in the model; the view ``layer`` is stale afterwards."""
+    decoder = model.model.layers[layer.decoder]
+    name = next(name for name, child in decoder.named_children() if child is layer.block)
+    setattr(decoder, name, block)
+
+
 def _block(decoder: nn.Module, family: MoEFamily) -> nn.Module | None:
     """Module of a decoder layer that holds experts; None in a dense layer."""
     blocks = [getattr(decoder, name, None) for name in family.blocks]

@@ -8,7 +8,7 @@ import torch
 
 from configs.errors import UserError
 from models.checkpoints.load import load_causal_lm
-from models.moe.remove import keep_experts, remove_experts, set_counts
+from models.moe.remove import experts_removed, keep_experts, remove_experts, set_counts
 from models.moe.views import moe_layers
 from models.moe_files.prune import prune_checkpoint
 from tests.support.module_moe import with_module_experts
@@ -81,3 +81,24 @@ def test_nothing_to_take_changes_nothing_and_all_is_refused():
     assert moe_layers(model)[0].router_weight is weight
     with pytest.raises(UserError, match="MoE layer 0"):
         remove_experts(layer, dict.fromkeys(range(4)))
+
+
+def model_of(name):
+    if name == "graph":
+        return with_random_gains(graph_of(num_experts=4))
+    return with_module_experts(tiny_moe("olmoe")) if name == "modules" else tiny_moe(name)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [*FAMILIES, "graph", "modules"])
+def test_experts_are_removed_for_a_while_and_the_model_comes_back(name):
+    model, ids = model_of(name), random_ids(model_of(name), 2, 12)
+    whole, config = model(input_ids=ids).logits, model.config.to_dict()
+    weights = {key: value.data_ptr() for key, value in model.state_dict().items()}
+    with pytest.raises(RuntimeError, match="stop"), experts_removed(model, {0: KEPT[0]}) as removed:
+        expected = keep_experts(model_of(name), {0: KEPT[0]})
+        assert torch.equal(removed(input_ids=ids).logits, expected(input_ids=ids).logits)
+        assert logit_difference(removed, model_of(name), ids) > 1e-4
+        raise RuntimeError("stop")
+    assert torch.equal(model(input_ids=ids).logits, whole) and model.config.to_dict() == config
+    assert {key: value.data_ptr() for key, value in model.state_dict().items()} == weights
