@@ -1,69 +1,35 @@
-"""Changes of the graph as data: a plan of edits, and the one function that applies it."""
+"""Edits of edges: their application to a graph, and the server's proposals by usage."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 
 from configs.errors import UserError
+from experts.graph.edits import EDGE_EDITS, AddEdge, EdgeEdit, Edit, RemoveEdge
 from experts.graph.expert_graph import ExpertGraph, reachable
-
-OPERATIONS = ("add-edge", "remove-edge")
-
-
-@dataclass(frozen=True)
-class Edit:
-    """One change of the graph.
-
-    Attributes:
-        op: one of ``OPERATIONS``.
-        layer: where.
-        p: source expert.
-        q: target expert, above p.
-        reason: why, for the reader of the log.
-    """
-
-    op: str
-    layer: int
-    p: int
-    q: int
-    reason: str = ""
-
-    def as_dict(self) -> dict[str, Any]:
-        """The edit as plain values, for JSON."""
-        return asdict(self)
-
-
-def edits_from_dicts(values: Any) -> list[Edit]:
-    """Undo ``Edit.as_dict`` for a list.
-
-    Raises:
-        UserError: no list, other keys, or values of other types.
-    """
-    if not isinstance(values, list):
-        raise UserError(f"expected a list of edits, got {type(values).__name__}")
-    return [_edit_from_dict(value) for value in values]
 
 
 def apply_edits(graph: ExpertGraph, edits: Sequence[Edit]) -> ExpertGraph:
-    """A new graph, one version on, with all ``edits`` made in order; ``graph`` stays as it is.
+    """Graph of the next version, after all ``edits`` in order; ``graph`` stays as it is.
 
     Raises:
-        UserError: an edit that does not fit (unknown operation, layer or expert, an edge that exists or does not).
+        UserError: an edit of experts, an unknown layer or expert, an added edge that exists, a removed one that
+            does not.
     """
     masks = [mask.copy() for mask in graph.masks]
     for edit in edits:
+        if not isinstance(edit, AddEdge | RemoveEdge):
+            raise UserError(f"expected an edit to be one of {', '.join(EDGE_EDITS)}, got {edit.op!r}")
         _check(edit, masks)
-        masks[edit.layer][edit.p, edit.q] = edit.op == "add-edge"
+        masks[edit.layer][edit.p, edit.q] = isinstance(edit, AddEdge)
     return ExpertGraph(tuple(masks), graph.version + 1)
 
 
 def propose_edits(
     graph: ExpertGraph, usage: Sequence[np.ndarray], rho_max: int, *, margin: float = 1.0
-) -> list[Edit]:
+) -> list[EdgeEdit]:
     """Swap the least traveled edges for the most demanded ones, at most ``rho_max`` edits in all.
 
     A swap stays in its layer and is made only where the demand for the new edge exceeds ``margin`` times the
@@ -89,30 +55,18 @@ def propose_edits(
     return edits
 
 
-def _edit_from_dict(value: Any) -> Edit:
-    types: dict[str, type] = {"op": str, "layer": int, "p": int, "q": int, "reason": str}
-    names: dict[str, Any] = {"reason": ""} | value if isinstance(value, dict) else {}
-    # A bool is an int for Python, not for us.
-    if set(names) != set(types) or any(type(names[key]) is not kind for key, kind in types.items()):
-        raise UserError(f"expected an edit with op, layer, p, q and reason, got {str(value)[:200]}")
-    return Edit(**names)
-
-
-def _check(edit: Edit, masks: Sequence[np.ndarray]) -> None:
-    if edit.op not in OPERATIONS:
-        raise UserError(f"expected an edit to be one of {', '.join(OPERATIONS)}, got {edit.op!r}")
-    if not 0 <= edit.layer < len(masks) or not 0 <= edit.p < edit.q < len(masks[edit.layer]):
-        raise UserError(
-            f"expected a known layer and experts p < q, got {edit.op} {edit.layer}:{edit.p} -> {edit.q}"
-        )
-    if masks[edit.layer][edit.p, edit.q] == (edit.op == "add-edge"):
-        state = "exists already" if edit.op == "add-edge" else "does not exist"
+def _check(edit: EdgeEdit, masks: Sequence[np.ndarray]) -> None:
+    if edit.layer >= len(masks) or edit.q >= len(masks[edit.layer]):
+        raise UserError(f"expected a known layer and experts p < q, got {edit}")
+    exists = bool(masks[edit.layer][edit.p, edit.q])
+    if exists == isinstance(edit, AddEdge):
+        state = "exists already" if exists else "does not exist"
         raise UserError(f"cannot {edit.op} {edit.p} -> {edit.q} in layer {edit.layer}: the edge {state}")
 
 
 def _swaps(
     mask: np.ndarray, counts: np.ndarray, layer: int, most: int, margin: float
-) -> list[tuple[float, tuple[Edit, Edit]]]:
+) -> list[tuple[float, tuple[RemoveEdge, AddEdge]]]:
     """Gain and edits of the swaps of one layer, best first."""
     missing = _by_count(~mask, counts)[::-1][:most]
     removable = _removable(mask, counts, most)
@@ -121,8 +75,8 @@ def _swaps(
         gain = float(counts[p, q] - margin * counts[a, b])
         if gain <= 0:
             break
-        add = Edit("add-edge", layer, p, q, f"demanded by {counts[p, q]:.0f} tokens")
-        remove = Edit("remove-edge", layer, a, b, f"traveled by {counts[a, b]:.0f} tokens")
+        add = AddEdge(layer, p, q, f"demanded by {counts[p, q]:.0f} tokens")
+        remove = RemoveEdge(layer, a, b, f"traveled by {counts[a, b]:.0f} tokens")
         swaps.append((gain, (remove, add)))
     return swaps
 
@@ -154,14 +108,12 @@ def _can_go(mask: np.ndarray, pair: tuple[int, int]) -> bool:
     return bool((reachable(without) == reachable(mask)).all())
 
 
-def _most_demanded(graph: ExpertGraph, usage: Sequence[np.ndarray], taken: set) -> list[Edit]:
-    best: tuple[float, Edit] | None = None
+def _most_demanded(graph: ExpertGraph, usage: Sequence[np.ndarray], taken: set) -> list[EdgeEdit]:
+    best: tuple[float, EdgeEdit] | None = None
     for layer, (mask, counts) in enumerate(zip(graph.masks, usage, strict=True)):
         for p, q in _by_count(~mask, counts)[::-1]:
             if (layer, p, q) not in taken:
                 if counts[p, q] > (best[0] if best else 0):
-                    best = float(counts[p, q]), Edit(
-                        "add-edge", layer, p, q, f"demanded by {counts[p, q]:.0f} tokens"
-                    )
+                    best = float(counts[p, q]), AddEdge(layer, p, q, f"demanded by {counts[p, q]:.0f} tokens")
                 break
     return [best[1]] if best else []

@@ -12,10 +12,8 @@ from typing import NamedTuple
 import numpy as np
 
 from configs.errors import UserError
-from experts.graph.edge_edits import Edit
+from experts.graph.edits import EXPERT_OPERATIONS, Edit, MergeExperts, RetireExpert
 from experts.graph.expert_graph import ExpertGraph, reachable
-
-RETIRE, MERGE = EXPERT_OPERATIONS = ("retire-expert", "merge-experts")
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,10 +45,10 @@ class EditedLayer(NamedTuple):
 
 def retirements(
     keep_map: Mapping[int, np.ndarray], experts_per_layer: Sequence[int], reason: str = ""
-) -> list[Edit]:
+) -> list[RetireExpert]:
     """The plan that leaves each layer the experts of ``keep_map``; a layer that it does not name keeps all."""
     return [
-        Edit(RETIRE, layer, expert, expert, reason)
+        RetireExpert(layer, expert, reason)
         for layer, kept in sorted(keep_map.items())
         for expert in np.setdiff1d(np.arange(experts_per_layer[layer]), kept).tolist()
     ]
@@ -73,27 +71,17 @@ def apply_expert_edits(graph: ExpertGraph, edits: Sequence[Edit]) -> EditedGraph
     """
     goes: list[dict[int, int | None]] = [{} for _ in graph.masks]  # expert -> the one it goes into
     for edit in edits:
-        _check(edit, graph.num_experts)
-        gone = edit.q
-        if gone in goes[edit.layer]:
-            raise UserError(f"expected expert {edit.layer}:{gone} to be taken out once, got it twice")
-        goes[edit.layer][gone] = None if edit.op == RETIRE else edit.p
+        if not isinstance(edit, RetireExpert | MergeExperts):
+            raise UserError(f"expected an edit to be one of {', '.join(EXPERT_OPERATIONS)}, got {edit.op!r}")
+        into = edit.into if isinstance(edit, MergeExperts) else None
+        if edit.layer >= len(goes) or max(edit.expert, into or 0) >= graph.num_experts[edit.layer]:
+            raise UserError(f"expected a known layer and known experts, got {edit}")
+        if edit.expert in goes[edit.layer]:
+            raise UserError(f"expected expert {edit.layer}:{edit.expert} to be taken out once, got it twice")
+        goes[edit.layer][edit.expert] = into
     layers = [remove_from_mask(mask, goes[layer], layer) for layer, mask in enumerate(graph.masks)]
     masks, kept, numbers, added = zip(*layers, strict=True) if layers else ((), (), (), ())
     return EditedGraph(ExpertGraph(masks, graph.version + 1), kept, numbers, added)
-
-
-def _check(edit: Edit, num_experts: Sequence[int]) -> None:
-    if edit.op not in EXPERT_OPERATIONS:
-        raise UserError(f"expected an edit to be one of {', '.join(EXPERT_OPERATIONS)}, got {edit.op!r}")
-    known = 0 <= edit.layer < len(num_experts) and all(
-        0 <= expert < num_experts[edit.layer] for expert in (edit.p, edit.q)
-    )
-    if not known or (edit.p == edit.q) != (edit.op == RETIRE):
-        raise UserError(
-            "expected a known layer and known experts, p == q to retire and p != q to merge, got "
-            f"{edit.op} {edit.layer}:{edit.p} {edit.q}"
-        )
 
 
 def remove_from_mask(mask: np.ndarray, goes: Mapping[int, int | None], layer: int) -> EditedLayer:

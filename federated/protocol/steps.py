@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 import torch
 
 from configs.errors import UserError
-from experts.graph.edge_edits import Edit, apply_edits, edits_from_dicts
+from experts.graph.edge_edits import apply_edits
+from experts.graph.edits import EdgeEdit, edge_edits_from_dicts
 from experts.graph.expert_graph import ExpertGraph
 from federated.updates.update import RefusedUpdate, SparseUpdate
 from federated.wire.codec import packed_stats, unpack_update
@@ -35,7 +36,7 @@ class ServerStep:
 
     version: int
     packed: bytes
-    edits: list[Edit] = field(default_factory=list)
+    edits: list[EdgeEdit] = field(default_factory=list)
 
     def edits_json(self) -> str:
         """The edits as JSON."""
@@ -53,7 +54,7 @@ def read_step(version: int, packed: bytes, edits_json: str) -> ServerStep:
         RefusedUpdate: edits that are no JSON, or other JSON.
     """
     try:
-        return ServerStep(version, packed, edits_from_dicts(json.loads(edits_json)))
+        return ServerStep(version, packed, edge_edits_from_dicts(json.loads(edits_json)))
     except (ValueError, RecursionError) as error:
         raise RefusedUpdate(f"edits of step {version} cannot be read: {error}") from error
 

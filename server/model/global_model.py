@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from configs.output import new_directory
-from experts.graph.edge_edits import Edit, apply_edits
+from experts.graph.edge_edits import apply_edits
+from experts.graph.edits import EdgeEdit
 from experts.graph.expert_graph import ExpertGraph
 from federated.protocol.copy_hash import copy_hash, unit_digest
 from federated.protocol.snapshot import pack_snapshot
@@ -91,7 +92,7 @@ class GlobalModel:
         self.version = step.version
         self._copy_hash = self._snapshot = None
 
-    def edit(self, edits: list[Edit]) -> None:
+    def edit(self, edits: list[EdgeEdit]) -> None:
         """Apply graph edits and append them to the latest step."""
         write_graph(self.model, apply_edits(self.graph, edits))
         latest = self.steps.pop()
@@ -142,7 +143,7 @@ class GlobalModel:
             self.steps.pop(0)
 
     @contextmanager
-    def trying(self, edits: list[Edit]) -> Iterator[None]:
+    def trying(self, edits: list[EdgeEdit]) -> Iterator[None]:
         """Apply graph edits for the duration of a ``with`` block."""
         graph = self.graph
         gains = [

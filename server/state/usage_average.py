@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from experts.graph.edge_edits import Edit
+from experts.graph.edits import EdgeEdit
 
 
 @dataclass
@@ -34,7 +34,7 @@ class UsageAverage:
         weight = decay if self.counts else 0.0
         self.counts = [weight * old + (1 - weight) * new for old, new in zip(past, total, strict=True)]
 
-    def reset(self, edits: Sequence[Edit]) -> None:
+    def reset(self, edits: Sequence[EdgeEdit]) -> None:
         """Set the count of each edited pair to the mean over its layer's pairs.
 
         The traversals of an existing edge and the demand for a missing one are not comparable.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from experts.graph.edge_edits import Edit, propose_edits
+from experts.graph.edge_edits import propose_edits
+from experts.graph.edits import EdgeEdit
 from federated.data.blocks import Blocks
 from models.runtime.perplexity import evaluate_loss
 from server.model.global_model import GlobalModel
@@ -47,7 +48,7 @@ def rewire(
     return RewireRecord(server_round, rho_max, _as_dicts(edits), before, after, gamma)
 
 
-def _apply(global_model: GlobalModel, usage: UsageAverage, edits: list[Edit]) -> None:
+def _apply(global_model: GlobalModel, usage: UsageAverage, edits: list[EdgeEdit]) -> None:
     if edits:
         global_model.edit(edits)
         usage.reset(edits)
@@ -57,5 +58,5 @@ def _loss(global_model: GlobalModel, validation: Blocks) -> float:
     return evaluate_loss(global_model.model, validation.input_ids, validation.labels).mean
 
 
-def _as_dicts(edits: Sequence[Edit]) -> list[dict]:
+def _as_dicts(edits: Sequence[EdgeEdit]) -> list[dict]:
     return [edit.as_dict() for edit in edits]

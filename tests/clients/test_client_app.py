@@ -7,7 +7,7 @@ import torch
 from flwr.app import Message, RecordDict
 
 from clients import client_app
-from experts.graph.edge_edits import Edit
+from experts.graph.edits import RemoveEdge
 from federated.protocol.messages import NEEDS_RECIPE, REFUSED, RESEND, Request, read_reply, write_request
 from federated.protocol.steps import ServerStep, apply_step
 from models.bootstrap.recipe import read_recipe_file
@@ -138,7 +138,7 @@ def test_damaged_steps_and_other_graphs_are_refused_and_nothing_is_kept(graph, v
     broken = [
         ServerStep(1, step.packed[:-1]),
         ServerStep(1, b""),
-        ServerStep(1, step.packed, [Edit("remove-edge", 7, 0, 1)]),
+        ServerStep(1, step.packed, [RemoveEdge(7, 0, 1)]),
     ]
     for each in broken:
         assert_refused(answer(values, request_for(graph, steps=[each], **after)), "RefusedUpdate")

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from clients.state.checked_file import write_checked
 from clients.state.global_copy import GlobalCopy
-from experts.graph.edge_edits import Edit
+from experts.graph.edits import EDGE_EDITS, RemoveEdge
 from experts.graph.expert_graph import ExpertGraph
 from federated.protocol.copy_hash import copy_hash, unit_digest
 from federated.protocol.steps import ServerStep, apply_step
@@ -62,7 +62,7 @@ def test_nothing_on_disk_is_version_0_and_the_checkpoint(base, folder):
 def test_the_copy_follows_a_model_in_memory_bit_for_bit(base, folder):
     model = load_graph(base)
     for version, units in enumerate([[(0, 1)], [(0, 1), (1, 3)], [(1, 0)]], start=1):
-        edits = [Edit("remove-edge", 0, 0, version), Edit("remove-edge", 1, version - 1, 3)]
+        edits = [RemoveEdge(0, 0, version), RemoveEdge(1, version - 1, 3)]
         packed = packed_change(model, random_change(model, units, seed=version))
         step = ServerStep(version, packed, edits if version > 1 else [])
         apply_step(model, step)
@@ -77,7 +77,7 @@ def test_gains_that_edits_took_stay_gone_when_the_edge_comes_back(base, folder):
     model = load_graph(base)
     for version, op in enumerate(("remove-edge", "add-edge"), start=1):
         packed = packed_change(model, random_change(model, [(1, 0)]))
-        step = ServerStep(version, packed, [Edit(op, 0, 1, 2)])
+        step = ServerStep(version, packed, [EDGE_EDITS[op](0, 1, 2)])
         apply_step(model, step)
         advance(base, folder, step)
     assert load_graph(base).expert_layers()[0].edge_gain[1, 2] != 0
@@ -189,7 +189,7 @@ def test_the_hash_is_that_of_a_model_in_memory_that_went_the_same_way(base, fold
     for version, units in enumerate([[(0, 1), (1, OTHERS)], [(1, 3)], [(0, 1)]], start=1):
         sizes = unit_sizes(model, attention=True)
         change = {unit: torch.full((sizes[unit],), 1e-3 * version) for unit in units}
-        step = ServerStep(version, packed_change(model, change), [Edit("remove-edge", 0, 0, version)])
+        step = ServerStep(version, packed_change(model, change), [RemoveEdge(0, 0, version)])
         apply_step(model, step)
         moved |= {unit: unit_digest(model, unit) for unit in units}
         kept, copy, _ = opened(base, folder)

@@ -8,7 +8,7 @@ import torch
 from clients.state.local_copy import VersionMismatch, bring_to_version, client_folder
 from clients.state.store import ClientStore
 from configs.schema import load_run_config
-from experts.graph.edge_edits import Edit
+from experts.graph.edits import RemoveEdge
 from federated.protocol.steps import apply_step
 from federated.updates.update import RefusedUpdate
 from models.checkpoints.disk_experts import open_mapped
@@ -114,7 +114,7 @@ def server(graph):
         if version == 2:
             mask = server.graph.masks[0]
             p, q = next((p, q) for q in range(8) for p in range(q) if mask[p, q])
-            server.edit([Edit("remove-edge", 0, p, q)])
+            server.edit([RemoveEdge(0, p, q)])
     return server
 
 

@@ -8,7 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs.errors import UserError
-from experts.graph.edge_edits import Edit, apply_edits, edits_from_dicts, propose_edits
+from experts.graph.edge_edits import apply_edits, propose_edits
+from experts.graph.edits import (
+    EDGE_EDITS,
+    AddEdge,
+    MergeExperts,
+    RemoveEdge,
+    RetireExpert,
+    edge_edits_from_dicts,
+    edits_from_dicts,
+)
 from experts.graph.expert_graph import ExpertGraph, check_mask, reachable
 
 OPPOSITE = {"add-edge": "remove-edge", "remove-edge": "add-edge"}
@@ -48,7 +57,7 @@ def graphs_with_usage(draw) -> tuple[ExpertGraph, list[np.ndarray]]:
 def test_edits_are_made_in_order_on_a_copy_one_version_on():
     graph = graph_of((0, 1), layers=2)
     before = graph.digest()
-    edits = [Edit("remove-edge", 1, 0, 1), Edit("add-edge", 1, 2, 3), Edit("add-edge", 0, 0, 3)]
+    edits = [RemoveEdge(1, 0, 1), AddEdge(1, 2, 3), AddEdge(0, 0, 3)]
     edited = apply_edits(graph, edits)
     assert edited.version == 4
     expected = (graph_of((0, 1), (0, 3)).masks[0], graph_of((2, 3)).masks[0])
@@ -59,8 +68,8 @@ def test_edits_are_made_in_order_on_a_copy_one_version_on():
 
 def test_an_edit_and_its_inverse_leave_the_masks_as_they_were():
     graph = graph_of((0, 1), (1, 3))
-    edits = [Edit("remove-edge", 0, 1, 3), Edit("add-edge", 0, 0, 2)]
-    inverse = [Edit(OPPOSITE[edit.op], edit.layer, edit.p, edit.q) for edit in reversed(edits)]
+    edits = [RemoveEdge(0, 1, 3), AddEdge(0, 0, 2)]
+    inverse = [EDGE_EDITS[OPPOSITE[edit.op]](edit.layer, edit.p, edit.q) for edit in reversed(edits)]
     back = apply_edits(apply_edits(graph, edits), inverse)
     assert np.array_equal(back.masks[0], graph.masks[0])
     assert back.version == graph.version + 2
@@ -73,34 +82,62 @@ def test_no_edit_is_a_version_of_its_own():
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (Edit("swap-edge", 0, 0, 1), "one of add-edge, remove-edge, got 'swap-edge'"),
-        (Edit("add-edge", 1, 0, 1), "known layer"),
-        (Edit("add-edge", -1, 0, 1), "known layer"),
-        (Edit("add-edge", 0, 0, 4), "experts p < q"),
-        (Edit("add-edge", 0, -1, 1), "experts p < q"),
-        (Edit("add-edge", 0, 2, 1), "experts p < q"),
-        (Edit("remove-edge", 0, 2, 2), "experts p < q"),
-        (Edit("add-edge", 0, 1, 2), "exists already"),
-        (Edit("remove-edge", 0, 0, 1), "does not exist"),
+        (("swap-edge", 0, 0, 1), "one of add-edge, remove-edge, got 'swap-edge'"),
+        (("retire-expert", 0, 1, 1), "one of add-edge, remove-edge, got 'retire-expert'"),
+        (("add-edge", 1, 0, 1), "known layer"),
+        (("add-edge", -1, 0, 1), "known layer"),
+        (("add-edge", 0, 0, 4), "experts p < q"),
+        (("add-edge", 0, -1, 1), "experts p < q"),
+        (("add-edge", 0, 2, 1), "experts p < q"),
+        (("remove-edge", 0, 2, 2), "experts p < q"),
+        (("add-edge", 0, 1, 2), "exists already"),
+        (("remove-edge", 0, 0, 1), "does not exist"),
     ],
 )
 def test_an_edit_that_does_not_fit_is_refused(edit, message):
     graph = graph_of((1, 2))
     before = graph.digest()
     with pytest.raises(UserError, match=message):
-        apply_edits(graph, [Edit("add-edge", 0, 0, 3), edit])
+        values = dict(zip(("op", "layer", "p", "q"), edit, strict=True))
+        apply_edits(graph, [AddEdge(0, 0, 3), *edge_edits_from_dicts([values])])
     assert graph.digest() == before
 
 
 def test_the_same_edit_twice_is_refused():
     with pytest.raises(UserError, match="exists already"):
-        apply_edits(graph_of(), [Edit("add-edge", 0, 0, 1)] * 2)
+        apply_edits(graph_of(), [AddEdge(0, 0, 1)] * 2)
 
 
 def test_edits_survive_json():
-    edits = [Edit("add-edge", 0, 1, 2, "why"), Edit("remove-edge", 3, 0, 1)]
+    edits = [AddEdge(0, 1, 2, "why"), RemoveEdge(3, 0, 1)]
     assert edits_from_dicts(json.loads(json.dumps([edit.as_dict() for edit in edits]))) == edits
-    assert edits_from_dicts([]) == []
+    assert edits_from_dicts([]) == edge_edits_from_dicts([]) == []
+    assert edge_edits_from_dicts([edit.as_dict() for edit in edits]) == edits
+
+
+def test_edits_of_experts_name_both_experts_as_p_and_q():
+    edits = [RetireExpert(1, 3, "idle"), MergeExperts(0, expert=4, into=2)]
+    values = [edit.as_dict() for edit in edits]
+    assert values == [
+        {"op": "retire-expert", "layer": 1, "p": 3, "q": 3, "reason": "idle"},
+        {"op": "merge-experts", "layer": 0, "p": 2, "q": 4, "reason": ""},
+    ]
+    assert edits_from_dicts(values) == edits and AddEdge(0, 1, 2) != RemoveEdge(0, 1, 2)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: AddEdge(0, 2, 2),
+        lambda: RemoveEdge(-1, 0, 1),
+        lambda: RetireExpert(0, -1),
+        lambda: MergeExperts(0, 1, 1),
+        lambda: MergeExperts(0, 1, -1),
+    ],
+)
+def test_an_edit_that_fits_no_graph_is_refused_at_construction(make):
+    with pytest.raises(UserError, match="expected"):
+        make()
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs.errors import UserError
-from experts.graph.edge_edits import Edit, apply_edits, edits_from_dicts
+from experts.graph.edge_edits import apply_edits
+from experts.graph.edits import Edit, MergeExperts, RetireExpert, edits_from_dicts
 from experts.graph.expert_edits import apply_expert_edits, retirements
 from experts.graph.expert_graph import ExpertGraph, check_mask, check_reachable
 
@@ -21,12 +22,12 @@ def graph_of(*edges: tuple[int, int], roots=(0, 1, 2, 3), num_experts=4, version
     return ExpertGraph((mask,), version)
 
 
-def retire(*experts: int) -> list[Edit]:
-    return [Edit("retire-expert", 0, expert, expert) for expert in experts]
+def retire(*experts: int) -> list[RetireExpert]:
+    return [RetireExpert(0, expert) for expert in experts]
 
 
-def merge(*pairs: tuple[int, int]) -> list[Edit]:
-    return [Edit("merge-experts", 0, into, gone) for into, gone in pairs]
+def merge(*pairs: tuple[int, int]) -> list[MergeExperts]:
+    return [MergeExperts(0, gone, into) for into, gone in pairs]
 
 
 def edges_of(edited, layer: int = 0) -> list[tuple[int, int]]:
@@ -48,9 +49,9 @@ def plans(draw) -> tuple[ExpertGraph, list[Edit]]:
         stays = rng.permutation(num_experts)[: rng.integers(1, num_experts + 1)]
         for expert in np.setdiff1d(np.arange(num_experts), stays).tolist():
             if rng.random() < 0.5:
-                edits.append(Edit("retire-expert", layer, expert, expert))
+                edits.append(RetireExpert(layer, expert))
             else:
-                edits.append(Edit("merge-experts", layer, int(rng.choice(stays)), expert))
+                edits.append(MergeExperts(layer, expert, int(rng.choice(stays))))
     return ExpertGraph(tuple(masks), 1), [edits[index] for index in rng.permutation(len(edits))]
 
 
@@ -114,7 +115,7 @@ def test_no_edit_changes_nothing_but_the_version():
 
 def test_layers_are_edited_apart():
     graph = ExpertGraph((np.eye(3, dtype=bool), np.eye(2, dtype=bool)))
-    edited = apply_expert_edits(graph, [Edit("retire-expert", 1, 0, 0)])
+    edited = apply_expert_edits(graph, [RetireExpert(1, 0)])
     assert edited.graph.num_experts == [3, 1] and edited.kept[1].tolist() == [1]
 
 
@@ -130,7 +131,7 @@ def test_a_plan_leaves_a_whole_graph_whatever_its_order(case):
         check_mask(mask, layer)
         check_reachable(mask, layer)
         kept, old = edited.kept[layer], graph.masks[layer]
-        gone = {edit.q for edit in edits if edit.layer == layer}
+        gone = {edit.expert for edit in edits if edit.layer == layer}
         assert set(kept.tolist()) == set(range(len(old))) - gone and (np.diff(kept) > 0).all()
         assert (mask | ~old[np.ix_(kept, kept)]).all()  # no edge or root of those that stay is lost
         assert np.array_equal(edited.added[layer], np.triu(mask & ~old[np.ix_(kept, kept)], 1))
@@ -141,7 +142,7 @@ def test_a_plan_leaves_a_whole_graph_whatever_its_order(case):
 @given(plans())
 def test_retiring_joins_two_experts_exactly_where_a_path_led_through_retired_ones(case):
     graph, edits = case
-    edits = [Edit("retire-expert", edit.layer, edit.q, edit.q) for edit in edits]
+    edits = [RetireExpert(edit.layer, edit.expert) for edit in edits]
     edited = apply_expert_edits(graph, edits)
     for layer, mask in enumerate(edited.graph.masks):
         kept = edited.kept[layer].tolist()
@@ -155,26 +156,32 @@ def test_retiring_joins_two_experts_exactly_where_a_path_led_through_retired_one
 @pytest.mark.parametrize(
     ("edits", "message"),
     [
-        ([Edit("add-edge", 0, 0, 1)], "one of retire-expert, merge-experts, got 'add-edge'"),
-        ([Edit("retire-expert", 1, 0, 0)], "known layer"),
-        ([Edit("retire-expert", -1, 0, 0)], "known layer"),
-        (retire(4), "known experts"),
-        (retire(-1), "known experts"),
-        ([Edit("retire-expert", 0, 0, 1)], "p == q to retire"),
-        (merge((1, 1)), "p != q to merge"),
-        (merge((4, 1)), "known experts"),
-        (retire(1, 1), "0:1 to be taken out once"),
-        ([*retire(1), *merge((0, 1))], "0:1 to be taken out once"),
-        (merge((0, 1), (1, 2)), "merge into one that stays, got 1"),
-        ([*merge((0, 1)), *retire(0)], "merge into one that stays, got 0"),
-        (retire(0, 1, 2, 3), "an expert to stay in layer 0"),
+        ([("add-edge", 0, 0, 1)], "one of retire-expert, merge-experts, got 'add-edge'"),
+        ([("retire-expert", 1, 0, 0)], "known layer"),
+        ([("retire-expert", -1, 0, 0)], "known layer"),
+        ([("retire-expert", 0, 4, 4)], "known experts"),
+        ([("retire-expert", 0, -1, -1)], "known experts"),
+        ([("retire-expert", 0, 0, 1)], "p == q to retire"),
+        ([("merge-experts", 0, 1, 1)], "p != q to merge"),
+        ([("merge-experts", 0, 4, 1)], "known experts"),
+        ([("merge-experts", 0, 1, -1)], "known experts"),
+        (
+            [("swap-experts", 0, 1, 2)],
+            "one of add-edge, remove-edge, retire-expert, merge-experts, got 'swap",
+        ),
+        ([("retire-expert", 0, 1, 1)] * 2, "0:1 to be taken out once"),
+        ([("retire-expert", 0, 1, 1), ("merge-experts", 0, 0, 1)], "0:1 to be taken out once"),
+        ([("merge-experts", 0, 0, 1), ("merge-experts", 0, 1, 2)], "merge into one that stays, got 1"),
+        ([("merge-experts", 0, 0, 1), ("retire-expert", 0, 0, 0)], "merge into one that stays, got 0"),
+        ([("retire-expert", 0, expert, expert) for expert in range(4)], "an expert to stay in layer 0"),
     ],
 )
 def test_an_edit_that_does_not_fit_is_refused(edits, message):
     graph = graph_of((1, 2))
     before = graph.digest()
+    values = [dict(zip(("op", "layer", "p", "q"), edit, strict=True)) for edit in edits]
     with pytest.raises(UserError, match=message):
-        apply_expert_edits(graph, edits)
+        apply_expert_edits(graph, edits_from_dicts(values))
     assert graph.digest() == before
 
 
@@ -187,5 +194,5 @@ def test_clients_refuse_to_replay_edits_that_renumber():
 
 def test_a_keep_map_becomes_a_plan():
     edits = retirements({1: np.array([2, 0]), 0: np.array([1])}, [2, 3, 4], "worst")
-    assert edits == [Edit("retire-expert", 0, 0, 0, "worst"), Edit("retire-expert", 1, 1, 1, "worst")]
+    assert edits == [RetireExpert(0, 0, "worst"), RetireExpert(1, 1, "worst")]
     assert retirements({}, [2]) == []

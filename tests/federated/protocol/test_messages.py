@@ -10,7 +10,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from flwr.clientapp import ClientApp
 
 from configs.errors import UserError
-from experts.graph.edge_edits import Edit
+from experts.graph.edits import AddEdge
 from federated.protocol.messages import (
     Reply,
     Request,
@@ -33,7 +33,7 @@ REQUEST = Request(
     graph_hash="ab12",
     base_fingerprint="cd34",
     steps=[
-        ServerStep(9, b"\x00\x01\xff", [Edit("add-edge", 0, 1, 2, "é")]),
+        ServerStep(9, b"\x00\x01\xff", [AddEdge(0, 1, 2, "é")]),
         ServerStep(10, b""),
         ServerStep(11, b"x"),
     ],

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save
 
-from experts.graph.edge_edits import Edit
+from experts.graph.edits import RemoveEdge
 from experts.graph.expert_graph import ExpertGraph
 from federated.protocol.snapshot import apply_snapshot, pack_snapshot
 from federated.protocol.steps import ServerStep, apply_step
@@ -35,7 +35,7 @@ def moved(base):
     model = copy.deepcopy(base)
     for version, units in enumerate((MOVED[:2], MOVED[1:]), start=1):
         change = random_change(model, units, seed=version, scale=10.0**-version)
-        edits = [Edit("remove-edge", 0, 0, 2)] if version == 1 else []
+        edits = [RemoveEdge(0, 0, 2)] if version == 1 else []
         apply_step(model, ServerStep(version, packed_change(model, change), edits))
     return model
 

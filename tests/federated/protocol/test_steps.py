@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from experts.graph.edge_edits import Edit
+from experts.graph.edits import AddEdge, RemoveEdge
 from experts.graph.expert_graph import ExpertGraph
 from federated.protocol.steps import (
     ServerStep,
@@ -25,7 +25,7 @@ from models.graph.unit_vectors import read_unit, unit_sizes
 from tests.support.tiny_federation import all_equal, next_step, packed_change, random_change
 from tests.support.tiny_graphs import graph_of, with_random_gains
 
-EDITS = [Edit("remove-edge", 0, 0, 1, "why"), Edit("add-edge", 1, 1, 3)]
+EDITS = [RemoveEdge(0, 0, 1, "why"), AddEdge(1, 1, 3)]
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def test_an_edge_that_comes_back_starts_from_zero_whatever_a_residual_still_held
     apply_step(model, ServerStep(1, packed_change(model, random_change(model, [(0, 2)])), EDITS))
     apply_step(model, next_step(model, 2))  # brings a change for 0 -> 1, which is no edge any more
     assert gains[0, 1] == 0
-    back = [Edit("add-edge", 0, 0, 1)]
+    back = [AddEdge(0, 0, 1)]
     apply_step(model, next_step(model, 3, edits=back))
     assert gains[0, 1] == 0
     apply_step(model, next_step(model, 4))
@@ -90,10 +90,10 @@ def test_an_edge_that_comes_back_starts_from_zero_whatever_a_residual_still_held
         (lambda step: ServerStep(1, step.packed[:-1], step.edits), "not a packed update"),
         (lambda step: ServerStep(1, b"", step.edits), "not a packed update"),
         (
-            lambda step: ServerStep(1, step.packed, [*step.edits, Edit("remove-edge", 0, 0, 3)]),
+            lambda step: ServerStep(1, step.packed, [*step.edits, RemoveEdge(0, 0, 3)]),
             "does not exist",
         ),
-        (lambda step: ServerStep(1, step.packed, [Edit("add-edge", 9, 0, 3)]), "known layer"),
+        (lambda step: ServerStep(1, step.packed, [AddEdge(9, 0, 3)]), "known layer"),
     ],
 )
 def test_a_damaged_step_is_refused_and_leaves_the_model_as_it_was(model, damage, reason):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from configs.errors import UserError
-from experts.graph.edge_edits import Edit
+from experts.graph.edits import AddEdge, RemoveEdge
 from federated.protocol.copy_hash import copy_hash, unit_digest
 from federated.protocol.snapshot import apply_snapshot
 from federated.protocol.steps import apply_step
@@ -50,7 +50,7 @@ def test_a_copy_that_replays_the_steps_is_equal_bit_for_bit(global_model, graph,
             random_change(global_model.model, [(0, version), (1, 0)], seed=version), value_bits=value_bits
         )
         if version == 2:
-            global_model.edit([Edit("add-edge", 0, *free_pair(global_model))])
+            global_model.edit([AddEdge(0, *free_pair(global_model))])
         assert global_model.version == version and global_model.steps[-1].version == version
         apply_step(copy_, global_model.steps[-1])
         assert all_equal(copy_, global_model.model)
@@ -87,7 +87,7 @@ def test_a_step_without_a_change_moves_nothing_and_can_carry_edits(global_model,
     before = copy.deepcopy(global_model.model)
     global_model.advance({unit: torch.zeros(size) for unit in nothing}, value_bits=4)
     assert global_model.version == 1 and all_equal(global_model.model, before)
-    global_model.edit([Edit("add-edge", 0, *free_pair(global_model))])
+    global_model.edit([AddEdge(0, *free_pair(global_model))])
     other = load_graph(str(graph), dtype=torch.float32)
     apply_step(other, global_model.steps[-1])
     assert all_equal(other, global_model.model) and global_model.graph.version == 1
@@ -127,7 +127,7 @@ def test_the_residual_of_a_unit_waits_until_clients_ship_it_again(global_model):
 def test_trying_edits_leaves_nothing_behind_even_after_an_error(global_model):
     with_random_gains(global_model.model)
     before = copy.deepcopy(global_model.model)
-    edits = [Edit("remove-edge", 0, 0, 1), Edit("remove-edge", 1, 2, 3)]
+    edits = [RemoveEdge(0, 0, 1), RemoveEdge(1, 2, 3)]
     ids = random_ids(global_model.model)
     with torch.no_grad():
         usual = global_model.model(input_ids=ids).logits
@@ -157,7 +157,7 @@ def test_the_checkpoint_written_is_the_model_in_the_dtype_it_came_in(tmp_path, t
     global_model = GlobalModel(str(tmp_path / "graph"))
     assert global_model.model.dtype == torch.float32
     global_model.advance(random_change(global_model.model), value_bits=8)
-    global_model.edit([Edit("add-edge", 0, *free_pair(global_model))])
+    global_model.edit([AddEdge(0, *free_pair(global_model))])
     global_model.save(tmp_path / "out", overwrite=False)
     assert global_model.model.dtype == torch.float32  # the one that trains is left alone
     loaded = load_graph(str(tmp_path / "out"))
@@ -192,7 +192,7 @@ def advanced(global_model: GlobalModel, versions: int, units=((0, 0), (1, 2)), v
 
 def test_a_snapshot_leads_from_the_checkpoint_to_the_model(global_model, graph):
     advanced(global_model, 2)
-    global_model.edit([Edit("add-edge", 0, *free_pair(global_model))])
+    global_model.edit([AddEdge(0, *free_pair(global_model))])
     fresh = load_graph(str(graph), dtype=torch.float32)
     assert apply_snapshot(fresh, global_model.snapshot(), 2) == {(0, 0), (1, 2)}
     assert all_equal(fresh, global_model.model)
@@ -203,7 +203,7 @@ def test_hash_and_snapshot_follow_every_step_and_edit(global_model):
     seen = [(global_model.copy_hash, global_model.snapshot())]
     advanced(global_model, 1)
     seen.append((global_model.copy_hash, global_model.snapshot()))
-    global_model.edit([Edit("add-edge", 0, *free_pair(global_model))])
+    global_model.edit([AddEdge(0, *free_pair(global_model))])
     seen.append((global_model.copy_hash, global_model.snapshot()))
     assert len({hash_ for hash_, _ in seen}) == len({snapshot for _, snapshot in seen}) == 3
     moved = {unit: unit_digest(global_model.model, unit) for unit in ((0, 0), (1, 2))}

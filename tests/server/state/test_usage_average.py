@@ -4,7 +4,7 @@ import copy
 
 import numpy as np
 
-from experts.graph.edge_edits import Edit
+from experts.graph.edits import AddEdge
 from server.state.usage_average import UsageAverage
 
 
@@ -32,6 +32,6 @@ def test_pairs_whose_edge_came_or_went_start_from_the_mean_of_their_layer():
     average = UsageAverage()
     counts = np.array([[9, 1, 2], [0, 9, 6], [0, 0, 9]])
     average.add([[counts, counts]], decay=0.5)
-    average.reset([Edit("add-edge", 1, 1, 2)])
+    average.reset([AddEdge(1, 1, 2)])
     assert np.array_equal(average.counts[0], counts)
     assert average.counts[1].tolist() == [[9, 1, 2], [0, 9, 3], [0, 0, 9]]
