@@ -43,7 +43,7 @@ def random_graph_layer(shape: Shape, visits: int) -> ExpertGraphMLP:
         num_visits=visits,
     )
     with torch.no_grad():
-        for weight in (layer.gate_up_proj, layer.down_proj, layer.router):
+        for weight in (layer.gate_up_proj, layer.down_proj, layer.router.weight):
             weight.normal_(std=0.02)
         for gain in (layer.edge_gain, layer.edge_affinity, layer.output_gain):
             gain.normal_(std=0.1)
@@ -89,7 +89,7 @@ class ComposedLoop(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """``[..., D] -> [..., D]``."""
         layer, x_TD = self.layer, hidden_states.flatten(0, -2)
-        walk = layer.walk(layer.score(x_TD))
+        walk = layer.walk(layer.router(x_TD))
         visits = sort_visits(walk.experts_TK, layer.num_experts)
         links = find_links(visits, layer.edges.triu(1), len(x_TD))
         weights = list(zip(layer.gate_up_proj.unbind(), layer.down_proj.unbind(), strict=True))
@@ -109,7 +109,7 @@ def measure_walk_share(shape: Shape, *, repeats: int, on_repeat: Callable[[int],
 
     def route() -> None:
         layer.zero_grad(set_to_none=True)
-        walk = layer.walk(layer.score(x[0].detach().requires_grad_()))
+        walk = layer.walk(layer.router(x[0].detach().requires_grad_()))
         layer.output_weights(walk).sum().backward()
 
     seconds = alternate(

@@ -19,7 +19,6 @@ from federated.updates.update import parse_unit, unit_name
 from models.graph.attention_vectors import attention_count, read_attention, write_attention
 from models.graph.graph_state import read_graph, write_graph
 from models.graph.unit_vectors import OTHERS, Unit, weight_count
-from models.remote_code.experts_fedgraft import ROUTING
 from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 
 
@@ -106,9 +105,9 @@ class GlobalCopy:
         graph = read_graph(model)
         attention = {layer for layer, expert in (*moved, *self._digests) if expert == OTHERS}
         tensors = {
-            f"{name}/{index}": getattr(layer, name).detach().float()
+            f"{name}/{index}": parameter.detach().float()
             for index, layer in enumerate(model.expert_layers())
-            for name in ROUTING
+            for name, parameter in layer.routing_parameters().items()
         }
         tensors |= {
             f"mask/{index}": torch.from_numpy(mask.astype(np.uint8)) for index, mask in enumerate(graph.masks)
@@ -140,8 +139,8 @@ class GlobalCopy:
         if graph.num_experts != [layer.num_experts for layer in layers]:
             raise ValueError("a copy of another graph")
         for index, layer in enumerate(layers):
-            for name in ROUTING:
-                if tensors[f"{name}/{index}"].shape != getattr(layer, name).shape:
+            for name, parameter in layer.routing_parameters().items():
+                if tensors[f"{name}/{index}"].shape != parameter.shape:
                     raise ValueError(f"{name} of layer {index} has another shape")
             attention = tensors.get(f"attention/{index}")
             if attention is not None and attention.numel() != attention_count(model, index):
@@ -188,8 +187,8 @@ def _write_rest(model: FedGraftForCausalLM, tensors: Mapping[str, Tensor]) -> se
     """Set routing and attention; returns the layers whose attention has moved."""
     layers = model.expert_layers()
     for index, layer in enumerate(layers):
-        for name in ROUTING:
-            getattr(layer, name).copy_(tensors[f"{name}/{index}"])
+        for name, parameter in layer.routing_parameters().items():
+            parameter.copy_(tensors[f"{name}/{index}"])
     moved = {index for index in range(len(layers)) if f"attention/{index}" in tensors}
     for index in moved:
         write_attention(model, index, tensors[f"attention/{index}"])

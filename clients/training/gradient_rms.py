@@ -46,8 +46,11 @@ def entry_gradient_rms(model: FedGraftForCausalLM, moments: Mapping[Tensor, Tens
 
 
 def _unit_rms(layer: ExpertGraphMLP, expert: int, moments: Mapping[Tensor, Tensor]) -> Tensor:
+    matrices = {"gate_up_proj": layer.gate_up_proj, "down_proj": layer.down_proj}
+    parameters = matrices | layer.routing_parameters()
+
     def moment(name: str) -> Tensor:
-        parameter = getattr(layer, name)
+        parameter = parameters[name]
         return moments[parameter] if parameter in moments else torch.zeros_like(parameter)
 
     row = layer.held.index(expert)

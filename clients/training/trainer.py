@@ -20,7 +20,6 @@ from configs.errors import UserError
 from configs.run_views import Trained, Training
 from models.graph.router_losses import Routing, collect_routing, router_loss
 from models.graph.runtime_settings import checkpointing
-from models.remote_code.experts_fedgraft import ROUTING
 from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 
 MATRICES = ("gate_up_proj", "down_proj")
@@ -110,7 +109,7 @@ def expert_parameters(model: FedGraftForCausalLM, train: Trained) -> list[nn.Par
     """
     model.requires_grad_(False)
     named = [item for layer in model.expert_layers() for item in layer.named_parameters()]
-    routing = [parameter for name, parameter in named if name in ROUTING]
+    routing = [each for layer in model.expert_layers() for each in layer.routing_parameters().values()]
     matrices = [parameter for name, parameter in named if name in MATRICES]
     factors = [parameter for name, parameter in model.named_parameters() if ".lora_" in name]
     chosen = {"all": [*(factors or matrices), *routing], "experts": factors or matrices, "routing": routing}

@@ -11,7 +11,7 @@ from torch import Tensor
 from models.graph.attention_vectors import read_attention
 from models.graph.graph_state import read_graph
 from models.graph.unit_vectors import OTHERS, Unit, flatten_weights
-from models.remote_code.experts_fedgraft import ROUTING, ExpertGraphMLP
+from models.remote_code.experts_fedgraft import ExpertGraphMLP
 from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 
 _DIGEST_BYTES = 16
@@ -54,7 +54,7 @@ def copy_hash(model: FedGraftForCausalLM, moved: Mapping[Unit, str]) -> str:
 @torch.no_grad()
 def routing_vector(layer: ExpertGraphMLP) -> Tensor:
     """Routers, gains and affinities of a layer as one fp32 vector on the CPU."""
-    return torch.cat([getattr(layer, name).reshape(-1).float().cpu() for name in ROUTING])
+    return torch.cat([each.reshape(-1).float().cpu() for each in layer.routing_parameters().values()])
 
 
 def _bits(vector: Tensor) -> memoryview:

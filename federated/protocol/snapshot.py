@@ -25,7 +25,7 @@ from federated.wire.columns import pack_column, unpack_column
 from models.graph.attention_vectors import write_attention
 from models.graph.graph_state import read_graph, write_graph
 from models.graph.unit_vectors import OTHERS, Unit, unflatten_weights
-from models.remote_code.experts_fedgraft import ROUTING, ExpertGraphMLP
+from models.remote_code.experts_fedgraft import ExpertGraphMLP
 from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 
 _UNIT = re.compile(r"unit\.(\d{1,9})\.(-1|\d{1,9})")
@@ -119,7 +119,7 @@ def _write(model: FedGraftForCausalLM, unit: Unit, vector: Tensor) -> None:
 
 @torch.no_grad()
 def _write_routing(layer: ExpertGraphMLP, vector: Tensor) -> None:
-    targets = [getattr(layer, name) for name in ROUTING]
+    targets = list(layer.routing_parameters().values())
     for target, part in zip(targets, vector.split([target.numel() for target in targets]), strict=True):
         target.copy_(part.view_as(target))
 

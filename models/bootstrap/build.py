@@ -202,7 +202,7 @@ def build_graph(
         members = torch.from_numpy(planned.clusters.members)
         target.gate_up_proj.copy_(fuse_gate_up(source.mlp, members))
         target.down_proj.copy_(source.mlp.down_proj.weight.T[members].transpose(1, 2))
-        target.router.copy_(planned.router)
+        target.router.weight.copy_(planned.router)
         target.edges.copy_(torch.from_numpy(planned.edges))
         target.neurons.copy_(members)
     return graph.eval()

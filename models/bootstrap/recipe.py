@@ -92,7 +92,7 @@ def recipe_of(graph: FedGraftForCausalLM) -> Recipe:
     return Recipe(
         facts,
         neurons.astype(np.uint16 if neurons.max() < 1 << 16 else np.uint32),
-        np.stack([layer.router.detach().float().cpu().numpy() for layer in layers]),
+        np.stack([layer.router.weight.detach().float().cpu().numpy() for layer in layers]),
         np.stack([layer.edges.cpu().numpy() for layer in layers]),
     )
 

@@ -22,6 +22,7 @@ from models.graph.unit_vectors import flatten_weights, unflatten_weights
 from models.remote_code.execution_fedgraft import gated_ffn
 from models.remote_code.experts_fedgraft import ExpertGraphMLP
 from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
+from models.remote_code.router_fedgraft import opened_name, stored_name
 
 _EXPERT_WEIGHTS = re.compile(r"model\.layers\.\d+\.mlp\.(gate_up_proj|down_proj)")
 
@@ -140,7 +141,9 @@ def open_mapped(source: str, moved: MovedExperts | None = None) -> FedGraftForCa
     with torch.device("meta"):
         model = FedGraftForCausalLM(config)
     _check_shapes(model, files, source)
-    rest = {name: files.tensor(name) for name in files.names() if not _EXPERT_WEIGHTS.fullmatch(name)}
+    rest = {
+        opened_name(name): files.tensor(name) for name in files.names() if not _EXPERT_WEIGHTS.fullmatch(name)
+    }
     rest = {name: value.float() if value.is_floating_point() else value for name, value in rest.items()}
     model.load_state_dict(rest, strict=False, assign=True)
     for layer in model.expert_layers():
@@ -176,8 +179,9 @@ def materialize(model: FedGraftForCausalLM, residents: Sequence[Tensor | None]) 
 def _check_shapes(model: nn.Module, files: GraphFiles, source: str) -> None:
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     stored = set(files.names())
-    for name, value in model.state_dict().items():
-        if name in tied and name not in stored:
+    for opened, value in model.state_dict().items():
+        name = stored_name(opened)
+        if opened in tied and name not in stored:
             continue
         shape = files.shape(name) if name in stored else None
         if shape != list(value.shape):

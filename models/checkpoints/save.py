@@ -36,8 +36,8 @@ def save_graph(
 
 def cast_weights(model: FedGraftForCausalLM, dtype: torch.dtype) -> FedGraftForCausalLM:
     """Cast a model in place, except for what stays in fp32 whatever the dtype: routers and gains."""
-    exact = tuple(model._keep_in_fp32_modules_strict)
+    exact = set(model._keep_in_fp32_modules_strict)
     for name, parameter in model.named_parameters():
-        parameter.data = parameter.data.to(torch.float32 if name.endswith(exact) else dtype)
+        parameter.data = parameter.data.to(torch.float32 if exact & set(name.split(".")) else dtype)
     model.config.dtype = dtype
     return model

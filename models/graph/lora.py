@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from models.graph.attention_vectors import flatten_projections, projections
 from models.graph.expert_modules import ExpertModules
 from models.graph.unit_vectors import Unit, flatten_weights
-from models.remote_code.experts_fedgraft import ROUTING
 from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 
 _ADAPTER = "default"
@@ -60,8 +59,8 @@ def attach_lora(
         inject_adapter_in_model(config, model, _ADAPTER)
     cast_adapter_dtype(model, _ADAPTER)
     for layer in model.expert_layers():
-        for name in ROUTING:
-            getattr(layer, name).requires_grad_(routing)
+        for parameter in layer.routing_parameters().values():
+            parameter.requires_grad_(routing)
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 

@@ -107,7 +107,7 @@ def unflatten_weights(vector: Tensor, hidden_size: int) -> tuple[Tensor, Tensor]
 def read_routing(layer: ExpertGraphMLP, expert: int) -> Tensor:
     """Router row, output gain, and incoming gains and affinities of an expert, fp32 ``[d + 1 + 2E]``."""
     parts = (
-        layer.router[expert],
+        layer.router.weight[expert],
         layer.output_gain[expert],
         layer.edge_gain[:, expert],
         layer.edge_affinity[:, expert],
@@ -120,7 +120,7 @@ def write_routing(layer: ExpertGraphMLP, expert: int, vector: Tensor) -> None:
     """Undo ``read_routing``."""
     counts = [layer.hidden_size, 1, layer.num_experts, layer.num_experts]
     router, output, gain, affinity = vector.split(counts)
-    layer.router[expert] = router.to(layer.router)
+    layer.router.weight[expert] = router.to(layer.router.weight)
     layer.output_gain[expert] = output[0].to(layer.output_gain)
     layer.edge_gain[:, expert] = gain.to(layer.edge_gain)
     layer.edge_affinity[:, expert] = affinity.to(layer.edge_affinity)

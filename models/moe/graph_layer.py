@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -17,19 +16,15 @@ from experts.graph.expert_edits import remove_from_mask
 from models.moe.layers import ExpertRows, MoELayer, Removed
 from models.remote_code.dispatch_fedgraft import Visits, sort_visits
 from models.remote_code.execution_fedgraft import gated_ffn
-from models.remote_code.experts_fedgraft import ExpertGraphMLP, ExpertStorage
+from models.remote_code.experts_fedgraft import ExpertGraphMLP
 from models.remote_code.routing_fedgraft import Walk
+from models.remote_code.weights_fedgraft import ExpertStorage
 
 
 class GraphLayer(MoELayer):
     """Layer of an expert graph; ``experts`` is its block."""
 
     experts: ExpertGraphMLP
-
-    @property
-    def router_weight(self) -> nn.Parameter:
-        """Router weight ``[E, D]``."""
-        return cast(nn.Parameter, self.experts.router)
 
     @property
     def top_k(self) -> int:
@@ -58,8 +53,9 @@ class GraphLayer(MoELayer):
             )
         edited = remove_from_mask(block.edges.cpu().numpy(), removed, self.ordinal)
         kept = torch.from_numpy(edited.kept).to(block.edges.device)
-        for name in ("gate_up_proj", "down_proj", "router", "output_gain"):
+        for name in ("gate_up_proj", "down_proj", "output_gain"):
             setattr(block, name, nn.Parameter(getattr(block, name)[kept]))
+        block.router.weight = nn.Parameter(block.router.weight[kept])
         learned = ~torch.from_numpy(edited.added).to(kept.device)
         for name in ("edge_gain", "edge_affinity"):
             setattr(block, name, nn.Parameter(getattr(block, name)[kept][:, kept] * learned))

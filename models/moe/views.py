@@ -5,7 +5,7 @@ Layers are counted among those that have experts, from 0; each view also holds t
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -59,7 +59,7 @@ def _has_experts(block: nn.Module, family: MoEFamily) -> bool:
 def _layer(config: Any, family: MoEFamily, ordinal: int, index: int, block: nn.Module) -> MoELayer:
     kind = router_kind(config)
     if kind is RouterKind.GRAPH_WALK:
-        return GraphLayer(ordinal, index, family, kind, block, block, block)
+        return GraphLayer(ordinal, index, family, kind, block, cast(nn.Module, block.router), block)
     names = [name for name in family.routers if hasattr(block, name)]
     router = getattr(block, names[0]) if names else None
     experts = getattr(block, family.experts)

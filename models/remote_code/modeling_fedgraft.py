@@ -2,20 +2,51 @@
 
 from __future__ import annotations
 
+import os
+from typing import Any
+
 import torch
-from transformers import LlamaForCausalLM, LlamaModel
+from transformers import LlamaForCausalLM, LlamaModel, LlamaPreTrainedModel
 from transformers import initialization as init
 
 from .configuration_fedgraft import FedGraftConfig
 from .experts_fedgraft import ROUTING, ExpertGraphMLP
+from .router_fedgraft import ROUTER_KEY_MAPPING, stored_name
 
 
-class FedGraftModel(LlamaModel):
-    """The decoder stack: Llama's own attention, norms and embeddings around expert graphs."""
+class FedGraftPreTrainedModel(LlamaPreTrainedModel):
+    """Base of the two models: fresh weights, and tensor names of checkpoints (see ``router_fedgraft``)."""
 
     config_class = FedGraftConfig
     # What decides where a token goes stays in fp32, whatever the dtype of the experts.
     _keep_in_fp32_modules_strict = list(ROUTING)
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        init_expert_graph(module, self.config.initializer_range)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, key_mapping: dict[str, str] | None = None, **options: Any):
+        """Load a checkpoint; arguments as in ``PreTrainedModel.from_pretrained``."""
+        return super().from_pretrained(*args, key_mapping=ROUTER_KEY_MAPPING | (key_mapping or {}), **options)
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict | None = None,
+        *args: Any,
+        **options: Any,
+    ):
+        """Write a checkpoint; arguments as in ``PreTrainedModel.save_pretrained``."""
+        tensors = self.state_dict() if state_dict is None else state_dict
+        stored = {stored_name(name): tensor for name, tensor in tensors.items()}
+        super().save_pretrained(save_directory, is_main_process, stored, *args, **options)
+
+
+class FedGraftModel(FedGraftPreTrainedModel, LlamaModel):
+    """The decoder stack: Llama's own attention, norms and embeddings around expert graphs."""
 
     def __init__(self, config: FedGraftConfig):
         super().__init__(config)
@@ -31,27 +62,14 @@ class FedGraftModel(LlamaModel):
             )
         self.post_init()
 
-    @torch.no_grad()
-    def _init_weights(self, module):
-        super()._init_weights(module)
-        init_expert_graph(module, self.config.initializer_range)
 
-
-class FedGraftForCausalLM(LlamaForCausalLM):
+class FedGraftForCausalLM(FedGraftPreTrainedModel, LlamaForCausalLM):
     """Causal language model over ``FedGraftModel``; the API is that of ``LlamaForCausalLM``."""
-
-    config_class = FedGraftConfig
-    _keep_in_fp32_modules_strict = FedGraftModel._keep_in_fp32_modules_strict
 
     def __init__(self, config: FedGraftConfig):
         super().__init__(config)
         self.model = FedGraftModel(config)
         self.post_init()
-
-    @torch.no_grad()
-    def _init_weights(self, module):
-        super()._init_weights(module)
-        init_expert_graph(module, self.config.initializer_range)
 
     def expert_layers(self) -> list[ExpertGraphMLP]:
         """The expert graphs, one a decoder layer, in order."""
@@ -62,7 +80,7 @@ def init_expert_graph(module, std: float) -> None:
     """Fresh experts: normal weights, every expert a root, no edge, nothing passed, hard gates."""
     if not isinstance(module, ExpertGraphMLP):
         return
-    for weight in (module.gate_up_proj, module.down_proj, module.router):
+    for weight in (module.gate_up_proj, module.down_proj, module.router.weight):
         init.normal_(weight, mean=0.0, std=std)
     for gain in (module.edge_gain, module.edge_affinity, module.output_gain):
         init.zeros_(gain)

@@ -182,7 +182,7 @@ def test_expert_parameters_freeze_all_others(model):
     assert not model.training
 
 
-ROUTING_NAMES = {"router", "edge_gain", "edge_affinity", "output_gain"}
+ROUTING_NAMES = {"router.weight", "edge_gain", "edge_affinity", "output_gain"}
 MATRIX_NAMES = {"gate_up_proj", "down_proj"}
 
 
@@ -197,16 +197,18 @@ def test_only_the_part_that_trains_moves_or_has_a_gradient_or_optimizer_state(
 
     def watch(self, *_):
         step(self)
-        named = {id(p): name.rpartition(".")[2] for name, p in model.named_parameters()}
+        named = {id(p): name.partition(".mlp.")[2] for name, p in model.named_parameters()}
         held.append({named[id(p)] for p in self.state})
-        held.append({name.rpartition(".")[2] for name, p in model.named_parameters() if p.grad is not None})
+        held.append(
+            {name.partition(".mlp.")[2] for name, p in model.named_parameters() if p.grad is not None}
+        )
 
     monkeypatch.setattr(torch.optim.AdamW, "step", watch)
     before = copy.deepcopy(model.state_dict())
     train(model, ids, local_steps=2, train=part)
     assert held == [names] * 4
     moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
-    assert {name.rpartition(".")[2] for name in moved} == names
+    assert {name.partition(".mlp.")[2] for name in moved} == names
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
@@ -367,6 +369,6 @@ def test_lora_factors_train_in_place_of_the_matrices(ids):
     assert chosen == {id(parameter) for parameter in factors}
     assert not {id(p) for p in expert_parameters(graph, "routing")} - chosen
     names = {name for name, p in graph.named_parameters() if p.requires_grad}
-    assert {name.rpartition(".")[2] for name in names} == ROUTING_NAMES
+    assert {name.partition(".mlp.")[2] for name in names} == ROUTING_NAMES
     expert_parameters(graph, "experts")
     assert all(".lora_" in name for name, p in graph.named_parameters() if p.requires_grad)

@@ -25,7 +25,7 @@ def test_equal_copies_have_equal_hashes_and_each_part_counts(model):
     assert reference == copy_hash(with_random_gains(graph_of()), digests(with_random_gains(graph_of())))
     layer = model.expert_layers()[1]
     with torch.no_grad():
-        for parameter in (layer.router, layer.edge_gain, layer.edge_affinity, layer.output_gain):
+        for parameter in (layer.router.weight, layer.edge_gain, layer.edge_affinity, layer.output_gain):
             kept = parameter.clone()
             parameter.view(-1)[-1] += 1e-6
             assert copy_hash(model, digests(model)) != reference
@@ -72,4 +72,6 @@ def test_the_routing_of_a_layer_in_order(model):
     layer = model.expert_layers()[0]
     vector = routing_vector(layer)
     assert vector.numel() == 4 * 32 + 2 * 16 + 4
-    assert torch.equal(vector[:128].view(4, 32), layer.router) and torch.equal(vector[-4:], layer.output_gain)
+    assert torch.equal(vector[:128].view(4, 32), layer.router.weight) and torch.equal(
+        vector[-4:], layer.output_gain
+    )

@@ -54,7 +54,7 @@ def test_bootstrap_leaves_the_recipe_of_its_graph(tiny_graph_dir, tiny_llama_dir
     graph, dense = load_graph(str(tiny_graph_dir)), load_dense(str(tiny_llama_dir))
     for layer, neurons, router in zip(graph.expert_layers(), recipe.neurons, recipe.routers, strict=True):
         assert np.array_equal(layer.neurons.numpy(), neurons) and neurons.dtype == np.uint16
-        assert np.array_equal(layer.router.detach().numpy(), router) and router.dtype == np.float32
+        assert np.array_equal(layer.router.weight.detach().numpy(), router) and router.dtype == np.float32
     assert np.array_equal(np.stack(read_graph(graph).masks), recipe.masks)
     facts = recipe.facts
     assert (facts.base_fingerprint, facts.dtype) == (fingerprint(dense), "float32")

@@ -121,8 +121,8 @@ def test_layers_of_different_width_are_padded_with_neurons_that_do_nothing():
     graph = graph_of()
     layer = graph.expert_layers()[1]
     layer.hold(range(3), layer.gate_up_proj[:3].detach().clone(), layer.down_proj[:3].detach().clone())
-    for name in ("router", "output_gain"):
-        setattr(layer, name, torch.nn.Parameter(getattr(layer, name)[:3].clone()))
+    layer.router.weight = torch.nn.Parameter(layer.router.weight[:3].clone())
+    layer.output_gain = torch.nn.Parameter(layer.output_gain[:3].clone())
     layer.edge_gain = torch.nn.Parameter(torch.zeros(3, 3))
     layer.edge_affinity = torch.nn.Parameter(torch.zeros(3, 3))
     layer.edges, layer.neurons = torch.eye(3, dtype=torch.bool), layer.neurons[:3].clone()
@@ -155,8 +155,8 @@ def test_spawned_neurons_follow_behind_those_whose_place_lies_beyond_the_width_l
         last = int(layer.neurons[:, 0].argmax())
         kept = torch.tensor([last, next(e for e in range(4) if e != last)])
         layer.hold(range(2), layer.gate_up_proj[kept].detach(), layer.down_proj[kept].detach())
-        for name in ("router", "output_gain"):
-            setattr(layer, name, torch.nn.Parameter(getattr(layer, name)[kept].detach()))
+        layer.router.weight = torch.nn.Parameter(layer.router.weight[kept].detach())
+        layer.output_gain = torch.nn.Parameter(layer.output_gain[kept].detach())
         layer.edge_gain = torch.nn.Parameter(torch.zeros(2, 2))
         layer.edge_affinity = torch.nn.Parameter(torch.zeros(2, 2))
         layer.edges, layer.num_visits = torch.eye(2, dtype=torch.bool), 2

@@ -174,7 +174,7 @@ def test_a_tokenizer_is_wanted_beside_the_model(tmp_path, damaged, tiny_llama_di
 @pytest.mark.parametrize("precision, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16)])
 def test_a_precision_is_a_dtype(tiny_llama_dir, tiny_graph_dir, load, precision, dtype):
     model = load(str(tiny_llama_dir if load is load_dense else tiny_graph_dir), precision=precision)
-    exact = ("router", "edge_gain", "edge_affinity", "output_gain")
+    exact = ("router.weight", "edge_gain", "edge_affinity", "output_gain")
     assert {value.dtype for name, value in model.named_parameters() if not name.endswith(exact)} == {dtype}
     assert all(
         value.dtype == torch.float32 for name, value in model.named_parameters() if name.endswith(exact)
@@ -227,7 +227,7 @@ def test_a_graph_in_four_bits(tiny_graph_dir, dtype):
     assert len(four_bit(model)) == 2 * (4 * 2 + 4)
     assert model.model.embed_tokens.weight.dtype == dtype
     layer = model.expert_layers()[0]
-    assert layer.router.dtype == torch.float32 and layer.gate_up_proj.numel() == 0
+    assert layer.router.weight.dtype == torch.float32 and layer.gate_up_proj.numel() == 0
     for one, other in zip(layer.read_expert(1), graph.expert_layers()[0].read_expert(1), strict=True):
         assert (one - other).norm() < 0.12 * other.norm()
     assert torch.isfinite(model(input_ids=random_ids(graph)).logits).all()

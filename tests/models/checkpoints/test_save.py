@@ -27,7 +27,7 @@ def test_a_checkpoint_carries_its_code_and_its_tokenizer(tmp_path, tiny_tokenize
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_casting_leaves_what_routes_in_fp32(dtype):
     model = cast_weights(graph_of(), dtype)
-    exact = ("router", "edge_gain", "edge_affinity", "output_gain")
+    exact = ("router.weight", "edge_gain", "edge_affinity", "output_gain")
     for name, parameter in model.named_parameters():
         assert parameter.dtype == (torch.float32 if name.endswith(exact) else dtype), name
     for layer in model.expert_layers():

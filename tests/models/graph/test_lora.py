@@ -75,7 +75,7 @@ def test_routing_trains_and_the_base_is_frozen():
     routing = {
         f"model.layers.{layer}.mlp.{name}"
         for layer in range(2)
-        for name in ("router", "edge_gain", "edge_affinity", "output_gain")
+        for name in ("router.weight", "edge_gain", "edge_affinity", "output_gain")
     }
     assert names == routing | set(factors(adapted("nf4")))
     fixed = adapted("nf4", routing=False)

@@ -98,7 +98,7 @@ def test_the_routing_of_every_layer_is_collected_with_its_gradient():
     assert first.scores_TE.shape == (16, 4) and first.experts_TK.shape == (16, 2)
     router_loss(routings, load_balance_weight=1.0, z_loss_weight=1.0).backward()
     for layer, kept in zip(model.expert_layers(), (held, torch.ones(4, dtype=torch.bool)), strict=True):
-        assert layer.router.grad[kept].any(-1).all() and not layer.router.grad[~kept].any()
+        assert layer.router.weight.grad[kept].any(-1).all() and not layer.router.weight.grad[~kept].any()
 
 
 def test_layers_that_run_again_for_their_gradient_give_the_same_routing_and_gradient():
@@ -114,5 +114,5 @@ def test_layers_that_run_again_for_their_gradient_give_the_same_routing_and_grad
                 loss = model(input_ids=ids, labels=ids, use_cache=False).loss
                 (loss + router_loss(routings, z_loss_weight=1.0, load_balance_weight=1.0)).backward()
         assert len(routings) == 2
-        gradients.append([layer.router.grad for layer in model.expert_layers()])
+        gradients.append([layer.router.weight.grad for layer in model.expert_layers()])
     assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))

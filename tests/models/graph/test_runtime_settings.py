@@ -118,7 +118,7 @@ def test_set_visits_reaches_every_layer_and_the_configuration():
 
 def test_set_visits_takes_all_of_a_layer_that_has_fewer():
     model = graph_of()
-    model.expert_layers()[1].router = torch.nn.Parameter(torch.zeros(3, 32))
+    model.expert_layers()[1].router.weight = torch.nn.Parameter(torch.zeros(3, 32))
     set_visits(model, 4)
     assert [layer.num_visits for layer in model.expert_layers()] == [4, 3]
 

@@ -41,7 +41,7 @@ def test_the_vector_is_laid_out_as_documented(model):
     assert torch.equal(rows[width : 2 * width], up)
     assert torch.equal(rows[2 * width :], layer.down_proj[2].detach().float().T)
     router, gain, incoming, affinity = vector[3 * width * hidden :].split([hidden, 1, 4, 4])
-    assert torch.equal(router, layer.router[2])
+    assert torch.equal(router, layer.router.weight[2])
     assert torch.equal(gain, layer.output_gain[2:3])
     assert torch.equal(incoming, layer.edge_gain[:, 2])
     assert torch.equal(affinity, layer.edge_affinity[:, 2])
@@ -75,7 +75,7 @@ def test_writing_a_unit_leaves_all_others_alone(model):
     before, others = state(model), {u: read_unit(model, u) for u in unit_sizes(model) if u != (1, 2)}
     write_unit(model, (1, 2), read_unit(model, (1, 2)) + 1)
     assert all(torch.equal(read_unit(model, unit), vector) for unit, vector in others.items())
-    names = "gate_up_proj down_proj router output_gain edge_gain edge_affinity".split()
+    names = "gate_up_proj down_proj router.weight output_gain edge_gain edge_affinity".split()
     assert changed(before, model) == {f"model.layers.1.mlp.{name}" for name in names}
 
 

@@ -47,12 +47,12 @@ def test_all_visit():
 def test_a_layer_takes_this_way_only_where_nothing_passes_along_edges(monkeypatch, trained):
     taken = []
     monkeypatch.setattr(
-        "models.remote_code.experts_fedgraft.run_all_visited",
+        "models.remote_code.weights_fedgraft.run_all_visited",
         lambda *args: taken.append(1) or run_all_visited(*args),
     )
     layer = ExpertGraphMLP(hidden_size=4, expert_size=2, num_experts=3, num_visits=3).requires_grad_(False)
-    for name in ("gate_up_proj", "down_proj", "router"):
-        nn.init.normal_(getattr(layer, name))
+    for weight in (layer.gate_up_proj, layer.down_proj, layer.router.weight):
+        nn.init.normal_(weight)
     layer.edges |= torch.ones(3, 3, dtype=torch.bool).triu(1)
     getattr(layer, trained).requires_grad_(True)
     result = layer(torch.randn(6, 4))

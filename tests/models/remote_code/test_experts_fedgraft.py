@@ -40,7 +40,7 @@ def reference_of(layer: ExpertGraphMLP) -> Layer:
     gate, up = (part.detach().double().numpy() for part in layer.gate_up_proj.chunk(2, 1))
     plain = [
         value.detach().double().numpy()
-        for value in (layer.router, layer.edge_gain, layer.edge_affinity, layer.output_gain)
+        for value in (layer.router.weight, layer.edge_gain, layer.edge_affinity, layer.output_gain)
     ]
     router, edge_gain, edge_affinity, output_gain = plain
     return Layer(
@@ -144,7 +144,7 @@ def test_gradients_of_every_parameter_and_of_the_input(order):
     assert set(names) == {
         "gate_up_proj",
         "down_proj",
-        "router",
+        "router.weight",
         "edge_gain",
         "edge_affinity",
         "output_gain",
@@ -207,7 +207,7 @@ def test_the_observer_sees_scores_walk_and_weights():
     (who, scores, walk, weights), second = seen
     assert second[1] is scores
     assert who is layer and walk.experts_TK.shape == weights.shape == (7, 3)
-    torch.testing.assert_close(scores, x @ layer.router.T)
+    torch.testing.assert_close(scores, x @ layer.router.weight.T)
     share = torch.softmax(walk.scores_TK, -1)
     torch.testing.assert_close(weights, 1 + layer.output_gain[walk.experts_TK] * share)
     assert scores.requires_grad and not weights.requires_grad
@@ -216,14 +216,14 @@ def test_the_observer_sees_scores_walk_and_weights():
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_scores_that_are_not_finite_are_refused_and_the_layer_is_named(bad):
     layer = ExpertGraphMLP(hidden_size=WIDTH, expert_size=2, num_experts=2, num_visits=1, layer_index=7)
-    torch.nn.init.ones_(layer.router)
+    torch.nn.init.ones_(layer.router.weight)
     with pytest.raises(FloatingPointError, match="layer 7"):
         layer(torch.tensor([[0.0, bad, 0.0]]))
 
 
 def test_bf16_experts_are_routed_in_fp32():
     layer = random_layer(5, 2, dtype=torch.bfloat16)
-    layer.router.data = layer.router.data.float() + 1e-4
+    layer.router.weight.data = layer.router.weight.data.float() + 1e-4
     x = tokens(9, dtype=torch.bfloat16)
-    torch.testing.assert_close(layer.score(x), x.float() @ layer.router.T)
+    torch.testing.assert_close(layer.router(x), x.float() @ layer.router.weight.T)
     assert layer(x).dtype == torch.bfloat16

@@ -140,8 +140,8 @@ def test_what_decides_the_route_stays_in_fp32_in_a_bf16_checkpoint(tmp_path, tin
         for layer, original in zip(loaded.expert_layers(), graph.expert_layers(), strict=True):
             assert layer.gate_up_proj.dtype == layer.down_proj.dtype == experts
             for name in EXACT:
-                value = getattr(layer, name)
-                assert value.dtype == torch.float32 and torch.equal(value, getattr(original, name)), name
+                value, kept = (each.routing_parameters()[name] for each in (layer, original))
+                assert value.dtype == torch.float32 and torch.equal(value, kept), name
             assert layer.edges.dtype == torch.bool and torch.equal(layer.edges, original.edges)
             assert torch.equal(layer.neurons, original.neurons)
 
@@ -173,7 +173,7 @@ def test_fresh_weights_start_as_a_flat_mixture_with_hard_gates():
         assert torch.equal(layer.edges, torch.eye(layer.num_experts, dtype=torch.bool))
         for gain in (layer.edge_gain, layer.edge_affinity, layer.output_gain):
             assert not gain.any()
-        for weight in (layer.gate_up_proj, layer.down_proj, layer.router):
+        for weight in (layer.gate_up_proj, layer.down_proj, layer.router.weight):
             assert 0.3 < weight.std() < 0.7
         assert (layer.num_visits, layer.order, layer.layer_index) == (2, "depth-first", index)
         assert layer.neurons.flatten().tolist() == list(range(16 * layer.num_experts))
@@ -189,7 +189,7 @@ def test_training_reaches_every_part_of_the_model():
 
 def test_a_damaged_router_is_named_by_its_layer():
     graph = graph_of(visits=2)
-    graph.expert_layers()[1].router.data[0, 0] = float("nan")
+    graph.expert_layers()[1].router.weight.data[0, 0] = float("nan")
     with pytest.raises(FloatingPointError, match="layer 1"):
         graph(input_ids=random_ids(graph))
 

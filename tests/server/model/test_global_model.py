@@ -166,7 +166,7 @@ def test_the_checkpoint_written_is_the_model_in_the_dtype_it_came_in(tmp_path, t
     for name, value in global_model.model.state_dict().items():
         written = loaded.state_dict()[name]
         assert torch.equal(written, value.to(written.dtype)), name
-    gains = [layer.router.dtype for layer in loaded.expert_layers()]
+    gains = [layer.router.weight.dtype for layer in loaded.expert_layers()]
     assert gains == [torch.float32] * 2
     with pytest.raises(UserError, match="overwrite"):
         global_model.save(tmp_path / "out", overwrite=False)

@@ -1,0 +1,140 @@
+"""Weights of the experts of one layer: fused tensors of the experts in memory, or a storage elsewhere.
+
+Shape suffixes: T tokens, D hidden width, E experts, H neurons per expert, K visits per token, N rows of one expert,
+R experts in the fused tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from .dense_path_fedgraft import all_visit, run_all_visited
+from .dispatch_fedgraft import Link, Visits
+from .execution_fedgraft import FusedExperts, gated_ffn, run_visits
+
+
+class ExpertStorage(Protocol):
+    """Storage of a layer's experts outside of its fused tensors: on disk, or quantized."""
+
+    def run(self, expert: int, rows_ND: Tensor) -> Tensor:
+        """Output ``[N, D]`` of an expert for at least one row."""
+
+    def read(self, expert: int) -> tuple[Tensor, Tensor]:
+        """``gate_up [2H, D]`` and ``down [D, H]`` of an expert."""
+
+    def write(self, expert: int, gate_up: Tensor, down: Tensor) -> None:
+        """Replace the weights of an expert."""
+
+
+class LayerExperts(nn.Module):
+    """The gated FFNs of the experts of one layer, wherever their weights are stored.
+
+    Args:
+        hidden_size: D.
+        expert_size: H.
+        num_experts: E.
+        activation: name of the gate's activation, as Hugging Face knows it.
+        layer_index: index of the decoder layer, for messages.
+
+    Attributes:
+        neurons: int64 ``[E, H]``, neurons of the dense FFN that the experts came from; -1 for new ones.
+        held: experts in the fused tensors, one a row; all of them unless ``hold`` says otherwise.
+        storage: holds and runs the experts in place of the fused tensors; None where those do.
+    """
+
+    def __init__(
+        self, *, hidden_size: int, expert_size: int, num_experts: int, activation: str, layer_index: int
+    ):
+        super().__init__()
+        self.hidden_size, self.expert_size, self.layer_index = hidden_size, expert_size, layer_index
+        self.act_fn = ACT2FN[activation]
+        self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * expert_size, hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, expert_size))
+        self.register_buffer("neurons", torch.arange(num_experts * expert_size).view(num_experts, -1))
+        self.held = list(range(num_experts))
+        self.storage: ExpertStorage | None = None
+
+    def hold(self, experts: Iterable[int], gate_up_RHD: Tensor, down_RDH: Tensor) -> None:
+        """Keep the weights of ``experts`` alone in the fused tensors, ``[R, 2H, D]`` and ``[R, D, H]``."""
+        self.held = list(experts)
+        self.gate_up_proj, self.down_proj = nn.Parameter(gate_up_RHD), nn.Parameter(down_RDH)
+
+    def keep_in(self, storage: ExpertStorage) -> None:
+        """Leave all experts to ``storage``, and none in the fused tensors."""
+        device = self.neurons.device
+        self.hold(
+            [],
+            torch.empty(0, 2 * self.expert_size, self.hidden_size, device=device),
+            torch.empty(0, self.hidden_size, self.expert_size, device=device),
+        )
+        self.storage = storage
+
+    def read_expert(self, expert: int) -> tuple[Tensor, Tensor]:
+        """``gate_up [2H, D]`` and ``down [D, H]`` of an expert, wherever it is stored.
+
+        Raises:
+            ValueError: the layer does not hold this expert.
+        """
+        if self.storage is not None:
+            return self.storage.read(expert)
+        return self.gate_up_proj[self._row(expert)], self.down_proj[self._row(expert)]
+
+    @torch.no_grad()
+    def write_expert(self, expert: int, gate_up: Tensor, down: Tensor) -> None:
+        """Replace the weights of an expert, wherever it is stored.
+
+        Raises:
+            ValueError: the layer does not hold this expert.
+        """
+        if self.storage is not None:
+            self.storage.write(expert, gate_up, down)
+        else:
+            self.gate_up_proj[self._row(expert)] = gate_up.to(self.gate_up_proj)
+            self.down_proj[self._row(expert)] = down.to(self.down_proj)
+
+    def run_expert(self, expert: int, rows_ND: Tensor) -> Tensor:
+        """Output ``[N, D]`` of one expert.
+
+        Raises:
+            ValueError: the layer does not hold this expert.
+        """
+        if self.storage is not None:
+            return self.storage.run(expert, rows_ND)
+        return gated_ffn(self.act_fn, rows_ND, *self.read_expert(expert))
+
+    def run_experts(
+        self, x_TD: Tensor, weights_TK: Tensor, edge_gain_EE: Tensor, visits: Visits, links: Sequence[Link]
+    ) -> Tensor:
+        """Weighted sum of the outputs of the visited experts, ``[T, D]``.
+
+        Args:
+            x_TD: input of the layer.
+            weights_TK: output weight of each visit.
+            edge_gain_EE: share of its source's output that each edge passes.
+            visits: visits by expert, from ``sort_visits``.
+            links: edges that pass information, from ``find_links``.
+
+        Raises:
+            ValueError: a visited expert is not held.
+        """
+        if self.storage is not None:
+            return run_visits(x_TD, weights_TK, edge_gain_EE, visits, links, self.storage.run)
+        for expert, tokens in enumerate(visits.tokens):
+            if len(tokens):
+                self._row(expert)
+        matrices = (self.gate_up_proj, self.down_proj)
+        if self.held and not links and all_visit(visits, self.held, len(x_TD)):
+            return run_all_visited(x_TD, weights_TK, visits, *matrices, self.act_fn, self.held)
+        return FusedExperts.apply(
+            x_TD, weights_TK, edge_gain_EE, *matrices, visits, links, self.act_fn, self.held
+        )
+
+    def _row(self, expert: int) -> int:
+        if expert not in self.held:
+            raise ValueError(f"layer {self.layer_index} does not hold expert {expert}")
+        return self.held.index(expert)
