@@ -58,10 +58,9 @@ def _has_experts(block: nn.Module, family: MoEFamily) -> bool:
 
 def _layer(config: Any, family: MoEFamily, ordinal: int, index: int, block: nn.Module) -> MoELayer:
     kind = router_kind(config)
+    router = next((getattr(block, name) for name in family.routers if hasattr(block, name)), None)
     if kind is RouterKind.GRAPH_WALK:
-        return GraphLayer(ordinal, index, family, kind, block, cast(nn.Module, block.router), block)
-    names = [name for name in family.routers if hasattr(block, name)]
-    router = getattr(block, names[0]) if names else None
+        return GraphLayer(ordinal, index, family, kind, block, cast(nn.Module, router), block)
     experts = getattr(block, family.experts)
     form = _form(experts, family)
     if not isinstance(getattr(router, "weight", None), Tensor) or form is None:
