@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar
 
 Selection = Literal["top", "sample"]
 Combine = Literal["entrywise", "hajek", "horvitz-thompson", "mean"]
+ClientWeight = Literal["examples", "tokens"]
 DensityScope = Literal["expert", "all"]
 EntryScore = Literal["saliency", "magnitude"]
 ValueBits = Literal[16, 8, 4, 2]
@@ -78,7 +79,26 @@ class Upload:
         return self.combine == "horvitz-thompson"
 
 
-View = TypeVar("View", Training, Adapters, Upload)
+@dataclass(frozen=True)
+class Aggregation:
+    """Keys of the server's combination of client updates."""
+
+    combine: Combine
+    client_weight: ClientWeight
+    server_learning_rate: float
+    clip_norm_multiple: float
+
+
+@dataclass(frozen=True)
+class Rewiring:
+    """Keys of the server's graph edits."""
+
+    rho_max: int
+    merge_every: int
+    merge_max_drift: float
+
+
+View = TypeVar("View", Training, Adapters, Upload, Aggregation, Rewiring)
 
 
 def view_of(kind: type[View], config: Any) -> View:
@@ -103,3 +123,13 @@ class Views:
     def upload(self) -> Upload:
         """Keys of the selection, error feedback and coding of a client's update."""
         return view_of(Upload, self)
+
+    @property
+    def aggregation(self) -> Aggregation:
+        """Keys of the server's combination of client updates."""
+        return view_of(Aggregation, self)
+
+    @property
+    def rewiring(self) -> Rewiring:
+        """Keys of the server's graph edits."""
+        return view_of(Rewiring, self)

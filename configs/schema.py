@@ -27,6 +27,7 @@ from configs.keys import (
     validate_keys,
 )
 from configs.run_views import (
+    ClientWeight,
     Combine,
     DensityScope,
     EntryScore,
@@ -84,7 +85,7 @@ class RunConfig(Views, Keys):
     """Experts a client ships: top (most update energy) or sample (known probability)."""
     combine: Combine = "entrywise"
     """Server weighting of updates: entrywise, hajek (of whole experts), horvitz-thompson or mean."""
-    client_weight: Literal["examples", "tokens"] = "examples"
+    client_weight: ClientWeight = "examples"
     """What a client weighs: its training blocks (examples) or the tokens it trained on in the round."""
     ship_experts: Whole = 0
     """Experts per layer a client ships each round; 0: all it trained."""

@@ -23,7 +23,7 @@ from server.reporting.call_trace import call_trace
 from server.rounds.interruption import save_interrupted
 from server.rounds.loop import Federation
 from server.rounds.run_observer import RunObserver
-from server.strategies.sam_v2 import SamV2
+from server.strategies.sam_v2 import sam_v2
 
 app = ServerApp()
 
@@ -64,7 +64,7 @@ def run_federation(grid: Grid, config: RunConfig, *, run_id: int) -> dict:
         grid=grid,
         config=config,
         global_model=global_model,
-        strategy=SamV2(config, validation=validation),
+        strategy=sam_v2(config, validation=validation),
         observer=observer,
     )
     try:

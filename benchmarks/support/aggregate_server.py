@@ -34,7 +34,7 @@ from server.rounds.run_observer import (  # noqa: F401 - imports that a server m
     RunObserver,
 )
 from server.rounds.validation import check_replies
-from server.strategies.sam_v2 import SamV2
+from server.strategies.sam_v2 import sam_v2
 
 _MIB = 2**20
 _CLEAR = Path("/proc/self/clear_refs")
@@ -109,7 +109,7 @@ def packed_round(server: GlobalModel, updates: list[Path], scratch: Path) -> Non
     contents = {node: RecordDict({}) for node in grid.get_node_ids()}
     with ReplySpool(scratch) as spool:
         answers = exchange(grid, contents, "train", group="1", timeout=600, spool=spool)
-        replies = check_replies(answers, server, SamV2(RunConfig()))
+        replies = check_replies(answers, server, sam_v2(RunConfig()))
         if len(replies.accepted) != len(updates):
             raise RuntimeError(f"replies were refused: {sorted(set(replies.refused.values()))}")
         change = aggregate(

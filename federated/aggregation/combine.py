@@ -5,16 +5,15 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from configs.run_views import Combine
 from federated.updates.update import SparseUpdate, SparseVector
 from models.graph.unit_vectors import Unit
-
-Combine = Literal["entrywise", "hajek", "horvitz-thompson", "mean"]
 
 _LARGEST_FACTOR = float(np.finfo(np.float32).max)
 

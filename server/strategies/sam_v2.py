@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
+from configs.run_views import Aggregation, Rewiring
 from configs.schema import RunConfig
 from federated.aggregation.combine import Contribution, aggregate
 from federated.aggregation.usage import unpack_usage
@@ -32,13 +33,24 @@ class SamV2:
     """Strategy of FedGraft's own method.
 
     Args:
-        config: run configuration.
+        aggregation: keys of the combination of updates.
+        rewiring: keys of the graph edits.
+        attention: whether clients train attention projections, too.
+        num_rounds: planned rounds, the last of which is announced to the clients.
         validation: the server's own text, on which the loss around graph edits is measured; None: not measured.
     """
 
-    def __init__(self, config: RunConfig, *, validation: Blocks | None = None) -> None:
-        self._config = config
-        self._validation = take(validation, config.eval_blocks) if validation is not None else None
+    def __init__(
+        self,
+        *,
+        aggregation: Aggregation,
+        rewiring: Rewiring,
+        attention: bool,
+        num_rounds: int,
+        validation: Blocks | None = None,
+    ) -> None:
+        self._aggregation, self._rewiring = aggregation, rewiring
+        self._attention, self._num_rounds, self._validation = attention, num_rounds, validation
 
     def configure(self, global_model: GlobalModel, session: NodeSession, server_round: int) -> Request:
         """Request local training or evaluation, with the missing steps or a snapshot."""
@@ -51,7 +63,7 @@ class SamV2:
             copy_hash=global_model.copy_hash,
             steps=steps,
             snapshot=snapshot,
-            last=server_round == self._config.num_rounds,
+            last=server_round == self._num_rounds,
             accepted_round=session.accepted_round,
         )
 
@@ -62,8 +74,8 @@ class SamV2:
             RefusedUpdate: one of them is invalid.
         """
         graph = global_model.graph
-        sizes = unit_sizes(global_model.model, attention=self._config.attention_lora)
-        weight = client_weight(reply, self._config.client_weight)
+        sizes = unit_sizes(global_model.model, attention=self._attention)
+        weight = client_weight(reply, self._aggregation.client_weight)
         check_residents(reply, num_layers=len(graph.masks))
         check_size(packed.size, sizes)
         trained = trained_units(reply, sizes)
@@ -76,21 +88,37 @@ class SamV2:
         """Combine updates per ``combine``, with norm clipping and the server learning rate."""
         return aggregate(
             [each.contribution for each in accepted],
-            combine=self._config.combine,
-            server_learning_rate=self._config.server_learning_rate,
-            clip_norm_multiple=self._config.clip_norm_multiple,
+            combine=self._aggregation.combine,
+            server_learning_rate=self._aggregation.server_learning_rate,
+            clip_norm_multiple=self._aggregation.clip_norm_multiple,
         )
 
     def after_round(self, global_model: GlobalModel, state: FederationState) -> RewireRecord | None:
         """Edit edges by usage every ``merge-every`` rounds."""
-        config = self._config
-        if not config.rho_max or state.server_round % config.merge_every:
+        keys = self._rewiring
+        if not keys.rho_max or state.server_round % keys.merge_every:
             return None
         return rewire(
             global_model,
             state.usage,
             server_round=state.server_round,
-            rho_max=config.rho_max,
+            rho_max=keys.rho_max,
             validation=self._validation,
-            max_drift=config.merge_max_drift,
+            max_drift=keys.merge_max_drift,
         )
+
+
+def sam_v2(config: RunConfig, *, validation: Blocks | None = None) -> SamV2:
+    """Build SAM-v2 from a run configuration.
+
+    Args:
+        config: run configuration.
+        validation: the server's own text, of which ``eval-blocks`` blocks are used; None: without any.
+    """
+    return SamV2(
+        aggregation=config.aggregation,
+        rewiring=config.rewiring,
+        attention=config.attention_lora,
+        num_rounds=config.num_rounds,
+        validation=take(validation, config.eval_blocks) if validation is not None else None,
+    )

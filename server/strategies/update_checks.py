@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
+from configs.run_views import ClientWeight
 from experts.graph.expert_graph import ExpertGraph
 from federated.aggregation.combine import UpdateSummary, summarize
 from federated.protocol.messages import Reply
@@ -25,7 +26,7 @@ LARGEST_COUNT = 2.0**40  # examples or tokens of one client in one round
 SMALLEST_INCLUSION = 2.0**-20  # inclusion probability of a shipped expert
 
 
-def client_weight(reply: Reply, kind: str) -> float:
+def client_weight(reply: Reply, kind: ClientWeight) -> float:
     """Return the weight of a client: its training blocks (``examples``) or the tokens of this round (``tokens``).
 
     Raises:

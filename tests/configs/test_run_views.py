@@ -5,10 +5,10 @@ from typing import get_type_hints
 
 import pytest
 
-from configs.run_views import Adapters, Training, Upload, view_of
+from configs.run_views import Adapters, Aggregation, Rewiring, Training, Upload, view_of
 from configs.schema import RunConfig
 
-VIEWS = (Training, Adapters, Upload)
+VIEWS = (Training, Adapters, Upload, Aggregation, Rewiring)
 
 
 @pytest.mark.parametrize("view", VIEWS)
@@ -23,6 +23,9 @@ def test_views_carry_the_values_of_the_run():
     config = RunConfig(local_steps=7, lora_rank=3, density=0.25, schedule="cosine")
     assert (config.training.local_steps, config.training.schedule) == (7, "cosine")
     assert config.adapters.lora_rank == 3 and config.upload.density == 0.25
+    server = RunConfig(server_learning_rate=0.5, combine="mean", merge_every=4)
+    assert (server.aggregation.server_learning_rate, server.aggregation.combine) == (0.5, "mean")
+    assert (server.rewiring.merge_every, server.rewiring.rho_max) == (4, RunConfig().rho_max)
     assert (view_of(Training, config), view_of(Adapters, config)) == (config.training, config.adapters)
 
 

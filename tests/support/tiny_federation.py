@@ -30,7 +30,8 @@ from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 from server.app import open_global_model, server_text
 from server.rounds.loop import Federation
 from server.rounds.run_observer import RunObserver
-from server.strategies.sam_v2 import SamV2
+from server.strategies.sam_v2 import sam_v2
+from server.strategies.strategy import Strategy
 from tests.support.grid import RUN_ID, Fault, InProcessGrid
 from tests.support.tiny_graphs import graph_of
 
@@ -138,11 +139,14 @@ class TinyGrid(InProcessGrid):
         return message_id
 
 
-def tiny_federation(grid: TinyGrid, config: RunConfig) -> Federation:
-    """The parts of ``server.app.run_federation``, so that a test can look at them while it runs."""
+def tiny_federation(grid: TinyGrid, config: RunConfig, *, strategy: Strategy | None = None) -> Federation:
+    """The parts of ``server.app.run_federation``, so that a test can look at them while it runs.
+
+    ``strategy``: None for SAM-v2.
+    """
     global_model = open_global_model(config)
     observer = RunObserver(Path(config.log_dir), global_model=global_model)
-    strategy = SamV2(config, validation=server_text(config, global_model))
+    strategy = strategy or sam_v2(config, validation=server_text(config, global_model))
     return Federation(
         grid=grid, config=config, global_model=global_model, strategy=strategy, observer=observer
     )

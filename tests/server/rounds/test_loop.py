@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,12 +24,15 @@ from configs.errors import UserError
 from configs.schema import RunConfig
 from federated.aggregation.usage import unpack_usage
 from federated.protocol.messages import RESEND, message_bytes, read_reply, read_request
+from federated.updates.update import RefusedUpdate
 from models.checkpoints.disk_experts import open_mapped
 from models.checkpoints.load import load_graph
 from models.graph.attention_vectors import read_attention
 from models.graph.graph_state import read_graph
 from models.runtime.perplexity import LossSum, evaluate_loss
 from server.rounds.loop import Federation
+from server.strategies.sam_v2 import sam_v2
+from server.strategies.strategy import Strategy
 from tests.support.fresh_process import FreshProcessApp
 from tests.support.grid import Drop, Late
 from tests.support.tiny_federation import (
@@ -633,3 +637,48 @@ def test_attention_that_nobody_asked_for_is_refused(graph, tmp_path):
     assert len([reason for reason in refused.values() if reason]) == 1
     base, global_model = load_graph(config.graph, dtype=torch.float32), result.federation.global_model.model
     assert torch.equal(read_attention(base, 0), read_attention(global_model, 0))
+
+
+class Halved:
+    """A wrapper of a strategy that halves the combined change and counts the calls."""
+
+    def __init__(self, inner: Strategy) -> None:
+        self.inner = inner
+        self.calls: Counter[str] = Counter()
+
+    def configure(self, global_model, session, server_round):
+        self.calls["configure"] += 1
+        return self.inner.configure(global_model, session, server_round)
+
+    def accept(self, node, reply, packed, global_model):
+        self.calls["accept"] += 1
+        if reply.name == "digits":
+            raise RefusedUpdate("digits are not trusted")
+        return self.inner.accept(node, reply, packed, global_model)
+
+    def combine(self, accepted):
+        self.calls["combine"] += 1
+        return {unit: 0.5 * vector for unit, vector in self.inner.combine(accepted).items()}
+
+    def after_round(self, global_model, state):
+        self.calls["after_round"] += 1
+        return self.inner.after_round(global_model, state)
+
+
+def test_a_wrapper_of_the_strategy_decides_what_is_accepted_and_applied(graph, tmp_path):
+    """The change of the first round is half of SAM-v2's over the same single client."""
+    exact = {"value_bits": 16, "density": 1.0, "entry_score": "magnitude"}
+    config = tiny_config(graph, tmp_path, num_rounds=1, local_steps=1, rho_max=0, **exact)
+    plain = tiny_federation(TinyGrid(config, faults={(1, "1"): Error(code=2, reason="away")}), config)
+    plain.run()
+    config = config.model_copy(update={"log_dir": str(tmp_path / "halved")})
+    wrapper = Halved(sam_v2(config))
+    halved = tiny_federation(TinyGrid(config), config, strategy=wrapper)
+    halved.run()
+    assert wrapper.calls == {"configure": 4, "accept": 2, "combine": 1, "after_round": 1}
+    base = load_graph(config.graph, dtype=torch.float32).expert_layers()[0].down_proj
+    full, half = (
+        (each.global_model.model.expert_layers()[0].down_proj - base).detach() for each in (plain, halved)
+    )
+    assert full.abs().max() > 1e-4
+    assert torch.allclose(half, full / 2, atol=1e-3 * float(full.abs().max()))

@@ -20,7 +20,7 @@ from server.reporting.run_log import RewireRecord
 from server.rounds.exchange import Answer
 from server.rounds.run_observer import RunObserver, read_summary
 from server.rounds.validation import check_evaluations, check_replies
-from server.strategies.sam_v2 import SamV2
+from server.strategies.sam_v2 import sam_v2
 from tests.support.tiny_federation import packed_change, random_change, save_tiny_graph
 
 NUMBERS = {"examples": 3.0, "train-loss": 1.5, "density": 0.5, "valid-nll": 20.0, "valid-tokens": 10.0}
@@ -106,7 +106,7 @@ def observe(
 ) -> dict:
     """Write a round and return its line."""
     usage = [np.ones((4, 4))] * 2
-    replies = check_replies(answers, global_model, SamV2(RunConfig()))
+    replies = check_replies(answers, global_model, sam_v2(RunConfig()))
     observer.round(
         server_round, replies, answers, graph=global_model.graph, usage=usage, seconds=1.5, **facts
     )
@@ -150,7 +150,7 @@ def test_the_servers_step_has_its_sizes_beside_the_clients(global_model, log_dir
 
 def test_a_client_weighs_what_the_aggregation_says(observer, global_model):
     answers = {9: answer_of(global_model, 0, {"train-tokens": 77.0})}
-    replies = check_replies(answers, global_model, SamV2(RunConfig(client_weight="tokens")))
+    replies = check_replies(answers, global_model, sam_v2(RunConfig(client_weight="tokens")))
     facts = {"graph": global_model.graph, "usage": [np.ones((4, 4))] * 2, "seconds": 1.0}
     observer.round(1, replies, answers, **facts)
     row = json.loads((observer.log_dir / "rounds.jsonl").read_text())

@@ -19,7 +19,7 @@ from server.model.global_model import GlobalModel
 from server.rounds.exchange import Answer
 from server.rounds.reply_spool import ReplySpool, SpooledBytes
 from server.rounds.validation import RoundReplies, check_evaluations, check_numbers, check_replies
-from server.strategies.sam_v2 import SamV2
+from server.strategies.sam_v2 import sam_v2
 from tests.support.tiny_federation import packed_change, random_change, save_tiny_graph
 from tests.support.tiny_graphs import graph_of
 
@@ -58,7 +58,7 @@ def answer(reply: Reply) -> Answer:
 
 def checked(answers, global_model, *, partitions=None, **config) -> RoundReplies:
     """The answers after validation with a strategy of this configuration."""
-    strategy = SamV2(RunConfig(**config))
+    strategy = sam_v2(RunConfig(**config))
     return check_replies(answers, global_model, strategy, partitions=partitions)
 
 
