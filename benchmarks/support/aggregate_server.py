@@ -1,6 +1,6 @@
-"""One server in a process of its own that takes in the replies of a round: what it takes of memory and time.
+"""Peak memory and seconds of one aggregation round, measured in a server process of its own.
 
-``python -m benchmarks.support.aggregate_server GRAPH REPLIES CLIENTS METHOD`` prints one JSON object.
+``python -m benchmarks.support.aggregate_server GRAPH REPLIES CLIENTS METHOD`` prints one JSON object (MiB and seconds).
 """
 
 from __future__ import annotations
@@ -16,9 +16,7 @@ import numpy as np
 import psutil
 import torch
 from flwr.app import Message, RecordDict
-from flwr.serverapp import Grid
-from flwr.supercore.run import Run
-from flwr.supercore.task_identity import TaskIdentity
+from flwr.clientapp import ClientApp
 
 from benchmarks.support.runner import peak_bytes
 from configs.schema import RunConfig
@@ -27,10 +25,11 @@ from federated.aggregation.usage import pack_usage
 from federated.protocol.messages import Reply, write_reply
 from federated.wire.codec import unpack_update
 from models.graph.unit_vectors import unit_sizes
+from server.flower.in_process_grid import InProcessGrid
 from server.model.global_model import GlobalModel
 from server.rounds.exchange import exchange
 from server.rounds.reply_spool import ReplySpool
-from server.rounds.run_observer import (  # noqa: F401 - imports that a server makes count as imports
+from server.rounds.run_observer import (  # noqa: F401 - counts as import memory, as in a real server
     RunObserver,
 )
 from server.rounds.validation import check_replies
@@ -41,54 +40,30 @@ _CLEAR = Path("/proc/self/clear_refs")
 EXAMPLES = 100.0
 
 
-class ReplyGrid(Grid):
-    """A grid whose nodes answer with the packed updates of a folder, each read when it is pulled.
+class ReplyGrid(InProcessGrid):
+    """Grid whose nodes reply with packed updates from files; a reply is read when it is pulled, one at a time.
 
     Args:
-        server: that the replies are for.
-        updates: a file a client.
+        server: global model that the replies fit.
+        updates: one file per client.
     """
 
     def __init__(self, server: GlobalModel, updates: list[Path]) -> None:
-        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+        super().__init__(ClientApp(), [{}] * len(updates), {}, wire=False)
         self._server, self._updates = server, updates
-        self._asked: dict[str, tuple[Message, int]] = {}
+        self._asked: dict[str, Message] = {}
 
-    run: Run = Run.create_empty(1)
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        return [self._reply_to(self._asked[message_id]) for message_id in message_ids]
 
-    def set_run(self, run: Run) -> None:
-        """There is one only."""
+    def _deliver(self, message: Message) -> str:
+        message_id = str(len(self._asked))
+        message.metadata.__dict__["_message_id"] = message_id
+        self._asked[message_id] = message
+        return message_id
 
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
-
-    def get_node_ids(self) -> Iterable[int]:
-        return range(len(self._updates))
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        for message in messages:
-            message_id = str(len(self._asked))
-            message.metadata.__dict__["_message_id"] = message_id
-            self._asked[message_id] = message, message.metadata.dst_node_id
-        return list(self._asked)
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        return [self._reply(*self._asked[message_id]) for message_id in message_ids]
-
-    def send_and_receive(
-        self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> Iterable[Message]:
-        return self.pull_messages(self.push_messages(messages))
-
-    def _reply(self, message: Message, node: int) -> Message:
-        graph = self._server.graph
+    def _reply_to(self, message: Message) -> Message:
+        graph, node = self._server.graph, self.node_ids.index(message.metadata.dst_node_id)
         reply = Reply(
             name=f"client {node}",
             partition=node,
@@ -104,7 +79,7 @@ class ReplyGrid(Grid):
 
 
 def packed_round(server: GlobalModel, updates: list[Path], scratch: Path) -> None:
-    """A round as the federation runs it: pull, check, aggregate, step."""
+    """Run one server round on packed replies: pull, check, aggregate, and apply the step."""
     grid = ReplyGrid(server, updates)
     contents = {node: RecordDict({}) for node in grid.get_node_ids()}
     with ReplySpool(scratch) as spool:
@@ -121,7 +96,7 @@ def packed_round(server: GlobalModel, updates: list[Path], scratch: Path) -> Non
 
 
 def dense_round(server: GlobalModel, updates: list[Path], scratch: Path) -> None:
-    """FedAvg over a list of dense fp32 arrays, as the clients of a plain strategy send them."""
+    """Average dense fp32 arrays as plain FedAvg does: all of them in memory at once."""
     sizes = unit_sizes(server.model)
     arrays = [_dense(path, sizes) for path in updates]
     weights = np.array([EXAMPLES + node for node in range(len(updates))])
@@ -139,7 +114,7 @@ METHODS: dict[str, Callable[[GlobalModel, list[Path], Path], None]] = {
 
 
 def measure_server(graph: str, replies: Path, clients: int, method: str) -> dict[str, float]:
-    """Peak MiB of the server's process beyond what imports take, and the seconds of the round."""
+    """Peak MiB of this process above its size after imports, and seconds of the round."""
     imported = psutil.Process().memory_info().rss / _MIB
     _reset_peak()
     server = GlobalModel(graph)
@@ -156,13 +131,13 @@ def _dense(path: Path, sizes: dict) -> np.ndarray:
 
 
 def _reset_peak() -> None:
-    """Forget what imports took for a moment; elsewhere than on Linux it counts."""
+    """Reset the peak resident set size, which imports may have raised; a no-op outside Linux."""
     if _CLEAR.exists():
         _CLEAR.write_text("5")
 
 
 def main() -> None:
-    """Measure the server that the command line describes."""
+    """Measure the server given by the command line."""
     graph, replies, clients, method = sys.argv[1:]
     torch.set_num_threads(1)
     print(json.dumps(measure_server(graph, Path(replies), int(clients), method)))

@@ -13,7 +13,7 @@ from federated.protocol.steps import ServerStep, apply_step
 from models.bootstrap.recipe import read_recipe_file
 from models.checkpoints.load import load_graph, load_tokenizer
 from models.graph.graph_state import read_graph
-from tests.support.grid import InProcessGrid
+from server.flower.in_process_grid import InProcessGrid
 from tests.support.tiny_federation import next_step, request_at, run_values, save_tiny_graph
 
 

@@ -26,7 +26,7 @@ from federated.wire.codec import pack_update, unpack_update
 from federated.wire.quantize import quantize_update
 from models.graph.graph_state import read_graph
 from models.graph.unit_vectors import unit_sizes
-from tests.support.grid import Late
+from server.flower.in_process_grid import Late
 from tests.support.tiny_federation import (
     TinyGrid,
     client_folder_of,

@@ -14,7 +14,7 @@ from models.files.config_file import read_config
 from models.graph.graph_state import read_graph
 from server import app as server_app
 from server.app import check_fit, graph_source, main, open_global_model, run_federation, server_text
-from tests.support.grid import RUN_ID
+from server.flower.in_process_grid import RUN_ID
 from tests.support.tiny_federation import TinyGrid, tiny_config
 
 LOGS = {

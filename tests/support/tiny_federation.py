@@ -28,11 +28,11 @@ from models.graph.graph_state import read_graph
 from models.graph.unit_vectors import unit_sizes
 from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 from server.app import open_global_model, server_text
+from server.flower.in_process_grid import RUN_ID, Fault, InProcessGrid
 from server.rounds.loop import Federation
 from server.rounds.run_observer import RunObserver
 from server.strategies.sam_v2 import sam_v2
 from server.strategies.strategy import Strategy
-from tests.support.grid import RUN_ID, Fault, InProcessGrid
 from tests.support.tiny_graphs import graph_of
 
 # Each client repeats itself, so that a few steps of training show.

@@ -24,7 +24,7 @@ from federated.protocol.messages import (
 )
 from federated.protocol.steps import ServerStep
 from federated.updates.update import RefusedUpdate
-from tests.support.grid import InProcessGrid, over_the_wire
+from server.flower.in_process_grid import InProcessGrid, over_the_wire
 
 EXPERTS = [4, 9]
 REQUEST = Request(

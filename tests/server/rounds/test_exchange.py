@@ -8,9 +8,9 @@ from flwr.clientapp import ClientApp
 
 from configs.errors import UserError
 from federated.protocol.messages import NEEDS_RECIPE, RESEND, Reply, message_bytes, read_reply, write_reply
+from server.flower.in_process_grid import Drop, InProcessGrid, Late
 from server.rounds.exchange import Answer, exchange, wait_for_nodes
 from server.rounds.reply_spool import ReplySpool
-from tests.support.grid import Drop, InProcessGrid, Late
 
 NODES = [{"partition-id": number} for number in range(3)]
 

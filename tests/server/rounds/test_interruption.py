@@ -16,10 +16,10 @@ from models.checkpoints.load import load_graph
 from models.graph.graph_state import read_graph
 from server import app as server_app
 from server.app import open_global_model, run_federation
+from server.flower.in_process_grid import RUN_ID, Drop
 from server.model.global_model import GlobalModel
 from server.rounds import loop
 from server.state.federation_state import FederationState
-from tests.support.grid import RUN_ID, Drop
 from tests.support.tiny_federation import TinyGrid, request_of, save_tiny_graph, tiny_config
 
 

@@ -30,11 +30,11 @@ from models.checkpoints.load import load_graph
 from models.graph.attention_vectors import read_attention
 from models.graph.graph_state import read_graph
 from models.runtime.perplexity import LossSum, evaluate_loss
+from server.flower.in_process_grid import Drop, Late
 from server.rounds.loop import Federation
 from server.strategies.sam_v2 import sam_v2
 from server.strategies.strategy import Strategy
 from tests.support.fresh_process import FreshProcessApp
-from tests.support.grid import Drop, Late
 from tests.support.tiny_federation import (
     TinyGrid,
     all_equal,

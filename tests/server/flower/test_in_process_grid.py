@@ -7,7 +7,7 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from tests.support.grid import Drop, InProcessGrid, Late
+from server.flower.in_process_grid import Drop, InProcessGrid, Late
 
 NODES = [{"partition-id": i, "num-partitions": 3} for i in range(3)]
 

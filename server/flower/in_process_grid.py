@@ -1,4 +1,7 @@
-"""A Grid inside the test process: the ServerApp's messages run the ClientApp at once, and faults are at hand."""
+"""Flower Grid within one process: each message runs a ClientApp at once; replies can be dropped, delayed or altered.
+
+A whole federation, server and clients, then runs without SuperLink and SuperNodes, e.g. in a benchmark or a test.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +23,12 @@ CLIENT_APP_RAISED = 2  # Flower's error code for an exception in a ClientApp
 
 @dataclass(frozen=True)
 class Drop:
-    """The reply never arrives (a node that died, or that never answers)."""
+    """Fault: no reply arrives, as from a node that died."""
 
 
 @dataclass(frozen=True)
 class Late:
-    """The reply arrives at the given number of pulls after the first."""
+    """Fault: the reply arrives ``pulls`` pulls after the first one."""
 
     pulls: int = 1
 
@@ -35,11 +38,19 @@ Fault = Drop | Late | Error | Callable[[Message], Message]
 
 
 class InProcessGrid(Grid):
-    """Runs ``client_app`` once per pushed message, with one lasting Context per node.
+    """Grid that runs a ClientApp once per pushed message, with one lasting Context per node.
 
-    ``node_configs`` holds one node-config per node (e.g. partition-id, num-partitions); node ids run against
-    that order, as real ones match no order. With ``wire`` every message is serialized and restored as on Flower's wire,
-    both ways, and its size is counted. ``faults`` maps ``(node index, group id)`` to a fault.
+    Args:
+        client_app: called with each message and the Context of its node.
+        node_configs: node configuration of each node (e.g. partition-id, num-partitions); node ids descend in this
+            order, since those of a real Grid follow no order.
+        run_config: run configuration, the same in every Context.
+        wire: whether messages are serialized and restored as by Flower in both directions, and their bytes counted.
+        faults: fault by ``(node index, group id)``.
+
+    Attributes:
+        bytes_down: serialized bytes of all messages so far; 0 without ``wire``.
+        bytes_up: serialized bytes of all replies so far; 0 without ``wire``.
     """
 
     def __init__(
@@ -71,7 +82,7 @@ class InProcessGrid(Grid):
 
     @property
     def run(self) -> Run:
-        """The run that the messages belong to."""
+        """Run that the messages belong to."""
         return self._run
 
     def set_run(self, run: Run) -> None:
@@ -79,7 +90,7 @@ class InProcessGrid(Grid):
         self._run = run
 
     def get_node_ids(self) -> list[int]:
-        """The ids of all nodes, sorted: not the order of ``node_configs``."""
+        """Ids of all nodes, ascending: not the order of ``node_configs``."""
         return sorted(self.node_ids)
 
     def create_message(
@@ -90,15 +101,15 @@ class InProcessGrid(Grid):
         group_id: str,
         ttl: float | None = None,
     ) -> Message:
-        """A message to a node; new code calls the Message constructor."""
+        """Build a message to a node; new code calls the Message constructor."""
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        """Deliver the messages, run the app on each and keep the replies; returns the message ids."""
+        """Run the ClientApp on each message, keep the replies, and return the message ids."""
         return [self._deliver(message) for message in messages]
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        """The replies to these messages that have arrived and were not pulled before."""
+        """Replies to these messages that have arrived and were not pulled before."""
         arrived = []
         for message_id in message_ids:
             if self._waits.get(message_id, 0) > 0:
@@ -108,16 +119,17 @@ class InProcessGrid(Grid):
         return arrived
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
-        """Push and pull until all replies are in. A reply that never comes is left out after ``timeout``.
+        """Push the messages and pull until all replies have arrived; with a ``timeout``, dropped ones are left out.
 
-        Raises TimeoutError where the real Grid would wait for ever.
+        Raises:
+            TimeoutError: a reply was dropped and ``timeout`` is None, for which a real Grid would wait without end.
         """
         message_ids = self.push_messages(messages)
         replies: list[Message] = []
         while any(message_id in self._replies for message_id in message_ids):
             replies += self.pull_messages(message_ids)
         if len(replies) < len(message_ids) and timeout is None:
-            raise TimeoutError(f"{len(message_ids) - len(replies)} replies never come and no timeout is set")
+            raise TimeoutError(f"expected {len(message_ids)} replies, got {len(replies)}; set a timeout")
         return replies
 
     def _deliver(self, message: Message) -> str:
@@ -155,7 +167,7 @@ class InProcessGrid(Grid):
 
 
 def over_the_wire(message: Message) -> tuple[Message, int]:
-    """Serialize and restore a message as Flower does; returns the copy and the bytes that would travel."""
+    """Serialize and restore a message as Flower does; returns the copy and its serialized bytes."""
     message_id = message.object_id
     contents = {key: item.deflate() for key, item in get_all_nested_objects(message).items()}
     copy = inflate_object_from_contents(message_id, dict(contents))
