@@ -47,6 +47,7 @@ def simulate(
     from server.flower.simulation import run_simulation
     from server.reporting.live_table import following
     from server.reporting.run_log import clear_run
+    from server.rounds.loop import ROUND_ATTEMPTS
     from server.rounds.run_observer import read_summary
 
     quiet_libraries()
@@ -73,7 +74,7 @@ def simulate(
             num_supernodes=run.num_clients,
             log_dir=folder,
             client_cpus=client_cpus,
-            timeout=_START_SECONDS + (run.num_rounds + 1) * run.reply_timeout,
+            timeout=_START_SECONDS + (run.num_rounds * ROUND_ATTEMPTS + 1) * run.reply_timeout,
         )
     summary = read_summary(folder)
     print_result(summary, as_json=as_json, lines=summary_lines(summary))

@@ -110,7 +110,7 @@ def test_a_sparse_downlink_sends_the_largest_entries_and_the_rest_later(global_m
     first = read_unit(global_model.model, (0, 0)) - start
     assert int((first != 0).sum()) <= -(-dense // 10)
     assert first.abs().max() == pytest.approx(float(change[0, 0].abs().max()), rel=1e-2)
-    # The same change again: what was left of the first comes before what is new and small.
+    # The same change again: the residual of the first outweighs the smallest new entries.
     for _ in range(40):
         global_model.advance({(0, 0): torch.full((dense,), 1e-9)}, value_bits=16, density=0.1)
     left = (read_unit(global_model.model, (0, 0)) - start - change[0, 0])[:1500]

@@ -167,7 +167,7 @@ def test_a_node_may_ask_for_the_recipe(code, needs):
 
 def test_replies_to_messages_of_others_are_passed_over():
     class Haunted(InProcessGrid):
-        """Gives back every reply twice, and replies that nobody asked for."""
+        """Returns every reply twice, and replies to unknown messages."""
 
         def pull_messages(self, message_ids):
             arrived = super().pull_messages(message_ids)

@@ -110,7 +110,7 @@ def test_without_out_the_model_is_a_checkpoint_of_the_log_directory(config, mode
 
 
 def test_a_round_without_a_usable_reply_is_repeated_once(config, models):
-    """The run goes on as if the first attempt had not been, but for its bytes."""
+    """The second exchange completes the round; the bytes of the first count."""
     gone = Error(code=5, reason="gone")
     grid = TinyGrid(config, faults={(0, "2"): first_only(gone), (1, "2"): first_only(gone)})
     summary = run_federation(grid, config, run_id=RUN_ID)

@@ -50,7 +50,7 @@ EVALUATION = 4  # the exchange after three rounds
 
 @dataclass
 class Run:
-    """A federation that ran, and what was seen on the way.
+    """A finished federation and the observations made during it.
 
     ``copies``: ``(round, node, version on the client's disk, version of the server, equal bit for bit)``.
     """
@@ -280,7 +280,7 @@ def test_a_client_whose_copy_is_damaged_is_healed_by_a_snapshot_in_the_same_roun
     assert [bool(request.snapshot) for request in requests] == [False, True]
     assert (to_0[0][1].error.code, to_0[0][1].error.reason) == (RESEND, "0")
     assert [equal for r, node, _, _, equal in healed.copies if r >= 3 and node == 0][1:] == [True, True]
-    # What was sent in vain counts as well.
+    # Failed requests count.
     client = next(client for client in healed.rounds[2]["clients"] if client["name"] == "letters")
     assert client["bytes_down"] == sum(message_bytes(down) for down, _ in to_0)
     assert client["bytes_up"] == sum(message_bytes(up) for _, up in to_0)
@@ -403,7 +403,7 @@ def test_a_reply_of_an_earlier_round_is_refused_when_it_is_played_again(graph, t
 
 
 def test_a_node_that_answers_for_another_client_is_refused(graph, tmp_path):
-    """In the first round nobody can know better than by whose answer came first; from then on they are told apart."""
+    """The first accepted answer of a client binds it to its node."""
     config = tiny_config(graph, tmp_path, local_steps=1)
     claim = changed(info__partition=1)
     seen = run(config, faults={(0, "2"): claim, (0, "3"): claim})
@@ -415,7 +415,7 @@ def test_a_node_that_answers_for_another_client_is_refused(graph, tmp_path):
 
 
 def test_a_late_answer_to_an_earlier_round_is_never_looked_at(graph, tmp_path):
-    """It waits at the SuperLink until nobody asks for it any more."""
+    """It stays at the SuperLink: no later exchange pulls its message id."""
     config = tiny_config(graph, tmp_path, local_steps=1, num_rounds=2, reply_timeout=0.1)
     late = run(config, faults={(0, "2"): Late(10**6)})
     never = run(config.model_copy(update={"log_dir": str(tmp_path / "never")}), faults={(0, "2"): Drop()})

@@ -136,7 +136,7 @@ def test_absurd_changes_are_refused_and_the_rest_counts(global_model, reply, sca
 @pytest.mark.parametrize("combine", ["entrywise", "hajek", "horvitz-thompson", "mean"])
 @pytest.mark.parametrize("clip", [0.0, 1.0])
 def test_whatever_is_accepted_gives_a_finite_step(global_model, reply, combine, clip):
-    """The largest changes, weights and the smallest probabilities that pass, beside an ordinary client."""
+    """One client with the largest accepted change and weight and the smallest probability, and an ordinary one."""
     loudest = random_change(global_model.model, [(0, 2)], scale=1.0)
     loudest = {unit: vector.sign() * 65504 for unit, vector in loudest.items()}
     extreme = replace(

@@ -7,7 +7,7 @@ from server.state.early_stop import EarlyStop
 
 
 def stops(losses: list[float | None], *, rounds: int, delta: float = 0.0) -> int | None:
-    """The round, from 1, after which a run with these losses ends; None if it goes on. None: no text held out."""
+    """Return the round, from 1, after which a run with these losses ends, or None; a loss of None: no held-out text."""
     watch = EarlyStop()
     for server_round, loss in enumerate(losses, start=1):
         held_out = LossSum() if loss is None else LossSum(loss * 8, 8)
