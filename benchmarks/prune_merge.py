@@ -26,7 +26,7 @@ from benchmarks.support.saliency_tools import tool_figures
 from benchmarks.support.small_moe import grow, train_moe
 from benchmarks.support.statistics import interval
 from experts.saliency.measures import METRICS, Saliency
-from experts.selection.rules import Selection, select_experts
+from experts.selection.rules import SelectionRules, select_experts
 from federated.data.blocks import Blocks
 from models.moe.merge import Batch, MergeOptions, merge_experts
 from models.moe.remove import keep_experts
@@ -190,7 +190,7 @@ def compare(model: PreTrainedModel, text: Text, seed: int) -> dict[str, Any]:
 
 def kept_by(saliency: Saliency, metric: str, share: int) -> dict[int, np.ndarray]:
     """The experts that stay when one in ``share`` of each layer goes."""
-    return select_experts([saliency], metric, Selection(n_prune=saliency.num_experts // share)).keep_map
+    return select_experts([saliency], metric, SelectionRules(n_prune=saliency.num_experts // share)).keep_map
 
 
 def random_experts(saliency: Saliency, share: int, rng: np.random.Generator) -> dict[int, np.ndarray]:

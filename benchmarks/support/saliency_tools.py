@@ -36,10 +36,10 @@ def plain_reap(moe: PreTrainedModel, batches: Sequence[Batch]) -> np.ndarray:
     total, count = (torch.zeros(len(layers), layers[0].num_experts, dtype=torch.float64) for _ in range(2))
     inputs: dict[int, torch.Tensor] = {}
     hooks = [layer.block.register_forward_pre_hook(_noting(inputs, layer.ordinal)) for layer in layers]
-    for input_ids, counted in batches:
+    for input_ids, token_mask in batches:
         moe(input_ids=input_ids, use_cache=False)
         for layer in layers:
-            x = inputs[layer.ordinal].flatten(0, 1)[counted.flatten()]
+            x = inputs[layer.ordinal].flatten(0, 1)[token_mask.flatten()]
             probabilities = torch.softmax(x @ layer.router_weight.T, -1)
             best, chosen = probabilities.topk(layer.top_k, -1)
             gates = torch.zeros_like(probabilities).scatter(-1, chosen, best / best.sum(-1, keepdim=True))

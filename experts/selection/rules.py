@@ -22,7 +22,7 @@ _MOST_EXPERTS = 2**16
 
 
 @dataclass(frozen=True)
-class Selection:
+class SelectionRules:
     """What may go, and how many.
 
     Attributes:
@@ -93,7 +93,7 @@ def parse_expert_ids(text: str) -> frozenset[int]:
 
 
 def select_experts(
-    saliencies: Sequence[Saliency], metric: str, selection: Selection, *, files: Sequence[str] = ()
+    saliencies: Sequence[Saliency], metric: str, selection: SelectionRules, *, files: Sequence[str] = ()
 ) -> ExpertList:
     """Rank every expert and say which go.
 
@@ -123,7 +123,7 @@ def select_experts(
     return ExpertList(ranks, actions, source, filters)
 
 
-def _chosen(ranks: np.ndarray, selection: Selection) -> list[tuple[int, int]]:
+def _chosen(ranks: np.ndarray, selection: SelectionRules) -> list[tuple[int, int]]:
     """Layer and expert of all that go."""
     may_go = _removable(ranks, selection)
     groups = {"in the whole model": may_go}
@@ -142,7 +142,9 @@ def _chosen(ranks: np.ndarray, selection: Selection) -> list[tuple[int, int]]:
     return [pair for group in groups.values() for pair in _take(group, selection, targets)]
 
 
-def _take(may_go: list[tuple[int, int]], selection: Selection, targets: np.ndarray) -> list[tuple[int, int]]:
+def _take(
+    may_go: list[tuple[int, int]], selection: SelectionRules, targets: np.ndarray
+) -> list[tuple[int, int]]:
     """``n_prune`` of the experts that may go, which come in the order in which they should."""
     if selection.strategy == "bottom":
         return may_go[: selection.n_prune]
@@ -157,7 +159,7 @@ def strided(worst_first: list, number: int) -> list:
     return [worst_first[index * window // number] for index in range(number)]
 
 
-def _removable(ranks: np.ndarray, selection: Selection) -> list[tuple[int, int]]:
+def _removable(ranks: np.ndarray, selection: SelectionRules) -> list[tuple[int, int]]:
     """Experts any number of which, from the front, may go: targets first, then from worst to best.
 
     Of equal experts the one with the higher number goes first, and of those the one in the later layer.
@@ -175,7 +177,7 @@ def _removable(ranks: np.ndarray, selection: Selection) -> list[tuple[int, int]]
     return removable
 
 
-def free_experts(ranks: np.ndarray, selection: Selection) -> np.ndarray:
+def free_experts(ranks: np.ndarray, selection: SelectionRules) -> np.ndarray:
     """Bool ``[L, E]``: experts that no rule holds."""
     candidates = ~np.isnan(ranks)
     if selection.min_rank is not None:
@@ -192,13 +194,13 @@ def free_experts(ranks: np.ndarray, selection: Selection) -> np.ndarray:
     return candidates
 
 
-def _targets(shape: tuple[int, ...], selection: Selection) -> np.ndarray:
+def _targets(shape: tuple[int, ...], selection: SelectionRules) -> np.ndarray:
     if selection.safety is not None and selection.safety_mode == "target":
         return selection.safety.mask
     return np.zeros(shape, dtype=bool)
 
 
-def _check_fit(saliency: Saliency, selection: Selection) -> None:
+def _check_fit(saliency: Saliency, selection: SelectionRules) -> None:
     """Refuse maps and expert ids of another model."""
     beyond = [expert for expert in sorted(selection.ignored) if not 0 <= expert < saliency.num_experts]
     if beyond:

@@ -81,6 +81,11 @@ class MoEFamily:
     next_token_layers: bool = False
 
     @property
+    def has_edges(self) -> bool:
+        """Whether experts pass outputs along the edges of a graph, which has a version."""
+        return bool(self.pairs)
+
+    @property
     def own(self) -> tuple[str, ...]:
         """Stored gate, up and down of one expert, behind ``experts.NUMBER.``; empty where experts are fused."""
         return tuple(rf"(?:{'|'.join(names)})\.weight" for names in zip(*self.matrices, strict=True))

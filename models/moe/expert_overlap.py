@@ -1,4 +1,4 @@
-"""Which tokens visit which expert of an opened model, noted in the pass that collects saliency.
+"""Token sets of the experts of an opened model, recorded in the forward pass that collects saliency.
 
 Shape suffixes: E experts, T tokens, B bytes of one bit per token.
 """
@@ -25,15 +25,16 @@ def collect_overlap(
     *,
     on_batch: Callable[[int], None] = lambda done: None,
 ) -> tuple[Saliency, list[np.ndarray]]:
-    """Saliency and visits of every expert on text, in one forward pass.
+    """Collect saliency and routed tokens of every expert on text, in one forward pass.
 
     Args:
         model: any with experts (see ``models.moe.views``), put into evaluation mode.
-        batches: ``(input_ids [B, S], counted [B, S] bool)``; padding is not noted.
+        batches: ``(input_ids [B, S], token_mask [B, S] bool)``; tokens outside the mask are padding and left out.
         on_batch: called with the number of batches done.
 
     Returns:
-        The saliency, and per MoE layer packed bits, uint8 ``[E, B]``: which of the counted tokens visit which expert.
+        The saliency, and per MoE layer packed bits, uint8 ``[E, B]``: whether each token of the masks is routed to
+        the expert.
 
     Raises:
         UserError: a model without experts, or no token.
@@ -49,36 +50,36 @@ def collect_overlap(
 
 
 class TokenVisits:
-    """Visits noted batch by batch, a bit each.
+    """Recorder of the tokens routed to each expert, one bit per token and expert.
 
     Args:
-        layers: with experts, in order.
+        layers: layers with experts, in order.
     """
 
     def __init__(self, layers: Sequence[MoELayer]) -> None:
         self._experts = [layer.num_experts for layer in layers]
         self._parts: list[list[np.ndarray]] = [[] for _ in layers]
-        self._counted = np.empty(0, dtype=bool)
+        self._token_mask = np.empty(0, dtype=bool)
         self._visited: list[Tensor] = []
 
     def starting(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """The batches as they are; each is begun when it is taken."""
-        for input_ids, counted in batches:
-            self._counted = counted.flatten().numpy()
+        """Yield the batches unchanged, and reset the record of the current batch at each."""
+        for input_ids, token_mask in batches:
+            self._token_mask = token_mask.flatten().numpy()
             self._visited = [
-                torch.zeros(number, counted.numel(), dtype=torch.bool) for number in self._experts
+                torch.zeros(number, token_mask.numel(), dtype=torch.bool) for number in self._experts
             ]
-            yield input_ids, counted
+            yield input_ids, token_mask
 
     def add(self, layer: MoELayer, rows: ExpertRows) -> None:
-        """Note who visits an expert."""
+        """Record the tokens of one expert."""
         self._visited[layer.ordinal][rows.expert, rows.tokens.cpu()] = True
 
     def finish(self) -> None:
-        """Pack the tokens of the batch that count."""
+        """Pack the masked tokens of the current batch."""
         for parts, visited_ET in zip(self._parts, self._visited, strict=True):
-            parts.append(pack_visits(visited_ET.numpy()[:, self._counted]))
+            parts.append(pack_visits(visited_ET.numpy()[:, self._token_mask]))
 
     def packed(self) -> list[np.ndarray]:
-        """Per layer uint8 ``[E, B]``; each batch begins a byte."""
+        """Packed bits per layer, uint8 ``[E, B]``; each batch starts a new byte."""
         return [np.concatenate(parts, axis=1) for parts in self._parts]

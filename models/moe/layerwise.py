@@ -1,4 +1,4 @@
-"""Running a model one decoder layer at a time, so that a layer can be changed before the next one sees its output."""
+"""Forward passes one decoder layer at a time: a layer can be changed before the next one receives its output."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from transformers import PreTrainedModel
 
 @dataclass
 class LayerInputs:
-    """One decoder layer and what it receives for every batch.
+    """Decoder layer with its inputs for every batch.
 
     Attributes:
-        index: of the decoder layer.
-        layer: the module.
-        hidden: per batch ``[B, S, D]``.
+        index: index of the decoder layer.
+        layer: decoder layer.
+        hidden: hidden states per batch, ``[B, S, D]``.
     """
 
     index: int
@@ -28,7 +28,7 @@ class LayerInputs:
 
     @torch.no_grad()
     def run(self, on_batch: Callable[[int], None] = lambda batch: None) -> list[Tensor]:
-        """Output of the layer as it is, per batch ``[B, S, D]``; ``on_batch`` is told before each."""
+        """Output of the layer per batch, ``[B, S, D]``; ``on_batch`` is called with the index before each."""
         outputs = []
         for batch, (hidden, arguments) in enumerate(zip(self.hidden, self._arguments, strict=True)):
             on_batch(batch)
@@ -41,14 +41,14 @@ class LayerInputs:
 def walk_layers(
     model: PreTrainedModel, batches: Sequence[tuple[Tensor, dict[str, Tensor]]]
 ) -> Iterator[LayerInputs]:
-    """Yield the decoder layers in order, each with what it receives from those before as they are by then.
+    """Yield the decoder layers in order, each with its inputs from the current state of the layers before it.
 
-    The hidden states of one layer are in memory for all batches. The other arguments of each layer (masks, positions)
-    are recorded in a first pass and do not depend on hidden states.
+    Hidden states of one layer are in memory for all batches. The other arguments of each layer (masks, positions) are
+    recorded in a first pass; they do not depend on hidden states.
 
     Args:
         model: a decoder with ``model.layers``.
-        batches: ``(input_ids [B, S], further arguments of the model)``, on the model's device.
+        batches: ``(input_ids [B, S], keyword arguments of the model)``, on the model's device.
     """
     decoders = list(model.model.layers)
     arguments: list[list[dict[str, Any]]] = [[] for _ in decoders]
@@ -67,7 +67,7 @@ def walk_layers(
 def _record(
     model: PreTrainedModel, decoders: Sequence[nn.Module], input_ids: Tensor, further: dict[str, Tensor]
 ) -> list[tuple[Tensor, dict[str, Any]]]:
-    """Hidden states and other arguments that each decoder layer is called with."""
+    """Hidden states and keyword arguments of each decoder layer's call."""
     calls: list[tuple[Tensor, dict[str, Any]]] = []
 
     def note(_: nn.Module, positional: tuple, keywords: dict[str, Any]) -> None:

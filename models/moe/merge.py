@@ -1,7 +1,7 @@
-"""Merging experts of an opened model, layer by layer, each on what the merged layers before it give.
+"""Merging of experts of an opened model, layer by layer, on the outputs of the merged layers before.
 
 REAM: Jha et al. 2026, "REAM: Merging Improves Pruning of Experts in LLMs", arXiv:2604.04356. Beyond it, merged experts
-are fitted to what the layer gave before (see ``models.moe.refit``).
+are refitted to the previous output of their layer (see ``models.moe.refit``).
 Shape suffixes: T tokens, D hidden width, E experts, F = T D.
 """
 
@@ -24,33 +24,32 @@ from models.moe.layerwise import LayerInputs, walk_layers
 from models.moe.refit import block_output, refit_experts
 from models.moe.remove import remove_experts, set_counts
 from models.moe.routers import all_gates, router_logits
-from models.moe.saliency_collection import SaliencySums, attention
+from models.moe.saliency_collection import SaliencySums, attention_mask_kwargs
 from models.moe.views import moe_layers
 
 SIMILARITIES = ("gated", "average")
 WEIGHTS = ("centroid", "saliency", "mean-saliency", "plain")
 Batch = tuple[Tensor, Tensor]
 
-# Of every expert the outputs on so many tokens are in memory.
+# Tokens per chunk: the outputs of all experts on a chunk are in memory.
 _TOKENS_AT_ONCE = 128
 
 
 @dataclass(frozen=True)
 class MergeOptions:
-    """How experts are merged.
+    """Similarity, alignment, averaging and refit of merged experts.
 
     Attributes:
         similarity: ``gated``: cosine of two experts' outputs on all tokens, each weighted by its gate (REAM);
             ``average``: cosine of their mean outputs (HC-SMoE, Chen et al. 2024, arXiv:2410.08589).
-        alignment: of neurons, before they are averaged (see ``experts.merging.alignment.align_neurons``).
-        max_group_size: experts that become one, at most.
-        weights: of the average that a merged expert is. ``centroid``: none but that of the expert that stays, which
-            the fit then makes stand for its group; ``saliency``: gate times output norm, summed over the tokens routed
-            to an expert, so that of two alike the one with more tokens counts more; ``mean-saliency``: their mean, as
-            in REAM; ``plain``: all alike.
-        refit: whether the down projections of merged experts are fitted to what the layer gave before.
-        sample_tokens: on which outputs are compared.
-        refit_tokens: on which they are fitted.
+        alignment: alignment of neurons before averaging (see ``experts.merging.alignment.align_neurons``).
+        max_group_size: largest number of experts merged into one.
+        weights: averaging weights. ``centroid``: the expert that stays alone, as the start of the refit;
+            ``saliency``: gate times output norm, summed over the tokens routed to an expert; ``mean-saliency``: its
+            mean over these tokens, as in REAM; ``plain``: equal weights.
+        refit: whether down projections of merged experts are fitted to the layer's previous output.
+        sample_tokens: number of tokens of the similarity.
+        refit_tokens: number of tokens of the refit.
     """
 
     similarity: str = "gated"
@@ -71,7 +70,8 @@ class MergeOptions:
             raise UserError(f"expected an average by one of {', '.join(WEIGHTS)}, got {self.weights!r}")
         if self.weights == "centroid" and not self.refit:
             raise UserError(
-                "expected a refit of experts that nothing is averaged into, got none; that is pruning"
+                "expected a refit or weights other than centroid, got neither; that is pruning: enable the refit or "
+                "choose other weights"
             )
         if self.max_group_size < 1:
             raise UserError(f"expected a largest group size of at least 1, got {self.max_group_size}")
@@ -88,18 +88,18 @@ def merge_experts(
 ) -> list[dict[int, list[int]]]:
     """Merge every expert that is not in ``keep_map`` into one that is, in place.
 
-    The router keeps the rows of the experts that stay. Saliency and similarity of a layer are measured on what it
-    receives from the layers before it, which are merged by then.
+    The router keeps the rows of the kept experts. Saliency and similarity of a layer are measured on the outputs of the
+    layers before it, which are merged by then.
 
     Args:
         model: any with experts (see ``models.moe.views``).
-        batches: calibration text, ``(input_ids [B, S], counted [B, S] bool)``.
-        keep_map: MoE-layer ordinal to the experts that stay; a layer that it does not name keeps all.
+        batches: calibration text, ``(input_ids [B, S], token_mask [B, S] bool)``.
+        keep_map: MoE-layer ordinal to the kept experts; an unnamed layer keeps all.
         options: grouping, averaging and refit.
-        on_step: told of the layers done and of all of them.
+        on_step: called with the stage, the layers done and their number.
 
     Returns:
-        Per MoE layer the groups: by the number that an expert had, the numbers of all that were merged into it.
+        Groups per MoE layer: by the old number of each kept expert, the old numbers of its group, itself first.
 
     Raises:
         UserError: a keep map that does not fit, groups that cannot hold all experts, no calibration text.
@@ -107,27 +107,29 @@ def merge_experts(
     model.eval()
     layers = {layer.decoder: layer for layer in moe_layers(model)}
     check_keep_map(keep_map, [layer.num_experts for layer in layers.values()])
-    if not any(bool(counted.any()) for _, counted in batches):
+    if not any(bool(token_mask.any()) for _, token_mask in batches):
         raise UserError("expected calibration text to merge on, got no token; check the data")
     groups: list[dict[int, list[int]]] = []
-    placed = [(ids.to(model.device), counted) for ids, counted in batches]
-    for inputs in walk_layers(model, [(ids, attention(ids, counted)) for ids, counted in placed]):
+    placed = [(ids.to(model.device), token_mask) for ids, token_mask in batches]
+    for inputs in walk_layers(
+        model, [(ids, attention_mask_kwargs(ids, token_mask)) for ids, token_mask in placed]
+    ):
         layer = layers.get(inputs.index)
         if layer is None:
             continue
         kept = np.sort(keep_map.get(layer.ordinal, np.arange(layer.num_experts)))
-        groups.append(_merge_layer(model, layer, inputs, [counted for _, counted in batches], kept, options))
+        groups.append(_merge_layer(model, layer, inputs, [mask for _, mask in batches], kept, options))
         on_step("merging layers", len(groups), len(layers))
     set_counts(model)
     return groups
 
 
 def output_similarity(layer: MoELayer, x_TD: Tensor, mode: str) -> np.ndarray:
-    """Cosine ``[E, E]`` between experts' outputs on the tokens ``x``, every expert run on every token.
+    """Cosine similarity ``[E, E]`` of experts' outputs on the tokens ``x``, every expert run on every token.
 
     Args:
-        layer: of the experts; edges of a graph pass nothing here.
-        x_TD: what the layer receives.
+        layer: layer of the experts; edges of a graph are ignored.
+        x_TD: inputs of the layer.
         mode: one of ``SIMILARITIES``.
     """
     gram_EE = torch.zeros(layer.num_experts, layer.num_experts, dtype=torch.float64)
@@ -152,13 +154,13 @@ def _merge_layer(
     model: PreTrainedModel,
     layer: MoELayer,
     inputs: LayerInputs,
-    counted: Sequence[Tensor],
+    masks: Sequence[Tensor],
     kept: np.ndarray,
     options: MergeOptions,
 ) -> dict[int, list[int]]:
     if len(kept) == layer.num_experts:
         return {int(expert): [int(expert)] for expert in kept}
-    x_TD, weights_E = _observe(layer, inputs, counted, options)
+    x_TD, weights_E = _observe(layer, inputs, masks, options)
     alike_EE = output_similarity(layer, x_TD[: options.sample_tokens], options.similarity)
     groups = group_experts(alike_EE, kept, options.max_group_size)
     wanted_TD = block_output(layer, x_TD) if options.refit else None
@@ -174,12 +176,12 @@ def _merge_layer(
 
 @torch.no_grad()
 def merge_group(layer: MoELayer, group: Sequence[int], shares: Sequence[float], alignment: str) -> None:
-    """Write the average of a group of experts into its first one; the others stay as they are.
+    """Overwrite the first expert of a group with the group's weighted average; the others stay unchanged.
 
     Args:
-        layer: of the experts.
-        group: their numbers; the neurons of all others are aligned to those of the first.
-        shares: weight of each.
+        layer: layer of the experts.
+        group: expert numbers; neurons of the others are aligned to those of the first.
+        shares: averaging weight of each, not normalized.
         alignment: one of ``experts.merging.alignment.ALIGNMENTS``.
     """
     first, *others = (layer.read_numpy(expert) for expert in group)
@@ -189,9 +191,9 @@ def merge_group(layer: MoELayer, group: Sequence[int], shares: Sequence[float], 
 
 
 def _observe(
-    layer: MoELayer, inputs: LayerInputs, counted: Sequence[Tensor], options: MergeOptions
+    layer: MoELayer, inputs: LayerInputs, masks: Sequence[Tensor], options: MergeOptions
 ) -> tuple[Tensor, np.ndarray]:
-    """What the experts receive on the first counted tokens, ``[T, D]``, and their weights in averages, ``[E]``."""
+    """Layer inputs of the first masked tokens, ``[T, D]``, and the experts' averaging weights, ``[E]``."""
     sums, tokens = SaliencySums([layer]), max(
         options.sample_tokens, options.refit_tokens if options.refit else 0
     )
@@ -199,7 +201,7 @@ def _observe(
 
     def on_batch(batch: int) -> None:
         sums.finish()
-        sums.start(counted[batch])
+        sums.start(masks[batch])
 
     def on_rows(_: MoELayer, rows: ExpertRows) -> None:
         sums.add(0, rows)
@@ -207,7 +209,7 @@ def _observe(
     def on_input(_: torch.nn.Module, arguments: tuple[Tensor, ...]) -> None:
         wanted = tokens - sum(len(part) for part in parts)
         if wanted > 0:
-            parts.append(arguments[0].flatten(0, -2)[sums.counted.to(arguments[0].device)][:wanted])
+            parts.append(arguments[0].flatten(0, -2)[sums.token_mask.to(arguments[0].device)][:wanted])
 
     hook = layer.block.register_forward_pre_hook(on_input)
     try:

@@ -1,9 +1,9 @@
-"""Planning which experts go, one at a time, by what each step does to perplexity.
+"""Greedy removal of experts one at a time, by the measured perplexity after each candidate.
 
-Two candidates are measured in every step: pruning the least salient expert of the model (after REAP, arXiv:2510.13999),
-and merging the most alike pair of a layer (after REAM, arXiv:2604.04356); the better one is taken. A pair that was
-measured and not taken makes room for the next one, so that a pair that is alike and yet costs much is not measured
-again and again (see ``RemovalCandidates.to_merge``).
+Every step measures two candidates: pruning the least salient expert of the model (after REAP, arXiv:2510.13999), and
+merging the most similar pair of a layer (after REAM, arXiv:2604.04356); it takes the one of lower perplexity. A
+rejected pair yields to the next most similar one, so that a similar but costly pair is not measured in every step
+(see ``RemovalCandidates.to_merge``).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from experts.saliency.measures import Saliency, check_metric
 from experts.saliency.ranks import rank_sums
 from experts.selection.compression_trace import Averaging, CompressionTrace, Removal, Step
 from experts.selection.removal_candidates import RemovalCandidates
-from experts.selection.rules import Selection, free_experts, select_experts
+from experts.selection.rules import SelectionRules, free_experts, select_experts
 from models.moe.expert_overlap import collect_overlap
 from models.moe.layers import MoELayer
 from models.moe.remove import set_counts
@@ -39,17 +39,16 @@ OnStep = Callable[[str, int, int | None], None]
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """How a plan is made.
+    """Options of ``plan_compression``.
 
     Attributes:
-        selection: how many experts go in the whole model, and which stay: the minimum per layer, ignored ones and those
-            that maps protect.
-        metric: of saliency, by which experts are ranked.
-        alignment: of neurons, for weight cosines and averages (see ``experts.merging.alignment.align_neurons``).
-        max_group_size: experts that become one, at most.
+        selection: number of experts to remove in the whole model, the minimum per layer, ignored and protected experts.
+        metric: saliency metric of the ranks.
+        alignment: alignment of neurons, for weight cosines and averages (see ``experts.merging.alignment``).
+        max_group_size: largest number of experts merged into one.
     """
 
-    selection: Selection
+    selection: SelectionRules
     metric: str = "reap"
     alignment: str = "centroid"
     max_group_size: int = 4
@@ -73,28 +72,28 @@ def plan_compression(
     provenance: dict | None = None,
     on_step: OnStep = lambda stage, done, total: None,
 ) -> CompressionTrace:
-    """Take experts out of a model one after another, in place, and record what each step costs.
+    """Remove experts of a model one after another, in place, and record the perplexity after each step.
 
-    Saliency and visits are collected once, on the model as it is; weight cosines follow the merges. A merged expert is
-    the average of its members, weighted by saliency summed over tokens, and answers to the router row of the most
-    salient one.
+    Saliency and routed tokens are collected once, on the given model; weight cosines are updated after merges. A merged
+    expert is the average of its members, weighted by saliency summed over tokens, with the router row of the most
+    salient one. ``models.moe.replay`` executes the recorded steps on another copy of the model.
 
     Args:
-        model: any with experts (see ``views``), held in memory; afterwards it is what the plan leaves. Layers
-            may then differ in their number of experts, also where the format on disk holds one number.
-        batches: calibration text, ``(input_ids [B, S], counted [B, S] bool)``.
-        measure: perplexity of a model on held-out text.
-        options: how many experts go, and which may.
-        provenance: of the saliency, such as ``model_fingerprint``, which maps are compared with.
-        on_step: told of a stage, its steps done and their total (None: not known).
+        model: any with experts (see ``models.moe.views``), in memory. Afterwards layers may differ in their number of
+            experts, also where the format on disk holds one number.
+        batches: calibration text, ``(input_ids [B, S], token_mask [B, S] bool)``.
+        measure: function from a model to its perplexity on held-out text.
+        options: number of removals, ranks and merging.
+        provenance: provenance of the saliency, such as ``model_fingerprint``, which expert maps are compared with.
+        on_step: called with a stage, its steps done and their total (None: unknown).
 
     Raises:
-        UserError: more experts than may go, maps of another model, no text, a model without experts.
+        UserError: more removals than the rules allow, maps of another model, no text, a model without experts.
     """
     model.eval()
     _check(moe_layers(model), options, provenance)
     if getattr(model.config, "output_router_logits", False):
-        # The load-balancing loss, which it stands for, needs equally many experts in every layer.
+        # The load-balancing loss that this key enables needs equally many experts in every layer.
         model.config.output_router_logits = False
     saliency, visits = collect_overlap(
         model, batches, on_batch=lambda done: on_step("collecting saliency and visits, batches", done, None)
@@ -115,7 +114,7 @@ def plan_compression(
 
 
 class _Planner:
-    """A model that loses experts, and the numbers that they had."""
+    """State of the greedy removal: the shrinking model, candidates, averaging weights and similarities."""
 
     def __init__(
         self,
@@ -137,7 +136,7 @@ class _Planner:
         )
 
     def step(self, before: float) -> Step:
-        """Measure both candidates, take the better one; pruning where they are equal."""
+        """Measure both candidates and execute the one of lower perplexity; pruning on ties."""
         offered = [
             self._candidates.to_prune(),
             self._candidates.to_merge([each.likeness_EE for each in self._likeness], self._last_loss),
@@ -164,7 +163,7 @@ class _Planner:
         return result
 
     def _try(self, removal: Removal) -> tuple[float, nn.Module]:
-        """Perplexity after a removal, and the block that makes it; the model stays as it is."""
+        """Perplexity after a removal, and the block after it; the model stays unchanged."""
         block = self._layer(removal.layer).block
         replace_block(self._model, self._layer(removal.layer), copy.deepcopy(block))
         try:
@@ -190,7 +189,7 @@ class _Planner:
             self._likeness[removal.layer].merge(removal.into, removal.expert, cosines)
 
     def _cosines(self, ordinal: int, expert: int) -> dict[int, float]:
-        """Between an expert and all others that are left, by their numbers."""
+        """Weight cosine of an expert with each other one left, by original number."""
         layer, left = self._layer(ordinal), self._left(ordinal)
         merged = layer.read_numpy(left.index(expert))
         return {
@@ -200,14 +199,14 @@ class _Planner:
         }
 
     def _pair(self, removal: Removal) -> tuple[float | None, float | None]:
-        """Weight cosine and Jaccard of a merge."""
+        """Weight cosine and Jaccard index of a merged pair; None for pruning."""
         if removal.into is None:
             return None, None
         likeness, place = self._likeness[removal.layer], (removal.expert, removal.into)
         return float(likeness.cosine_EE[place]), float(likeness.jaccard_EE[place])
 
     def _left(self, ordinal: int) -> list[int]:
-        """Experts that a layer has left: the entry at a position is the number that it had at first."""
+        """Original numbers of the experts that a layer has left, ascending."""
         return np.flatnonzero(self._candidates.left_LE[ordinal]).tolist()
 
     def _layer(self, ordinal: int) -> MoELayer:

@@ -1,7 +1,7 @@
-"""Fitting merged experts to what their layer gave before, by least squares on calibration text.
+"""Refit of merged experts' down projections to their layer's previous output, by ridge regression on calibration text.
 
-MergeMoE (arXiv:2510.14436) merges experts so that their outputs come close, not their weights. Here the down projection
-of each merged expert is fitted to what is missing in the output of the whole layer.
+MergeMoE (arXiv:2510.14436) matches outputs of merged experts, not weights. Here the target of each down projection is
+the residual of the whole layer's output.
 Shape suffixes: T tokens, N tokens of one expert, D hidden width, H neurons per expert.
 """
 
@@ -16,36 +16,36 @@ from models.moe.hooks import observing_experts
 from models.moe.layers import ExpertRows, MoELayer
 from models.remote_code.execution_fedgraft import gated
 
-# Of the mean square of an expert's neurons: what holds its down projection where the text says little.
+# Ridge penalty, relative to the mean Gram diagonal.
 RIDGE = 0.01
-# Tokens visit several experts, and each fit changes what the others should do.
+# Sweeps over the experts: tokens visit several, so that each fit changes the residual of the others.
 SWEEPS = 4
 
 
 @torch.no_grad()
 def block_output(layer: MoELayer, x_TD: Tensor) -> Tensor:
-    """What the layer's block gives for tokens ``x``, ``[T, D]``, fp32."""
+    """Output of the layer's block for inputs ``x``, ``[T, D]``, fp32."""
     output = layer.block(x_TD[None])
     return (output[0] if isinstance(output, tuple) else output)[0].float()
 
 
 @torch.no_grad()
 def refit_experts(layer: MoELayer, experts: Sequence[int], x_TD: Tensor, wanted_TD: Tensor) -> None:
-    """Change the down projections of ``experts`` so that the layer gives ``wanted`` for ``x`` as closely as they can.
+    """Fit the down projections of ``experts`` to the layer output ``wanted`` for inputs ``x``, in place.
 
-    One expert after another, in several sweeps, each by ridge regression on what the others leave, towards the
-    projection that it has by then.
+    Block coordinate descent: in each sweep, each expert by ridge regression on the residual of the others, shrunk
+    towards its current projection.
 
     Args:
-        layer: after its experts were merged.
-        experts: their numbers.
-        x_TD: what the layer receives.
-        wanted_TD: what its block gave for that before.
+        layer: layer after merging.
+        experts: numbers of the experts to fit.
+        x_TD: inputs of the layer.
+        wanted_TD: target output of its block.
     """
     visited: dict[int, ExpertRows] = {}
 
     def keep(_: MoELayer, rows: ExpertRows) -> None:
-        # What all the others receive and give would be many times what the layer does.
+        # Rows of all experts would take many times the memory of the layer's inputs.
         if rows.expert in experts:
             visited[rows.expert] = rows
 
@@ -57,7 +57,7 @@ def refit_experts(layer: MoELayer, experts: Sequence[int], x_TD: Tensor, wanted_
 
 
 def _refit(layer: MoELayer, rows: ExpertRows, missing_ND: Tensor) -> Tensor:
-    """Refit one expert and return what it adds by that, ``[N, D]``."""
+    """Refit one expert; return the change of its gated output, ``[N, D]``."""
     gate_up, down = layer.read(rows.expert)
     hidden_NH = gated(layer.act_fn, rows.inputs.float() @ gate_up.float().T) * rows.gates.float()[:, None]
     gram_HH = hidden_NH.T @ hidden_NH

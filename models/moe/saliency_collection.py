@@ -1,4 +1,4 @@
-"""Collecting saliency: one pass over text, sums per expert, resumable."""
+"""Collection of expert saliency: sums per expert over the tokens of a text, in one resumable pass."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from models.moe.views import moe_layers
 
 Batch = tuple[Tensor, Tensor]
 
-# How often a long collection is written beside its target.
+# Seconds between two saves of a partial collection.
 SAVE_SECONDS = 30.0
-# Where a collection stands, in what it leaves behind.
+# Provenance keys of a partial collection: its progress.
 _DONE, _TOKENS = "batches_done", "tokens"
 
 
@@ -39,19 +39,20 @@ def collect_saliency(
     on_rows: OnRows = lambda layer, rows: None,
     on_batch: Callable[[int], None] = lambda done: None,
 ) -> Saliency:
-    """What every expert of a model does on text.
+    """Collect the saliency sums of every expert of a model on text.
 
-    REAP (arXiv:2510.13999) is the mean over routed tokens of gate times output norm; all sums it and its peers need are
-    collected in the same forward pass, in which experts run once.
+    REAP (arXiv:2510.13999) is the mean over routed tokens of gate times output norm. One forward pass collects the sums
+    of all measures; experts run once.
 
     Args:
         model: any with experts (see ``models.moe.views``), put into evaluation mode.
-        batches: ``(input_ids [B, S], counted [B, S] bool)``; padding is not counted, and not attended to.
-        provenance: what the result carries, with the number of ``tokens`` counted; a collection is only resumed with
-            the same.
-        partial: file for what is collected so far, written every ``SAVE_SECONDS``, taken up by the next call with the
-            same provenance; None for none. The caller removes it when it has saved the result.
-        on_rows: also told what each expert receives and gives.
+        batches: ``(input_ids [B, S], token_mask [B, S] bool)``; tokens outside the mask are neither summed nor
+            attended to.
+        provenance: provenance of the result; the number of masked ``tokens`` is added. A partial collection is resumed
+            under the same provenance only.
+        partial: file of the sums so far, written every ``SAVE_SECONDS`` and read by the next call with the same
+            provenance; None for no file. The caller removes it after saving the result.
+        on_rows: further observer of each expert's inputs and outputs.
         on_batch: called with the number of batches done.
 
     Raises:
@@ -68,10 +69,10 @@ def collect_saliency(
         on_rows(layer, rows)
 
     with observing_experts(layers, note):
-        for input_ids, counted in islice(batches, done, None):
-            sums.start(counted)
+        for input_ids, token_mask in islice(batches, done, None):
+            sums.start(token_mask)
             ids = input_ids.to(model.device)
-            model(input_ids=ids, **attention(ids, counted), use_cache=False)
+            model(input_ids=ids, **attention_mask_kwargs(ids, token_mask), use_cache=False)
             sums.finish()
             done += 1
             on_batch(done)
@@ -86,39 +87,39 @@ def collect_saliency(
 
 
 class SaliencySums:
-    """Running sums over tokens, in fp64.
+    """Running saliency sums over tokens, fp64.
 
     Attributes:
-        values: per layer ``[3, E]``: gate x norm, norm, gate.
-        counts: per layer ``[E]``, tokens routed to the expert.
-        counted: bool ``[T]``, the tokens of the batch that count.
-        tokens: counted so far.
+        values: per layer ``[3, E]``: sums of gate x output norm, output norm, gate.
+        counts: per layer ``[E]``, number of tokens routed to the expert.
+        token_mask: bool ``[T]``, tokens of the current batch that are summed.
+        tokens: number of masked tokens so far.
     """
 
     def __init__(self, layers: list[MoELayer]) -> None:
         self.values = [torch.zeros(3, layer.num_experts, dtype=torch.float64) for layer in layers]
         self.counts = [torch.zeros(layer.num_experts, dtype=torch.float64) for layer in layers]
         self._rows: dict[int, list[tuple[int, Tensor, Tensor, Tensor]]] = defaultdict(list)
-        self.counted = torch.empty(0, dtype=torch.bool)
+        self.token_mask = torch.empty(0, dtype=torch.bool)
         self.tokens = 0
 
-    def start(self, counted: Tensor) -> None:
-        """Begin a batch of which the tokens ``counted [B, S]`` count."""
-        self.counted = counted.flatten()
-        self.tokens += int(self.counted.sum())
+    def start(self, token_mask: Tensor) -> None:
+        """Start a batch with the token mask ``[B, S]``."""
+        self.token_mask = token_mask.flatten()
+        self.tokens += int(self.token_mask.sum())
 
     def add(self, index: int, rows: ExpertRows) -> None:
-        """Note the rows of an expert of layer ``index``; only their norms are kept."""
+        """Record gates and output norms of one expert of layer ``index``."""
         norms = torch.linalg.vector_norm(rows.outputs, dim=-1, dtype=torch.float32)
         self._rows[index].append((rows.expert, rows.tokens, rows.gates, norms))
 
     def finish(self) -> None:
-        """Add the batch's rows to the sums: once per layer, since experts are many and their rows few."""
+        """Add the recorded batch to the sums, once per layer: experts are many and their rows few."""
         for ordinal, rows in self._rows.items():
             experts, tokens, gates, norms = zip(*rows, strict=True)
             sizes = torch.tensor([len(each) for each in tokens])
             expert_N = torch.tensor(experts).repeat_interleave(sizes)
-            counts_N = self.counted[torch.cat(tokens).cpu()].double()
+            counts_N = self.token_mask[torch.cat(tokens).cpu()].double()
             gate_N = torch.cat(gates).double().cpu() * counts_N
             norm_N = torch.cat(norms).double().cpu() * counts_N
             for total, value_N in zip(self.values[ordinal], (gate_N * norm_N, norm_N, gate_N), strict=True):
@@ -127,9 +128,11 @@ class SaliencySums:
         self._rows.clear()
 
 
-def attention(input_ids: Tensor, counted: Tensor) -> dict[str, Tensor]:
-    """The attention mask where something is padded; without one the model takes its fastest path."""
-    return {} if bool(counted.all()) else {"attention_mask": counted.to(torch.int64).to(input_ids.device)}
+def attention_mask_kwargs(input_ids: Tensor, token_mask: Tensor) -> dict[str, Tensor]:
+    """Keyword arguments with the attention mask; none without padding, which lets the model take its fastest path."""
+    return (
+        {} if bool(token_mask.all()) else {"attention_mask": token_mask.to(torch.int64).to(input_ids.device)}
+    )
 
 
 def _total(before: Saliency | None, sums: SaliencySums, layers: list[MoELayer], provenance: dict) -> Saliency:
@@ -147,7 +150,7 @@ def _total(before: Saliency | None, sums: SaliencySums, layers: list[MoELayer], 
 
 
 def _resume(partial: Path | None, provenance: dict[str, Any]) -> tuple[Saliency | None, int, int]:
-    """What an earlier call left, how many batches it did, and how many tokens it counted."""
+    """Sums of an earlier call, with its number of batches and of masked tokens."""
     if partial is None or not partial.exists():
         return None, 0, 0
     before = load_saliency(partial)

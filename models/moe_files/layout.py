@@ -1,4 +1,4 @@
-"""Where the experts of a stored mixture of experts are: which tensors, which rows, which configuration keys.
+"""Layout of a stored mixture of experts: tensors, rows and configuration keys of its experts.
 
 Shape suffixes: E experts of a layer, D hidden width, H neurons per expert.
 """
@@ -23,14 +23,14 @@ _OF_EXPERT = re.compile(r"experts\.\d+\..+")
 
 @dataclass(frozen=True)
 class LayerLayout:
-    """The tensors of one MoE layer, by their full names.
+    """Tensors of one MoE layer, by full name.
 
     Attributes:
-        ordinal: number among the layers that have experts.
+        ordinal: index among the layers with experts.
         decoder_layer: index among all decoder layers.
         num_experts: E.
-        own: per expert, the tensors that are its alone: gate, up, down; empty where the weights are fused.
-        fused: the weights of all experts, ``[E, ...]``: gate and up, then down; empty where each has its own.
+        own: per expert, its own tensors gate, up, down; empty where the weights are fused.
+        fused: weights of all experts, ``[E, ...]``: gate and up, then down; empty where each has its own.
         rows: other tensors with one row an expert, the router first.
         pairs: tensors ``[E, E]``.
     """
@@ -46,14 +46,14 @@ class LayerLayout:
 
 @dataclass(frozen=True)
 class MoELayout:
-    """A checkpoint and its MoE layers.
+    """Checkpoint and its MoE layers.
 
     Attributes:
         source: its folder.
-        config: ``config.json`` as it stands there.
-        family: how its tensors are named.
-        tensors: everything stored, by name, in the order of the files.
-        layers: those with experts, in order.
+        config: values of ``config.json``.
+        family: names of its tensors.
+        tensors: all stored tensors by name, in the order of the files.
+        layers: layers with experts, in order.
         beyond: tensors of layers behind the last (see ``MoEFamily.next_token_layers``).
     """
 
@@ -66,17 +66,17 @@ class MoELayout:
 
     @property
     def model_type(self) -> str:
-        """As the configuration names it."""
+        """Model type of the configuration."""
         return self.config["model_type"]
 
     @property
     def parameters(self) -> int:
-        """Entries of all floating-point tensors."""
+        """Number of entries of all floating-point tensors."""
         return count_parameters(list(self.tensors.values()))
 
     @property
     def weight_bytes(self) -> int:
-        """Size of the weight files."""
+        """Size of the weight files in bytes."""
         return sum(path.stat().st_size for path in {tensor.path for tensor in self.tensors.values()})
 
     @property
@@ -91,7 +91,7 @@ class MoELayout:
 
 
 def read_moe_layout(source: Path) -> MoELayout:
-    """Find the experts of a checkpoint folder from its configuration and the headers of its weight files.
+    """Read the layout of a checkpoint folder from its configuration and the headers of its weight files.
 
     Raises:
         UserError: not a mixture of experts of a supported family, quantized weights, tensors that the family does not
@@ -137,7 +137,7 @@ def _read_config_values(source: Path) -> dict[str, Any]:
 def _sort_by_layer(
     tensors: Mapping[str, StoredTensor], family: MoEFamily, config: Mapping[str, Any]
 ) -> tuple[dict[int, dict[str, str]], tuple[str, ...]]:
-    """Per decoder layer, the tensors of its FFN (name within the block -> full name); those of further layers."""
+    """FFN tensors of each decoder layer (name within the block -> full name), and tensors of further layers."""
     in_layer = re.compile(rf"(?:model\.)?layers\.(\d+)\.(?:({'|'.join(family.blocks)})\.(.+)|.+)")
     depth = config.get("num_hidden_layers")
     if not isinstance(depth, int):
@@ -164,7 +164,7 @@ def _layer_layout(
     ordinal: int,
     decoder_layer: int,
 ) -> LayerLayout | None:
-    """The layout of a block; None for one without experts."""
+    """Layout of a block; None for a dense one."""
     left = dict(block)
     fused, rows, pairs = (_take(left, patterns) for patterns in (family.fused, family.rows, family.pairs))
     single: dict[int, dict[str, str]] = {}
@@ -190,7 +190,7 @@ def _layer_layout(
 
 
 def _take(block: dict[str, str], patterns: Sequence[str]) -> tuple[str, ...]:
-    """Remove from ``block`` the tensors that match, and give their full names in the order of ``patterns``."""
+    """Pop the tensors that match from ``block``; return their full names in the order of ``patterns``."""
     found = [inner for pattern in patterns for inner in block if re.fullmatch(pattern, inner)]
     return tuple(block.pop(inner) for inner in found)
 
@@ -211,7 +211,7 @@ def _check_shapes(layer: LayerLayout, tensors: Mapping[str, StoredTensor]) -> No
 
 
 def _check_counts(layout: MoELayout) -> None:
-    """Refuse a checkpoint without experts, or whose configuration holds other counts than its tensors."""
+    """Refuse a checkpoint without experts, or with other counts in its configuration than in its tensors."""
     if not layout.layers:
         raise UserError(f"expected a mixture of experts, got no layer with experts in {layout.source}")
     found = layout.experts_per_layer

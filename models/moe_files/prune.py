@@ -1,4 +1,4 @@
-"""Writing a checkpoint with fewer experts, a MiB at a time, whatever its size."""
+"""Pruning of a stored checkpoint: tensors are copied a MiB at a time, so that memory does not grow with its size."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ _STAGE = "writing weights (MiB)"
 
 @dataclass(frozen=True, eq=False)
 class PruneReport:
-    """What pruning a checkpoint does.
+    """Effect of pruning a checkpoint.
 
     Attributes:
         out: the new folder; None for a preview.
-        keep_map: per MoE layer, the old numbers of the experts that stay, ascending: entry n is the old number of n.
-        parameters_before: entries of all floating-point tensors.
-        parameters_after: as before, of the new checkpoint.
-        bytes_before: size of the weight files.
-        bytes_after: as before, of the new checkpoint.
-        warnings: what else changed, one sentence each.
+        keep_map: per MoE layer, the old numbers of the kept experts, ascending: entry n is the old number of n.
+        parameters_before: number of entries of all floating-point tensors.
+        parameters_after: the same of the new checkpoint.
+        bytes_before: size of the weight files in bytes.
+        bytes_after: the same of the new checkpoint.
+        warnings: further changes, one sentence each.
     """
 
     out: Path | None
@@ -54,16 +54,16 @@ def prune_checkpoint(
     on_step: Callable[[str, int, int], None] = lambda stage, done, total: None,
     overwrite: bool = False,
 ) -> PruneReport:
-    """Write a checkpoint folder with the experts of ``keep_map`` alone; everything else stays as it is.
+    """Write a checkpoint folder with the experts of ``keep_map`` alone; all other tensors stay unchanged.
 
-    The new weights lie in files of the same names, in the same dtypes. Router rows and selection biases go with their
-    experts. An expert graph of ours is edited as ``apply_expert_edits`` says.
+    New weight files have the old names and dtypes. Router rows and selection biases of removed experts are removed,
+    too. An expert graph is edited by ``apply_expert_edits``.
 
     Args:
-        source: folder of an expert graph or of a mixture of experts that ``models.moe_files.layout`` knows.
+        source: folder of a checkpoint of a family in ``models.families.table``.
         out: new folder; nothing is left there on a failure.
-        keep_map: MoE-layer ordinal to the experts that stay; a layer that it does not name keeps all.
-        on_step: told of the MiB written and of all of them.
+        keep_map: MoE-layer ordinal to the kept experts; an unnamed layer keeps all.
+        on_step: called with the stage, the MiB written and their total.
         overwrite: whether ``out`` may be replaced.
 
     Raises:
@@ -71,26 +71,26 @@ def prune_checkpoint(
             format that holds one; ``out`` is not empty.
     """
     check_output_directory(out, overwrite=overwrite)
-    plan = _plan(source, keep_map)
+    output = _output_layout(source, keep_map)
     with new_directory(out, overwrite=overwrite) as directory:
         copy_side_files(source, directory)
-        _write_weights(plan, directory, on_step)
-        write_json(directory / "config.json", plan.config)
-    return _report(plan, out)
+        _write_weights(output, directory, on_step)
+        write_json(directory / "config.json", output.config)
+    return _report(output, out)
 
 
 def preview_prune(source: Path, keep_map: Mapping[int, np.ndarray]) -> PruneReport:
-    """What ``prune_checkpoint`` would report; reads no weights and writes nothing.
+    """Report of ``prune_checkpoint`` without reading weights or writing files.
 
     Raises:
         UserError: as ``prune_checkpoint``.
     """
-    return _report(_plan(source, keep_map), None)
+    return _report(_output_layout(source, keep_map), None)
 
 
 @dataclass(frozen=True, eq=False)
-class _Plan:
-    """The new checkpoint: what stays, the tensors of each file, the configuration."""
+class _OutputLayout:
+    """New checkpoint: kept experts, tensors of each file, configuration."""
 
     layout: MoELayout
     keep_map: dict[int, np.ndarray]
@@ -99,7 +99,7 @@ class _Plan:
     warnings: tuple[str, ...]
 
 
-def _plan(source: Path, keep_map: Mapping[int, np.ndarray]) -> _Plan:
+def _output_layout(source: Path, keep_map: Mapping[int, np.ndarray]) -> _OutputLayout:
     layout = read_moe_layout(source)
     check_keep_map(keep_map, layout.experts_per_layer)
     kept = {
@@ -108,19 +108,19 @@ def _plan(source: Path, keep_map: Mapping[int, np.ndarray]) -> _Plan:
     }
     pairs: dict[str, Tensor] = {}
     version = None
-    if layout.family.pairs:
+    if layout.family.has_edges:
         edited = retire_stored_experts(layout, kept)
         pairs, version = edited_pairs(layout, edited), edited.graph.version
     else:
         check_uniform(kept, layout.model_type)
     config, warnings = pruned_config(layout, kept, version)
-    return _Plan(layout, kept, _new_files(layout, kept, pairs), config, warnings)
+    return _OutputLayout(layout, kept, _new_files(layout, kept, pairs), config, warnings)
 
 
 def _new_files(
     layout: MoELayout, kept: Mapping[int, np.ndarray], pairs: Mapping[str, Tensor]
 ) -> dict[str, list[NewTensor]]:
-    """File name to its tensors, in the order in which they are stored."""
+    """File name to its new tensors, in stored order."""
     changed: dict[str, NewTensor | None] = dict.fromkeys(layout.beyond)
     for layer in layout.layers:
         changed |= _layer_tensors(layout, layer, kept[layer.ordinal])
@@ -134,7 +134,7 @@ def _new_files(
 
 
 def _layer_tensors(layout: MoELayout, layer: LayerLayout, kept: np.ndarray) -> dict[str, NewTensor | None]:
-    """Old name to the new tensor; None for one that goes."""
+    """Old name to the new tensor; None for a removed one."""
     new: dict[str, NewTensor | None] = {
         name: NewTensor(name, layout.tensors[name], rows=kept) for name in (*layer.fused, *layer.rows)
     }
@@ -149,8 +149,8 @@ def _layer_tensors(layout: MoELayout, layer: LayerLayout, kept: np.ndarray) -> d
     return new
 
 
-def _write_weights(plan: _Plan, directory: Path, on_step: Callable[[str, int, int], None]) -> None:
-    total = sum(tensor.nbytes for tensors in plan.files.values() for tensor in tensors)
+def _write_weights(output: _OutputLayout, directory: Path, on_step: Callable[[str, int, int], None]) -> None:
+    total = sum(tensor.nbytes for tensors in output.files.values() for tensor in tensors)
     done = 0
 
     def on_bytes(count: int) -> None:
@@ -158,25 +158,25 @@ def _write_weights(plan: _Plan, directory: Path, on_step: Callable[[str, int, in
         done += count
         on_step(_STAGE, done >> 20, total >> 20)
 
-    for name, tensors in plan.files.items():
+    for name, tensors in output.files.items():
         write_tensors(directory / name, tensors, on_bytes=on_bytes)
-    if list(plan.files) != [SAFE_WEIGHTS_NAME]:
-        weight_map = {tensor.name: name for name, tensors in plan.files.items() for tensor in tensors}
-        metadata = {"total_parameters": _parameters(plan), "total_size": total}
+    if list(output.files) != [SAFE_WEIGHTS_NAME]:
+        weight_map = {tensor.name: name for name, tensors in output.files.items() for tensor in tensors}
+        metadata = {"total_parameters": _parameters(output), "total_size": total}
         write_json(directory / SAFE_WEIGHTS_INDEX_NAME, {"metadata": metadata, "weight_map": weight_map})
 
 
-def _report(plan: _Plan, out: Path | None) -> PruneReport:
+def _report(output: _OutputLayout, out: Path | None) -> PruneReport:
     return PruneReport(
         out=out,
-        keep_map=plan.keep_map,
-        parameters_before=plan.layout.parameters,
-        parameters_after=_parameters(plan),
-        bytes_before=plan.layout.weight_bytes,
-        bytes_after=sum(map(file_bytes, plan.files.values())),
-        warnings=plan.warnings,
+        keep_map=output.keep_map,
+        parameters_before=output.layout.parameters,
+        parameters_after=_parameters(output),
+        bytes_before=output.layout.weight_bytes,
+        bytes_after=sum(map(file_bytes, output.files.values())),
+        warnings=output.warnings,
     )
 
 
-def _parameters(plan: _Plan) -> int:
-    return count_parameters([tensor for tensors in plan.files.values() for tensor in tensors])
+def _parameters(output: _OutputLayout) -> int:
+    return count_parameters([tensor for tensors in output.files.values() for tensor in tensors])

@@ -1,4 +1,4 @@
-"""Pruning an expert graph on the disk: the edges that it has after its experts went, and what they pass."""
+"""Edges of a stored expert graph after pruning, with their gains and affinities."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MASK = "edges"
 
 
 def read_stored_graph(layout: MoELayout) -> ExpertGraph:
-    """The graph that a checkpoint of ours holds.
+    """Read the masks of a stored expert graph.
 
     Raises:
         UserError: a mask that is not upper-triangular.
@@ -28,7 +28,7 @@ def read_stored_graph(layout: MoELayout) -> ExpertGraph:
 
 
 def retire_stored_experts(layout: MoELayout, keep_map: Mapping[int, np.ndarray]) -> EditedGraph:
-    """The graph that is left of a checkpoint of ours; see ``apply_expert_edits``.
+    """Edit a stored expert graph: retire all experts but those of ``keep_map`` (see ``apply_expert_edits``).
 
     Raises:
         UserError: as ``read_stored_graph``; an expert or layer that is not there.
@@ -37,10 +37,10 @@ def retire_stored_experts(layout: MoELayout, keep_map: Mapping[int, np.ndarray])
 
 
 def edited_pairs(layout: MoELayout, edited: EditedGraph) -> dict[str, Tensor]:
-    """The tensors ``[E', E']`` of an edited graph by name, in their stored dtypes.
+    """Tensors ``[E', E']`` of an edited graph by name, in their stored dtypes.
 
-    An edge that was there keeps its gain and its affinity; one that the rewiring made starts at zero, since nothing was
-    learned for it: it changes no output until it is trained, but it may open a closed root earlier.
+    Old edges keep gain and affinity. New edges start at zero, since nothing was learned for them: they change no output
+    until trained, but may open a closed root earlier.
     """
     pairs = {}
     for layer, mask, kept, added in zip(

@@ -1,4 +1,4 @@
-"""The configuration of a mixture of experts that has lost some of them."""
+"""Configuration of a pruned mixture of experts."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from models.moe_files.layout import MoELayout
 def pruned_config(
     layout: MoELayout, kept: Mapping[int, np.ndarray], graph_version: int | None = None
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """``config.json`` of what is left of a checkpoint, and what it changes beside the number of experts.
+    """Build ``config.json`` of a pruned checkpoint, with a warning for each change beside the number of experts.
 
     Args:
-        layout: the checkpoint before.
-        kept: per MoE layer, the old numbers of the experts that stay.
-        graph_version: of an expert graph of ours; None for other formats.
+        layout: checkpoint before pruning.
+        kept: per MoE layer, the old numbers of the kept experts.
+        graph_version: graph version of a pruned expert graph; None for other formats.
 
     Raises:
-        UserError: router groups that the experts left do not fill evenly, or with fewer than two each.
+        UserError: router groups that the kept experts do not fill evenly, or with fewer than two each.
     """
     family, config = layout.family, dict(layout.config)
     counts = [len(kept[layer]) for layer in range(len(layout.layers))]
@@ -45,7 +45,7 @@ def pruned_config(
 def _selectable(
     config: Mapping[str, Any], layout: MoELayout, kept: Mapping[int, np.ndarray], count: int
 ) -> tuple[int, tuple[str, ...]]:
-    """Experts that one token can choose from, and a warning where the router's groups change their members."""
+    """Number of experts that one token can choose from, and a warning where router groups change their members."""
     if layout.family.groups is None:
         return count, ()
     groups = config.get(layout.family.groups.count_key) or 1

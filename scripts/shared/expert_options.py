@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from experts.selection.rules import Selection
+    from experts.selection.rules import SelectionRules
 
 SaliencyFiles = Annotated[
     list[Path],
@@ -40,16 +40,16 @@ def selection_of(
     domain_map: Path | None = None,
     ignore_experts: str = "",
     **options: Any,
-) -> Selection:
+) -> SelectionRules:
     """The selection that options stand for: maps are read, expert ids parsed, the rest goes in as it is.
 
     Raises:
-        UserError: as ``Selection``, ``load_expert_map`` and ``parse_expert_ids``.
+        UserError: as ``SelectionRules``, ``load_expert_map`` and ``parse_expert_ids``.
     """
     from experts.saliency.expert_map import load_expert_map
-    from experts.selection.rules import Selection, parse_expert_ids
+    from experts.selection.rules import SelectionRules, parse_expert_ids
 
-    return Selection(
+    return SelectionRules(
         safety=load_expert_map(safety_map) if safety_map else None,
         domain=load_expert_map(domain_map) if domain_map else None,
         ignored=parse_expert_ids(ignore_experts),

@@ -11,9 +11,9 @@ from tests.support.tiny_moes import tiny_moe
 
 def test_the_plain_formula_leaves_padding_out():
     moe = tiny_moe("mixtral")
-    counted = torch.ones(2, 10, dtype=torch.bool)
-    counted[1, 4:] = False
-    batches = [(random_ids(moe, 2, 10), counted)]
+    token_mask = torch.ones(2, 10, dtype=torch.bool)
+    token_mask[1, 4:] = False
+    batches = [(random_ids(moe, 2, 10), token_mask)]
     np.testing.assert_allclose(
         plain_reap(moe, batches), collect_saliency(moe, batches).scores("reap"), rtol=1e-4
     )

@@ -11,7 +11,7 @@ from configs.errors import UserError
 from experts.saliency.expert_map import ExpertMap
 from experts.saliency.measures import METRICS
 from experts.selection.expert_list import ExpertList, load_expert_list, write_expert_list
-from experts.selection.rules import Selection, parse_expert_ids, select_experts, strided
+from experts.selection.rules import SelectionRules, parse_expert_ids, select_experts, strided
 from tests.support.saliency_samples import map_of, random_saliency, saliency_of_scores
 
 # From the best to the worst: 0, 1, 2, ... in every layer.
@@ -24,7 +24,7 @@ def removed(experts: ExpertList) -> list[list[int]]:
 
 
 def select(**options) -> list[list[int]]:
-    return removed(select_experts([FALLING], "freq", Selection(**options)))
+    return removed(select_experts([FALLING], "freq", SelectionRules(**options)))
 
 
 def test_the_worst_of_each_layer_go():
@@ -36,24 +36,24 @@ def test_the_worst_of_each_layer_go():
 @pytest.mark.parametrize("metric", METRICS)
 def test_the_metric_decides(metric):
     saliency = random_saliency([6, 6], 3)
-    chosen = removed(select_experts([saliency], metric, Selection(n_prune=2)))
+    chosen = removed(select_experts([saliency], metric, SelectionRules(n_prune=2)))
     scores = saliency.scores(metric)
     assert chosen == [sorted(np.argsort(row)[:2].tolist()) for row in scores]
 
 
 def test_merged_experts_are_marked_as_such():
-    experts = select_experts([FALLING], "freq", Selection(n_prune=2, action="merge"))
+    experts = select_experts([FALLING], "freq", SelectionRules(n_prune=2, action="merge"))
     assert set(experts.actions.flat) == {"keep", "merge"} and removed(experts) == [[6, 7], [6, 7]]
     assert experts.statistics["total_pruned"] == 4
 
 
 def test_analyze_writes_ranks_and_removes_nothing():
-    experts = select_experts([FALLING], "freq", Selection(n_prune=3, action="analyze"))
+    experts = select_experts([FALLING], "freq", SelectionRules(n_prune=3, action="analyze"))
     assert removed(experts) == [[], []] and experts.rank_sum[0].tolist() == list(range(1, 9))
 
 
 def test_the_source_and_the_filters_are_told():
-    selection = Selection(n_prune=2, model_wide=True, min_rank=3, max_rank=16, action="merge")
+    selection = SelectionRules(n_prune=2, model_wide=True, min_rank=3, max_rank=16, action="merge")
     experts = select_experts([FALLING], "ean", selection, files=["a", "b"])
     assert experts.source == {
         "files": ["a", "b"],
@@ -71,16 +71,16 @@ def test_model_wide_selection_by_raw_sums_does_not_let_large_norm_layers_dominat
 
 def test_model_wide_takes_more_where_a_layer_is_more_uneven():
     uneven = saliency_of_scores([[100, 1, 1, 1], [5, 5, 5, 5]])
-    experts = select_experts([uneven], "freq", Selection(n_prune=3, model_wide=True))
+    experts = select_experts([uneven], "freq", SelectionRules(n_prune=3, model_wide=True))
     assert removed(experts) == [[1, 2, 3], []]
 
 
 def test_the_minimum_per_layer_is_kept_and_not_only_warned_about():
     uneven = saliency_of_scores([[100, 1, 1, 1], [5, 5, 5, 5]])
-    selection = Selection(n_prune=3, model_wide=True, min_experts_per_layer=3)
+    selection = SelectionRules(n_prune=3, model_wide=True, min_experts_per_layer=3)
     with pytest.raises(UserError, match="at most 2 experts in the whole model, got --n-prune 3"):
         select_experts([uneven], "freq", selection)
-    allowed = Selection(n_prune=2, model_wide=True, min_experts_per_layer=3)
+    allowed = SelectionRules(n_prune=2, model_wide=True, min_experts_per_layer=3)
     assert removed(select_experts([uneven], "freq", allowed)) == [[3], [3]]
     with pytest.raises(UserError, match="at most 4 experts in layer 0, got --n-prune 5"):
         select(n_prune=5, min_experts_per_layer=4)
@@ -91,11 +91,11 @@ def test_the_minimum_per_layer_is_kept_and_not_only_warned_about():
 
 def test_every_layer_has_its_own_count_and_not_that_of_the_first():
     unequal = saliency_of_scores([[2, 1], [5, 4, 3, 2, 1], [3, 2, 1]])
-    experts = select_experts([unequal], "freq", Selection(n_prune=1))
+    experts = select_experts([unequal], "freq", SelectionRules(n_prune=1))
     assert removed(experts) == [[1], [4], [2]]
     assert (experts.actions == "").sum() == 15 - 10
     with pytest.raises(UserError, match="at most 1 experts in layer 0, got --n-prune 2"):
-        select_experts([unequal], "freq", Selection(n_prune=2))
+        select_experts([unequal], "freq", SelectionRules(n_prune=2))
     assert experts.statistics == {"num_layers": 3, "num_experts": 5, "total_kept": 7, "total_pruned": 3}
 
 
@@ -138,7 +138,7 @@ def test_ignored_experts_stay_in_every_layer():
 
 
 def test_a_rank_filter_drops_no_expert_from_the_table(tmp_path):
-    experts = select_experts([FALLING], "freq", Selection(n_prune=2, min_rank=3, max_rank=6))
+    experts = select_experts([FALLING], "freq", SelectionRules(n_prune=2, min_rank=3, max_rank=6))
     assert removed(experts) == [[4, 5], [4, 5]]
     csv_path, json_path = write_expert_list(experts, tmp_path)
     assert len(csv_path.read_text().splitlines()) == 1 + 16
@@ -149,7 +149,7 @@ def test_a_rank_filter_drops_no_expert_from_the_table(tmp_path):
 
 
 def test_the_rank_filter_is_on_sums_of_ranks():
-    experts = select_experts([FALLING, FALLING], "freq", Selection(n_prune=1, max_rank=6))
+    experts = select_experts([FALLING, FALLING], "freq", SelectionRules(n_prune=1, max_rank=6))
     assert removed(experts) == [[2], [2]]
 
 
@@ -184,8 +184,10 @@ def test_the_stride_takes_the_first_and_stays_in_the_first_half():
 
 def test_of_equal_experts_those_with_the_higher_numbers_go():
     alike = saliency_of_scores([[1, 1, 1, 1]])
-    assert removed(select_experts([alike], "freq", Selection(n_prune=2))) == [[2, 3]]
-    assert removed(select_experts([alike], "freq", Selection(n_prune=3, strategy="strided"))) == [[1, 2, 3]]
+    assert removed(select_experts([alike], "freq", SelectionRules(n_prune=2))) == [[2, 3]]
+    assert removed(select_experts([alike], "freq", SelectionRules(n_prune=3, strategy="strided"))) == [
+        [1, 2, 3]
+    ]
 
 
 @st.composite
@@ -198,7 +200,7 @@ def cases(draw):
     maps = {kind: draw(st.none() | st.just(map_of(kind, shape, flags()))) for kind in ("safety", "domain")}
     saliencies = [random_saliency(shape, seed) for seed in draw(st.lists(st.integers(0, 50), min_size=1))[:3]]
     low = draw(st.none() | st.integers(1, 4))
-    selection = Selection(
+    selection = SelectionRules(
         n_prune=draw(st.integers(0, 6)),
         model_wide=draw(st.booleans()),
         strategy=draw(st.sampled_from(["bottom", "strided"])),
@@ -230,8 +232,8 @@ def test_exactly_n_go_or_the_error_says_how_many_can(case):
 
 def _reduced(case, possible: int):
     saliencies, metric, selection = case
-    options = {name: getattr(selection, name) for name in Selection.__dataclass_fields__}
-    smaller = Selection(**{**options, "n_prune": possible})
+    options = {name: getattr(selection, name) for name in SelectionRules.__dataclass_fields__}
+    smaller = SelectionRules(**{**options, "n_prune": possible})
     return (saliencies, metric, smaller), select_experts(saliencies, metric, smaller)
 
 
@@ -264,9 +266,9 @@ def _check(case, experts: ExpertList) -> None:
 @given(seed=st.integers(0, 99), number=st.integers(0, 5))
 def test_a_list_only_grows_with_n(seed, number):
     saliency = random_saliency([6, 7], seed)
-    fewer = removed(select_experts([saliency], "reap", Selection(n_prune=number)))
+    fewer = removed(select_experts([saliency], "reap", SelectionRules(n_prune=number)))
     assume(number < 5)
-    more = removed(select_experts([saliency], "reap", Selection(n_prune=number + 1)))
+    more = removed(select_experts([saliency], "reap", SelectionRules(n_prune=number + 1)))
     assert all(set(one) < set(other) for one, other in zip(fewer, more, strict=True))
 
 
@@ -288,7 +290,7 @@ def test_a_list_only_grows_with_n(seed, number):
 )
 def test_conflicts_are_refused_at_construction(options, words):
     with pytest.raises(UserError, match=words):
-        Selection(**options)
+        SelectionRules(**options)
 
 
 def test_a_map_of_another_model_is_refused():
@@ -298,7 +300,7 @@ def test_a_map_of_another_model_is_refused():
     other = ExpertMap("domain", scores, none, {}, {"model_fingerprint": "other"})
     saliency = random_saliency(SHAPE, model_fingerprint="this")
     with pytest.raises(UserError, match="domain map of the model"):
-        select_experts([saliency], "reap", Selection(domain=other))
+        select_experts([saliency], "reap", SelectionRules(domain=other))
     assert select(domain=other) == [[], []]
 
 

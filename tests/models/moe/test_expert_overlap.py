@@ -24,10 +24,10 @@ def plain_visits(model, batches):
     """Per layer and expert the set of (batch, token) that transformers' own router sends to it."""
     layers = moe_layers(model)
     visits = [[set() for _ in range(layer.num_experts)] for layer in layers]
-    for batch, (input_ids, counted) in enumerate(batches):
+    for batch, (input_ids, token_mask) in enumerate(batches):
         for layer, x_TD in zip(layers, block_inputs(model, input_ids), strict=True):
             _, _, experts_TK = layer.router(x_TD)
-            for token in counted.flatten().nonzero().flatten().tolist():
+            for token in token_mask.flatten().nonzero().flatten().tolist():
                 for expert in experts_TK[token].tolist():
                     visits[layer.ordinal][expert].add((batch, token))
     return visits
@@ -48,8 +48,8 @@ def test_every_visit_that_saliency_counts_is_one_bit(make):
     model = make()
     seen = []
     saliency, visits = collect_overlap(model, batches_of(model, padding=3), on_batch=seen.append)
-    counted = [np.bitwise_count(packed).sum(axis=1) for packed in visits]
-    np.testing.assert_array_equal(counted, saliency.freq)
+    bits = [np.bitwise_count(packed).sum(axis=1) for packed in visits]
+    np.testing.assert_array_equal(bits, saliency.freq)
     expected = collect_saliency(model, batches_of(model, padding=3))
     for name in ARRAYS:
         np.testing.assert_array_equal(getattr(saliency, name), getattr(expected, name))

@@ -23,9 +23,9 @@ KEPT = {0: np.array([1, 3]), 1: np.array([0, 2])}
 
 
 def calibration(model, padding=0):
-    counted = torch.ones(2, 12, dtype=torch.bool)
-    counted[1, 12 - padding :] = False
-    return [(random_ids(model, 2, 12, seed=seed), counted) for seed in range(2)]
+    token_mask = torch.ones(2, 12, dtype=torch.bool)
+    token_mask[1, 12 - padding :] = False
+    return [(random_ids(model, 2, 12, seed=seed), token_mask) for seed in range(2)]
 
 
 def with_twins(model):

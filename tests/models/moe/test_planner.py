@@ -16,7 +16,7 @@ from experts.saliency.ranks import rank_sums
 from experts.selection.compression_trace import Removal
 from experts.selection.expert_list import check_keep_map
 from experts.selection.removal_candidates import RemovalCandidates
-from experts.selection.rules import Selection
+from experts.selection.rules import SelectionRules
 from models.moe.expert_overlap import collect_overlap
 from models.moe.planner import PlanOptions, plan_compression
 from models.moe.remove import keep_experts, remove_experts
@@ -30,9 +30,9 @@ from tests.support.tiny_moes import FAMILIES, tiny_moe
 
 
 def text(model, seed=0):
-    counted = torch.ones(2, 12, dtype=torch.bool)
-    counted[1, 8:] = False
-    return [(random_ids(model, 2, 12, seed=seed + batch), counted) for batch in range(2)]
+    token_mask = torch.ones(2, 12, dtype=torch.bool)
+    token_mask[1, 8:] = False
+    return [(random_ids(model, 2, 12, seed=seed + batch), token_mask) for batch in range(2)]
 
 
 def perplexity(model):
@@ -60,7 +60,7 @@ def likeness_to(model):
 def plan(model, n, *, measure=perplexity, on_step=lambda *_: None, **options):
     names = ("metric", "alignment", "max_group_size")
     own = {name: options.pop(name) for name in names if name in options}
-    selection = Selection(n_prune=n, model_wide=True, **options)
+    selection = SelectionRules(n_prune=n, model_wide=True, **options)
     return plan_compression(model, text(model), measure, PlanOptions(selection, **own), on_step=on_step)
 
 
@@ -284,12 +284,12 @@ def test_progress_is_told_and_other_metrics_rank():
 
 def test_bad_options_and_a_perplexity_that_is_none_are_refused():
     with pytest.raises(UserError, match="'loss'"):
-        PlanOptions(Selection(model_wide=True), metric="loss")
+        PlanOptions(SelectionRules(model_wide=True), metric="loss")
     with pytest.raises(UserError, match="'up'"):
-        PlanOptions(Selection(model_wide=True), alignment="up")
+        PlanOptions(SelectionRules(model_wide=True), alignment="up")
     with pytest.raises(UserError, match="got 0"):
-        PlanOptions(Selection(model_wide=True), max_group_size=0)
+        PlanOptions(SelectionRules(model_wide=True), max_group_size=0)
     with pytest.raises(UserError, match="whole model"):
-        PlanOptions(Selection())
+        PlanOptions(SelectionRules())
     with pytest.raises(UserError, match="got nan"):
         plan(tiny_moe("mixtral"), 1, measure=lambda model: math.nan)

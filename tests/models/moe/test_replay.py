@@ -10,7 +10,7 @@ import torch
 
 from configs.errors import UserError
 from experts.selection.compression_trace import Averaging, Removal, Step
-from experts.selection.rules import Selection
+from experts.selection.rules import SelectionRules
 from experts.selection.trace_file import read_trace, write_trace
 from models.checkpoints.load import load_causal_lm
 from models.checkpoints.save import save_graph
@@ -25,9 +25,9 @@ from tests.support.tiny_moes import FAMILIES, tiny_moe
 
 
 def text(model, seed=0):
-    counted = torch.ones(2, 12, dtype=torch.bool)
-    counted[1, 8:] = False
-    return [(random_ids(model, 2, 12, seed=seed + batch), counted) for batch in range(2)]
+    token_mask = torch.ones(2, 12, dtype=torch.bool)
+    token_mask[1, 8:] = False
+    return [(random_ids(model, 2, 12, seed=seed + batch), token_mask) for batch in range(2)]
 
 
 def perplexity(model):
@@ -37,7 +37,7 @@ def perplexity(model):
 def planned(model, n_prune, **rules):
     """The trace of a plan, and the planner's model."""
     model = copy.deepcopy(model)
-    options = PlanOptions(Selection(n_prune=n_prune, model_wide=True, **rules))
+    options = PlanOptions(SelectionRules(n_prune=n_prune, model_wide=True, **rules))
     return plan_compression(model, text(model), perplexity, options), model
 
 

@@ -23,9 +23,9 @@ from tests.support.tiny_moes import FAMILIES, tiny_moe
 def batches_of(model, sizes=(2, 1, 3), length=12, padding=0):
     """Batches of random tokens; the last ``padding`` tokens of each block do not count."""
     for seed, size in enumerate(sizes):
-        counted = torch.ones(size, length, dtype=torch.bool)
-        counted[:, length - padding :] = False
-        yield random_ids(model, size, length, seed=seed), counted
+        token_mask = torch.ones(size, length, dtype=torch.bool)
+        token_mask[:, length - padding :] = False
+        yield random_ids(model, size, length, seed=seed), token_mask
 
 
 def block_inputs(model, input_ids) -> list[torch.Tensor]:
@@ -46,11 +46,11 @@ def plain_saliency(model, batches) -> dict[str, np.ndarray]:
     """REAP's sums, token by token: every expert runs on every token, and gates are those of transformers' router."""
     layers = moe_layers(model)
     sums = {name: np.zeros((len(layers), layers[0].num_experts)) for name in ARRAYS}
-    for input_ids, counted in batches:
+    for input_ids, token_mask in batches:
         for layer, x_TD in zip(layers, block_inputs(model, input_ids), strict=True):
             router: Any = layer.router
             _, gates, experts = router(x_TD)
-            for token in counted.flatten().nonzero().flatten().tolist():
+            for token in token_mask.flatten().nonzero().flatten().tolist():
                 for gate, expert in zip(gates[token].tolist(), experts[token].tolist(), strict=True):
                     gate_up, down = layer.experts.gate_up_proj[expert], layer.experts.down_proj[expert]
                     g, u = (gate_up @ x_TD[token]).chunk(2)

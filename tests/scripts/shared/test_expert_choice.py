@@ -9,7 +9,7 @@ import pytest
 from configs.errors import UserError
 from experts.saliency.measures import save_saliency
 from experts.selection.expert_list import write_expert_list
-from experts.selection.rules import Selection, select_experts
+from experts.selection.rules import SelectionRules, select_experts
 from scripts.shared.expert_choice import ExpertChoice, choose_experts, output_directories
 from tests.support.saliency_samples import saliency_of_scores
 
@@ -56,7 +56,7 @@ def test_every_list_is_a_choice_of_its_own_and_saliency_fills_in(tmp_path, salie
 
 def test_the_ranks_of_a_table_come_before_those_of_the_saliency(tmp_path, saliency):
     other = saliency_of_scores([[1.0, 2.0, 3.0, 4.0], [1.0, 2.0, 3.0]])
-    csv, _ = write_expert_list(select_experts([other], "reap", Selection(n_prune=1)), tmp_path)
+    csv, _ = write_expert_list(select_experts([other], "reap", SelectionRules(n_prune=1)), tmp_path)
     (choice,) = choose_experts(EXPERTS, expert_list=[csv], saliency=[saliency], n_prune=None)
     assert choice.ranks[0] == {0: 4.0, 1: 3.0, 2: 2.0, 3: 1.0}
 

@@ -4,7 +4,7 @@ import pytest
 
 from configs.errors import UserError
 from experts.saliency.expert_map import save_expert_map
-from experts.selection.rules import Selection
+from experts.selection.rules import SelectionRules
 from scripts.shared.expert_options import selection_of
 from tests.support.saliency_samples import map_of
 
@@ -25,7 +25,7 @@ def test_maps_are_read_and_ids_parsed(tmp_path):
 
 
 def test_nothing_asked_is_the_default_selection():
-    assert selection_of() == Selection()
+    assert selection_of() == SelectionRules()
 
 
 def test_conflicts_are_refused():

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from experts.saliency.expert_map import save_expert_map
 from experts.saliency.measures import save_saliency
 from experts.selection.expert_list import write_expert_list
-from experts.selection.rules import Selection, select_experts
+from experts.selection.rules import SelectionRules, select_experts
 from models.checkpoints.load import load_dense, load_graph
 from tests.support.command import assert_refused, run, tree
 from tests.support.saliency_samples import map_of, saliency_of_scores
@@ -67,7 +67,7 @@ def test_a_reader_sees_layers_and_sizes(tmp_path, capsys, moe):
 
 
 def test_the_csv_of_a_selection_is_applied_as_the_selection_itself(tmp_path, capsys, moe, saliency):
-    chosen = select_experts([SALIENCY], "reap", Selection(n_prune=2))
+    chosen = select_experts([SALIENCY], "reap", SelectionRules(n_prune=2))
     csv, _ = write_expert_list(chosen, tmp_path)
     by_list = run(
         capsys, "prune", "--model", moe, "--expert-list", csv, "--out", tmp_path / "a", "--json"
@@ -114,7 +114,7 @@ def test_several_saliency_files_are_summed_by_rank(tmp_path, capsys, moe, salien
     files = ("--saliency", saliency, "--saliency", tmp_path / "other.npz")
     command = ("prune", "--model", moe, *files, "--n-prune", 1, "--preview", "--json")
     removed = run(capsys, *command).json()["removed"]
-    expected = select_experts([SALIENCY, other], "reap", Selection(n_prune=1))
+    expected = select_experts([SALIENCY, other], "reap", SelectionRules(n_prune=1))
     assert removed == {
         str(layer): sorted({0, 1, 2, 3} - set(kept.tolist())) for layer, kept in expected.keep_map.items()
     }
@@ -222,7 +222,7 @@ def test_equalizing_a_list_needs_ranks(tmp_path, capsys, moe, saliency):
     assert_refused(run(capsys, *command), "ranks to equalize layer 1", "--saliency", as_json=True)
     assert run(capsys, *command, "--saliency", saliency).json()["keep_map"]["1"] == [0, 2, 3]
     csv, _ = write_expert_list(
-        select_experts([SALIENCY], "reap", Selection(n_prune=3, model_wide=True)), tmp_path
+        select_experts([SALIENCY], "reap", SelectionRules(n_prune=3, model_wide=True)), tmp_path
     )
     table = ("prune", "--model", moe, "--expert-list", csv, "--preview", "--json", "--equalize")
     assert run(capsys, *table).json()["keep_map"] == {"0": [0, 2, 3], "1": [1, 2, 3]}
