@@ -11,8 +11,10 @@ from flwr.clientapp import ClientApp
 from clients.participant import Participant
 from clients.state.local_copy import VersionMismatch
 from clients.state.local_graph import NeedsRecipe
+from configs.errors import UserError
 from configs.schema import load_run_config
 from federated.protocol.messages import (
+    BAD_INPUT,
     NEEDS_RECIPE,
     REFUSED,
     RESEND,
@@ -51,7 +53,9 @@ def _answer(message: Message, context: Context, act: Callable[[Participant, Requ
     except VersionMismatch as error:
         return Message(Error(code=RESEND, reason=str(error.version)), reply_to=message)
     except NeedsRecipe as error:
-        return Message(Error(code=NEEDS_RECIPE, reason=f"UserError: {error}"), reply_to=message)
+        return Message(Error(code=NEEDS_RECIPE, reason=str(error)), reply_to=message)
+    except UserError as error:
+        return Message(Error(code=BAD_INPUT, reason=" ".join(str(error).split())), reply_to=message)
     except Exception as error:  # noqa: BLE001 - the boundary to Flower
         _log.exception("the message could not be answered")
         reason = " ".join(f"{type(error).__name__}: {error}".split())

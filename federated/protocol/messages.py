@@ -13,10 +13,17 @@ from configs.errors import UserError
 from federated.protocol.steps import ServerStep, read_step
 from federated.updates.update import RefusedUpdate
 
-# Error codes of replies; Flower's own are small.
-REFUSED = 100  # the client cannot do what was asked; the reason says why
-RESEND = 101  # the client holds another version than the server thought; the reason is that version
-NEEDS_RECIPE = 102  # the client has the dense base only and asks for the recipe of the graph
+# Error codes of replies; Flower's own are below 100.
+REFUSED = 100  # failure of the client; the reason is the type and message of the exception
+RESEND = (
+    101  # the client holds another version than the server recorded; the reason is that version, in digits
+)
+NEEDS_RECIPE = (
+    102  # the client requests the recipe of the graph; the reason applies where the server has none
+)
+BAD_INPUT = (
+    103  # invalid input of the user (configuration, data, checkpoint); the reason is the plain message
+)
 
 # What reading a record of another kind, or a field of another type, ends in.
 _UNREADABLE = (KeyError, TypeError, ValueError, AttributeError, OverflowError)
@@ -195,11 +202,10 @@ def detach_update(content: RecordDict) -> tuple[RecordDict, bytes]:
     return RecordDict(dict(content.items()) | {"arrays": rest}), update
 
 
-def raise_user_error(reason: str) -> None:
-    """Raise the ``UserError`` that a client's error reply carries, if it carries one."""
-    head, _, message = reason.partition(": ")
-    if head == UserError.__name__ and message:
-        raise UserError(message)
+def raise_bad_input(code: int, reason: str) -> None:
+    """Raise the reason of an error reply as ``UserError`` if its code blames the input of a user."""
+    if code in (BAD_INPUT, NEEDS_RECIPE):
+        raise UserError(reason)
 
 
 def _to_array(data: bytes) -> Array:

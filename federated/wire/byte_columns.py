@@ -79,5 +79,5 @@ def read_columns(
         first = error.errors()[0]
         raise RefusedUpdate(f"header: {'.'.join(map(str, first['loc']))} {first['msg']}") from error
     if header.checksum != checksum(header, columns):
-        raise RefusedUpdate(f"checksum mismatch in {kind}")
+        raise RefusedUpdate("checksum mismatch")
     return header, columns

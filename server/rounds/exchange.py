@@ -30,7 +30,7 @@ class Answer:
         bytes_up: bytes of the reply or error reply; 0 without an answer.
         bytes_down: bytes of the request.
         update: packed update of the reply, where it was moved from ``content`` to disk.
-        needs_recipe: whether the node requests the recipe of the graph.
+        error_code: Flower's code of the error or one of ``federated.protocol.messages``; 0 without an error reply.
     """
 
     content: RecordDict | None
@@ -39,7 +39,12 @@ class Answer:
     bytes_up: int
     bytes_down: int
     update: SpooledBytes | None = None
-    needs_recipe: bool = False
+    error_code: int = 0
+
+    @property
+    def needs_recipe(self) -> bool:
+        """Whether the node requests the recipe of the graph."""
+        return self.error_code == NEEDS_RECIPE
 
 
 def wait_for_nodes(grid: Grid, count: int, *, timeout: float) -> list[int]:
@@ -112,9 +117,8 @@ def _read(reply: Message, bytes_down: int, spool: ReplySpool | None) -> Answer:
     size = message_bytes(reply)
     if reply.has_error():
         reason = reply.error.reason or f"Flower error {reply.error.code}"
-        needs_recipe = reply.error.code == NEEDS_RECIPE
         held = _held_version(reply, reason)
-        return Answer(None, reason, held, size, bytes_down, needs_recipe=needs_recipe)
+        return Answer(None, reason, held, size, bytes_down, error_code=reply.error.code)
     if spool is None:
         return Answer(reply.content, "", None, size, bytes_down)
     content, update = detach_update(reply.content)

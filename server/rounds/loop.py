@@ -9,7 +9,7 @@ from flwr.app import MessageType
 from flwr.serverapp import Grid
 
 from configs.schema import RunConfig
-from federated.protocol.messages import raise_user_error
+from federated.protocol.messages import raise_bad_input
 from server.model.global_model import GlobalModel
 from server.rounds.exchange import Answer, wait_for_nodes
 from server.rounds.node_requests import NodeRequests, add_retries
@@ -101,13 +101,13 @@ class Federation:
         for _ in range(ROUND_ATTEMPTS - 1):
             if replies.accepted:
                 break
-            _raise_bad_input(replies)
+            _raise_bad_input(answers)
             _log.warning("round %d is repeated: %s", server_round, _reasons(replies))
             again, replies = self._exchange(server_round, spool)
             answers = add_retries(answers, again)
         if not replies.accepted:
             self.observer.add_traffic(answers)
-            _raise_bad_input(replies)
+            _raise_bad_input(answers)
             raise RuntimeError(f"no client gave a usable update: {_reasons(replies)}")
         return answers, replies
 
@@ -135,9 +135,9 @@ class Federation:
         self.observer.finish(evaluations, answers)
 
 
-def _raise_bad_input(replies: RoundReplies) -> None:
-    for reason in replies.refused.values():
-        raise_user_error(reason)
+def _raise_bad_input(answers: dict[int, Answer]) -> None:
+    for answer in answers.values():
+        raise_bad_input(answer.error_code, answer.error)
 
 
 def _reasons(replies: RoundReplies) -> str:

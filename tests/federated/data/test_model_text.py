@@ -61,7 +61,7 @@ def test_provenance_names_model_router_and_text(tiny_graph_dir):
     assert opened(tiny_graph_dir, max_blocks=5).provenance(["wikimix", "x.txt"], "valid") == {
         "model": str(tiny_graph_dir),
         "model_fingerprint": checkpoint_fingerprint(str(tiny_graph_dir)),
-        "router": "graph",
+        "router": "graph walk",
         "datasets": ["wikimix", "x.txt"],
         "split": "valid",
         "block_size": 16,

@@ -12,11 +12,15 @@ from flwr.clientapp import ClientApp
 from configs.errors import UserError
 from experts.graph.edits import AddEdge
 from federated.protocol.messages import (
+    BAD_INPUT,
+    NEEDS_RECIPE,
+    REFUSED,
+    RESEND,
     Reply,
     Request,
     detach_update,
     message_bytes,
-    raise_user_error,
+    raise_bad_input,
     read_reply,
     read_request,
     write_reply,
@@ -166,19 +170,18 @@ def test_the_weight_grows_with_the_array():
     assert 100_000 <= large - small < 100_100
 
 
-@pytest.mark.parametrize(
-    ("reason", "message"),
-    [("UserError: expected a: b, got c", "expected a: b, got c"), ("UserError: x", "x")],
-)
-def test_a_user_error_of_a_client_is_raised_again(reason, message):
+@pytest.mark.parametrize("code", [BAD_INPUT, NEEDS_RECIPE])
+@pytest.mark.parametrize("reason", ["expected a: b, got c", "x", "UserError: x"])
+def test_a_user_error_of_a_client_is_raised_again(code, reason):
     with pytest.raises(UserError) as caught:
-        raise_user_error(reason)
-    assert str(caught.value) == message
+        raise_bad_input(code, reason)
+    assert str(caught.value) == reason
 
 
-@pytest.mark.parametrize("reason", ["", "KeyError: UserError: x", "no answer", "UserErrors: x", "UserError"])
-def test_other_reasons_raise_nothing(reason):
-    raise_user_error(reason)
+@pytest.mark.parametrize("code", [0, 2, REFUSED, RESEND, BAD_INPUT + 1])
+@pytest.mark.parametrize("reason", ["", "KeyError: UserError: x", "no answer", "UserError: x", "UserError"])
+def test_other_codes_raise_nothing(code, reason):
+    raise_bad_input(code, reason)
 
 
 def broken_copies(content: RecordDict):
