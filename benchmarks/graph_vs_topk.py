@@ -19,7 +19,7 @@ from configs.schema import RunConfig
 from federated.data.blocks import Blocks, batches
 from models.bootstrap.build import BootstrapOptions, LayerExperts, build_graph, plan_experts
 from models.checkpoints.load import load_dense
-from models.graph.runtime_settings import Observer, observing
+from models.graph.runtime_settings import Observer, observing_walks
 from models.remote_code.experts_fedgraft import ExpertGraphMLP
 from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 from models.remote_code.routing_fedgraft import Walk
@@ -142,7 +142,7 @@ def build_arm(dense: Any, experts: Sequence[LayerExperts], visits: int, arm: str
 def trained_figures(model: FedGraftForCausalLM, valid: Blocks) -> dict[str, float]:
     """Held-out perplexity, how many visits the affinities changed, and the size of gains and affinities on edges."""
     visits = torch.zeros(2, dtype=torch.int64)
-    with observing(model, lambda index: _count_changed(visits)):
+    with observing_walks(model, lambda index: _count_changed(visits)):
         perplexity = _perplexity(model, valid)
     edges = [layer.get_buffer("edges").triu(1) for layer in model.expert_layers()]
     layers = list(zip(model.expert_layers(), edges, strict=True))

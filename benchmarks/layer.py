@@ -17,7 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from benchmarks.support.runner import Measured, OnStep, run_benchmark
 from benchmarks.support.statistics import alternate, median_ratio
-from models.remote_code.dispatch_fedgraft import find_links, sort_visits
+from models.remote_code.dispatch_fedgraft import dispatch, find_links
 from models.remote_code.execution_fedgraft import gated, gated_ffn, run_visits
 from models.remote_code.experts_fedgraft import ExpertGraphMLP
 
@@ -90,7 +90,7 @@ class ComposedLoop(nn.Module):
         """``[..., D] -> [..., D]``."""
         layer, x_TD = self.layer, hidden_states.flatten(0, -2)
         walk = layer.walk(layer.router(x_TD))
-        visits = sort_visits(walk.experts_TK, layer.num_experts)
+        visits = dispatch(walk.experts_TK, layer.num_experts)
         links = find_links(visits, layer.edges.triu(1), len(x_TD))
         weights = list(zip(layer.gate_up_proj.unbind(), layer.down_proj.unbind(), strict=True))
         return run_visits(

@@ -28,7 +28,7 @@ from models.bootstrap.pipeline import sample_calibration
 from models.bootstrap.router_init import elimination_places, metric_root
 from models.bootstrap.selection_report import (
     SHARES,
-    Selection,
+    NeuronSelection,
     baselines,
     linear_selection,
     select_neurons,
@@ -97,20 +97,20 @@ def seed_tables(dense: PreTrainedModel, text: Tensor, held_out: tuple[Tensor, Te
     return tables
 
 
-def elimination_selection(measured: Calibration, members: list[Tensor]) -> Selection:
+def elimination_selection(measured: Calibration, members: list[Tensor]) -> NeuronSelection:
     """What the ridge router predicts, known exactly: the experts that are dropped last."""
 
     def score(rows: Tensor, root: Tensor) -> Callable:
         return lambda mlp, x_TD: -elimination_places(mlp, x_TD, rows, root)
 
-    return Selection(
+    return NeuronSelection(
         members,
         [score(rows, metric_root(metric)) for rows, metric in zip(members, measured.metrics, strict=True)],
     )
 
 
 def perplexity_table(
-    dense: PreTrainedModel, selections: Mapping[str, Selection], held_out: tuple[Tensor, Tensor]
+    dense: PreTrainedModel, selections: Mapping[str, NeuronSelection], held_out: tuple[Tensor, Tensor]
 ) -> Table:
     """Perplexity of ``held_out`` per share and selection."""
     table: Table = {}

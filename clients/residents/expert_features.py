@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from models.graph.runtime_settings import Observer, frozen, gating, observing, visiting
+from models.graph.runtime_settings import Observer, frozen, gating, observing_walks, visiting
 from models.remote_code.experts_fedgraft import ExpertGraphMLP
 from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 from models.remote_code.routing_fedgraft import Walk
@@ -49,7 +49,7 @@ def expert_features(
 
         return observe
 
-    with torch.no_grad(), observing(model, observer):
+    with torch.no_grad(), observing_walks(model, observer):
         model(input_ids=input_ids.to(model.device), use_cache=False)
     importance = gate_importance(model, input_ids, labels, visits=visits)
     means = [total / input_ids.numel() for total in sums]

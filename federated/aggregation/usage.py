@@ -11,7 +11,7 @@ from torch import Tensor
 
 from federated.updates.update import RefusedUpdate
 from federated.wire.columns import pack_column, unpack_column
-from models.graph.runtime_settings import Observer, observing
+from models.graph.runtime_settings import Observer, observing_walks
 from models.remote_code.experts_fedgraft import ExpertGraphMLP
 from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 from models.remote_code.routing_fedgraft import Walk
@@ -36,7 +36,7 @@ class UsageCounter:
     @contextmanager
     def counting(self, model: FedGraftForCausalLM) -> Iterator[None]:
         """Add the counts of every forward pass of ``model`` within the block."""
-        with observing(model, self._observer):
+        with observing_walks(model, self._observer):
             yield
 
     def counts(self) -> list[np.ndarray]:

@@ -24,7 +24,7 @@ Score = Callable[[nn.Module, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Selection:
+class NeuronSelection:
     """A way to choose neurons in every layer of a dense model.
 
     Attributes:
@@ -83,7 +83,7 @@ def selection_report(
 
 
 @contextmanager
-def select_neurons(dense: PreTrainedModel, selection: Selection, share: int) -> Iterator[None]:
+def select_neurons(dense: PreTrainedModel, selection: NeuronSelection, share: int) -> Iterator[None]:
     """Let each token use only the best-scored experts of ``selection``, ``share`` percent of them."""
     layers = [layer.mlp for layer in dense.model.layers]
     try:
@@ -120,7 +120,7 @@ def _graph_loss(graph: FedGraftForCausalLM, share: int, held_out: tuple[Tensor, 
         return evaluate_loss(graph, *held_out)
 
 
-def baselines(measured: Calibration, members: Sequence[Tensor]) -> dict[str, Selection]:
+def baselines(measured: Calibration, members: Sequence[Tensor]) -> dict[str, NeuronSelection]:
     """The ways that ``selection_report`` compares a router with, by name; ``members`` is ``[E, H]`` per layer."""
     layers = [layer.mlp for layer in measured.model.model.layers]
     shuffled = [
@@ -133,15 +133,15 @@ def baselines(measured: Calibration, members: Sequence[Tensor]) -> dict[str, Sel
     random = fit_routers(measured, shuffled, "ridge")
     return {
         "centroid": linear_selection(members, centroids),
-        "static": Selection(neurons, [_constant(mean) for mean in means]),
-        "oracle": Selection(members, [_contribution(rows) for rows in members]),
+        "static": NeuronSelection(neurons, [_constant(mean) for mean in means]),
+        "oracle": NeuronSelection(members, [_contribution(rows) for rows in members]),
         "random": linear_selection(shuffled, random),
     }
 
 
-def linear_selection(members: Sequence[Tensor], routers: Sequence[Tensor]) -> Selection:
+def linear_selection(members: Sequence[Tensor], routers: Sequence[Tensor]) -> NeuronSelection:
     """Select by routers ``[E, D]``, one a layer."""
-    return Selection(list(members), [_linear(weight) for weight in routers])
+    return NeuronSelection(list(members), [_linear(weight) for weight in routers])
 
 
 def _linear(weight_ED: Tensor) -> Score:

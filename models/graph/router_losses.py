@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from models.graph.runtime_settings import Observer, observing
+from models.graph.runtime_settings import Observer, observing_walks
 from models.remote_code.experts_fedgraft import ExpertGraphMLP
 from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 from models.remote_code.routing_fedgraft import Walk
@@ -46,7 +46,7 @@ def collect_routing(model: FedGraftForCausalLM) -> Iterator[list[Routing]]:
 
         return observe
 
-    with observing(model, observer):
+    with observing_walks(model, observer):
         yield collected
 
 

@@ -19,7 +19,7 @@ Observer = Callable[[ExpertGraphMLP, Tensor, Walk, Tensor], None]
 
 
 @contextmanager
-def observing(model: FedGraftForCausalLM, make: Callable[[int], Observer]) -> Iterator[None]:
+def observing_walks(model: FedGraftForCausalLM, make: Callable[[int], Observer]) -> Iterator[None]:
     """Let ``make(layer index)`` see the walks of every layer, for the time of the block.
 
     Blocks may be nested: every observer of a layer is called, the outermost first.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from configs.errors import UserError
 from experts.graph.expert_edits import remove_from_mask
 from models.moe.layers import ExpertRows, MoELayer, Removed
-from models.remote_code.dispatch_fedgraft import Visits, sort_visits
+from models.remote_code.dispatch_fedgraft import Visits, dispatch
 from models.remote_code.execution_fedgraft import gated_ffn
 from models.remote_code.experts_fedgraft import ExpertGraphMLP
 from models.remote_code.routing_fedgraft import Walk
@@ -87,12 +87,12 @@ class _Observed:
 
     def walked(self, block: ExpertGraphMLP, scores: Tensor, walk: Walk, weights_TK: Tensor) -> None:
         """Note the visits of this forward pass and their output weights."""
-        self._visits, self._weights = sort_visits(walk.experts_TK, block.num_experts), weights_TK.flatten()
+        self._visits, self._weights = dispatch(walk.experts_TK, block.num_experts), weights_TK.flatten()
 
     def run(self, expert: int, rows_ND: Tensor) -> Tensor:
         outputs_ND = self._run(expert, rows_ND)
         assert self._visits is not None
-        places, tokens = self._visits.places[expert], self._visits.tokens[expert]
+        places, tokens = self._visits.places[expert], self._visits.token_indices[expert]
         self._on_rows(ExpertRows(expert, tokens, self._weights[places], rows_ND, outputs_ND))
         return outputs_ND
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from configs.errors import UserError
 from models.families.family import RouterKind
 from models.moe.layers import MoELayer
-from models.remote_code.dispatch_fedgraft import sort_visits
+from models.remote_code.dispatch_fedgraft import dispatch
 
 
 def router_logits(layer: MoELayer, x_TD: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ def route(layer: MoELayer, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
 
 def tokens_by_expert(experts_TK: Tensor, num_experts: int) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Number of each visited expert, with the ``[N]`` places of its visits in the flattened ``[T, K]`` and tokens."""
-    for expert, (places_N, tokens_N) in enumerate(zip(*sort_visits(experts_TK, num_experts), strict=True)):
+    for expert, (places_N, tokens_N) in enumerate(zip(*dispatch(experts_TK, num_experts), strict=True)):
         if len(tokens_N):
             yield expert, places_N, tokens_N
 

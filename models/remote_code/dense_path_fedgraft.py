@@ -17,7 +17,7 @@ from .execution_fedgraft import gated
 
 def all_visit(visits: Visits, held: Sequence[int], num_tokens: int) -> bool:
     """Whether each of ``num_tokens`` tokens visits every expert of ``held``."""
-    return all(len(visits.tokens[expert]) == num_tokens for expert in held)
+    return all(len(visits.token_indices[expert]) == num_tokens for expert in held)
 
 
 def run_all_visited(

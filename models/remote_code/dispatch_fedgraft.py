@@ -17,11 +17,11 @@ class Visits(NamedTuple):
 
     Attributes:
         places: per expert, positions of its visits in the flattened ``[T, K]``, ascending.
-        tokens: per expert, the tokens that visit it, ascending.
+        token_indices: per expert, the tokens that visit it, ascending.
     """
 
     places: Sequence[Tensor]
-    tokens: Sequence[Tensor]
+    token_indices: Sequence[Tensor]
 
 
 class Link(NamedTuple):
@@ -40,7 +40,7 @@ class Link(NamedTuple):
     target_rows: Tensor
 
 
-def sort_visits(experts_TK: Tensor, num_experts: int) -> Visits:
+def dispatch(experts_TK: Tensor, num_experts: int) -> Visits:
     """Sort visits by expert; ``-1`` in ``experts_TK`` marks a visit that is not made."""
     flat = experts_TK.flatten() + 1
     unmade, *counts = torch.bincount(flat, minlength=num_experts + 1).tolist()
@@ -67,8 +67,8 @@ def find_links(visits: Visits, edges_EE: Tensor, num_tokens: int) -> list[Link]:
 
 def _rows_by_token(visits: Visits, num_experts: int, num_tokens: int) -> Tensor:
     """Row of each token among those of each expert, ``[E, T]``; -1 where it does not visit the expert."""
-    tokens_N = torch.cat(list(visits.tokens))
-    counts_E = torch.tensor([len(tokens) for tokens in visits.tokens])
+    tokens_N = torch.cat(list(visits.token_indices))
+    counts_E = torch.tensor([len(tokens) for tokens in visits.token_indices])
     experts_N = torch.arange(num_experts).repeat_interleave(counts_E)
     rows_N = torch.arange(len(tokens_N)) - (counts_E.cumsum(0) - counts_E)[experts_N]
     rows_ET = torch.full((num_experts, num_tokens), -1, device=tokens_N.device)

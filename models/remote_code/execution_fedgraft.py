@@ -33,7 +33,7 @@ def run_visits(
         x_TD: input of the layer.
         weights_TK: output weight of each visit.
         edge_gain_EE: what an edge passes of its source's output.
-        visits: as ``sort_visits`` gives them.
+        visits: as ``dispatch`` gives them.
         links: as ``find_links`` gives them.
         run: from an expert and its rows ``[N_e, D]`` to their outputs.
     """
@@ -67,13 +67,13 @@ class FusedExperts(torch.autograd.Function):
         result_TD, weights = torch.zeros_like(x_TD), weights_TK.flatten()
         runs: dict[int, _Run] = {}
         # Reused for every expert: memory fresh from the system costs more than what is computed in it.
-        scratch = x_TD.new_empty(max(map(len, visits.tokens)), x_TD.shape[-1])
+        scratch = x_TD.new_empty(max(map(len, visits.token_indices)), x_TD.shape[-1])
         with torch.autocast(x_TD.device.type, enabled=False):
             inputs_TD, rows = x_TD.to(dtype), _visited(held, visits)
             gate_ups, downs = (_cast_rows(weight, rows, dtype) for weight in (gate_up_RHD, down_RDH))
             for row, expert in rows:
                 gate_up, down = gate_ups[row], downs[row]
-                rows_ND = inputs_TD.index_select(0, visits.tokens[expert])
+                rows_ND = inputs_TD.index_select(0, visits.token_indices[expert])
                 for link in _into(links, expert):
                     passed_ND = runs[link.source].output.index_select(0, link.source_rows)
                     rows_ND.index_add_(0, link.target_rows, passed_ND, alpha=gains[link.source][expert])
@@ -82,7 +82,7 @@ class FusedExperts(torch.autograd.Function):
                 runs[expert] = _Run(rows_ND, gate_up_NH, output_ND, gate_up, down)
                 weighted_ND = scratch[: len(output_ND)]
                 torch.mul(output_ND, weights[visits.places[expert], None], out=weighted_ND)
-                result_TD.index_add_(0, visits.tokens[expert], weighted_ND)
+                result_TD.index_add_(0, visits.token_indices[expert], weighted_ND)
         ctx.plan, ctx.gains, ctx.experts = (visits, links, act_fn, held), gains, list(runs)
         kept = [tensor for run in runs.values() for tensor in run]
         ctx.save_for_backward(weights_TK, edge_gain_EE, gate_up_RHD, down_RDH, *kept)
@@ -100,7 +100,7 @@ class FusedExperts(torch.autograd.Function):
                 if link.source == expert:
                     back.through_link(link, d_inputs[link.target], d_output_ND)
             d_inputs[expert] = back.through_ffn(row, expert, d_output_ND)
-            d_x_TD.index_add_(0, visits.tokens[expert], d_inputs[expert].to(d_x_TD.dtype))
+            d_x_TD.index_add_(0, visits.token_indices[expert], d_inputs[expert].to(d_x_TD.dtype))
         return (d_x_TD, back.d_weights, back.d_gain, back.d_gate_up, back.d_down) + (None,) * 4
 
 
@@ -143,7 +143,7 @@ class _BackwardPass:
     def through_output_weight(self, expert: int) -> Tensor:
         """Gradient of an expert's output, as far as the layer's result goes."""
         places, output_ND = self._visits.places[expert], self._runs[expert].output
-        d_weighted_ND = self._d_result.index_select(0, self._visits.tokens[expert])
+        d_weighted_ND = self._d_result.index_select(0, self._visits.token_indices[expert])
         if self.d_weights is not None:
             self.d_weights.view(-1)[places] = (d_weighted_ND * output_ND).sum(-1, dtype=self.d_weights.dtype)
         d_output_ND = torch.empty_like(output_ND)
@@ -190,7 +190,7 @@ def _into(links: Iterable[Link], expert: int) -> list[Link]:
 def _visited(held: Sequence[int], visits: Visits) -> list[tuple[int, int]]:
     """Row in the fused tensors and index of every expert that some token visits, by index."""
     return sorted(
-        ((row, expert) for row, expert in enumerate(held) if len(visits.tokens[expert])),
+        ((row, expert) for row, expert in enumerate(held) if len(visits.token_indices[expert])),
         key=lambda pair: pair[1],
     )
 

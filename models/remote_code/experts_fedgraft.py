@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .decode_fedgraft import run_one_token, walk_one_token
-from .dispatch_fedgraft import find_links, sort_visits
+from .dispatch_fedgraft import dispatch, find_links
 from .router_fedgraft import GraphRouter
 from .routing_fedgraft import Walk, walk_graph
 from .weights_fedgraft import LayerExperts
@@ -98,7 +98,7 @@ class ExpertGraphMLP(LayerExperts):
         experts_TK = walk.experts_TK
         if self.residency_gate is not None:
             experts_TK, weights_TK = self._with_runner_up(scores_TE, experts_TK, weights_TK)
-        visits = sort_visits(experts_TK, self.num_experts)
+        visits = dispatch(experts_TK, self.num_experts)
         links = find_links(visits, self._passing_edges(), len(x_TD))
         result_TD = self.run_experts(x_TD, weights_TK, self.edge_gain, visits, links)
         return result_TD.view_as(hidden_states)

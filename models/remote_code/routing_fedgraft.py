@@ -54,7 +54,7 @@ def walk_graph(
         along_EE = affinity_EE.detach().to(raw_TE.dtype).masked_fill(~children_EE, float("-inf"))
         num_visits = min(num_visits, scores_TE.shape[-1])
         if order == "best-first" and _is_top_k(edges_EE, resident_E, along_EE):
-            visits_TK, made_TK = _best(raw_TE, num_visits)
+            visits_TK, made_TK = _top_k(raw_TE, num_visits)
         else:
             visits_TK, made_TK = _visit(raw_TE, edges_EE.diagonal(), along_EE, num_visits, order)
         parents_TK = _best_earlier(made_TK[:, :, None].expand(-1, -1, num_visits), children_EE, visits_TK)
@@ -68,7 +68,7 @@ def _is_top_k(edges_EE: Tensor, resident_E: Tensor, along_EE: Tensor) -> bool:
     return bool((edges_EE.diagonal() == resident_E).all() & ((along_EE == 0) | along_EE.isneginf()).all())
 
 
-def _best(raw_TE: Tensor, num_visits: int) -> tuple[Tensor, Tensor]:
+def _top_k(raw_TE: Tensor, num_visits: int) -> tuple[Tensor, Tensor]:
     """The best-scored experts, the lower one first on ties, and their scores; -1 and -inf where there are fewer."""
     scores_TE, experts_TE = raw_TE.sort(dim=-1, descending=True, stable=True)
     scores_TK = scores_TE[:, :num_visits]

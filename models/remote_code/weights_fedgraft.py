@@ -116,7 +116,7 @@ class LayerExperts(nn.Module):
             x_TD: input of the layer.
             weights_TK: output weight of each visit.
             edge_gain_EE: share of its source's output that each edge passes.
-            visits: visits by expert, from ``sort_visits``.
+            visits: visits by expert, from ``dispatch``.
             links: edges that pass information, from ``find_links``.
 
         Raises:
@@ -124,7 +124,7 @@ class LayerExperts(nn.Module):
         """
         if self.storage is not None:
             return run_visits(x_TD, weights_TK, edge_gain_EE, visits, links, self.storage.run)
-        for expert, tokens in enumerate(visits.tokens):
+        for expert, tokens in enumerate(visits.token_indices):
             if len(tokens):
                 self._row(expert)
         matrices = (self.gate_up_proj, self.down_proj)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.graph.runtime_settings import Observer, observing
+from models.graph.runtime_settings import Observer, observing_walks
 from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 
 
@@ -41,6 +41,6 @@ def call_trace(model: FedGraftForCausalLM, input_ids: Tensor, max_tokens: int) -
         return observe
 
     if len(wanted):
-        with observing(model, observer):
+        with observing_walks(model, observer):
             model(input_ids=wanted, use_cache=False)
     return sorted(entries, key=lambda entry: (entry["sequence"], entry["token"], entry["layer"]))

@@ -5,7 +5,7 @@ import torch
 
 from clients.residents.expert_features import NUM_FEATURES, expert_features, gate_importance
 from models.checkpoints.disk_experts import open_mapped
-from models.graph.runtime_settings import frozen, observing, set_visits, visiting
+from models.graph.runtime_settings import frozen, observing_walks, set_visits, visiting
 from tests.conftest import tiny_llama
 from tests.support.tiny_graphs import graph_of, random_ids, with_random_gains
 
@@ -30,7 +30,7 @@ def test_the_first_feature_weighs_how_often_an_expert_is_selected_and_how_much_t
 
         return observe
 
-    with torch.no_grad(), observing(model, observer):
+    with torch.no_grad(), observing_walks(model, observer):
         model(input_ids=ids)
     importance = gate_importance(model, ids, ids, visits=[3, 3])
     for rows, counts, each in zip(features_of(model, ids), picks, importance, strict=True):

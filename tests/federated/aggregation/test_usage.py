@@ -8,7 +8,7 @@ from experts.graph.expert_graph import ExpertGraph
 from federated.aggregation.usage import UsageCounter, demand, pack_usage, traversals, unpack_usage
 from federated.updates.update import RefusedUpdate
 from models.graph.graph_state import read_graph, write_graph
-from models.graph.runtime_settings import observing, set_residents, set_walk, visiting
+from models.graph.runtime_settings import observing_walks, set_residents, set_walk, visiting
 from models.remote_code.routing_fedgraft import Walk, walk_graph
 from tests.support.reference_walk import walk_token
 from tests.support.tiny_graphs import graph_of, random_ids, with_random_gains
@@ -107,7 +107,9 @@ def test_a_model_is_counted_layer_by_layer_over_all_forward_passes(order):
 def scores_of(model, batches) -> list[torch.Tensor]:
     """Router scores ``[T, E]`` of each layer."""
     seen: list[list[torch.Tensor]] = [[] for _ in model.expert_layers()]
-    with observing(model, lambda index: lambda layer, scores, walk, weights: seen[index].append(scores)):
+    with observing_walks(
+        model, lambda index: lambda layer, scores, walk, weights: seen[index].append(scores)
+    ):
         for batch in batches:
             model(input_ids=batch, use_cache=False)
     return [torch.cat(parts) for parts in seen]

@@ -10,7 +10,7 @@ from models.bootstrap.build import BootstrapOptions, build_graph, plan_experts
 from models.bootstrap.calibration import Calibration
 from models.bootstrap.selection_report import (
     SHARES,
-    Selection,
+    NeuronSelection,
     active_count,
     linear_selection,
     select_neurons,
@@ -124,7 +124,7 @@ def test_the_oracle_keeps_most_of_the_output_and_random_experts_the_least():
     with torch.no_grad():
         whole = mlp(x)
         for name, score in {"oracle": contribution, "noise": lambda module, x_TD: noise}.items():
-            with select_neurons(dense, Selection([members] * 2, [score] * 2), 50):
+            with select_neurons(dense, NeuronSelection([members] * 2, [score] * 2), 50):
                 errors[name] = float((mlp(x) - whole).square().mean())
     assert errors["oracle"] < 0.8 * errors["noise"]
 

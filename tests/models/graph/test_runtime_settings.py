@@ -5,7 +5,7 @@ import torch
 
 from configs.errors import UserError
 from models.graph.runtime_settings import (
-    observing,
+    observing_walks,
     residents,
     scaled_visits,
     set_residents,
@@ -27,7 +27,7 @@ def model():
 def test_observers_see_every_layer_within_the_block_only(model):
     seen = []
     ids = random_ids(model, 2, 8)
-    with observing(model, lambda index: lambda layer, *parts: seen.append((index, layer, parts))):
+    with observing_walks(model, lambda index: lambda layer, *parts: seen.append((index, layer, parts))):
         model(input_ids=ids, use_cache=False)
     model(input_ids=ids, use_cache=False)
     assert [(index, layer) for index, layer, _ in seen] == list(enumerate(model.expert_layers()))
@@ -39,7 +39,7 @@ def test_observers_are_taken_off_after_an_error(model):
     def fail(*_):
         raise RuntimeError("stop")
 
-    with pytest.raises(RuntimeError, match="stop"), observing(model, lambda index: fail):
+    with pytest.raises(RuntimeError, match="stop"), observing_walks(model, lambda index: fail):
         model(input_ids=random_ids(model, 1, 4), use_cache=False)
     assert all(layer.observers == [] for layer in model.expert_layers())
 
@@ -50,8 +50,8 @@ def test_nested_observers_are_all_called_the_outermost_first(model):
     def watch(name):
         return lambda index: lambda layer, *parts: seen.append((index, name))
 
-    with observing(model, watch("outer")):
-        with observing(model, watch("inner")):
+    with observing_walks(model, watch("outer")):
+        with observing_walks(model, watch("inner")):
             model(input_ids=ids, use_cache=False)
         model(input_ids=ids, use_cache=False)
     assert seen == [(0, "outer"), (0, "inner"), (1, "outer"), (1, "inner"), (0, "outer"), (1, "outer")]
@@ -59,7 +59,7 @@ def test_nested_observers_are_all_called_the_outermost_first(model):
 
 def test_nobody_watches_an_unobserved_block_even_after_an_error(model):
     seen, ids = [], random_ids(model, 1, 4)
-    with observing(model, lambda index: lambda layer, *parts: seen.append(index)):
+    with observing_walks(model, lambda index: lambda layer, *parts: seen.append(index)):
         with pytest.raises(RuntimeError), unobserved(model):
             model(input_ids=ids, use_cache=False)
             raise RuntimeError
@@ -91,7 +91,9 @@ def test_only_residents_are_visited_and_a_learning_gate_is_taken_off(model):
     model.expert_layers()[0].residency_gate = torch.ones(8)
     set_residents(model, [held, held])
     assert all(layer.residency_gate is None for layer in model.expert_layers())
-    with observing(model, lambda index: lambda layer, scores, walk, weights: visited.append(walk.experts_TK)):
+    with observing_walks(
+        model, lambda index: lambda layer, scores, walk, weights: visited.append(walk.experts_TK)
+    ):
         model(input_ids=random_ids(model), use_cache=False)
     assert set(torch.cat(visited).unique().tolist()) == {0, 2, 4, 6}
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from models.remote_code.dense_path_fedgraft import all_visit, run_all_visited
-from models.remote_code.dispatch_fedgraft import sort_visits
+from models.remote_code.dispatch_fedgraft import dispatch
 from models.remote_code.execution_fedgraft import FusedExperts
 from models.remote_code.experts_fedgraft import ExpertGraphMLP
 
@@ -24,7 +24,7 @@ def _inputs(experts: int, held: int, *, seed: int = 0) -> list[torch.Tensor]:
 def test_output_and_gradients_are_those_of_one_expert_after_the_other(experts, held):
     x, weights, gate_up, down = _inputs(len(held), len(held))
     order = torch.stack([torch.randperm(len(held)) for _ in range(TOKENS)])
-    visits = sort_visits(torch.tensor(held)[order], experts)
+    visits = dispatch(torch.tensor(held)[order], experts)
     gain = torch.zeros(experts, experts, dtype=torch.float64)
     expected = FusedExperts.apply(x, weights, gain, gate_up, down, visits, [], nn.SiLU(), held)
     found = run_all_visited(x, weights, visits, gate_up, down, nn.SiLU(), held)
@@ -38,9 +38,9 @@ def test_output_and_gradients_are_those_of_one_expert_after_the_other(experts, h
 
 def test_all_visit():
     everywhere, not_everywhere = torch.tensor([[0, 1], [1, 0]]), torch.tensor([[0, 1], [1, -1]])
-    assert all_visit(sort_visits(everywhere, 2), [0, 1], 2)
-    assert not all_visit(sort_visits(not_everywhere, 2), [0, 1], 2)
-    assert all_visit(sort_visits(not_everywhere, 2), [1], 2)
+    assert all_visit(dispatch(everywhere, 2), [0, 1], 2)
+    assert not all_visit(dispatch(not_everywhere, 2), [0, 1], 2)
+    assert all_visit(dispatch(not_everywhere, 2), [1], 2)
 
 
 @pytest.mark.parametrize("trained", ["edge_gain", "gate_up_proj"])
@@ -63,7 +63,7 @@ def test_a_layer_takes_this_way_only_where_nothing_passes_along_edges(monkeypatc
 
 def test_under_autocast_the_result_keeps_the_input_dtype():
     x, weights, gate_up, down = (each.float() for each in _inputs(2, 2))
-    visits = sort_visits(torch.tensor([[0, 1]] * TOKENS), 2)
+    visits = dispatch(torch.tensor([[0, 1]] * TOKENS), 2)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = run_all_visited(x, weights, visits, gate_up, down, nn.SiLU(), [0, 1])
     expected = run_all_visited(x, weights, visits, gate_up, down, nn.SiLU(), [0, 1])

@@ -4,13 +4,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.remote_code.dispatch_fedgraft import find_links, sort_visits
+from models.remote_code.dispatch_fedgraft import dispatch, find_links
 
 
 def test_visits_and_links_of_a_small_case():
     chosen = torch.tensor([[2, 0], [1, -1], [0, 1], [2, 0]])
-    visits = sort_visits(chosen, 4)
-    assert [tokens.tolist() for tokens in visits.tokens] == [[0, 2, 3], [1, 2], [0, 3], []]
+    visits = dispatch(chosen, 4)
+    assert [tokens.tolist() for tokens in visits.token_indices] == [[0, 2, 3], [1, 2], [0, 3], []]
     assert [places.tolist() for places in visits.places] == [[1, 4, 7], [2, 5], [0, 6], []]
     links = find_links(visits, torch.ones(4, 4, dtype=torch.bool).triu(1), 4)
     assert [(link.source, link.target) for link in links] == [(0, 1), (0, 2)]
@@ -27,7 +27,7 @@ def test_every_visit_has_its_place_and_every_joined_pair_its_link(tokens, expert
     order = scores.argsort(-1)
     chosen = torch.where(scores.gather(-1, order) > 0.4, order, -1)
     edges = (torch.rand(experts, experts, generator=generator) < 0.5).triu(1)
-    visits = sort_visits(chosen, experts)
+    visits = dispatch(chosen, experts)
     for expert, (places, visitors) in enumerate(zip(*visits, strict=True)):
         assert (chosen.flatten()[places] == expert).all() and places.tolist() == sorted(places.tolist())
         assert visitors.tolist() == [token for token in range(tokens) if expert in chosen[token]]
@@ -39,4 +39,4 @@ def test_every_visit_has_its_place_and_every_joined_pair_its_link(tokens, expert
     assert [(link.source, link.target) for link in links] == [pair for pair, both in joined.items() if both]
     for link in links:
         for expert, rows in ((link.source, link.source_rows), (link.target, link.target_rows)):
-            assert visits.tokens[expert][rows].tolist() == joined[link.source, link.target]
+            assert visits.token_indices[expert][rows].tolist() == joined[link.source, link.target]

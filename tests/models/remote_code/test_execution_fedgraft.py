@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from models.remote_code.dispatch_fedgraft import find_links, sort_visits
+from models.remote_code.dispatch_fedgraft import dispatch, find_links
 from models.remote_code.execution_fedgraft import FusedExperts, gated_ffn, run_visits
 
 WIDTH, NEURONS = 5, 3
@@ -31,7 +31,7 @@ def random_case(tokens: int, experts: int, visits: int, held: list[int] | None =
 
 
 def run_both(chosen, edges, inputs, held, act_fn: nn.Module):
-    visits = sort_visits(chosen, len(edges))
+    visits = dispatch(chosen, len(edges))
     links = find_links(visits, edges, len(chosen))
     x, weights, gain, gate_up, down = inputs
 

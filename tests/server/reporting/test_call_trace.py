@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from models.graph.runtime_settings import observing, set_walk
+from models.graph.runtime_settings import observing_walks, set_walk
 from server.reporting.call_trace import call_trace
 from tests.support.reference_walk import walk_token
 from tests.support.tiny_graphs import graph_of, random_ids, with_random_gains
@@ -30,7 +30,7 @@ def test_the_walk_of_every_token_is_told_as_it_was(model, order):
     scores: dict[int, list] = {}
     with (
         torch.no_grad(),
-        observing(
+        observing_walks(
             model,
             lambda index: lambda layer, scores_TE, walk, weights: scores.update({index: scores_TE.tolist()}),
         ),
