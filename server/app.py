@@ -20,6 +20,7 @@ from models.bootstrap.calibration import sample_text
 from models.files.config_file import check_is_graph, read_config
 from server.model.global_model import GlobalModel
 from server.reporting.call_trace import call_trace
+from server.reporting.failure import recording_failure
 from server.rounds.interruption import save_interrupted
 from server.rounds.loop import Federation
 from server.rounds.run_observer import RunObserver
@@ -30,13 +31,14 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run one federation from Flower's run configuration.
+    """Run one federation from Flower's run configuration; an exception is also left as ``failure.json`` in ``log-dir``.
 
     Raises:
         UserError: bad input of any kind.
     """
-    config = load_run_config(context.run_config)
-    run_federation(grid, config, run_id=context.run_id)
+    log_dir = context.run_config.get("log-dir")
+    with recording_failure(Path(str(log_dir)) if log_dir else None):
+        run_federation(grid, load_run_config(context.run_config), run_id=context.run_id)
 
 
 def run_federation(grid: Grid, config: RunConfig, *, run_id: int) -> dict:

@@ -1,1 +1,1 @@
-"""Flower processes, simulation runs and their results."""
+"""Flower's processes, simulation runs and their results."""

@@ -1,4 +1,4 @@
-"""Starting and stopping Flower's own processes on this machine, and finding every one of them again."""
+"""Start, health check, search and termination of Flower's processes on this machine."""
 
 from __future__ import annotations
 
@@ -18,22 +18,26 @@ import httpx
 import psutil
 import tomli_w
 
-CONNECTION = "local"  # name of the one SuperLink connection in the config.toml we write
-JOB_VARIABLE = "FEDGRAFT_JOB"  # marks every process of one job, whoever became its parent
-STOP_SECONDS = 8.0
+CONNECTION = "local"  # name of the only SuperLink connection in config.toml
+JOB_VARIABLE = (
+    "FEDGRAFT_JOB"  # environment variable that marks every process of one job, whichever its parent
+)
+STOP_SECONDS = 8.0  # between SIGTERM and SIGKILL
 
 
 class RunFailed(RuntimeError):
-    """A Flower run that did not complete; the message is its root cause in one line."""
+    """Failure of a Flower run; the message is its cause in one line."""
 
 
 def flower_environment(home: Path, *, job: str) -> dict[str, str]:
-    """Environment for Flower's commands: own ``FLWR_HOME``, no telemetry, no installs, no foreign imports.
+    """Environment of Flower's commands: no telemetry, no installs, no inherited ``PYTHONPATH``.
 
-    ``job`` marks every process started with it, for :func:`stop_job`.
+    Args:
+        home: ``FLWR_HOME``.
+        job: mark of every process started with it, for :func:`stop_job`.
     """
     inherited = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "RAY_ADDRESS")}
-    commands = sysconfig.get_path("scripts")  # found without an activated virtual environment, too
+    commands = sysconfig.get_path("scripts")  # found also without an activated virtual environment
     return inherited | {
         "PATH": os.pathsep.join([commands, inherited.get("PATH", os.defpath)]),
         "FLWR_HOME": str(home),
@@ -49,7 +53,7 @@ def flower_environment(home: Path, *, job: str) -> dict[str, str]:
 
 
 def free_ports(count: int) -> list[int]:
-    """``count`` different TCP ports on loopback that nobody listens on right now."""
+    """``count`` different free TCP ports on loopback; they are not reserved."""
     with ExitStack() as stack:
         probes = [stack.enter_context(socket.socket()) for _ in range(count)]
         for probe in probes:
@@ -58,7 +62,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def write_connection(home: Path, address: str) -> None:
-    """Make ``address`` (host:port, without TLS) the default connection of the Flower home folder."""
+    """Write ``address`` (host:port, without TLS) as the default connection of the Flower home folder ``home``."""
     home.mkdir(parents=True, exist_ok=True)
     superlink = {"default": CONNECTION, CONNECTION: {"address": address, "insecure": True}}
     (home / "config.toml").write_text(tomli_w.dumps({"superlink": superlink}), encoding="utf-8")
@@ -67,7 +71,7 @@ def write_connection(home: Path, address: str) -> None:
 def start_process(
     command: Sequence[str], *, env: Mapping[str, str], cwd: Path, stdout: IO[bytes]
 ) -> subprocess.Popen[bytes]:
-    """Start ``command`` in a session of its own, so that a Ctrl-C on the console reaches only us."""
+    """Start ``command`` in a session of its own, so that Ctrl-C on the console does not reach it."""
     return subprocess.Popen(
         resolve_program(command, env),
         env=dict(env),
@@ -82,7 +86,7 @@ def start_process(
 def start_simulator(
     port: int, *, env: Mapping[str, str], cwd: Path, log: IO[bytes]
 ) -> subprocess.Popen[bytes]:
-    """Start a SuperLink with the simulation engine on loopback; raises RunFailed when it does not answer."""
+    """Start a SuperLink with the simulation engine on loopback; raises RunFailed if it does not answer."""
     command = ["flower-superlink", "--insecure", "--simulation", "--isolation", "subprocess"]
     command += ["--host", "127.0.0.1", "--port", str(port)]
     process = start_process(command, env=env, cwd=cwd, stdout=log)
@@ -93,9 +97,9 @@ def start_simulator(
 def wait_until_healthy(
     port: int, *, process: subprocess.Popen[bytes] | None = None, timeout: float = 60.0
 ) -> None:
-    """Wait at most ``timeout`` seconds for a SuperLink on loopback ``port`` to answer.
+    """Wait at most ``timeout`` seconds for a SuperLink on loopback ``port`` to answer its health check.
 
-    Raises RunFailed when it does not, at once when ``process`` has ended.
+    Raises RunFailed if it does not, immediately if ``process`` has ended.
     """
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
@@ -109,23 +113,23 @@ def wait_until_healthy(
 
 
 def stop_job(job: str) -> None:
-    """End every process of ``job``, and no other: politely at first, by force after STOP_SECONDS."""
+    """End every process of ``job``, and no other: SIGTERM, then SIGKILL after STOP_SECONDS."""
     processes = set(job_processes(job))
     for signal_number in (signal.SIGTERM, signal.SIGKILL):
         for process in processes:
             _signal(process, signal_number)
         _, alive = psutil.wait_procs(processes, timeout=STOP_SECONDS)
-        processes = {*alive, *job_processes(job)}  # something may have been started meanwhile
+        processes = {*alive, *job_processes(job)}  # a process may have been started meanwhile
 
 
 def job_processes(job: str) -> list[psutil.Process]:
-    """The living processes whose environment carries the mark ``job`` and their descendants, without this one.
+    """Running processes whose environment carries the mark ``job``, and their descendants, without this process.
 
-    Both are needed: a daemon loses its parents, and Ray's agents overwrite their environment with a title.
+    Both are needed: a daemon is detached from its parent, and Ray's agents overwrite their environment.
     """
     found: set[psutil.Process] = set()
     for process in psutil.process_iter():
-        with suppress(psutil.Error):  # gone meanwhile, or another user's
+        with suppress(psutil.Error):  # ended meanwhile, or of another user
             if process.pid != os.getpid() and process.environ().get(JOB_VARIABLE) == job:
                 found.update([process, *process.children(recursive=True)])
     return [process for process in found if _is_alive(process)]
@@ -133,14 +137,14 @@ def job_processes(job: str) -> list[psutil.Process]:
 
 @contextmanager
 def termination_as_interrupt() -> Iterator[None]:
-    """Turn SIGTERM into KeyboardInterrupt inside the body, so that clean-up runs; only in the main thread."""
+    """Raise KeyboardInterrupt on SIGTERM inside the body, so that clean-up runs; no effect outside the main thread."""
 
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
     try:
         previous = signal.signal(signal.SIGTERM, interrupt)
-    except ValueError:  # not the main thread: its caller decides about signals
+    except ValueError:  # not the main thread, where signal handlers cannot be set
         yield
         return
     try:
@@ -150,7 +154,7 @@ def termination_as_interrupt() -> Iterator[None]:
 
 
 def resolve_program(command: Sequence[str], env: Mapping[str, str]) -> list[str]:
-    """``command`` with the full path of its program, looked up in the PATH it will run with."""
+    """``command`` with the full path of its program, looked up in the PATH of ``env``."""
     program = shutil.which(command[0], path=env["PATH"])
     if program is None:
         raise RunFailed(f"{command[0]} is not installed in {sysconfig.get_path('scripts')}; install flwr")
@@ -165,7 +169,7 @@ def _answers(port: int) -> bool:
 
 
 def _signal(process: psutil.Process, number: int) -> None:
-    with suppress(psutil.Error):  # gone already
+    with suppress(psutil.Error):  # ended already
         process.send_signal(number)
 
 

@@ -1,4 +1,4 @@
-"""One run of a Flower app: bundle and submit it, follow its log, learn how it truly ended."""
+"""One run of a Flower app: staging of the bundle, submission, log stream, final status and cause of a failure."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ import tomli_w
 
 from configs.errors import UserError
 from server.flower.flower_process import CONNECTION, RunFailed, resolve_program, start_process
+from server.reporting.failure import clear_failure, read_failure
 
 APP_SUFFIXES = frozenset(
     {".py", ".toml", ".json", ".jsonl", ".yaml", ".yml", ".md"}
-)  # what a bundle may hold
-ASK_SECONDS = 30.0  # between two questions for the status while the log still flows
+)  # file types of a bundle
+ASK_SECONDS = 30.0  # between two status queries while the log stream is open
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _EXCEPTION = re.compile(r"^((?:\w+\.)*[A-Z]\w*)(?:: (.*))?$")
-# What Flower raises on top of the cause when a thread of the simulation ends: it says nothing.
+# Message of the exception that Flower raises from the cause when the thread of the simulation ends.
 _WRAPPER = "An error was encountered. Ending simulation."
 
 RunConfigValues = Mapping[str, bool | int | float | str]
@@ -32,14 +33,14 @@ RunConfigValues = Mapping[str, bool | int | float | str]
 
 @dataclass(frozen=True)
 class RunStatus:
-    """Status of a run as Flower tells it, e.g. ``finished:completed``, and its details."""
+    """Status of a run as Flower reports it, e.g. ``finished:completed``, and its details."""
 
     state: str
     details: str
 
     @property
     def finished(self) -> bool:
-        """Whether the run has ended, well or not."""
+        """Whether the run has ended, with or without success."""
         return self.state.startswith("finished")
 
 
@@ -53,32 +54,44 @@ def run_and_wait(
     timeout: float,
     federation_config: Mapping[str, int | float] | None = None,
 ) -> None:
-    """Submit the app in folder ``project`` to the SuperLink that ``env`` names and wait for its end.
+    """Submit a Flower app to a SuperLink and wait for the end of the run.
 
-    ``scratch`` is a folder for temporary files, ``timeout`` the seconds the run may take. The run's log goes
-    to ``log_file``. Raises UserError when the ServerApp does, RunFailed for any other failure.
+    Args:
+        project: folder of the app.
+        run_config: run configuration; the ServerApp leaves ``failure.json`` in its ``log-dir``.
+        env: environment of Flower's commands, which names the SuperLink.
+        scratch: folder for temporary files.
+        log_file: destination of the run's log.
+        timeout: limit of the run in seconds.
+        federation_config: resources of simulated clients.
+
+    Raises:
+        UserError: the ServerApp raised it.
+        RunFailed: any other failure.
     """
+    log_dir = Path(str(run_config["log-dir"])) if run_config.get("log-dir") else None
+    clear_failure(log_dir)
     empty = empty_folder(scratch)
     app = stage_app(Path(project), scratch / "app")
     config_file = scratch / "run-config.toml"
     config_file.write_text(tomli_w.dumps(dict(run_config)), encoding="utf-8")
     run_id = submit(app, config_file=config_file, federation_config=federation_config, env=env, cwd=empty)
     status = wait_for_run(run_id, env=env, cwd=empty, log_file=log_file, timeout=timeout)
-    raise_for_status(status, log_file)
+    raise_for_status(status, log_file, failure=read_failure(log_dir))
 
 
 def empty_folder(scratch: Path) -> Path:
-    """The working directory for Flower's processes: Ray puts it ahead of the app on ``sys.path``."""
+    """Create the working directory of Flower's processes, empty because Ray puts it before the app on ``sys.path``."""
     folder = scratch / "empty"
     folder.mkdir(exist_ok=True)
     return folder
 
 
 def stage_app(project: Path, target: Path) -> Path:
-    """Copy what Flower could bundle of ``project`` to ``target``; returns ``target``.
+    """Copy the files of ``project`` that Flower may bundle to ``target``; returns ``target``.
 
-    Flower walks every file of a project before it filters, which costs seconds where a virtual environment
-    lies inside. Hidden folders, caches and file types that a bundle never holds are left behind.
+    Hidden folders, caches and file types that a bundle never holds are left out: Flower walks every file of a
+    project before it filters, which takes seconds where the project holds a virtual environment.
     """
 
     def unwanted(folder: str, names: list[str]) -> set[str]:
@@ -96,7 +109,7 @@ def submit(
     cwd: Path,
     federation_config: Mapping[str, int | float] | None = None,
 ) -> str:
-    """``flwr run`` the app in folder ``app``; returns the run id. Raises RunFailed with Flower's message."""
+    """Submit the app in folder ``app`` with ``flwr run``; returns the run id. Raises RunFailed if it is refused."""
     command = ["flwr", "run", str(app), CONNECTION, "--format", "json", "--run-config", str(config_file)]
     if federation_config:
         command += ["--federation-config", " ".join(f"{k}={v}" for k, v in federation_config.items())]
@@ -104,7 +117,7 @@ def submit(
 
 
 def run_status(run_id: str, *, env: Mapping[str, str], cwd: Path) -> RunStatus:
-    """What ``flwr ls`` says about a run; raises RunFailed when the SuperLink does not answer."""
+    """Query the status of a run with ``flwr ls``; raises RunFailed when the SuperLink does not answer."""
     command = ["flwr", "ls", CONNECTION, "--run-id", run_id, "--format", "json"]
     run = _ask_flwr(command, env=env, cwd=cwd)["runs"][0]
     return RunStatus(state=run["status"], details=run["status-details"])
@@ -115,8 +128,8 @@ def wait_for_run(
 ) -> RunStatus:
     """Stream the log of a run into ``log_file`` until it has finished; returns its final status.
 
-    Flower's log stream ends with the run, so the status is asked for rarely while it flows: each
-    question costs a second of CPU. Raises RunFailed after ``timeout`` seconds.
+    The status is queried every ASK_SECONDS while the log stream is open, because a query takes a second of CPU and
+    the stream ends with the run. Raises RunFailed after ``timeout`` seconds.
     """
     deadline = time.monotonic() + timeout
     command = ["flwr", "log", run_id, CONNECTION, "--stream"]
@@ -137,14 +150,21 @@ def wait_for_run(
     raise RunFailed(f"the run did not finish within {timeout:.0f} s (log: {log_file})")
 
 
-def raise_for_status(status: RunStatus, log_file: Path) -> None:
-    """Return when the run completed, otherwise raise its root cause as the log tells it.
+def raise_for_status(status: RunStatus, log_file: Path, *, failure: tuple[str, str] | None = None) -> None:
+    """Raise the cause of a run that did not complete.
 
-    A UserError that the app raised comes out as a UserError, everything else as RunFailed.
+    Args:
+        status: final status.
+        log_file: log of the run, parsed for the cause where ``failure`` is None.
+        failure: class name and message of the exception that the ServerApp recorded; None: its process ended first.
+
+    Raises:
+        UserError: the app raised it.
+        RunFailed: any other cause.
     """
     if status.state == "finished:completed":
         return
-    name, message = root_cause(log_file.read_text(encoding="utf-8", errors="replace"))
+    name, message = failure or root_cause(log_file.read_text(encoding="utf-8", errors="replace"))
     if name.rpartition(".")[2] == UserError.__name__:
         raise UserError(message)
     cause = ": ".join(part for part in (name, message) if part) or status.details
@@ -152,7 +172,7 @@ def raise_for_status(status: RunStatus, log_file: Path) -> None:
 
 
 def root_cause(log: str) -> tuple[str, str]:
-    """Name and first message line of the exception that ended a run; two empty strings without one."""
+    """Class name and first message line of the last exception in a log; two empty strings without one."""
     found = ("", "")
     in_traceback = False
     for line in _ANSI.sub("", log).splitlines():
@@ -174,7 +194,7 @@ def _may_be_bundled(path: Path) -> bool:
 
 
 def _ask_flwr(command: Sequence[str], *, env: Mapping[str, str], cwd: Path) -> dict[str, Any]:
-    """The JSON object that a ``flwr`` command prints; raises RunFailed with its error message instead."""
+    """Run a ``flwr`` command and parse the JSON object it prints; raises RunFailed with its error message."""
     program = resolve_program(command, env)
     result = subprocess.run(
         program, env=dict(env), cwd=cwd, stdin=subprocess.DEVNULL, capture_output=True, text=True

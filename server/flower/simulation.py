@@ -1,4 +1,4 @@
-"""One federated run on Flower's simulation engine, from its start to the last process stopped."""
+"""One federated run on Flower's simulation engine: start of the SuperLink, run, end of every process."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from server.flower.flower_process import (
 )
 from server.flower.flower_run import RunConfigValues, empty_folder, run_and_wait
 
-START_ATTEMPTS = 3  # another program may take the port between the choice and the start
+START_ATTEMPTS = 3  # another program may take the port between its choice and its use
 
 
 def run_simulation(
@@ -36,14 +36,21 @@ def run_simulation(
     client_cpus: int = 1,
     timeout: float,
 ) -> None:
-    """Run the Flower app in folder ``project`` with ``num_supernodes`` simulated clients until it finishes.
+    """Run a Flower app with simulated clients until it finishes.
 
-    ``run_config`` holds the keys to set (each must exist under ``[tool.flwr.app.config]``), ``client_cpus``
-    the cores a client occupies while it works, ``timeout`` the seconds the run may take. The log of
-    the run is ``log_dir/flower.log``, the engine's own ``log_dir/superlink.log``. Every process started is
-    stopped before this returns or raises, also on Ctrl-C and SIGTERM.
+    Every process started is ended before this returns or raises, also on Ctrl-C and SIGTERM.
 
-    Raises UserError when the ServerApp does, RunFailed with the root cause for any other failure.
+    Args:
+        project: folder of the app.
+        run_config: run configuration; each key must exist under ``[tool.flwr.app.config]``.
+        num_supernodes: number of clients.
+        log_dir: folder of ``flower.log``, the log of the run, and ``superlink.log``, that of the engine.
+        client_cpus: cores that a client occupies while it works.
+        timeout: limit of the run in seconds.
+
+    Raises:
+        UserError: the ServerApp raised it, or a count is out of range.
+        RunFailed: any other failure, with its cause.
     """
     if num_supernodes < 1:
         raise UserError(f"expected at least one client, got {num_supernodes}")
@@ -67,9 +74,9 @@ def run_simulation(
 
 @contextmanager
 def _simulator(scratch: Path, log_dir: Path) -> Iterator[Mapping[str, str]]:
-    """A SuperLink with the simulation engine; gives the environment that ``flwr`` needs to talk to it.
+    """Start a SuperLink with the simulation engine; yields the environment of ``flwr`` commands for it.
 
-    It is started here and not by ``flwr run``, which would leave a detached one behind on a fixed port.
+    ``flwr run`` could start one, but a detached one on a fixed port, which outlasts the run.
     """
     job, home = uuid.uuid4().hex, scratch / "home"
     env = flower_environment(home, job=job) | {"RAY_TMPDIR": str(scratch)}
@@ -102,9 +109,9 @@ def _start_once(env: Mapping[str, str], cwd: Path, log: IO[bytes]) -> tuple[int,
 
 @contextmanager
 def _scratch_folder() -> Iterator[Path]:
-    """A folder for Flower's home, Ray's sockets and an empty working directory; removed at the end.
+    """Temporary folder for Flower's home, Ray's sockets and an empty working directory.
 
-    Its name is short because the path of a socket may have at most 107 characters.
+    Its name is short because the path of a socket has at most 107 characters.
     """
     short = "/tmp" if os.access("/tmp", os.W_OK) else None
     scratch = Path(tempfile.mkdtemp(prefix="fedgraft-", dir=short))

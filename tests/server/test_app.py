@@ -76,6 +76,7 @@ def test_the_server_app_reads_its_configuration_from_flower(config):
     context.run_config["rho"] = 1
     with pytest.raises(UserError, match="rho-max"):
         main(TinyGrid(config), context)
+    assert "rho-max" in json.loads((Path(config.log_dir) / "failure.json").read_text())["message"]
 
 
 def test_logs_without_a_folder_go_to_the_users_cache(config, tmp_path, monkeypatch):

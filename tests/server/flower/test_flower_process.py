@@ -1,4 +1,4 @@
-"""Processes are found by their mark, stopped with everything they started, and nothing else is touched."""
+"""Processes of a job are found by their mark and ended with their descendants; other processes keep running."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_waiting_for_a_superlink_that_ended_fails_at_once(tmp_path):
         wait_until_healthy(free_ports(1)[0], process=process, timeout=30)
 
 
-def test_waiting_for_nobody_ends_at_the_timeout():
+def test_waiting_for_a_closed_port_ends_at_the_timeout():
     with pytest.raises(RunFailed, match="no SuperLink answered"):
         wait_until_healthy(free_ports(1)[0], timeout=0.3)
 

@@ -1,4 +1,4 @@
-"""How a run ended, read from Flower's answers and logs; what is bundled. No Flower process is started here."""
+"""Cause of a failed run from Flower's answers, logs and failure.json; content of the bundle. Flower is not started."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from server.flower.flower_run import (
     empty_folder,
     raise_for_status,
     root_cause,
+    run_and_wait,
     run_status,
     stage_app,
     submit,
@@ -30,7 +31,7 @@ RUNNING = COMPLETED.replace("finished:completed", "running")
 
 SIMULATION_LOG = """\
 INFO :      Starting Flower Simulation
-ValueError: printed by somebody, not raised
+ValueError: printed, not raised
 \x1b[91mERROR \x1b[0m:     Simulation raised an exception
 Traceback (most recent call last):
   File "/home/apps/server/app.py", line 22, in main
@@ -85,9 +86,37 @@ def test_status_decides_and_the_log_explains(tmp_path):
         raise_for_status(RunStatus("finished:stopped", "by the user"), log)
 
 
+def test_a_recorded_failure_is_preferred_to_the_log(tmp_path):
+    log, failed = tmp_path / "flower.log", RunStatus("finished:failed", "")
+    log.write_text(SIMULATION_LOG)
+    with pytest.raises(RunFailed, match="finished:failed: DiskError: disk full"):
+        raise_for_status(failed, log, failure=("DiskError", "disk full"))
+    with pytest.raises(UserError, match="^recorded$"):
+        raise_for_status(failed, log, failure=("UserError", "recorded"))
+    raise_for_status(RunStatus("finished:completed", ""), log, failure=("UserError", "recorded"))
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_failed_run_reads_failure_json_of_its_log_directory(tmp_path, fake_flwr, recorded):
+    (tmp_path / "failure.json").write_text('{"type": "UserError", "message": "of an earlier run"}')
+    record = """echo '{"type": "UserError", "message": "of this run"}' > failure.json"""
+    failed = COMPLETED.replace("completed", "failed")
+    script = f"""
+case $1 in
+run) cd {tmp_path}; {record if recorded else ':'}; echo '{{"success": true, "run-id": "17"}}' ;;
+log) printf 'Traceback (most recent call last):\\n F\\nKeyError: in the log\\n' ;;
+ls) echo '{failed}' ;;
+esac"""
+    options = {"scratch": tmp_path, "log_file": tmp_path / "flower.log", "timeout": 30}
+    app = write_throwaway_app(tmp_path / "project")
+    kind, message = (UserError, "^of this run$") if recorded else (RunFailed, "KeyError: in the log")
+    with pytest.raises(kind, match=message):
+        run_and_wait(app, run_config={"log-dir": str(tmp_path)}, env=fake_flwr(script)["env"], **options)
+
+
 @pytest.fixture
 def fake_flwr(tmp_path):
-    """A function that installs a shell script as ``flwr`` and gives the keyword arguments to call it with."""
+    """Function that installs a shell script as ``flwr`` and returns the keyword arguments of its callers."""
 
     def install(script: str) -> dict:
         program = tmp_path / "bin" / "flwr"
@@ -114,14 +143,14 @@ def test_submit_passes_everything_on_and_returns_the_run_id(tmp_path, fake_flwr)
     ]
 
 
-def test_flowers_refusal_is_one_line(fake_flwr):
+def test_a_refused_submission_is_an_error_in_one_line(fake_flwr):
     answer = {"success": False, "error-message": "Using x\n\n[code: 15] Invalid run configuration."}
     options = fake_flwr(f"cat <<'END'\n{json.dumps(answer)}\nEND\nexit 1")
     with pytest.raises(RunFailed, match=r"^`flwr run` failed: \[code: 15\] Invalid run configuration\.$"):
         submit(Path("/app"), config_file=Path("/c.toml"), **options)
 
 
-def test_a_flwr_that_says_nothing_is_an_error_too(fake_flwr):
+def test_a_flwr_command_without_output_is_an_error(fake_flwr):
     with pytest.raises(RunFailed, match="`flwr ls` failed: no answer"):
         run_status("17", **fake_flwr("exit 1"))
 

@@ -1,4 +1,4 @@
-"""Flower's real simulation engine where things go wrong; `test_scripts_simulate.py` has the run that succeeds."""
+"""Failures, interrupts and port conflicts on Flower's real simulation engine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def app(tmp_path) -> Path:
 
 @pytest.fixture
 def stopped(monkeypatch) -> list[tuple[int, int]]:
-    """How many processes each job had before and after it was stopped."""
+    """Number of processes of each job before and after it was stopped."""
     counts = []
 
     def stop(job: str) -> None:
@@ -36,7 +36,7 @@ def simulate(app: Path, tmp_path: Path, **run_config) -> None:
     run_simulation(app, run_config=run_config, num_supernodes=2, log_dir=tmp_path / "logs", timeout=180)
 
 
-def test_an_error_in_the_server_app_comes_out_as_itself(app, tmp_path, stopped):
+def test_a_user_error_of_the_server_app_is_raised_as_one(app, tmp_path, stopped):
     with pytest.raises(UserError, match="^no graph here; bootstrap one$"):
         simulate(app, tmp_path, graph="user", fail="no graph here; bootstrap one")
     assert stopped[0][1] == 0
@@ -63,7 +63,7 @@ def test_an_interrupt_stops_the_superlink_and_removes_the_scratch_folder(app, tm
     assert not scratches[0].exists()
 
 
-def test_a_port_taken_by_somebody_is_tried_again_elsewhere(app, tmp_path, stopped, monkeypatch):
+def test_a_start_on_a_taken_port_is_repeated_on_another(app, tmp_path, stopped, monkeypatch):
     attempts = []
 
     def start(port: int, **options) -> Callable:
