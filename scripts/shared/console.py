@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -53,12 +54,22 @@ BatchSize = Annotated[int, typer.Option(min=1, help="Blocks that go through the 
 stderr = Console(stderr=True)
 
 
-@contextmanager
-def progress() -> Iterator[Callable[[str, int, int | None], None]]:
-    """Show stages on stderr as bars; yields a function to call with a stage, its steps done and their total.
+OnStep = Callable[[str, int, int | None], None]
+LINE_SECONDS = 10.0  # between two lines of a stage where stderr is no terminal
 
-    A total of None is not known.
+
+@contextmanager
+def progress() -> Iterator[OnStep]:
+    """Progress of stages on stderr: bars on a terminal, else a line per stage every ``LINE_SECONDS``.
+
+    Yields a function of a stage's name, its steps done and their total (None: unknown).
     """
+    with _bars() if stderr.is_terminal else _lines() as on_step:
+        yield on_step
+
+
+@contextmanager
+def _bars() -> Iterator[OnStep]:
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -78,10 +89,30 @@ def progress() -> Iterator[Callable[[str, int, int | None], None]]:
     try:
         yield on_step
     except BaseException:
-        bars.live.transient = True  # the bars go, so that an error stands alone
+        bars.live.transient = True  # the bars are erased, so that the error is the only output
         bars.live.stop()
         raise
     bars.stop()
+
+
+@contextmanager
+def _lines() -> Iterator[OnStep]:
+    """Lines ``STAGE DONE/TOTAL, SECONDS s``; after a block without an error also the last state of each stage."""
+    started: dict[str, float] = {}
+    shown: dict[str, float] = {}
+    pending: dict[str, str] = {}
+
+    def on_step(stage: str, done: int, total: int | None) -> None:
+        now = time.monotonic()
+        start = started.setdefault(stage, now)
+        pending[stage] = f"{stage} {done}{'' if total is None else f'/{total}'}, {now - start:.0f} s"
+        if now - shown.setdefault(stage, start) >= LINE_SECONDS:
+            shown[stage] = now
+            print(pending.pop(stage), file=sys.stderr, flush=True)
+
+    yield on_step
+    for line in pending.values():
+        print(line, file=sys.stderr, flush=True)
 
 
 @contextmanager

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import io
 import json
 import math
 import warnings
 
 import pytest
+from rich.console import Console
 from rich.table import Table
 
+from scripts.shared import console
 from scripts.shared.console import finite, print_result, progress, quiet_libraries, warnings_as_lines
 
 
@@ -36,6 +39,31 @@ def test_progress_is_shown_on_stderr_only(capsys):
         on_step("writing", 1, 4)
     out, err = capsys.readouterr()
     assert out == "" and "reading" in err and "2/2" in err and "1/4" in err
+
+
+def test_without_a_terminal_a_stage_is_a_line_every_ten_seconds(capsys, monkeypatch):
+    clock = iter([0.0, 4.0, 10.0, 19.0, 21.0, 22.0])
+    monkeypatch.setattr("scripts.shared.console.time.monotonic", lambda: next(clock))
+    with progress() as on_step:
+        for done in range(1, 6):
+            on_step("reading", done, 9)
+        assert capsys.readouterr() == ("", "reading 3/9, 10 s\nreading 5/9, 21 s\n")
+        on_step("writing", 1, None)
+        assert capsys.readouterr() == ("", "")
+    assert capsys.readouterr() == ("", "writing 1, 0 s\n")
+
+
+def test_on_a_terminal_stages_are_bars(monkeypatch):
+    terminal = io.StringIO()
+    monkeypatch.setattr(console, "stderr", Console(file=terminal, force_terminal=True, width=100))
+    with progress() as on_step:
+        on_step("reading", 1, 2)
+    assert "━" in terminal.getvalue() and "1/2" in terminal.getvalue()
+    monkeypatch.setattr(console, "stderr", Console(file=terminal, force_terminal=True, width=100))
+    with pytest.raises(RuntimeError), progress() as on_step:
+        on_step("writing", 1, 4)
+        raise RuntimeError
+    assert terminal.getvalue().endswith("\x1b[1A\x1b[2K")
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
