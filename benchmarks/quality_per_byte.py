@@ -1,21 +1,25 @@
-"""How many bytes does quality cost? Ours against dense FedAvg, FedIT, and the same graph under uncompressed FedAvg.
+"""Uplink and total bytes to reach a given held-out loss: ours against dense FedAvg, FedIT and FedAvg of the same graph.
 
-All methods train on the same batches, equally many steps a round, at a learning rate and with a schedule that are
-tuned for each: the others' on the first seed for the lowest mean loss, ours on all seeds for the worst client, who
-pays where few bytes are spent. A method's bytes are those of its Flower messages up to the end of the first round in
-which the geometric mean of the clients' held-out perplexities has reached the target. Ours runs with the defaults of
-the project.
+Ours runs the ServerApp's federation over an in-process Flower grid with the real ClientApp and the defaults of the
+project, graph edits included. All methods train on the same blocks and batches, equally many steps a round. Of several
+learning rates, dense FedAvg and FedIT take the one with the lowest mean loss, ours the one with the best worst client,
+both over all seeds. The bytes of a method are those of its Flower messages up to the end of the first round in which
+the geometric mean of the clients' held-out perplexities has reached the target.
+
+Every finished run is stored in a work folder, and a benchmark that was interrupted goes on from there.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from joblib import Parallel, delayed
 
 from benchmarks.support.quality_runs import (
@@ -25,17 +29,19 @@ from benchmarks.support.quality_runs import (
     Rate,
     Run,
     Settings,
-    bootstrap_graph,
+    bootstrapped_graph,
     mean_loss,
-    run_job,
+    stored_run,
 )
-from benchmarks.support.runner import Measured, OnStep, run_benchmark
+from benchmarks.support.runner import Measured, OnStep, report
 from benchmarks.support.statistics import interval
+from configs.paths import cache_folder
 from configs.schema import RunConfig
+from scripts.shared.console import JsonFlag, quiet_libraries, stderr
 
-# Of the log-perplexity that dense FedAvg gains in all its rounds.
+# Share of the log-perplexity gain of dense FedAvg over all its rounds that is the target.
 GAIN_SHARE = 0.9
-PEERS = ("dense", "fedit")
+METHODS = ("dense", "ours", "fedit")
 _CONFIG = (
     "density",
     "value-bits",
@@ -45,78 +51,94 @@ _CONFIG = (
     "residual-decay",
     "server-learning-rate",
     "downlink-density",
+    "rho-max",
+    "merge-every",
 )
-
-# Of a job that is made at every rate that is tried.
-_UNTUNED = (0.0, "")
 
 Runs = dict[str, list[Run]]
 
 
-def measure(quick: bool, on_step: OnStep) -> Measured:
-    """Run all methods and compare what they sent until they were as good."""
+def measure(quick: bool, on_step: OnStep, *, work: Path | None = None) -> Measured:
+    """Run all methods and compare the bytes with which they reach the same losses.
+
+    Args:
+        quick: whether to run on little data.
+        on_step: progress callback.
+        work: folder of finished runs; None: a temporary one.
+    """
     settings = QUICK if quick else FULL
-    with TemporaryDirectory() as folder:
-        runs = _Runner(Path(folder), settings, quick, on_step).all_runs()
-    return _measured(settings, runs)
+    if work is not None:
+        work.mkdir(parents=True, exist_ok=True)
+        return _measured(settings, _Runner(work, settings, quick, on_step).all_runs())
+    with TemporaryDirectory(prefix="fedgraft-") as folder:
+        return _measured(settings, _Runner(Path(folder), settings, quick, on_step).all_runs())
 
 
 def target(run: Run) -> float:
-    """Mean loss at ``GAIN_SHARE`` of what a run gained."""
+    """Mean loss at which a run has made ``GAIN_SHARE`` of its gain."""
     start = mean_loss(run.trajectory[0])
     return start - GAIN_SHARE * (start - run.loss)
 
 
 class _Runner:
-    """Makes the runs, ``settings.jobs`` side by side."""
+    """Runner of all jobs, ``settings.jobs`` side by side."""
 
-    def __init__(self, folder: Path, settings: Settings, quick: bool, on_step: OnStep) -> None:
-        self._settings, self._quick, self._on_step = settings, quick, on_step
-        self._graphs = {seed: bootstrap_graph(folder, seed, settings, quick) for seed in settings.seeds}
-        self._done = 0
-        # Of the peers all rates on the first seed, on the others what was best there; of ours all rates on all seeds.
-        rates, seeds = settings.learning_rates, len(settings.seeds)
-        peers = sum(len(rates[name]) + seeds - 1 for name in PEERS)
-        self._total = peers + len(rates["ours"]) * seeds + 2 * len(settings.half_seeds)
+    def __init__(self, work: Path, settings: Settings, quick: bool, on_step: OnStep) -> None:
+        self._work, self._settings, self._quick, self._on_step = work, settings, quick, on_step
+        rates = sum(len(settings.learning_rates[name]) for name in METHODS)
+        self._done, self._total = 0, rates * len(settings.seeds) + 2 * len(settings.half_seeds)
 
     def all_runs(self) -> Runs:
-        """The runs of each method, one per seed in order, and under ``tried`` all that were made to find a rate."""
-        first, *others = self._settings.seeds
-        tried = self._tune([Job(name, first, _UNTUNED) for name in PEERS])
-        best = {name: min(_of(name, tried), key=lambda run: run.loss) for name in PEERS}
-        runs = self._run(
-            [Job(name, seed, best[name].learning_rate) for name in PEERS for seed in others]
-            + [Job("half dense", seed, best["dense"].learning_rate) for seed in self._settings.half_seeds]
+        """Runs of each method at its chosen rate, one per seed, and under ``tried`` those at all rates."""
+        settings = self._settings
+        for seed in settings.seeds:
+            bootstrapped_graph(seed, settings, self._quick, self._work)
+        tried = self._run(
+            [
+                Job(name, seed, rate)
+                for name in METHODS
+                for rate in settings.learning_rates[name]
+                for seed in settings.seeds
+            ]
         )
-        found = {name: [run, *_of(name, runs)] for name, run in best.items()}
-        found["half dense"] = _of("half dense", runs)
-        peers = zip(found["dense"], found["fedit"], strict=True)
-        ours = self._tune(
-            [Job("ours", dense.seed, _UNTUNED, (target(dense), fedit.loss)) for dense, fedit in peers]
+        chosen: Runs = {}
+        for name in METHODS:
+            by_rate = [_at(rate, _of(name, tried)) for rate in settings.learning_rates[name]]
+            worst = partial(_mean_worst, dense=chosen["dense"]) if name == "ours" else _mean_final
+            chosen[name] = min(by_rate, key=worst)
+        half = self._run(
+            [
+                Job(f"half {name}", seed, chosen[name][0].learning_rate)
+                for name in ("dense", "ours")
+                for seed in settings.half_seeds
+            ]
         )
-        by_rate = [_at(rate, ours) for rate in self._settings.learning_rates["ours"]]
-        found["ours"] = min(by_rate, key=lambda runs: _mean_worst(runs, found["dense"]))
-        rate = found["ours"][0].learning_rate
-        found["half ours"] = self._run(
-            [Job("half ours", run.seed, rate, (target(run),)) for run in found["half dense"]]
-        )
-        return {**found, "tried": tried + ours}
-
-    def _tune(self, jobs: Sequence[Job]) -> list[Run]:
-        """Each job at every learning rate that is tried for its method."""
-        rates = self._settings.learning_rates
-        return self._run([Job(j.method, j.seed, rate, j.goals) for j in jobs for rate in rates[j.method]])
+        return {
+            **chosen,
+            **{f"half {name}": _of(f"half {name}", half) for name in ("dense", "ours")},
+            "tried": tried,
+        }
 
     def _run(self, jobs: Sequence[Job]) -> list[Run]:
         results = []
         work = Parallel(n_jobs=self._settings.jobs, return_as="generator")(
-            delayed(run_job)(job, self._settings, self._graphs[job.seed], self._quick) for job in jobs
+            delayed(stored_run)(job, self._settings, self._quick, self._work) for job in jobs
         )
-        for result in work:
-            results.append(result)
+        for run in work:
+            results.append(run)
             self._done += 1
             self._on_step("runs", self._done, self._total)
+            stderr.print(_line(run), highlight=False, markup=False, soft_wrap=True)
         return results
+
+
+def _line(run: Run) -> str:
+    end = run.trajectory[-1]
+    return (
+        f"{run.method}, seed {run.seed}, {run.learning_rate[0]:g} {run.learning_rate[1]}: loss "
+        f"{mean_loss(run.trajectory[0]):.4f} to {run.loss:.4f} in {end['round']} rounds, "
+        f"{end['up'] / 1e6:.3f} MB up, {end['down'] / 1e6:.3f} MB down, {run.edits} edits, {run.seconds:.0f} s"
+    )
 
 
 def _of(method: str, runs: Sequence[Run]) -> list[Run]:
@@ -125,6 +147,10 @@ def _of(method: str, runs: Sequence[Run]) -> list[Run]:
 
 def _at(rate: Rate, runs: Sequence[Run]) -> list[Run]:
     return [run for run in runs if run.learning_rate == rate]
+
+
+def _mean_final(runs: Sequence[Run]) -> float:
+    return fmean(run.loss for run in runs)
 
 
 def _mean_worst(ours: Sequence[Run], dense: Sequence[Run]) -> float:
@@ -164,11 +190,12 @@ def _measured(settings: Settings, runs: Runs) -> Measured:
             )
             for name, values in found.items()
         },
+        seconds=sum(run.seconds for name, each in runs.items() if name not in METHODS for run in each),
     )
 
 
 def _ratios(ones: Sequence[Run], others: Sequence[Run], goals: Sequence[float], measure_at: Any) -> list:
-    """By seed, ``measure_at`` where one run reaches the goal over the same of the other; None where it does not."""
+    """Per seed, the ratio of ``measure_at`` of two runs where each reaches the goal; None where one does not."""
     ratios = []
     for one, other, goal in zip(ones, others, goals, strict=True):
         entries = one.reached(goal), other.reached(goal)
@@ -178,7 +205,7 @@ def _ratios(ones: Sequence[Run], others: Sequence[Run], goals: Sequence[float], 
 
 
 def _worst_ratios(ones: Sequence[Run], others: Sequence[Run], goals: Sequence[float]) -> list:
-    """By seed, the worst client's change of one over that of the other, both at the same mean loss."""
+    """Per seed, the ratio of the two runs' worst-client perplexity changes, both at the same mean loss."""
     changes = [
         [run.worst_change(goal) for run in pair] for *pair, goal in zip(ones, others, goals, strict=True)
     ]
@@ -194,10 +221,26 @@ def _all_bytes(run: Run, entry: Mapping[str, Any]) -> float:
 
 
 def _perplexities(run: Run) -> dict[str, Any]:
-    """Geometric mean over clients at the start and at the end of a run, and when that was."""
+    """Geometric mean perplexity over clients at the start and at the end of a run, and its rounds and bytes."""
     start, end = (math.exp(mean_loss(run.trajectory[index])) for index in (0, -1))
     return {"start": start, "end": end, **{key: run.trajectory[-1][key] for key in ("round", "up", "down")}}
 
 
+def main(
+    quick: Annotated[bool, typer.Option(help="Smoke test under a minute; writes no result.")] = False,
+    work: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of finished runs, which are reused; for a full run in the user's cache folder."
+        ),
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Measure bytes to a given quality; a full run that was interrupted goes on from its finished runs."""
+    quiet_libraries()
+    folder = work if work or quick else cache_folder() / "benchmarks" / "quality_per_byte"
+    report("quality_per_byte", partial(measure, work=folder), quick=quick, as_json=as_json)
+
+
 if __name__ == "__main__":
-    run_benchmark("quality_per_byte", measure)
+    typer.run(main)

@@ -5,11 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from configs.errors import UserError
 from configs.schema import RunConfig
 from federated.data.blocks import Blocks, pack_blocks
+
+# Purposes of ``round_generator``.
+BATCH_ORDER, UPLOAD_SELECTION = 1, 2
 
 # What reads documents is imported where it is used: it takes seconds, and a client in deployment, whose every message
 # meets a fresh process, reads its data only once.
@@ -69,3 +73,15 @@ def pack_client(
         for texts in (documents.train, documents.valid)
     )
     return train, valid
+
+
+def round_generator(seed: int, server_round: int, partition: int, *, purpose: int) -> torch.Generator:
+    """Random generator of one client in one round, the same in every process.
+
+    Args:
+        seed: of the run.
+        server_round: number of the round, from 1.
+        partition: index of the client, from 0.
+        purpose: 0 to 6, for independent streams: ``BATCH_ORDER`` draws the order of the training blocks.
+    """
+    return torch.Generator().manual_seed((seed * 1_000_003 + server_round * 1_009 + partition) * 7 + purpose)

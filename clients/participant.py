@@ -10,7 +10,13 @@ import torch
 from flwr.app import Context
 from torch import Tensor
 
-from clients.data_stream import client_documents, pack_client
+from clients.data_stream import (
+    BATCH_ORDER,
+    UPLOAD_SELECTION,
+    client_documents,
+    pack_client,
+    round_generator,
+)
 from clients.residents.assembler import most_used, train_assembler
 from clients.residents.budget import client_budget
 from clients.residents.expert_features import expert_features
@@ -101,7 +107,7 @@ class Participant:
         """Evaluate the global model, choose residents, train, and pack what is worth shipping."""
         start, before = StartingPoint(self.model), self._evaluate_global()
         training = self.training(request)
-        stream = batches(self.train, self.config.batch_size, generator=self._generator(request, 1))
+        stream = batches(self.train, self.config.batch_size, generator=self._generator(request, BATCH_ORDER))
         if not self._holds_all:
             self._assemble(stream, training)
         hold_residents(self.model, self._residents(), self.config.adapters, seed=request.server_round)
@@ -202,7 +208,7 @@ class Participant:
         config, version = self.config, self.model.config.graph_version
         sizes = unit_sizes(self.model, attention=config.attention_lora)
         residual = carried_over(self.store.residual.load(), request, sizes)
-        generator = self._generator(request, 2)
+        generator = self._generator(request, UPLOAD_SELECTION)
         prepared = choose_shipment(
             self.model, deltas, gradient_rms, residual, config.upload, generator=generator
         )
@@ -222,8 +228,7 @@ class Participant:
         )
 
     def _generator(self, request: Request, purpose: int) -> torch.Generator:
-        seed = (self.config.seed * 1_000_003 + request.server_round * 1_009 + self.partition) * 7 + purpose
-        return torch.Generator().manual_seed(seed)
+        return round_generator(self.config.seed, request.server_round, self.partition, purpose=purpose)
 
 
 def _make_blocks(

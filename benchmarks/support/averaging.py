@@ -1,8 +1,7 @@
-"""Plain averaging of whatever parameters train, at its true bytes."""
+"""Federated averaging of dense parameter changes in bf16, with the bytes of its Flower messages."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -11,21 +10,21 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from benchmarks.support.federated_methods import Client, Schedule, Traffic, held_out_losses
-from clients.training.optimizer import make_optimizer, make_schedule
+from clients.training.trainer import train_groups
 from federated.protocol.messages import message_bytes
 from models.runtime.perplexity import LossSum
 
 
 class Averaging:
-    """FedAvg (McMahan et al., 2017, arXiv:1602.05629): clients ship the bf16 change of every parameter that trains.
+    """FedAvg (McMahan et al., 2017, arXiv:1602.05629) with the dense bf16 change of every trained parameter.
 
     With FFN matrices this is dense FedAvg, with LoRA factors FedIT (Zhang et al., 2023, arXiv:2305.05644).
 
     Args:
-        model: the global model, fp32.
-        parameters: of ``model``, those that train; all others are frozen.
-        clients: all of them take part in each round.
-        schedule: of their training.
+        model: global model, fp32.
+        parameters: trained parameters of ``model`` by name; all others are frozen.
+        clients: participants of every round.
+        schedule: local training of the clients.
     """
 
     def __init__(
@@ -59,32 +58,9 @@ class Averaging:
         return held_out_losses(self.model, self._clients, autocast=self._schedule.training.autocast)
 
     def _train(self, client: Client, server_round: int) -> None:
-        training, stream = self._schedule.at(server_round), self._schedule.stream(client, server_round)
-        parameters = list(self._parameters.values())
-        optimizer = make_optimizer(
-            parameters,
-            name=training.optimizer,
-            learning_rate=training.learning_rate,
-            weight_decay=training.weight_decay,
-            momentum=training.momentum,
-        )
-        learning_rate = make_schedule(
-            optimizer,
-            name=training.schedule,
-            warmup_steps=training.warmup_steps,
-            first_step=training.first_step,
-            total_steps=training.total_steps,
-        )
-        self.model.train()
-        for _ in range(training.local_steps):
-            input_ids, labels = next(stream)
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=training.autocast):
-                loss = self.model(input_ids=input_ids, labels=labels, use_cache=False).loss
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(parameters, training.max_grad_norm or math.inf)
-            optimizer.step()
-            learning_rate.step()
+        training = self._schedule.at(server_round)
+        group = {"params": list(self._parameters.values()), "lr": training.learning_rate}
+        train_groups(self.model, [group], self._schedule.stream(client, server_round), training)
 
     @torch.no_grad()
     def _write(self, values: Mapping[str, Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""What all ways to train clients together share: who the clients are, how they train, what is counted."""
+"""Clients, training schedule and traffic that all federated baselines share."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from clients.data_stream import BATCH_ORDER, round_generator
 from clients.training.trainer import LocalTraining
 from federated.data.blocks import Blocks, batches
 from models.runtime.perplexity import LossSum, evaluate_loss
@@ -17,42 +17,50 @@ from models.runtime.perplexity import LossSum, evaluate_loss
 
 @dataclass(frozen=True)
 class Client:
-    """One client: its name, its training blocks and its held-out blocks."""
+    """One client of a federation.
+
+    Attributes:
+        name: unique name.
+        partition: index, from 0.
+        train: training blocks.
+        valid: held-out blocks.
+    """
 
     name: str
+    partition: int
     train: Blocks
     valid: Blocks
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes of one round as Flower serializes them, over all clients: to the server, and back."""
+    """Serialized bytes of the Flower messages of one round, summed over clients: uplink and downlink."""
 
     up: int
     down: int
 
 
 class Method(Protocol):
-    """A federation that trains one global model, round by round."""
+    """Federated method that trains one global model round by round."""
 
     def train_round(self, server_round: int) -> Traffic:
-        """Train on every client, aggregate, and move the global model."""
+        """Train on every client, aggregate the changes, and apply them to the global model."""
         ...
 
     def losses(self) -> dict[str, LossSum]:
-        """Loss of the global model on each client's held-out blocks."""
+        """Loss of the global model on the held-out blocks of each client."""
         ...
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Local training, the same for all methods.
+    """Local training over all rounds, with the batches that ``clients.participant`` draws.
 
     Attributes:
-        training: of a client in a round; its schedule spans all rounds.
-        rounds: of the run.
-        batch_size: blocks.
-        seed: of the order of each client's blocks.
+        training: local training of one round; its learning-rate schedule spans all rounds.
+        rounds: number of rounds.
+        batch_size: blocks per batch.
+        seed: seed of the run.
     """
 
     training: LocalTraining
@@ -61,7 +69,7 @@ class Schedule:
     seed: int
 
     def at(self, server_round: int) -> LocalTraining:
-        """How a client trains in a round, counted from 1."""
+        """Local training of one round, counted from 1."""
         steps = self.training.local_steps
         return replace(
             self.training,
@@ -70,9 +78,9 @@ class Schedule:
         )
 
     def stream(self, client: Client, server_round: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of a client in a round, equal for every method."""
-        seed = hash((self.seed, server_round, len(client.name), *client.name.encode())) % 2**31
-        return batches(client.train, self.batch_size, generator=torch.Generator().manual_seed(seed))
+        """Endless training batches of a client in a round, the same for every method."""
+        generator = round_generator(self.seed, server_round, client.partition, purpose=BATCH_ORDER)
+        return batches(client.train, self.batch_size, generator=generator)
 
 
 def held_out_losses(

@@ -1,11 +1,14 @@
-"""Models and text for benchmarks: trained Llamas and real domains in a folder beside the checkout."""
+"""Trained Llamas and text of real domains for benchmarks, read from a folder beside the checkout."""
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
 
 from configs.errors import UserError
 from federated.data.blocks import Blocks, pack_blocks
@@ -21,10 +24,10 @@ DEMO_MODEL = Path(__file__).resolve().parents[2] / "models" / "demo"
 
 
 def model_path(name: str, *, quick: bool = False) -> str:
-    """Folder of the trained Llama ``name``; a quick run takes the embedded demo model.
+    """Folder of the trained Llama ``name``; for a quick run, of the embedded demo model.
 
     Raises:
-        UserError: it is absent and this is a full run.
+        UserError: the folder is absent and this is a full run.
     """
     if quick:
         return str(DEMO_MODEL)
@@ -40,14 +43,43 @@ def model_path(name: str, *, quick: bool = False) -> str:
 def domain_blocks(
     source: str, model: str, *, split: str = "train", block_size: int = 256, max_blocks: int, seed: int = 0
 ) -> Blocks:
-    """Blocks of one split of a data source, documents in an order of ``seed``, tokenized for ``model``."""
-    rows = load_documents([source], wikimix_documents=400).shuffle(seed=seed)
-    texts = (row["text"] for row in rows if row["split"] == split)
+    """Token blocks of one split of a data source, from its documents in an order drawn with ``seed``.
+
+    Args:
+        source: data source, as in a run configuration.
+        model: folder of the model whose tokenizer is used.
+        split: ``train`` or ``valid``.
+        block_size: tokens per block.
+        max_blocks: most blocks.
+        seed: of the order of the documents.
+    """
+    texts = _texts(source, split, seed)
     return pack_blocks(texts, load_tokenizer(model), block_size=block_size, max_blocks=max_blocks)
 
 
+def write_client_data(
+    folder: Path, source: str, model: str, *, train_tokens: int, valid_tokens: int, seed: int
+) -> None:
+    """Write the private data of one client, ``train.jsonl`` and ``valid.jsonl``, for ``data-dir`` of its node.
+
+    Args:
+        folder: receives the files; it is made.
+        source: data source, as in a run configuration.
+        model: folder of the model whose tokenizer counts the tokens.
+        train_tokens: tokens to train on, BOS of each document included; fewer where the source has fewer.
+        valid_tokens: held-out tokens, of the same documents for every ``seed``.
+        seed: of the order in which training documents are taken.
+    """
+    folder.mkdir(parents=True)
+    tokenizer = load_tokenizer(model)
+    for split, tokens, order in (("train", train_tokens, seed), ("valid", valid_tokens, 0)):
+        texts = _up_to(tokens, _texts(source, split, order), tokenizer)
+        lines = (json.dumps({"text": text}) + "\n" for text in texts)
+        (folder / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
 def bootstrapped(path: str, experts: int, calibration_tokens: int) -> FedGraftForCausalLM:
-    """The graph of the Llama in ``path``, calibrated on text of the model itself."""
+    """Expert graph of the Llama in folder ``path``, calibrated on text sampled from the model itself."""
     dense = load_dense(path).float()
     plan = BootstrapOptions(experts)
     ids = sample_calibration(dense, calibration_tokens, 0)
@@ -55,10 +87,10 @@ def bootstrapped(path: str, experts: int, calibration_tokens: int) -> FedGraftFo
 
 
 def data_sources(domains: Sequence[str], *, quick: bool = False) -> list[str]:
-    """Data sources of real ``domains``; a quick run takes as many domains of WikiMix.
+    """Data sources of real ``domains``; for a quick run, as many domains of WikiMix.
 
     Raises:
-        UserError: one is absent and this is a full run.
+        UserError: a domain is absent and this is a full run.
     """
     if quick:
         return [f"wikimix:{name}" for name, _ in zip(DOMAINS, domains, strict=False)]
@@ -69,3 +101,24 @@ def data_sources(domains: Sequence[str], *, quick: bool = False) -> list[str]:
     raise UserError(
         f"expected text in {absent[0]}, got none; set FEDGRAFT_SHARED to the folder of models and data"
     )
+
+
+def _texts(source: str, split: str, seed: int) -> Iterator[str]:
+    rows = load_documents([source], wikimix_documents=400).shuffle(seed=seed)
+    return (row["text"] for row in rows if row["split"] == split)
+
+
+def _up_to(tokens: int, texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """The first texts, the last one cut so that all have ``tokens`` tokens, a BOS before each included."""
+    left = tokens
+    for text in texts:
+        ends = [
+            end
+            for _, end in tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)[
+                "offset_mapping"
+            ]
+        ]
+        if left < 2:
+            return
+        yield text if len(ends) < left else text[: ends[left - 2]]
+        left -= 1 + len(ends)

@@ -1,12 +1,16 @@
-"""One run of one method of ``benchmarks.quality_per_byte``: who trains, on what, for how long."""
+"""Runs of ``benchmarks.quality_per_byte``: settings, one method with one seed, and its stored result."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -14,17 +18,19 @@ from peft import LoraConfig, get_peft_model
 
 from benchmarks.support.averaging import Averaging
 from benchmarks.support.federated_methods import Client, Method, Schedule
-from benchmarks.support.material import data_sources, domain_blocks, model_path
-from benchmarks.support.sparse_experts import SparseExperts
+from benchmarks.support.federation_run import run_in_process
+from benchmarks.support.material import data_sources, model_path, write_client_data
+from clients.data_stream import client_documents, pack_client
 from clients.training.trainer import LocalTraining
+from configs.output import write_json
 from configs.schema import RunConfig
+from federated.data.blocks import take
 from models.bootstrap.build import BootstrapOptions
 from models.bootstrap.pipeline import bootstrap_checkpoint
-from models.checkpoints.load import load_dense
+from models.checkpoints.load import load_dense, load_graph, load_tokenizer
 from models.graph.runtime_settings import set_visits
 from models.runtime.precision import autocast_to_bf16
 from scripts.shared.console import quiet_libraries
-from server.model.global_model import GlobalModel
 
 DOMAINS = ("stories", "shakespeare", "law_dc", "medical_qa", "math_gsm8k", "code_algos", "recipes")
 
@@ -34,24 +40,24 @@ Rate = tuple[float, str]
 
 @dataclass(frozen=True)
 class Settings:
-    """How much is trained and measured.
+    """Amount of training and of measurement.
 
     Attributes:
-        domains: a client each; one more holds wikimix.
+        domains: text of one client each; one more client has wikimix.
         experts: E of each layer.
-        rounds: of the methods that ours is compared with.
-        most_rounds: of ours, which stops where it has reached all targets.
-        train_blocks: of a client.
-        valid_blocks: of a client.
-        block_size: tokens of a block.
-        batch_size: blocks.
-        local_steps: of a client in a round.
-        seeds: of the order of the text and of the clusters.
-        half_seeds: those with half of the experts active, which train four times as long: routers and gains, too.
-        learning_rates: tried, by method, each with its schedule over the rounds; the half active take what all active
-            did best with.
-        calibration_tokens: sampled from the model, for the bootstrap.
-        jobs: runs side by side, a thread each.
+        rounds: rounds of the baselines.
+        most_rounds: rounds of ours; its bytes count up to the round that reaches a baseline's loss.
+        train_blocks: training blocks of a client.
+        valid_blocks: held-out blocks of a client.
+        block_size: tokens per block.
+        batch_size: blocks per batch.
+        local_steps: optimizer steps of a client per round.
+        seeds: seeds of the data order, the clusters and the batches.
+        half_seeds: seeds of the runs with half of the experts active, in which routers and gains train, too.
+        learning_rates: candidate learning rates and schedules of each method; with half of the experts active, the
+            chosen ones of all active are taken.
+        calibration_tokens: tokens sampled from the model for the bootstrap.
+        jobs: runs side by side, one thread each.
     """
 
     domains: Sequence[str]
@@ -70,10 +76,12 @@ class Settings:
     jobs: int
 
 
+# The best of each method in an earlier search on the same model, domains and rounds: dense 1e-3 and 2e-3 constant, 2e-3
+# linear; fedit 2e-3, 5e-3 and 1e-2 constant, 5e-3 linear; ours 5e-4, 7e-4 and 1e-3 linear.
 RATES: dict[str, Sequence[Rate]] = {
-    "dense": ((1e-3, "constant"), (2e-3, "constant"), (2e-3, "linear")),
-    "fedit": ((2e-3, "constant"), (5e-3, "constant"), (1e-2, "constant"), (5e-3, "linear")),
-    "ours": ((5e-4, "linear"), (7e-4, "linear"), (1e-3, "linear")),
+    "dense": ((2e-3, "linear"),),
+    "ours": ((5e-4, "linear"),),
+    "fedit": ((5e-3, "constant"),),
 }
 FULL = Settings(DOMAINS, 16, 12, 20, 400, 24, 128, 4, 10, (0, 1, 2), (0, 1, 2), RATES, 8192, 2)
 QUICK = replace(
@@ -86,9 +94,8 @@ QUICK = replace(
     valid_blocks=2,
     block_size=32,
     local_steps=1,
-    seeds=(0, 1),
+    seeds=(0,),
     half_seeds=(0,),
-    learning_rates={name: rates[:1] for name, rates in RATES.items()},
     calibration_tokens=256,
     jobs=1,
 )
@@ -96,33 +103,44 @@ QUICK = replace(
 
 @dataclass(frozen=True)
 class Job:
-    """A run to be made: it ends early where its mean loss has reached all of ``goals``, if there are any."""
+    """One method with one seed at one learning rate and schedule."""
 
     method: str
     seed: int
     learning_rate: Rate
-    goals: Sequence[float] = ()
 
 
 @dataclass(frozen=True)
 class Run:
-    """One method with one seed: ``trajectory`` holds, after each round, the bytes so far and every client's loss."""
+    """Result of a job.
+
+    Attributes:
+        method: see ``Job``.
+        seed: see ``Job``.
+        learning_rate: see ``Job``.
+        trajectory: ``round``, bytes so far ``up`` and ``down``, and ``losses`` by client, at the start and after each
+            round.
+        seconds: wall time.
+        edits: graph edits of a run of ours.
+    """
 
     method: str
     seed: int
     learning_rate: Rate
     trajectory: list[dict[str, Any]]
+    seconds: float = 0.0
+    edits: int = 0
 
     @property
     def loss(self) -> float:
-        """Mean over clients of the loss at the end, nats per token."""
+        """Mean over clients of the final loss, nats per token."""
         return mean_loss(self.trajectory[-1])
 
     def worst_change(self, target: float) -> float | None:
-        """Largest ratio over clients of a client's perplexity to that at the start, when the mean loss is ``target``.
+        """Largest ratio over clients of perplexity to initial perplexity at mean loss ``target``; None if not reached.
 
-        Interpolated between the two rounds around it: runs pass it by different steps, and the worst client of one that
-        went further would look better. None where the run does not reach the target.
+        Client losses are interpolated between the rounds before and after: runs cross the target by different amounts,
+        and a run that goes further below it would have a better worst client.
         """
         after = self.reached(target)
         if after is None:
@@ -136,89 +154,150 @@ class Run:
         )
 
     def reached(self, target: float) -> dict[str, Any] | None:
-        """The first entry of the trajectory with a mean loss of at most ``target``; None without one."""
+        """First entry of the trajectory with a mean loss of at most ``target``; None if there is none."""
         return next((entry for entry in self.trajectory if mean_loss(entry) <= target), None)
 
 
-def run_job(job: Job, settings: Settings, graph: str, quick: bool) -> Run:
-    """Train as ``job`` says, on the graph bootstrapped with its seed."""
+def stored_run(job: Job, settings: Settings, quick: bool, work: Path) -> Run:
+    """Result of a job, read from the folder ``work`` or trained and stored there."""
+    path = work / f"{job.method.replace(' ', '-')}-{job.seed}-{_key(job, settings, quick)}.json"
+    if not path.is_file():
+        write_json(path, vars(_run_job(job, settings, quick, work)))
+    values = json.loads(path.read_text(encoding="utf-8"))
+    return Run(**{**values, "learning_rate": job.learning_rate})
+
+
+def _run_job(job: Job, settings: Settings, quick: bool, work: Path) -> Run:
     quiet_libraries()
     torch.set_num_threads(1)
-    federation = _federation(job, settings, graph, quick)
-    trajectory: list[dict[str, Any]] = []
-    up = down = 0
-    for server_round in range(_rounds(job, settings) + 1):
-        if server_round:
-            traffic = federation.train_round(server_round)
-            up, down = up + traffic.up, down + traffic.down
-        losses = {name: loss.mean for name, loss in federation.losses().items()}
-        trajectory.append({"round": server_round, "up": up, "down": down, "losses": losses})
-        if job.goals and mean_loss(trajectory[-1]) <= min(job.goals):
-            break
-    return Run(job.method, job.seed, job.learning_rate, trajectory)
-
-
-def bootstrap_graph(folder: Path, seed: int, settings: Settings, quick: bool) -> str:
-    """Bootstrap the graph of a seed into ``folder`` and return its path."""
-    out = folder / f"graph-{seed}"
-    bootstrap_checkpoint(
-        source=model_path("mix7M", quick=quick),
-        out=out,
-        options=BootstrapOptions(settings.experts, seed=seed),
-        calibration_ids=None,
-        calibration_tokens=settings.calibration_tokens,
-        evaluation_tokens=settings.calibration_tokens // 4,
+    started = time.perf_counter()
+    with TemporaryDirectory(prefix="fedgraft-") as scratch:
+        config = _config(job, settings, Path(scratch), quick, work)
+        folders = _write_data(Path(scratch), job.seed, settings, quick)
+        if job.method.endswith("ours"):
+            result = run_in_process(config, list(folders), list(folders.values()))
+            trajectory, edits = result.trajectory, result.edits
+        else:
+            trajectory, edits = _averaged(_baseline(job, config, folders, quick), settings.rounds), 0
+    return Run(
+        job.method, job.seed, job.learning_rate, trajectory, round(time.perf_counter() - started, 1), edits
     )
-    return str(out)
+
+
+def bootstrapped_graph(seed: int, settings: Settings, quick: bool, work: Path) -> Path:
+    """Folder in ``work`` of the graph of a seed, bootstrapped where it is absent."""
+    facts = [seed, settings.experts, settings.calibration_tokens, quick]
+    out = work / f"graph-{seed}-{_digest(facts)}"
+    if not out.is_dir():
+        bootstrap_checkpoint(
+            source=model_path("mix7M", quick=quick),
+            out=out,
+            options=BootstrapOptions(settings.experts, seed=seed),
+            calibration_ids=None,
+            calibration_tokens=settings.calibration_tokens,
+            evaluation_tokens=settings.calibration_tokens // 4,
+        )
+    return out
 
 
 def mean_loss(entry: Mapping[str, Any]) -> float:
-    """Mean over clients of the loss in an entry of a trajectory: the log of the geometric mean of perplexities."""
+    """Mean over clients of the loss in an entry of a trajectory, i.e. the log of the geometric mean perplexity."""
     return fmean(entry["losses"].values())
 
 
-def _rounds(job: Job, settings: Settings) -> int:
-    return settings.most_rounds if job.method.endswith("ours") else settings.rounds
+def _key(job: Job, settings: Settings, quick: bool) -> str:
+    """Digest of everything that a result depends on: settings, method, seed, rate, defaults of the configuration."""
+    several = ("seeds", "half_seeds", "learning_rates", "jobs")
+    amounts = {name: value for name, value in vars(settings).items() if name not in several}
+    return _digest([vars(job), amounts, quick, RunConfig().values()])
 
 
-def _federation(job: Job, settings: Settings, graph: str, quick: bool) -> Method:
-    clients, half = list(_clients(settings, job.seed, quick)), job.method.startswith("half")
-    schedule = _schedule(job, settings, half)
-    if job.method in ("dense", "fedit"):
-        dense = load_dense(model_path("mix7M", quick=quick)).float()
-        if job.method == "dense":
-            ffn = {name: each for name, each in dense.named_parameters() if ".mlp." in name}
-            return Averaging(dense, ffn, clients, schedule)
-        torch.manual_seed(job.seed)
-        lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-        model = get_peft_model(dense, lora)
-        factors = {name: each for name, each in model.named_parameters() if "lora_" in name}
-        return Averaging(model, factors, clients, schedule)
-    server = GlobalModel(graph)
-    set_visits(server.model, settings.experts // 2 if half else settings.experts)
-    if job.method == "half dense":
-        layers = enumerate(server.model.expert_layers())
-        experts = {f"{i}.{name}": each for i, layer in layers for name, each in layer.named_parameters()}
-        return Averaging(server.model, experts, clients, schedule)
-    return SparseExperts(server, clients, schedule, RunConfig(num_clients=len(clients)))
+def _digest(facts: Any) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _schedule(job: Job, settings: Settings, half: bool) -> Schedule:
-    keys = RunConfig(
+def _config(job: Job, settings: Settings, scratch: Path, quick: bool, work: Path) -> RunConfig:
+    """Run configuration of a job; all methods take their local training, data and seed from it."""
+    half, rounds = job.method.startswith("half"), settings.rounds
+    return RunConfig(
+        graph=(
+            ""
+            if job.method in ("dense", "fedit")
+            else str(bootstrapped_graph(job.seed, settings, quick, work))
+        ),
+        log_dir=str(scratch / "logs"),
+        num_clients=len(settings.domains) + 1,
+        num_rounds=settings.most_rounds if job.method.endswith("ours") else rounds,
+        experts_per_token=settings.experts // 2 if half else settings.experts,
+        eval_blocks=settings.valid_blocks,
+        block_size=settings.block_size,
+        batch_size=settings.batch_size,
         local_steps=settings.local_steps,
         learning_rate=job.learning_rate[0],
         schedule=job.learning_rate[1],
         # With every expert active there is nothing to route.
         train="all" if half else "experts",
+        seed=job.seed,
+        device="cpu",
     )
-    training = LocalTraining.of(keys.training, autocast=autocast_to_bf16("auto", "cpu"))
-    return Schedule(training, _rounds(job, settings), settings.batch_size, job.seed)
 
 
-def _clients(settings: Settings, seed: int, quick: bool) -> Iterator[Client]:
+def _write_data(scratch: Path, seed: int, settings: Settings, quick: bool) -> dict[str, Path]:
+    """Data folder of each client, by its name."""
     path, size = model_path("mix7M", quick=quick), settings.block_size
     sources = [*data_sources(settings.domains, quick=quick), "wikimix"]
+    folders = {}
     for name, source in zip([*settings.domains, "wikimix"], sources, strict=True):
-        train = domain_blocks(source, path, block_size=size, max_blocks=settings.train_blocks, seed=seed)
-        valid = domain_blocks(source, path, split="valid", block_size=size, max_blocks=settings.valid_blocks)
-        yield Client(name, train, valid)
+        folders[name] = scratch / "data" / name
+        train, valid = settings.train_blocks * size, settings.valid_blocks * size
+        write_client_data(folders[name], source, path, train_tokens=train, valid_tokens=valid, seed=seed)
+    return folders
+
+
+def packed_clients(config: RunConfig, folders: Mapping[str, Path], model: str) -> Iterator[Client]:
+    """Clients of the baselines, with the blocks that ``clients.participant`` packs from the same folders.
+
+    Args:
+        config: run configuration.
+        folders: data folder of each client, by its name, in the order of the partitions.
+        model: folder of the model whose tokenizer is used.
+    """
+    tokenizer = load_tokenizer(model)
+    for partition, (name, folder) in enumerate(folders.items()):
+        documents = client_documents(config, partition, data_dir=str(folder))
+        train, valid = pack_client(documents, tokenizer, config.block_size, config.block_size)
+        yield Client(name, partition, train, take(valid, config.eval_blocks))
+
+
+def _baseline(job: Job, config: RunConfig, folders: Mapping[str, Path], quick: bool) -> Method:
+    path = model_path("mix7M", quick=quick)
+    clients = list(packed_clients(config, folders, path))
+    training = LocalTraining.of(config.training, autocast=autocast_to_bf16("auto", "cpu"))
+    schedule = Schedule(training, config.num_rounds, config.batch_size, config.seed)
+    if job.method == "half dense":
+        graph = load_graph(config.graph).float()
+        set_visits(graph, config.experts_per_token)
+        layers = enumerate(graph.expert_layers())
+        experts = {f"{i}.{name}": each for i, layer in layers for name, each in layer.named_parameters()}
+        return Averaging(graph, experts, clients, schedule)
+    dense = load_dense(path).float()
+    if job.method == "dense":
+        ffn = {name: each for name, each in dense.named_parameters() if ".mlp." in name}
+        return Averaging(dense, ffn, clients, schedule)
+    torch.manual_seed(job.seed)
+    lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(dense, lora)
+    factors = {name: each for name, each in model.named_parameters() if "lora_" in name}
+    return Averaging(model, factors, clients, schedule)
+
+
+def _averaged(method: Method, rounds: int) -> list[dict[str, Any]]:
+    trajectory: list[dict[str, Any]] = []
+    up = down = 0
+    for server_round in range(rounds + 1):
+        if server_round:
+            traffic = method.train_round(server_round)
+            up, down = up + traffic.up, down + traffic.down
+        losses = {name: loss.mean for name, loss in method.losses().items()}
+        trajectory.append({"round": server_round, "up": up, "down": down, "losses": losses})
+    return trajectory

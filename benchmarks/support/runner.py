@@ -38,11 +38,13 @@ class Measured:
         figures: the headline numbers; None where one could not be measured, with the reason in ``notes``.
         peers: what they are ratios against, and everything else worth keeping (any JSON).
         notes: a sentence per figure that needs one.
+        seconds: time of the measurement, where parts of it were made in an earlier process; None: of this process.
     """
 
     figures: Mapping[str, float | None]
     peers: Mapping[str, Any] = field(default_factory=dict)
     notes: Mapping[str, str] = field(default_factory=dict)
+    seconds: float | None = None
 
 
 def run_benchmark(name: str, measure: Callable[[bool, OnStep], Measured]) -> None:
@@ -60,17 +62,22 @@ def run_benchmark(name: str, measure: Callable[[bool, OnStep], Measured]) -> Non
         as_json: JsonFlag = False,
     ) -> None:
         quiet_libraries()
-        try:
-            result = measured_result(name, measure, quick=quick)
-        except UserError as error:
-            stderr.print(f"error: {error}", highlight=False, markup=False)
-            raise typer.Exit(2) from None
-        if not quick:
-            RESULTS.mkdir(exist_ok=True)
-            write_json(RESULTS / f"{name}.json", result)
-        print_result(result, as_json=as_json, lines=_lines(name, result, quick))
+        report(name, measure, quick=quick, as_json=as_json)
 
     typer.run(main)
+
+
+def report(name: str, measure: Callable[[bool, OnStep], Measured], *, quick: bool, as_json: bool) -> None:
+    """Measure, print, and write the result of a full run; the arguments are those of ``run_benchmark``."""
+    try:
+        result = measured_result(name, measure, quick=quick)
+    except UserError as error:
+        stderr.print(f"error: {error}", highlight=False, markup=False)
+        raise typer.Exit(2) from None
+    if not quick:
+        RESULTS.mkdir(exist_ok=True)
+        write_json(RESULTS / f"{name}.json", result)
+    print_result(result, as_json=as_json, lines=_lines(name, result, quick))
 
 
 def measured_result(name: str, measure: Callable[[bool, OnStep], Measured], *, quick: bool) -> dict[str, Any]:
@@ -85,7 +92,7 @@ def measured_result(name: str, measure: Callable[[bool, OnStep], Measured], *, q
         "machine": machine(),
         "command": f"python -m benchmarks.{name}" + (" --quick" if quick else ""),
         "commit": commit(),
-        "seconds": round(time.perf_counter() - start, 1),
+        "seconds": round(time.perf_counter() - start if measured.seconds is None else measured.seconds, 1),
     }
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from transformers import PreTrainedModel
 
 from clients.training.gradient_rms import second_moments
 from clients.training.optimizer import make_optimizer, make_schedule
@@ -80,19 +81,44 @@ def train_locally(
         UserError: the loss, its gradient or the router scores are not finite.
     """
     parameters = expert_parameters(model, training.train)
-    optimizer, schedule = _optimization(_groups(model, parameters, training), training)
+    groups = _groups(model, parameters, training)
+    with _collecting(model, training) as routings, _checkpointing(model, training):
+        return train_groups(model, groups, batches, training, routings=routings)
+
+
+def train_groups(
+    model: PreTrainedModel,
+    groups: Sequence[Mapping[str, Any]],
+    batches: Iterator[Batch],
+    training: LocalTraining,
+    *,
+    routings: list[Routing] | None = None,
+) -> LocalResult:
+    """Train the parameters of ``groups`` in place for the optimizer steps of one round.
+
+    Args:
+        model: any causal language model; put into evaluation mode at the end.
+        groups: parameter groups of a torch optimizer, with ``params`` and ``lr``.
+        batches: endless ``(input_ids, labels)``, each ``[B, S]``.
+        training: optimizer, schedule and number of steps.
+        routings: receives the routing of each forward pass, for the router losses; None: there are none.
+
+    Raises:
+        UserError: the loss, its gradient or the router scores are not finite.
+    """
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    optimizer, schedule = _optimization([dict(group) for group in groups], training)
     losses, tokens = [], 0
     model.train()
-    with _collecting(model, training) as routings, _checkpointing(model, training):
-        for _ in range(training.local_steps):
-            group = list(islice(batches, training.accumulation_steps))
-            count = sum(_predicted(labels) for _, labels in group)
-            optimizer.zero_grad()
-            losses.append(sum(_backward(model, batch, count, routings, training) for batch in group))
-            _clip(parameters, training.max_grad_norm)
-            optimizer.step()
-            schedule.step()
-            tokens += count
+    for _ in range(training.local_steps):
+        batch_group = list(islice(batches, training.accumulation_steps))
+        count = sum(_predicted(labels) for _, labels in batch_group)
+        optimizer.zero_grad()
+        losses.append(sum(_backward(model, each, count, routings, training) for each in batch_group))
+        _clip(parameters, training.max_grad_norm)
+        optimizer.step()
+        schedule.step()
+        tokens += count
     optimizer.zero_grad()
     model.eval()
     return LocalResult(losses, tokens, second_moments(optimizer) if training.keep_moments else {})
@@ -153,7 +179,7 @@ def _optimization(groups: list[dict[str, Any]], training: LocalTraining) -> tupl
 
 
 def _backward(
-    model: FedGraftForCausalLM, batch: Batch, count: int, routings: list[Routing], training: LocalTraining
+    model: PreTrainedModel, batch: Batch, count: int, routings: list[Routing] | None, training: LocalTraining
 ) -> float:
     """Add the gradient of one batch; returns its share of the loss of a step that predicts ``count`` tokens.
 
@@ -174,7 +200,7 @@ def _backward(
     return float(loss.detach())
 
 
-def _forward(model: FedGraftForCausalLM, batch: Batch, count: int, autocast: bool) -> Tensor:
+def _forward(model: PreTrainedModel, batch: Batch, count: int, autocast: bool) -> Tensor:
     input_ids, labels = (each.to(model.device) for each in batch)
     predicted = torch.tensor(count, device=model.device)
     try:

@@ -8,13 +8,9 @@ import torch
 
 from benchmarks.support.averaging import Averaging
 from benchmarks.support.federated_methods import Client, Schedule
-from benchmarks.support.sparse_experts import SparseExperts
-from configs.schema import RunConfig
 from federated.data.blocks import Blocks
 from models.checkpoints.load import load_dense
-from server.model.global_model import GlobalModel
 from tests.support.local_training import local_training
-from tests.support.tiny_federation import save_tiny_graph
 
 TRAINING = local_training(local_steps=2, schedule="linear")
 SCHEDULE = Schedule(TRAINING, rounds=2, batch_size=2, seed=0)
@@ -28,7 +24,7 @@ def tiny_llama(tiny_llama_dir):
 def _client(name: str, model, blocks: int = 4) -> Client:
     generator = torch.Generator().manual_seed(len(name))
     ids = torch.randint(1, model.config.vocab_size, (2 * blocks, 16), generator=generator)
-    return Client(name, Blocks(ids[:blocks], ids[:blocks]), Blocks(ids[blocks:], ids[blocks:]))
+    return Client(name, len(name), Blocks(ids[:blocks], ids[:blocks]), Blocks(ids[blocks:], ids[blocks:]))
 
 
 def _ffn(model) -> dict:
@@ -62,22 +58,6 @@ def test_averaging_weighs_by_examples(tiny_llama):
         changes.append({name: each - _ffn(tiny_llama)[name] for name, each in _ffn(model).items()})
     for name, both in changes[2].items():
         torch.testing.assert_close(both, 0.75 * changes[0][name] + 0.25 * changes[1][name], rtol=0, atol=3e-4)
-
-
-def test_sparse_experts_that_ship_everything_equal_averaging(tmp_path, tiny_tokenizer):
-    path = str(save_tiny_graph(tmp_path / "graph", tiny_tokenizer, num_experts=4, visits=2))
-    clients = [_client(name, GlobalModel(path).model) for name in ("a", "bb")]
-    config = RunConfig.model_validate(
-        {"density": 1.0, "value-bits": 16, "combine": "mean", "server-learning-rate": 1.0}
-    )
-    sparse, dense = GlobalModel(path), GlobalModel(path)
-    traffic = SparseExperts(sparse, clients, SCHEDULE, config).train_round(1)
-    layers = enumerate(dense.model.expert_layers())
-    experts = {f"{i}.{name}": each for i, layer in layers for name, each in layer.named_parameters()}
-    Averaging(dense.model, experts, clients, SCHEDULE).train_round(1)
-    for one, other in zip(sparse.model.parameters(), dense.model.parameters(), strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=3e-4)
-    assert traffic.up > 0 and traffic.down > 0
 
 
 def test_the_schedule_spans_all_rounds():

@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from benchmarks.support.averaging import Averaging
+from benchmarks.support.federated_methods import Schedule
+from benchmarks.support.federation_run import run_in_process
+from benchmarks.support.quality_runs import packed_clients
+from clients.state.store import ClientStore
+from clients.training.trainer import LocalTraining
+from models.checkpoints.load import load_graph
+from tests.support.tiny_federation import client_folder_of, save_tiny_graph, tiny_config, write_texts
+
+NAMES = ("letters", "digits")
+
+
+@pytest.fixture
+def federation(tmp_path, tiny_tokenizer):
+    """Configuration and data folders of a federation whose clients ship every entry in 16 bits."""
+    graph = save_tiny_graph(tmp_path / "graph", tiny_tokenizer, num_experts=4, visits=2)
+    exact = {"density": 1.0, "value_bits": 16, "combine": "mean", "server_learning_rate": 1.0, "rho_max": 0}
+    config = tiny_config(graph, tmp_path, num_rounds=2, learning_rate=2e-3, seed=3, **exact)
+    folders = {name: tmp_path / "private" / name for name in NAMES}
+    for name, folder in folders.items():
+        write_texts(folder, [name])
+    return config, folders
+
+
+def test_a_federation_that_ships_everything_equals_averaging(federation, tmp_path):
+    config, folders = federation
+    result = run_in_process(config, NAMES, list(folders.values()))
+    graph = load_graph(config.graph).float()
+    clients = list(packed_clients(config, folders, config.graph))
+    training = LocalTraining.of(config.training, autocast=False)
+    layers = enumerate(graph.expert_layers())
+    experts = {f"{i}.{name}": each for i, layer in layers for name, each in layer.named_parameters()}
+    schedule = Schedule(training, config.num_rounds, config.batch_size, config.seed)
+    method = Averaging(graph, experts, clients, schedule)
+    assert result.trajectory[0]["losses"] == pytest.approx(
+        {name: loss.mean for name, loss in method.losses().items()}, abs=1e-5
+    )
+    for server_round, entry in enumerate(result.trajectory[1:], start=1):
+        method.train_round(server_round)
+        expected = {name: loss.mean for name, loss in method.losses().items()}
+        assert entry["losses"] == pytest.approx(expected, abs=5e-4)
+        # The model moves in each round by more than the tolerance.
+        before = result.trajectory[server_round - 1]["losses"]
+        assert all(before[name] - entry["losses"][name] > 0.01 for name in NAMES)
+
+
+def test_bytes_are_those_of_the_log_and_a_step_counts_with_the_request_that_brings_it(federation, tmp_path):
+    config, folders = federation
+    result = run_in_process(config, NAMES, list(folders.values()))
+    logs = tmp_path / "logs"
+    first, second = [json.loads(line) for line in (logs / "rounds.jsonl").read_text().splitlines()]
+    summary = json.loads((logs / "summary.json").read_text())
+    start, one, two = result.trajectory
+    assert (start["up"], start["down"], start["updates"]) == (0, 0, 0)
+    assert one["up"] == first["bytes_up"] and two["up"] == first["bytes_up"] + second["bytes_up"]
+    assert one["down"] == first["bytes_down"] + second["bytes_down"]
+    assert two["down"] == summary["bytes_down"]
+    assert 0 < one["updates"] < one["up"]
+    assert [entry["round"] for entry in result.trajectory] == [0, 1, 2]
+
+
+def test_the_baselines_have_the_blocks_that_the_client_packs(federation):
+    config, folders = federation
+    run_in_process(config, NAMES, list(folders.values()))
+    for client in packed_clients(config, folders, config.graph):
+        store = ClientStore(client_folder_of(config, client.partition))
+        name, train, valid = store.blocks(lambda: pytest.fail("the client has not packed its blocks"))
+        assert name == f"client-{client.partition}"
+        assert train.input_ids.equal(client.train.input_ids) and train.labels.equal(client.train.labels)
+        assert valid.input_ids[: config.eval_blocks].equal(client.valid.input_ids)
+
+
+def test_a_refused_reply_is_an_error(federation, tmp_path):
+    config, folders = federation
+    missing = [folders["letters"], tmp_path / "absent"]
+    with pytest.raises(RuntimeError, match="expected a reply of every client"):
+        run_in_process(config, NAMES, missing)
