@@ -1,1 +1,1 @@
-"""What an expert is, without opening a model: clustering, the graph, its edits."""
+"""Experts as data, without opening a model: clustering, graphs, saliency, selection, merging."""

@@ -1,4 +1,4 @@
-"""JSON files with a version in them: another version than expected is warned of and read all the same."""
+"""JSON files with a version field; another version than expected is read with a warning."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from configs.errors import UserError
 
 
 def read_versioned_json(path: Path, *, what: str, version: str) -> dict[str, Any]:
-    """The one JSON object of a file.
+    """Read a file of one JSON object.
 
     Args:
-        path: of the file.
-        what: it should be, with its article, for messages.
-        version: expected under ``version``; any other is warned of.
+        path: path of the file.
+        what: kind of the file with its article, for messages.
+        version: expected value of ``version``; any other gives a warning.
 
     Raises:
         UserError: no such file, or not one JSON object.

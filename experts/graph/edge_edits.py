@@ -30,18 +30,18 @@ def apply_edits(graph: ExpertGraph, edits: Sequence[Edit]) -> ExpertGraph:
 def propose_edits(
     graph: ExpertGraph, usage: Sequence[np.ndarray], rho_max: int, *, margin: float = 1.0
 ) -> list[EdgeEdit]:
-    """Swap the least traveled edges for the most demanded ones, at most ``rho_max`` edits in all.
+    """Propose swaps of the least traveled edges for the most demanded ones, at most ``rho_max`` edits in all.
 
-    A swap stays in its layer and is made only where the demand for the new edge exceeds ``margin`` times the
-    traversals of the old; the swaps that gain most are made first. A single edit is left over when ``rho_max`` is odd:
-    the most demanded edge. No expert becomes unreachable.
+    A swap stays in its layer and needs a demand for the new edge above ``margin`` times the traversals of the old;
+    swaps are chosen by gain. An odd ``rho_max`` leaves one more edit: the most demanded edge. No expert becomes
+    unreachable.
 
     Args:
-        graph: as it is.
-        usage: per layer ``[E, E]``, counts as ``federated.aggregation.usage.UsageCounter`` defines them.
-        rho_max: 0 for no edit.
-        margin: demand counts every pair of a token's k experts, ``k (k - 1) / 2`` of them, while a visit credits one
-            parent, at most ``k - 1`` in all: ``k / 2`` makes the two comparable.
+        graph: current graph.
+        usage: per layer ``[E, E]``, counts of ``federated.aggregation.usage.UsageCounter``.
+        rho_max: largest number of edits.
+        margin: factor between demand and traversals. Demand counts each of the ``k (k - 1) / 2`` pairs of a token's k
+            experts, traversals at most ``k - 1`` parents: ``k / 2`` makes the two comparable.
     """
     swaps = [
         swap
@@ -82,7 +82,7 @@ def _swaps(
 
 
 def _removable(mask: np.ndarray, counts: np.ndarray, most: int) -> list[tuple[int, int]]:
-    """Edges that may all go together, least traveled first."""
+    """Edges that may be removed together, least traveled first."""
     left = mask.copy()
     chosen: list[tuple[int, int]] = []
     for pair in _by_count(mask, counts):
@@ -93,14 +93,14 @@ def _removable(mask: np.ndarray, counts: np.ndarray, most: int) -> list[tuple[in
 
 
 def _by_count(where: np.ndarray, counts: np.ndarray) -> list[tuple[int, int]]:
-    """Pairs p < q of ``where``, ascending by count."""
+    """Pairs p < q of the mask ``where``, ascending by count."""
     pairs = np.argwhere(np.triu(where, 1))
     order = np.argsort(counts[pairs[:, 0], pairs[:, 1]], kind="stable")
     return [(int(p), int(q)) for p, q in pairs[order]]
 
 
 def _can_go(mask: np.ndarray, pair: tuple[int, int]) -> bool:
-    """Whether every expert that can be reached still can be without this edge."""
+    """Whether all reachable experts stay reachable without this edge."""
     if mask[pair[1], pair[1]]:
         return True
     without = mask.copy()

@@ -1,6 +1,6 @@
-"""Edits that take experts out of a graph, by retiring them or by merging them into others.
+"""Removal of experts from a graph: retired, or merged into others.
 
-They renumber the experts that stay, so that no client can replay them: ``edge_edits.apply_edits`` refuses them.
+It renumbers the remaining experts, so that clients cannot replay it: ``edge_edits.apply_edits`` refuses these edits.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from experts.graph.expert_graph import ExpertGraph, reachable
 
 @dataclass(frozen=True, eq=False)
 class EditedGraph:
-    """A graph with fewer experts, and how its numbers follow from those before.
+    """Graph with fewer experts, and the map from old to new numbers.
 
     Attributes:
-        graph: one version on; every expert within reach of a root.
-        kept: per layer, the old numbers of the experts that stay, ascending: entry n is the old number of n.
-        numbers: per layer, old number to new; a merged expert has that of the one it went into, a retired one none.
-        added: per layer, bool ``[E', E']``: edges that the rewiring made. Nothing was learned for them, so that their
-            gains and affinities start at zero.
+        graph: graph of the next version; every expert is reachable from a root.
+        kept: per layer, the old numbers of the remaining experts, ascending: entry n is the old number of n.
+        numbers: per layer, old number to new; a merged expert maps to its target's, a retired one is missing.
+        added: per layer, bool ``[E', E']``: new edges. Nothing was learned for them, so that their gains and
+            affinities start at zero.
     """
 
     graph: ExpertGraph
@@ -46,7 +46,7 @@ class EditedLayer(NamedTuple):
 def retirements(
     keep_map: Mapping[int, np.ndarray], experts_per_layer: Sequence[int], reason: str = ""
 ) -> list[RetireExpert]:
-    """The plan that leaves each layer the experts of ``keep_map``; a layer that it does not name keeps all."""
+    """Retirements that leave each layer the experts of ``keep_map``; an unnamed layer keeps all."""
     return [
         RetireExpert(layer, expert, reason)
         for layer, kept in sorted(keep_map.items())
@@ -55,21 +55,21 @@ def retirements(
 
 
 def apply_expert_edits(graph: ExpertGraph, edits: Sequence[Edit]) -> EditedGraph:
-    """Take experts out of a graph, all at once; ``graph`` stays as it is.
+    """Apply removals of experts to a graph, all at once; ``graph`` stays unchanged.
 
-    ``retire-expert`` (p == q): the expert's parents get edges to its children, also through several retired experts in
-    a row. ``merge-experts``: q goes into p, which takes over the edges and the root of q as far as edges may run from
-    the lower to the higher expert; the others are dropped. An expert that no root reaches any more becomes a root.
+    ``RetireExpert``: the expert's parents get edges to its children, also through several retired experts in a row.
+    ``MergeExperts``: the target takes over edges and root of the removed expert, as far as edges run from the lower to
+    the higher expert; other edges are dropped. An expert that becomes unreachable becomes a root.
 
     Args:
-        graph: as it is.
-        edits: numbers refer to ``graph``, so that their order does not matter.
+        graph: graph before the edits.
+        edits: edits in the numbers of ``graph``; their order does not matter.
 
     Raises:
-        UserError: an edit that does not fit: unknown operation, layer or expert, an expert taken out twice, one merged
-            into an expert that goes itself, a layer that would lose all its experts.
+        UserError: an edit of edges, an unknown layer or expert, an expert removed twice or merged into a removed one, a
+            layer without experts.
     """
-    goes: list[dict[int, int | None]] = [{} for _ in graph.masks]  # expert -> the one it goes into
+    goes: list[dict[int, int | None]] = [{} for _ in graph.masks]  # removed expert -> target of its merge
     for edit in edits:
         if not isinstance(edit, RetireExpert | MergeExperts):
             raise UserError(f"expected an edit to be one of {', '.join(EXPERT_OPERATIONS)}, got {edit.op!r}")
@@ -112,7 +112,7 @@ def remove_from_mask(mask: np.ndarray, goes: Mapping[int, int | None], layer: in
 
 
 def _bridge(mask: np.ndarray, retired: Sequence[int]) -> np.ndarray:
-    """Edges from the parents of every retired expert to its children."""
+    """Mask with edges from the parents of every retired expert to its children."""
     mask = mask.copy()
     for expert in sorted(retired):
         mask[:expert, expert + 1 :] |= np.outer(mask[:expert, expert], mask[expert, expert + 1 :])
@@ -120,7 +120,7 @@ def _bridge(mask: np.ndarray, retired: Sequence[int]) -> np.ndarray:
 
 
 def _move(mask: np.ndarray, into: np.ndarray) -> np.ndarray:
-    """Edges and roots of experts that go into others, those that may run so; ``into`` maps expert to expert."""
+    """Mask with edges and roots moved from each expert to ``into[expert]``; edges that would run down are dropped."""
     moved = np.zeros_like(mask)
     for p, q in np.argwhere(mask):
         if p == q or into[p] < into[q]:
@@ -129,6 +129,6 @@ def _move(mask: np.ndarray, into: np.ndarray) -> np.ndarray:
 
 
 def _open_roots(mask: np.ndarray) -> None:
-    """Make roots of experts out of reach, the lowest first, since edges lead on from it; in place."""
+    """Open the roots of unreachable experts, the lowest first, since edges lead on from it; in place."""
     while len(lost := np.flatnonzero(~reachable(mask))):
         mask[lost[0], lost[0]] = True

@@ -1,4 +1,4 @@
-"""The expert graph as plain data: one upper-triangular boolean mask per layer."""
+"""Expert graph as plain data: one upper-triangular boolean mask per layer."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from configs.errors import UserError
 
 @dataclass(frozen=True)
 class ExpertGraph:
-    """Who may be entered from the router, and who passes information to whom.
+    """Roots, which the router may choose, and edges, along which outputs pass, of every layer.
 
     Attributes:
         masks: per layer, bool ``[E, E]``, upper-triangular: ``mask[e, e]`` marks a root, ``mask[p, q]`` an edge p -> q.
-        version: server merges applied since the bootstrap.
+        version: number of server merges since the bootstrap.
     """
 
     masks: tuple[np.ndarray, ...]
@@ -30,15 +30,15 @@ class ExpertGraph:
 
     @property
     def num_experts(self) -> list[int]:
-        """Experts per layer."""
+        """Number of experts per layer."""
         return [len(mask) for mask in self.masks]
 
     def edges_per_layer(self) -> list[int]:
-        """Edges per layer; roots do not count."""
+        """Number of edges per layer, without roots."""
         return [int(np.triu(mask, 1).sum()) for mask in self.masks]
 
     def digest(self) -> str:
-        """SHA-256 over version, shapes and bits: equal on two sides exactly when their graphs are."""
+        """SHA-256 of version, shapes and bits: equal on two sides exactly where their graphs are equal."""
         state = hashlib.sha256(str(self.version).encode())
         for mask in self.masks:
             state.update(len(mask).to_bytes(4, "little"))
@@ -52,7 +52,7 @@ class ExpertGraph:
 
 
 def check_mask(mask: np.ndarray, layer: int) -> None:
-    """Refuse a mask that is not a boolean, upper-triangular square.
+    """Refuse a mask that is not boolean, square and upper-triangular.
 
     Raises:
         UserError: names the layer and the first offending entry.
@@ -72,7 +72,7 @@ def check_mask(mask: np.ndarray, layer: int) -> None:
 
 
 def reachable(mask: np.ndarray) -> np.ndarray:
-    """Experts ``[E]`` that a walk can visit: roots and everything along edges from them."""
+    """Reachable experts, bool ``[E]``: roots and their descendants along edges."""
     graph = networkx.from_numpy_array(np.triu(mask, 1), create_using=networkx.DiGraph)
     found = np.zeros(len(mask), dtype=bool)
     for root in np.flatnonzero(np.diagonal(mask)):
@@ -81,7 +81,7 @@ def reachable(mask: np.ndarray) -> np.ndarray:
 
 
 def check_reachable(mask: np.ndarray, layer: int) -> None:
-    """Refuse a graph with an expert that no walk can visit.
+    """Refuse a graph with an unreachable expert.
 
     Raises:
         UserError: names the layer and the experts.
@@ -95,15 +95,15 @@ def check_reachable(mask: np.ndarray, layer: int) -> None:
 
 
 def edges_by_lift(selected: np.ndarray, edges_per_expert: int) -> np.ndarray:
-    """Edges between experts that tokens select together more often than chance.
+    """Edges between experts that tokens select together more often than chance (co-selection lift above 1).
 
     Args:
-        selected: bool ``[T, E]``, the experts that each token of the calibration text selected.
-        edges_per_expert: edges that leave an expert at most.
+        selected: bool ``[T, E]``, top-k experts of each token of the calibration text.
+        edges_per_expert: largest number of edges that leave an expert.
 
     Returns:
-        bool ``[E, E]``: all roots open, and from each expert its strongest later partners by co-selection lift
-        ``P(p, q) / (P(p) P(q))``, as long as the lift exceeds that of experts drawn without regard to each other.
+        bool ``[E, E]``: all roots, and from each expert edges to the later experts of highest co-selection lift
+        ``P(p, q) / (P(p) P(q))``, where the lift exceeds that of independently drawn experts.
     """
     chosen = selected.astype(np.float64)
     together = chosen.T @ chosen / max(len(chosen), 1)
@@ -118,7 +118,7 @@ def edges_by_lift(selected: np.ndarray, edges_per_expert: int) -> np.ndarray:
 
 
 def _chance_lift(chosen: np.ndarray) -> float:
-    """Mean lift of k experts drawn at random out of E: below one, since each pick leaves fewer to pick from."""
+    """Mean lift of k experts drawn at random without replacement out of E; below one."""
     experts, picks = chosen.shape[1], chosen.sum(axis=1).mean() if len(chosen) else 0.0
     if experts < 2 or picks <= 1:
         return 1.0

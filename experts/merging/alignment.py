@@ -1,4 +1,4 @@
-"""Merging experts: which join which, how their neurons are aligned, and their weighted average.
+"""Merging of experts: optimal grouping, alignment of neurons, weighted average.
 
 REAM (Jha et al. 2026, "REAM: Merging Improves Pruning of Experts in LLMs", arXiv:2604.04356) keeps the most salient
 experts as centroids and merges each other one into a centroid that behaves like it.
@@ -20,18 +20,18 @@ ALIGNMENTS = ("none", "sign", "centroid")
 def group_experts(
     similarity_EE: np.ndarray, centroids: np.ndarray, max_group_size: int
 ) -> dict[int, list[int]]:
-    """Give each expert that is no centroid to one, so that the sum of similarities is the largest there is.
+    """Assign every other expert to a centroid, maximizing the sum of similarities (Hungarian algorithm).
 
-    REAM fills groups one after another in order of saliency; the optimal assignment (Hungarian, scipy) costs little
-    for some hundred experts and does not depend on that order.
+    REAM fills groups one after another in order of saliency; the optimal assignment is cheap for some hundred experts
+    and does not depend on that order.
 
     Args:
-        similarity_EE: how alike two experts are.
-        centroids: ascending numbers of those that stay.
-        max_group_size: experts of a group at most, its centroid included.
+        similarity_EE: similarity of experts.
+        centroids: numbers of the experts that stay, ascending.
+        max_group_size: largest number of experts in a group, its centroid included.
 
     Returns:
-        By centroid, the experts of its group: itself first, then the others ascending.
+        By centroid, the experts of its group: the centroid, then the others ascending.
 
     Raises:
         UserError: the groups cannot hold all experts.
@@ -56,20 +56,20 @@ def group_experts(
 def align_neurons(
     gate_up: np.ndarray, down: np.ndarray, to_gate_up: np.ndarray, to_down: np.ndarray, alignment: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Write an expert's neurons so that they lie closest to those of another; what the expert computes stays the same.
+    """Align an expert's neurons to those of another expert; the expert's function stays the same.
 
     ``sign`` flips a neuron's up row together with its down column, which leaves a gated FFN unchanged; ``centroid``
-    also puts the neurons into the order that is most like the other's (Hungarian, over the signs, too).
+    also permutes the neurons to maximize the inner products with the other's (Hungarian algorithm, signs included).
 
     Args:
-        gate_up: ``[2H, D]`` of the expert.
-        down: ``[D, H]`` of the expert.
-        to_gate_up: of the other.
-        to_down: of the other.
+        gate_up: weights ``[2H, D]`` of the expert.
+        down: weights ``[D, H]`` of the expert.
+        to_gate_up: weights of the other expert.
+        to_down: weights of the other expert.
         alignment: one of ``ALIGNMENTS``.
 
     Returns:
-        ``gate_up`` and ``down``, aligned.
+        Aligned ``gate_up`` and ``down``.
     """
     check_alignment(alignment)
     if alignment == "none":
@@ -88,7 +88,7 @@ def align_neurons(
 def average_experts(
     experts: Sequence[tuple[np.ndarray, np.ndarray]], weights: Sequence[float]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Weighted average of experts' ``gate_up`` and ``down``; a plain one where all weights are zero.
+    """Weighted average of experts' ``gate_up`` and ``down``; unweighted where all weights are zero.
 
     Raises:
         UserError: a weight below zero or not finite.

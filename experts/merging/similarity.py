@@ -1,4 +1,4 @@
-"""How alike two experts of a layer are: in their weights, and in the tokens that visit them.
+"""Similarity of two experts of a layer: cosine of weights, Jaccard index of routed tokens.
 
 Shape suffixes: D hidden width, E experts, H neurons per expert, T tokens, B bytes of one bit per token.
 """
@@ -16,12 +16,12 @@ Matrices = tuple[np.ndarray, np.ndarray]
 
 
 class PairLikeness:
-    """Likeness of the experts of one layer, which follows as experts go into others. Numbers never change.
+    """Pairwise similarity of the experts of one layer, updated as experts are merged. Numbers never change.
 
     Attributes:
-        cosine_EE: of weights (see ``weight_cosines``).
-        visits_EB: packed bits, which tokens visit which expert.
-        jaccard_EE: of visits (see ``jaccard``).
+        cosine_EE: cosine of weights (see ``weight_cosines``).
+        visits_EB: packed bits of the tokens routed to each expert.
+        jaccard_EE: Jaccard index of these token sets (see ``jaccard``).
     """
 
     def __init__(self, cosine_EE: np.ndarray, visits_EB: np.ndarray) -> None:
@@ -30,21 +30,21 @@ class PairLikeness:
 
     @property
     def likeness_EE(self) -> np.ndarray:
-        """Mean of cosine and Jaccard.
+        """Mean of cosine and Jaccard index.
 
-        The cosine tells whether an average still computes what both did, the Jaccard whether tokens that lose one
-        expert are at the other anyway. A product would be zero wherever one of them is for all pairs: with one
-        expert a token no two experts share a token, and experts cut from one FFN share no neuron.
+        A high cosine means that an average preserves both functions, a high Jaccard index that the tokens of one expert
+        already visit the other. A product would vanish where one factor is zero for all pairs: with top-1 routing no
+        two experts share a token, and experts cut from one FFN share no neuron.
         """
         return (self.cosine_EE + self.jaccard_EE) / 2
 
     def merge(self, into: int, gone: int, cosines: Mapping[int, float]) -> None:
-        """Expert ``gone`` goes into ``into``, which then serves the tokens of both.
+        """Update the similarities after a merge of ``gone`` into ``into``, which then has the tokens of both.
 
         Args:
-            into: the expert that stays.
-            gone: the expert that goes.
-            cosines: between the weights of ``into`` after the merge and other experts.
+            into: expert that stays.
+            gone: removed expert.
+            cosines: by other expert, cosine with the weights of ``into`` after the merge.
         """
         self.visits_EB[into] |= self.visits_EB[gone]
         row_E = jaccard_row(self.visits_EB, into)
@@ -54,29 +54,29 @@ class PairLikeness:
 
 
 def pack_visits(visited_ET: np.ndarray) -> np.ndarray:
-    """Bool ``[E, T]`` as bits, uint8 ``[E, B]``; what is left of the last byte is zero, as if nobody visited."""
+    """Pack bool ``[E, T]`` into bits, uint8 ``[E, B]``; the last byte is padded with zeros."""
     return np.packbits(visited_ET, axis=1)
 
 
 def jaccard(visits_EB: np.ndarray) -> np.ndarray:
-    """Tokens that visit both experts over tokens that visit either, ``[E, E]``; 0 where none visits either."""
+    """Jaccard index ``[E, E]`` of the experts' token sets; 0 where both are empty."""
     rows = [jaccard_row(visits_EB, expert) for expert in range(len(visits_EB))]
     return np.stack(rows)
 
 
 def jaccard_row(visits_EB: np.ndarray, expert: int) -> np.ndarray:
-    """The row ``[E]`` of one expert in ``jaccard``."""
+    """Row ``[E]`` of one expert in ``jaccard``."""
     both_E = np.bitwise_count(visits_EB & visits_EB[expert]).sum(axis=1, dtype=np.int64)
     either_E = np.bitwise_count(visits_EB | visits_EB[expert]).sum(axis=1, dtype=np.int64)
     return both_E / np.maximum(either_E, 1)
 
 
 def weight_cosines(experts: Sequence[Matrices], alignment: str) -> np.ndarray:
-    """Cosine ``[E, E]`` between the experts' weights, gate_up and down flattened together.
+    """Cosine similarity ``[E, E]`` of the experts' weights, gate_up and down flattened together.
 
     Args:
-        experts: of one layer.
-        alignment: of one expert's neurons to the other's, before they are compared (see
+        experts: weights of the experts of one layer.
+        alignment: alignment of one expert's neurons to the other's before comparison (see
             ``experts.merging.alignment.align_neurons``); ``centroid`` solves an assignment for each pair.
     """
     check_alignment(alignment)
@@ -91,7 +91,7 @@ def weight_cosines(experts: Sequence[Matrices], alignment: str) -> np.ndarray:
 
 
 def weight_cosine(one: Matrices, other: Matrices, alignment: str) -> float:
-    """Cosine between the weights of two experts, ``one`` aligned to ``other``; 0 where either is all zero."""
+    """Cosine similarity of two experts' weights, ``one`` aligned to ``other``; 0 where either is all zero."""
     return float(_unit(align_neurons(*one, *other, alignment)) @ _unit(other))
 
 

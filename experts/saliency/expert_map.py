@@ -1,4 +1,4 @@
-"""Experts that stand out on one kind of prompts: what a safety or domain scan finds, and the file it is kept in."""
+"""Expert maps: the result of a safety or domain scan, experts flagged by score, and its JSON file."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _FIELDS = ("kind", "scores", "thresholds", "flagged")
 
 @dataclass(frozen=True, eq=False)
 class ExpertMap:
-    """Scores of the experts, and which of them are flagged.
+    """Scores of experts, with those flagged.
 
     Attributes:
         kind: one of ``KINDS``.
         scores: float64 ``[L, E]``, NaN where a layer has fewer than E experts.
-        thresholds: float64 ``[L]``, per layer the score from which an expert is flagged.
-        flagged: MoE-layer ordinal to sorted expert ids; a layer without any may be missing.
-        provenance: where the scores come from, JSON-able.
+        thresholds: float64 ``[L]``, smallest flagged score of each layer.
+        flagged: MoE-layer ordinal to sorted expert ids; a layer without flagged experts may be missing.
+        provenance: model and data of the scores, JSON values.
     """
 
     kind: str
@@ -49,7 +49,7 @@ class ExpertMap:
 
     @property
     def mask(self) -> np.ndarray:
-        """Bool ``[L, E]``: flagged."""
+        """Flagged experts, bool ``[L, E]``."""
         mask = np.zeros(self.scores.shape, dtype=bool)
         for layer, experts in self.flagged.items():
             mask[layer, experts] = True
@@ -57,12 +57,12 @@ class ExpertMap:
 
     @property
     def experts_per_layer(self) -> list[int]:
-        """Experts of each layer."""
+        """Number of experts of each layer."""
         return (~np.isnan(self.scores)).sum(axis=1).tolist()
 
 
 def flag_experts(scores: np.ndarray, thresholds: np.ndarray) -> dict[int, np.ndarray]:
-    """Per layer the experts whose score ``[L, E]`` reaches the layer's threshold ``[L]``; NaN never does."""
+    """Experts per layer whose score ``[L, E]`` is at least the layer's threshold ``[L]``; NaN never is."""
     reached = np.greater_equal(scores, thresholds[:, None])
     return {layer: np.flatnonzero(row) for layer, row in enumerate(reached)}
 
@@ -70,12 +70,12 @@ def flag_experts(scores: np.ndarray, thresholds: np.ndarray) -> dict[int, np.nda
 def save_expert_map(
     expert_map: ExpertMap, path: Path, *, statistics: Mapping[str, Any] | None = None
 ) -> None:
-    """Write an expert map (JSON), in one step.
+    """Write an expert map (JSON), atomically.
 
     Args:
-        expert_map: what to write.
-        path: of the file.
-        statistics: further figures per expert, for the reader of the file; not read back.
+        expert_map: expert map.
+        path: path of the file.
+        statistics: further figures per expert for readers of the file; not read back.
     """
     value = {
         "version": VERSION,
@@ -112,7 +112,7 @@ def load_expert_map(path: Path) -> ExpertMap:
 def _from_json(value: Mapping[str, Any]) -> ExpertMap:
     flagged = {}
     for layer, ids in value["flagged"].items():
-        # numpy would cut 1.7 down to expert 1; a bool is an int for Python, not for us.
+        # numpy would truncate 1.7 to expert 1; bool is a subclass of int.
         if not isinstance(ids, list) or any(type(expert) is not int for expert in ids):
             raise UserError(f"expected lists of expert ids as flagged, got {str(ids)[:80]} in layer {layer}")
         flagged[int(layer)] = np.unique(np.asarray(ids, dtype=np.int64))

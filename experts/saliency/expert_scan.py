@@ -1,7 +1,7 @@
-"""Scanning for experts that stand out on one kind of prompts, by how often and how strongly they answer them.
+"""Scan for experts specific to one kind of prompts, by differential routing frequency and activation.
 
-Differential routing frequency tells safety-critical experts apart in SAFEx (Lai et al. 2025, arXiv:2506.17368);
-differential activation adds experts that are visited alike but say more.
+Differential routing frequency identifies safety-critical experts in SAFEx (Lai et al. 2025, arXiv:2506.17368);
+differential activation adds experts of equal frequency but larger output.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from experts.saliency.measures import Saliency, check_same_model
 
 @dataclass(frozen=True, eq=False)
 class ExpertScan:
-    """How the experts of a model treat two sets of prompts. All arrays are float64 ``[L, E]``, NaN for no expert.
+    """Differences of the experts between two sets of prompts. All arrays are float64 ``[L, E]``, NaN for no expert.
 
     Attributes:
-        frequency: share of the tokens that visit the expert, on the prompts of interest less on the others.
-        activation: mean of gate times output norm over its visits, on the prompts of interest less on the others, over
-            their sum: -1 to 1, 0 where it is never visited.
-        scores: both, each in standard deviations over its layer, weighted.
+        frequency: share of the tokens routed to the expert, prompts of interest minus others.
+        activation: mean gate times output norm over routed tokens, prompts of interest minus others, divided by their
+            sum: -1 to 1; 0 for an expert that no token is routed to.
+        scores: weighted sum of both, each standardized within its layer.
     """
 
     frequency: np.ndarray
@@ -32,12 +32,12 @@ class ExpertScan:
 
 
 def scan_experts(prompts: Saliency, others: Saliency, *, frequency_weight: float = 0.5) -> ExpertScan:
-    """Compare what experts do on prompts of interest with what they do on others.
+    """Compare routing frequency and activation of experts on prompts of interest and on others.
 
     Args:
         prompts: saliency of the model on the prompts of interest.
-        others: of the same model on the prompts that they are compared with.
-        frequency_weight: of the frequency in the score, 0 to 1; the activation has the rest.
+        others: saliency of the same model on the prompts to compare with.
+        frequency_weight: weight of the frequency in the score, 0 to 1; the activation has the rest.
 
     Raises:
         UserError: saliency of different models, or a weight outside 0 to 1.
@@ -53,25 +53,25 @@ def scan_experts(prompts: Saliency, others: Saliency, *, frequency_weight: float
 
 
 def map_of_scan(scan: ExpertScan, kind: str, *, quantile: float, provenance: dict) -> ExpertMap:
-    """Flag, in each layer, the experts whose score lies in its top share and above the layer's mean.
+    """Flag the experts of each layer whose score reaches a quantile of the layer and exceeds its mean.
 
     Args:
-        scan: of ``scan_experts``.
+        scan: result of ``scan_experts``.
         kind: ``safety`` or ``domain``.
-        quantile: of a layer's scores, from which an expert is flagged, 0 to below 1.
-        provenance: where the scan comes from.
+        quantile: quantile of a layer's scores, at least 0 and below 1.
+        provenance: model and data of the scan.
 
     Raises:
         UserError: an unknown kind, or a quantile out of range.
     """
     check_scan_options(quantile=quantile)
-    # Scores are centered on their layer: at 0 an expert treats both sets as the layer does.
+    # Scores are centered within their layer: 0 is the layer's mean.
     thresholds = np.maximum(np.nanquantile(scan.scores, quantile, axis=1), np.finfo(np.float64).tiny)
     return ExpertMap(kind, scan.scores, thresholds, flag_experts(scan.scores, thresholds), provenance)
 
 
 def check_scan_options(*, quantile: float = 0.0, frequency_weight: float = 0.0) -> None:
-    """Refuse a quantile outside 0 to below 1, and a weight outside 0 to 1."""
+    """Refuse a quantile below 0 or not below 1, and a weight outside 0 to 1."""
     if not 0 <= quantile < 1:
         raise UserError(f"expected a quantile of at least 0 and below 1, got {quantile}")
     if not 0 <= frequency_weight <= 1:
@@ -79,14 +79,14 @@ def check_scan_options(*, quantile: float = 0.0, frequency_weight: float = 0.0) 
 
 
 def _visit_share(saliency: Saliency) -> np.ndarray:
-    """Share of a layer's tokens that visit each expert."""
+    """Share of the tokens routed to each expert, ``[L, E]``."""
     tokens = saliency.provenance.get("tokens")
     if not tokens:
-        raise UserError("expected saliency that tells its number of tokens, got none; collect it again")
+        raise UserError("expected saliency with its number of tokens, got none; collect it again")
     return saliency.freq / tokens
 
 
 def _standardized(values: np.ndarray) -> np.ndarray:
-    """In standard deviations from the mean of the layer; 0 where all experts of a layer are alike."""
+    """Values standardized within their layer; 0 where a layer has no spread."""
     spread = np.nanstd(values, axis=1, keepdims=True)
     return (values - np.nanmean(values, axis=1, keepdims=True)) / np.where(spread < 1e-12, 1.0, spread)

@@ -1,7 +1,7 @@
-"""What each expert did on some text: four measures of how much it matters, and the file they are kept in.
+"""Saliency of experts on text: sums of four measures per expert, and their file.
 
 REAP (Lasby et al. 2025, "REAP the Experts", arXiv:2510.13999) scores an expert by the mean, over the tokens routed to
-it, of gate times output norm. Frequency and the expert activation norm (EAN) are the baselines of that paper.
+it, of gate times output norm. Routing frequency and expert activation norm (EAN) are the baselines of that paper.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ _COUNTS = ("reap_count", "freq")
 
 @dataclass(frozen=True, eq=False)
 class Saliency:
-    """Sums over the tokens of some text. All arrays are float64 ``[L, E]``, L MoE layers of at most E experts.
+    """Saliency sums over the tokens of a text. All arrays are float64 ``[L, E]``, L MoE layers of at most E experts.
 
-    A layer with fewer than E experts ends in NaN, in all arrays alike.
+    A layer with fewer than E experts is padded with NaN, in all arrays alike.
 
     Attributes:
         reap_sum: gate times output norm, summed over the tokens routed to the expert.
-        reap_count: tokens of that sum.
-        ean_sum: output norms, summed over the tokens routed to the expert.
-        freq: tokens routed to the expert.
+        reap_count: number of tokens in ``reap_sum``.
+        ean_sum: output L2 norms, summed over the tokens routed to the expert.
+        freq: number of tokens routed to the expert.
         weighted_freq_sum: gates, summed over the tokens routed to the expert.
         decoder_layers: decoder index of each MoE layer, ascending.
-        provenance: where the figures come from (model, model_fingerprint, datasets, tokens, ...), JSON-able.
+        provenance: model and data (model, model_fingerprint, datasets, tokens, ...), JSON values.
     """
 
     reap_sum: np.ndarray
@@ -54,28 +54,28 @@ class Saliency:
 
     @property
     def num_layers(self) -> int:
-        """MoE layers."""
+        """Number of MoE layers."""
         return len(self.freq)
 
     @property
     def num_experts(self) -> int:
-        """Experts of the largest layer."""
+        """Number of experts of the largest layer."""
         return self.freq.shape[1]
 
     @property
     def present(self) -> np.ndarray:
-        """Bool ``[L, E]``: whether the layer has that expert."""
+        """Existing experts, bool ``[L, E]``."""
         return ~np.isnan(self.freq)
 
     @property
     def experts_per_layer(self) -> list[int]:
-        """Experts of each layer."""
+        """Number of experts of each layer."""
         return self.present.sum(axis=1).tolist()
 
     def scores(self, metric: str) -> np.ndarray:
-        """Scores ``[L, E]``, higher is better; NaN where the layer has no such expert.
+        """Scores ``[L, E]`` of a metric, higher is more salient; NaN where the layer has no such expert.
 
-        ``reap`` is the mean over routed tokens, 0 for an expert that was never routed to; the others are sums.
+        ``reap`` is the mean over routed tokens, 0 for an expert without tokens; the others are sums.
 
         Raises:
             UserError: an unknown metric.
@@ -97,7 +97,7 @@ def check_metric(metric: str) -> None:
 
 
 def save_saliency(saliency: Saliency, path: Path) -> None:
-    """Write a saliency file (.npz), in one step."""
+    """Write a saliency file (.npz), atomically."""
     arrays: dict[str, Any] = {name: getattr(saliency, name) for name in ARRAYS}
     arrays |= {"num_layers": saliency.num_layers, "num_experts": saliency.num_experts}
     arrays["decoder_layers"] = np.asarray(saliency.decoder_layers, dtype=np.int64)
@@ -109,10 +109,10 @@ def save_saliency(saliency: Saliency, path: Path) -> None:
 def load_saliency(path: Path) -> Saliency:
     """Read a saliency file.
 
-    ``decoder_layers`` and ``provenance`` may be missing: the layers are then taken to be the first ones.
+    ``decoder_layers`` (default: 0, 1, ...) and ``provenance`` may be missing.
 
     Raises:
-        UserError: no such file, no .npz archive of plain numbers, a key missing, or values that cannot be.
+        UserError: no such file, no .npz archive of plain numbers, a missing key, or impossible values.
     """
     try:
         return Saliency(**read_arrays(Path(path), ARRAYS))
@@ -121,7 +121,7 @@ def load_saliency(path: Path) -> Saliency:
 
 
 def add_saliency(parts: Sequence[Saliency]) -> Saliency:
-    """The saliency of all texts of ``parts`` together: sums and counts of the same model add up.
+    """Add saliency sums of one model over several texts.
 
     Raises:
         UserError: no parts, or parts of different models.
@@ -133,10 +133,10 @@ def add_saliency(parts: Sequence[Saliency]) -> Saliency:
 
 
 def check_same_model(parts: Sequence[Saliency]) -> None:
-    """Refuse saliencies that cannot be of one model.
+    """Refuse saliencies of different models.
 
     Raises:
-        UserError: none given; other layers, experts, decoder indices or model fingerprint than the first.
+        UserError: an empty sequence; experts, decoder indices or model fingerprint other than the first's.
     """
     if not parts:
         raise UserError("expected at least one saliency file, got none")
@@ -184,12 +184,12 @@ def _check_agreement(saliency: Saliency) -> None:
 
 
 def _row(where: np.ndarray) -> int:
-    """The first layer with a True."""
+    """Index of the first layer with a True."""
     return int(np.argwhere(where)[0, 0])
 
 
 def _joined_provenance(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What all parts agree on, with their data sets listed and their tokens summed."""
+    """Provenance common to all parts, with their data sets concatenated and their tokens summed."""
     first, *others = parts
     joined = {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
     if all(isinstance(part.get("datasets"), list) for part in parts):

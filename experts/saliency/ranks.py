@@ -1,4 +1,4 @@
-"""Ranks of experts: comparable between texts and metrics where raw sums are not, and apart from frequencies."""
+"""Ranks of experts by saliency, comparable between texts and metrics, unlike raw sums."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from experts.saliency.measures import Saliency, check_same_model
 
 
 def rank_sums(saliencies: Sequence[Saliency], metric: str, *, model_wide: bool) -> np.ndarray:
-    """Ranks summed over the files, ``[L, E]``; rank 1 is the best, ties share their average, NaN where absent.
+    """Sum of ranks over several saliencies, ``[L, E]``; rank 1 is the best, ties share their mean, NaN where absent.
 
-    Within a layer each expert is ranked among the experts of its layer. Model-wide it is ranked among all experts of
-    the model by its score over the mean score of its layer: norms grow with depth, and raw scores would keep the
-    late layers and empty the early ones.
+    Experts are ranked within their layer, or, ``model_wide``, among all experts of the model by score over the mean
+    score of their layer: norms grow with depth, so that raw scores would remove the experts of early layers.
 
     Raises:
         UserError: no files, files of different models, an unknown metric.
@@ -31,6 +30,6 @@ def _ranks(scores: np.ndarray, model_wide: bool) -> np.ndarray:
 
 
 def over_layer_mean(scores: np.ndarray) -> np.ndarray:
-    """Scores ``[L, E]`` over the mean magnitude of their layer; a layer of zeros stays as it is."""
+    """Scores ``[L, E]`` divided by the mean magnitude of their layer; a layer of zeros stays zero."""
     means = np.nanmean(np.abs(scores), axis=1, keepdims=True)
     return scores / np.where(means == 0, 1.0, means)

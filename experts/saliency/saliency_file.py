@@ -1,4 +1,4 @@
-"""Reading the arrays of a saliency file, which may come from anywhere: an .npz archive of plain numbers."""
+"""Validated reading of the arrays of a saliency file from an untrusted source (.npz of plain numbers)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _UNREADABLE = (OSError, EOFError, ValueError, TypeError, AttributeError, zipfile
 
 
 def read_arrays(path: Path, names: Sequence[str]) -> dict[str, Any]:
-    """The arrays ``names`` of ``[num_layers, num_experts]``, ``decoder_layers`` and ``provenance`` of a file.
+    """Read arrays ``[num_layers, num_experts]`` by name, ``decoder_layers`` and ``provenance`` of a file.
 
     Raises:
         UserError: no such file, no .npz archive of plain numbers, a key missing, an array of another shape.
@@ -45,7 +45,7 @@ def read_arrays(path: Path, names: Sequence[str]) -> dict[str, Any]:
 
 def _read_archive(path: Path) -> dict[str, np.ndarray]:
     try:
-        # Pickled arrays run code when they are read; plain ones do not.
+        # Unpickling would execute code.
         with np.load(path, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
     except FileNotFoundError:

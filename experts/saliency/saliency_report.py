@@ -1,4 +1,4 @@
-"""What a saliency file says, for a reader: best, worst and idle experts, and how two files differ."""
+"""Reports of saliency files: best, worst and idle experts per layer, and rank differences of two files."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from experts.saliency.ranks import rank_sums
 
 
 def layer_summaries(saliency: Saliency, metric: str, *, top: int = 4) -> list[dict[str, Any]]:
-    """One entry a layer: its ordinal and decoder index, the ``top`` best and worst experts, those never routed to.
+    """Summary of each layer: ordinal, decoder index, ``top`` best and worst experts, experts without routed tokens.
 
-    ``best`` starts with the best, ``worst`` with the worst; ``scores`` holds all, by expert.
+    ``best`` starts with the best, ``worst`` with the worst; ``scores`` holds all scores by expert.
     """
     scores = saliency.scores(metric)
     summaries = []
@@ -36,11 +36,11 @@ def layer_summaries(saliency: Saliency, metric: str, *, top: int = 4) -> list[di
 
 
 def compare_layers(first: Saliency, second: Saliency, metric: str, *, top: int = 4) -> list[dict[str, Any]]:
-    """One entry a layer: how two files, of one model or of two of the same shape, rank its experts.
+    """Compare the ranks of two files layer by layer; their models may differ but for the shape.
 
-    ``spearman`` is the rank correlation (None where a file ranks all experts alike), ``bottom_quarter_overlap`` the
-    share of the worst quarter (at least one expert) of the one that is in that of the other, and ``largest_changes``
-    lists up to ``top`` experts whose rank moved most.
+    ``spearman`` is the rank correlation (None where a file has equal ranks only), ``bottom_quarter_overlap`` the share
+    of the worst quarter (at least one expert) common to both, and ``largest_changes`` lists up to ``top`` experts of
+    largest rank change.
 
     Raises:
         UserError: another number of layers or experts.

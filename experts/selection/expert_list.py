@@ -1,4 +1,4 @@
-"""The expert list: which experts of each layer stay, as a table to edit (CSV) and as a map to apply (JSON)."""
+"""Expert list: action for each expert, as an editable table (CSV) and as a keep map (JSON)."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ JSON_FILE = "filtered_experts.json"
 
 @dataclass(frozen=True, eq=False)
 class ExpertList:
-    """What happens to every expert.
+    """Rank and action of every expert.
 
     Attributes:
         rank_sum: float64 ``[L, E]``, ranks summed over the saliency files: smaller is better, 1 the best of one file;
             NaN where the layer has no such expert.
-        actions: ``[L, E]`` of str: one of ``ACTIONS``, or empty where the layer has no such expert. ``merge`` is for an
-            expert that goes up into one that stays.
+        actions: str ``[L, E]``: one of ``ACTIONS``, or empty where the layer has no such expert. ``merge`` removes an
+            expert by merging it into one that stays.
         source: ``files, metric, selection_mode, action_mode``.
         filters: ``min_rank, max_rank, n_prune``.
     """
@@ -50,12 +50,12 @@ class ExpertList:
 
     @property
     def keep_map(self) -> dict[int, np.ndarray]:
-        """Layer to the sorted ids of the experts that stay."""
+        """Layer to the sorted ids of the kept experts."""
         return {layer: np.flatnonzero(row == "keep") for layer, row in enumerate(self.actions)}
 
     @property
     def statistics(self) -> dict[str, int]:
-        """Layers, experts of the largest layer, and how many experts stay and go in all."""
+        """Number of layers, experts of the largest layer, kept experts and removed experts."""
         kept = int((self.actions == "keep").sum())
         return {
             "num_layers": self.actions.shape[0],
@@ -66,7 +66,7 @@ class ExpertList:
 
 
 def write_expert_list(experts: ExpertList, directory: Path) -> tuple[Path, Path]:
-    """Write ``CSV_FILE`` and ``JSON_FILE``, each in one step, and return their paths."""
+    """Write ``CSV_FILE`` and ``JSON_FILE``, each atomically; return their paths."""
     directory = Path(directory)
     csv_path, json_path = directory / CSV_FILE, directory / JSON_FILE
     write_bytes(csv_path, _csv_text(experts).encode())
@@ -75,10 +75,10 @@ def write_expert_list(experts: ExpertList, directory: Path) -> tuple[Path, Path]
 
 
 def load_expert_list(path: Path) -> dict[int, np.ndarray]:
-    """Read which experts stay: layer to sorted expert ids (int64), from a CSV or a JSON expert list.
+    """Read the kept experts of a CSV or JSON expert list: layer to sorted expert ids (int64).
 
-    Layers may be missing; ``complete_keep_map`` fills them in. An expert that a listed layer does not mention goes. A
-    JSON list of another version is read with a warning. The model decides what fits: ``check_keep_map``.
+    Layers may be missing (see ``complete_keep_map``). An expert that a listed layer does not name is removed. A JSON
+    list of another version is read with a warning. ``check_keep_map`` compares the result with a model.
 
     Raises:
         UserError: no such file, neither format, CSV columns missing (named), an unknown action, an expert twice,
@@ -88,7 +88,7 @@ def load_expert_list(path: Path) -> dict[int, np.ndarray]:
 
 
 def read_ranks(path: Path) -> dict[int, dict[int, float]]:
-    """Layer to expert to rank sum of a CSV expert list; nothing of a JSON one, which holds none.
+    """Read rank sums of a CSV expert list: layer to expert to rank sum; empty for JSON, which holds none.
 
     Raises:
         UserError: as ``load_expert_list``.
@@ -97,7 +97,7 @@ def read_ranks(path: Path) -> dict[int, dict[int, float]]:
 
 
 def check_keep_map(keep_map: Mapping[int, np.ndarray], experts_per_layer: Sequence[int]) -> None:
-    """Refuse what a model with ``experts_per_layer`` cannot apply.
+    """Refuse a keep map that does not fit a model with ``experts_per_layer``.
 
     Raises:
         UserError: a layer or an expert that the model does not have, an expert twice, a layer without experts.
@@ -125,10 +125,10 @@ def complete_keep_map(
     saliency: Saliency | None = None,
     metric: str = "reap",
 ) -> dict[int, np.ndarray]:
-    """A checked keep map of every layer, in order.
+    """Complete a keep map to every layer, in order.
 
-    A layer that the list does not name keeps its best experts by saliency, the same share of them as the listed layers
-    keep together and at least one; without saliency it keeps all.
+    A missing layer keeps its most salient experts, in the same share as the listed layers together and at least one;
+    without saliency it keeps all.
 
     Raises:
         UserError: as ``check_keep_map``; saliency of a model with other experts.

@@ -1,13 +1,14 @@
-"""Reading the two formats of an expert list: a CSV table that people edit, and JSON."""
+"""Validated reading of the two formats of an expert list: an editable CSV table, and JSON."""
 
 from __future__ import annotations
 
 import csv
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from configs.errors import UserError, nearest
 from experts.versioned_json import read_versioned_json
@@ -16,12 +17,14 @@ VERSION = "1.0"
 COLUMNS = ("layer", "expert", "rank_sum", "action")
 ACTIONS = ("keep", "prune", "merge")
 
+_EXPERT_IDS = TypeAdapter(list[Annotated[int, Field(ge=0)]], config=ConfigDict(strict=True))
+
 Layer = tuple[np.ndarray, dict[int, float]]
-"""The experts of a layer that stay, sorted int64, and the rank sums of all its experts (none in JSON)."""
+"""Kept experts of a layer, sorted int64, and rank sums by expert (empty in JSON)."""
 
 
 def read_list(path: Path) -> dict[int, Layer]:
-    """Layers of an expert list, in order; CSV where the name ends in ``.csv``, else JSON.
+    """Read the layers of an expert list in order; CSV where the name ends in ``.csv``, else JSON.
 
     Raises:
         UserError: as ``experts.selection.expert_list.load_expert_list``.
@@ -68,7 +71,7 @@ def _rows(table: csv.DictReader, path: Path) -> Iterator[dict[Any, Any]]:
 
 def _parse_row(row: Mapping[Any, Any], place: str) -> tuple[int, int, float, str]:
     layer, expert = (_number(row[name], int, name, place) for name in ("layer", "expert"))
-    # A rank informs; a table without it, made by hand, is as good.
+    # Ranks are optional: a table made by hand has none.
     rank = _number(row["rank_sum"] or "nan", float, "rank_sum", place)
     action = (row["action"] or "").strip().lower()
     if action not in ACTIONS:
@@ -97,9 +100,12 @@ def _read_json(path: Path) -> dict[int, Layer]:
     for name, experts in keep_map.items():
         if not name.isdecimal() or int(name) in layers:
             raise UserError(f"{path}: expected keep_map to name each layer once by its number, got {name!r}")
-        # A bool is an int for Python, not for us.
-        if not isinstance(experts, list) or any(type(one) is not int or one < 0 for one in experts):
-            raise UserError(f"{path}, layer {name}: expected a list of expert ids, got {str(experts)[:80]}")
+        try:
+            _EXPERT_IDS.validate_python(experts)
+        except ValidationError:
+            raise UserError(
+                f"{path}, layer {name}: expected a list of expert ids, got {str(experts)[:80]}"
+            ) from None
         if len(set(experts)) < len(experts):
             raise UserError(f"{path}, layer {name}: expected every expert once, got {str(experts)[:80]}")
         layers[int(name)] = _ids(experts), {}

@@ -1,4 +1,4 @@
-"""Which expert may go next: the least salient of the model, or the less salient of the most alike pair.
+"""Candidates for the next removal: the least salient expert, and the most similar pair of a layer.
 
 Shape suffixes: L layers, E experts.
 """
@@ -13,16 +13,16 @@ from experts.selection.compression_trace import Removal
 
 
 class RemovalCandidates:
-    """The experts that are left, and the rules that hold them. Numbers never change.
+    """State of a greedy removal: experts left, exemptions, group sizes, rejected pairs. Numbers never change.
 
     Args:
-        ranks_LE: by saliency among all experts of the model, 1 the best, NaN where absent.
-        free_LE: bool, experts that may go.
-        min_experts_per_layer: that stay.
-        max_group_size: experts that become one, at most.
+        ranks_LE: saliency ranks among all experts of the model, 1 the best, NaN where absent.
+        free_LE: bool, experts that may be removed.
+        min_experts_per_layer: smallest number of experts that a layer keeps.
+        max_group_size: largest number of experts merged into one.
 
     Attributes:
-        left_LE: bool, experts that are there.
+        left_LE: bool, experts left.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class RemovalCandidates:
         self._free_LE, self._least, self._largest = free_LE, min_experts_per_layer, max_group_size
         self._group_LE = self.left_LE.astype(np.int64)
         self._refused: dict[Removal, float] = {}
-        # Of equal experts the one with the higher number goes first, and of those the one in the later layer.
+        # Ties are resolved by the higher expert number, then by the later layer.
         layers, experts = np.indices(ranks_LE.shape)
         order = np.lexsort((-layers.ravel(), -experts.ravel(), -ranks_LE.ravel()))
         turns = np.empty(ranks_LE.size, dtype=np.int64)
@@ -40,7 +40,7 @@ class RemovalCandidates:
         self._turn_LE = turns.reshape(ranks_LE.shape)
 
     def to_prune(self) -> Removal | None:
-        """The least salient expert that may go; None where none may."""
+        """Pruning of the least salient removable expert; None without one."""
         free = np.argwhere(self._open_LE)
         if not len(free):
             return None
@@ -48,14 +48,14 @@ class RemovalCandidates:
         return Removal(layer, expert)
 
     def to_merge(self, likeness: Sequence[np.ndarray], last_loss: float = -np.inf) -> Removal | None:
-        """A pair of a layer, the less salient going into the other; None where none may.
+        """Merge of a pair of a layer, the less salient into the other; None without one.
 
-        The most alike pair that was not refused. One that was comes back when the loss measured for it is below
-        ``last_loss``, and when no other is left: the pair of the smallest loss.
+        The most similar pair that was not rejected. The rejected pair of smallest loss is offered again where that loss
+        is below ``last_loss`` or no other pair is left.
 
         Args:
-            likeness: per layer ``[E, E]``.
-            last_loss: of the step before.
+            likeness: similarity per layer, ``[E, E]``.
+            last_loss: perplexity loss of the step before.
         """
         allowed = [self._allowed_EE(layer, len(values)) for layer, values in enumerate(likeness)]
         refused = {
@@ -69,17 +69,17 @@ class RemovalCandidates:
         return _most_alike(likeness, allowed) or known
 
     def refuse(self, removal: Removal, loss: float) -> None:
-        """The removal was measured, cost ``loss``, and another was better."""
+        """Record a rejected removal with its measured loss."""
         if removal.into is not None:
             self._refused[removal] = np.inf if np.isnan(loss) else loss
 
     def take(self, removal: Removal) -> None:
-        """The removal is made: its expert is there no longer, and the group that it is merged into grows."""
+        """Record an executed removal, and the growth of the group that it is merged into."""
         place = removal.layer, removal.expert
         self.left_LE[place] = False
         if removal.into is not None:
             self._group_LE[removal.layer, removal.into] += self._group_LE[place]
-            # What was measured for pairs of the merged expert is of an expert that is there no longer.
+            # Drop cached losses involving the merged expert: its weights changed.
             self._refused = {
                 pair: loss
                 for pair, loss in self._refused.items()
@@ -92,7 +92,7 @@ class RemovalCandidates:
         return self.left_LE & self._free_LE & room_L[:, None]
 
     def _allowed_EE(self, layer: int, number: int) -> np.ndarray:
-        """Bool ``[E, E]``: whether the expert of the row may go into that of the column."""
+        """Allowed merges, bool ``[E, E]``: expert of the row into that of the column."""
         turn_E, group_E = self._turn_LE[layer, :number], self._group_LE[layer, :number]
         allowed_EE = self._open_LE[layer, :number, None] & self.left_LE[layer, :number]
         return allowed_EE & (turn_E[:, None] < turn_E) & (group_E[:, None] + group_E <= self._largest)

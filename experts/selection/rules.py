@@ -1,4 +1,4 @@
-"""Which experts go: the worst by rank, around those that are protected, ignored or filtered out."""
+"""Selection of experts to remove by saliency rank, under protection, filters and a minimum per layer."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ _MOST_EXPERTS = 2**16
 
 @dataclass(frozen=True)
 class SelectionRules:
-    """What may go, and how many.
+    """Number of experts to remove, and the rules that exempt experts.
 
     Attributes:
-        n_prune: experts to remove: per layer, or in all if ``model_wide``. ``analyze`` removes none.
-        model_wide: rank and remove over all layers together.
-        strategy: ``bottom`` takes the worst. ``strided`` spreads over the worse half of what may go (over more, if
-            ``n_prune`` needs more), always takes the worst, and never the best expert of a layer.
-        action: ``analyze`` (ranks only), ``prune``, or ``merge``: removed experts are to go up into those that stay.
-        min_rank: only experts of at least this rank sum may go; the others stay.
-        max_rank: only experts of at most this rank sum may go; the others stay.
-        min_experts_per_layer: experts that every layer keeps at least.
-        ignored: expert ids that stay in every layer.
-        safety: experts that ``safety_mode`` protects, or targets: they then go first, in order of rank.
+        n_prune: number of experts to remove, per layer, or in all if ``model_wide``. ``analyze`` removes none.
+        model_wide: whether experts are ranked and removed over all layers together.
+        strategy: ``bottom``: worst ranks first. ``strided``: evenly spaced over the worse half of the removable experts
+            (over more, if ``n_prune`` needs more), the worst included, the best expert of each layer exempt.
+        action: ``analyze`` (ranks only), ``prune``, or ``merge`` (into experts that stay).
+        min_rank: smallest rank sum of a removable expert.
+        max_rank: largest rank sum of a removable expert.
+        min_experts_per_layer: smallest number of experts that a layer keeps.
+        ignored: expert ids exempt in every layer.
+        safety: experts that are exempt (``safety_mode`` ``protect``) or removed first, in order of rank (``target``).
         safety_mode: ``protect`` or ``target``.
-        domain: experts that stay.
+        domain: exempt experts.
         domain_mode: ``protect``.
     """
 
@@ -75,10 +75,10 @@ class SelectionRules:
 
 
 def parse_expert_ids(text: str) -> frozenset[int]:
-    """Expert ids of a text such as ``1,2,250..255``; a range includes its end.
+    """Parse expert ids such as ``1,2,250..255``; a range includes its end.
 
     Raises:
-        UserError: anything else, or an id beyond any model.
+        UserError: malformed text, or an id above 65535.
     """
     ids: set[int] = set()
     for part in split_list(text, ","):
@@ -95,17 +95,17 @@ def parse_expert_ids(text: str) -> frozenset[int]:
 def select_experts(
     saliencies: Sequence[Saliency], metric: str, selection: SelectionRules, *, files: Sequence[str] = ()
 ) -> ExpertList:
-    """Rank every expert and say which go.
+    """Rank experts and select those to remove.
 
     Args:
-        saliencies: of one model, on one or several texts; their ranks are summed.
+        saliencies: saliencies of one model on one or several texts; their ranks are summed.
         metric: one of ``experts.saliency.measures.METRICS``.
-        selection: what may go, and how many.
+        selection: number of experts to remove, and exemptions.
         files: names of the saliency files, recorded as the source.
 
     Raises:
-        UserError: as ``rank_sums``; a map or an ignored expert of another model; ``n_prune`` beyond what protection,
-            the ignored experts, the rank filter and the minimum per layer leave (how many are possible is said).
+        UserError: as ``rank_sums``; a map or an ignored expert of another model; ``n_prune`` above the number of
+            removable experts, which the message names.
     """
     ranks = rank_sums(saliencies, metric, model_wide=selection.model_wide)
     _check_fit(saliencies[0], selection)
@@ -124,7 +124,7 @@ def select_experts(
 
 
 def _chosen(ranks: np.ndarray, selection: SelectionRules) -> list[tuple[int, int]]:
-    """Layer and expert of all that go."""
+    """Layer and expert of each selected expert."""
     may_go = _removable(ranks, selection)
     groups = {"in the whole model": may_go}
     if not selection.model_wide:
@@ -145,7 +145,7 @@ def _chosen(ranks: np.ndarray, selection: SelectionRules) -> list[tuple[int, int
 def _take(
     may_go: list[tuple[int, int]], selection: SelectionRules, targets: np.ndarray
 ) -> list[tuple[int, int]]:
-    """``n_prune`` of the experts that may go, which come in the order in which they should."""
+    """Select ``n_prune`` experts of the removal queue by the strategy."""
     if selection.strategy == "bottom":
         return may_go[: selection.n_prune]
     first = [pair for pair in may_go if targets[pair]][: selection.n_prune]
@@ -154,15 +154,15 @@ def _take(
 
 
 def strided(worst_first: list, number: int) -> list:
-    """``number`` items spread evenly over the first half of the list, or over as many as it takes; the first is in."""
+    """``number`` evenly spaced items of the first half of the list, or of more if needed; the first is included."""
     window = max(-(-len(worst_first) // 2), number)
     return [worst_first[index * window // number] for index in range(number)]
 
 
 def _removable(ranks: np.ndarray, selection: SelectionRules) -> list[tuple[int, int]]:
-    """Experts any number of which, from the front, may go: targets first, then from worst to best.
+    """Removal queue: targets first, then from worst to best; every prefix keeps the minimum per layer.
 
-    Of equal experts the one with the higher number goes first, and of those the one in the later layer.
+    Ties are resolved by the higher expert number, then by the later layer.
     """
     candidates = free_experts(ranks, selection)
     layers, experts = np.nonzero(candidates)
@@ -178,7 +178,7 @@ def _removable(ranks: np.ndarray, selection: SelectionRules) -> list[tuple[int, 
 
 
 def free_experts(ranks: np.ndarray, selection: SelectionRules) -> np.ndarray:
-    """Bool ``[L, E]``: experts that no rule holds."""
+    """Experts that no rule exempts, bool ``[L, E]``."""
     candidates = ~np.isnan(ranks)
     if selection.min_rank is not None:
         candidates &= ranks >= selection.min_rank

@@ -1,4 +1,4 @@
-"""Equally many experts in every layer, for formats whose configuration holds one number for all."""
+"""Equal number of experts in every layer, for formats whose configuration holds one number for all."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from configs.errors import UserError
 
 
 def check_uniform(keep_map: Mapping[int, np.ndarray], model_type: str) -> None:
-    """Refuse a keep map that leaves layers different numbers of experts.
+    """Refuse a keep map that keeps different numbers of experts per layer.
 
     Raises:
         UserError: names the layers with each number.
@@ -33,10 +33,10 @@ def equalize(
     ranks: Mapping[int, Mapping[int, float]],
     experts_per_layer: Sequence[int],
 ) -> dict[int, np.ndarray]:
-    """Raise every layer to the largest number kept: the best-ranked of its pruned experts come back.
+    """Raise every layer to the largest number kept, by restoring its best-ranked pruned experts.
 
     Args:
-        keep_map: layer to the experts that stay; none of them goes.
+        keep_map: layer to the kept experts, all of which stay.
         ranks: layer to expert to rank, smaller is better; the lower expert first on ties.
         experts_per_layer: E of each layer.
 
