@@ -22,7 +22,8 @@ import typer
 
 from configs.errors import UserError
 from configs.output import write_json
-from scripts.shared.console import JsonFlag, print_result, progress, quiet_libraries, stderr
+from scripts.shared.console import print_result, progress, quiet_libraries, stderr
+from scripts.shared.options import JsonFlag
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"

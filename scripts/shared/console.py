@@ -8,9 +8,8 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -23,33 +22,6 @@ from rich.progress import (
 )
 
 from configs.output import finite
-
-JsonFlag = Annotated[
-    bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")
-]
-ExpertModel = Annotated[
-    str, typer.Option(help="Directory or hub id of an expert graph or a Hugging Face mixture of experts.")
-]
-Precision = Annotated[
-    str | None, typer.Option(help="Weights as fp32, bf16 or nf4 (4-bit); as they are stored where not given.")
-]
-Device = Annotated[str, typer.Option(help="auto (CUDA if there is one), cpu or cuda.")]
-Overwrite = Annotated[bool, typer.Option(help="Replace an output directory that is not empty.")]
-OverwriteFiles = Annotated[bool, typer.Option("--overwrite", help="Replace output files that are there.")]
-DataSources = Annotated[
-    list[str],
-    typer.Option(
-        "--data",
-        "--dataset",
-        help="wikimix, wikimix:DOMAIN[,DOMAIN], a .txt or .jsonl file, a folder, or a hub dataset; repeatable.",
-    ),
-]
-Split = Annotated[str, typer.Option(help="Documents to use: valid (held out), train, or all.")]
-BlockSize = Annotated[
-    int | None, typer.Option(min=2, help="Tokens per block; 256 or the model's context, if that is smaller.")
-]
-MaxBlocks = Annotated[int, typer.Option(min=0, help="Blocks per domain; 0 for all.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Blocks that go through the model at once.")]
 
 stderr = Console(stderr=True)
 

@@ -1,57 +1,141 @@
-"""The options that say which experts go; `experts select`, `prune` and `merge` share them."""
+"""Options of the verbs that choose experts, and the choice that they give."""
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    from experts.selection.rules import SelectionRules
+from configs.choices import Alignment, DomainMode, Metric, SafetyMode, Strategy
+from scripts.shared.verb import given_options
 
+if TYPE_CHECKING:
+    from experts.selection.choice import ExpertChoice
+
+_MAX_GROUP_HELP = "Most experts that are merged into one, itself included."
+
+MetricOption = Annotated[
+    Metric,
+    typer.Option(
+        "--metric",
+        help="Saliency measure: mean gate weight times output norm (reap), summed output L2 norm (ean), routing "
+        "frequency (freq), or summed gate weight (weighted_freq).",
+    ),
+]
 SaliencyFiles = Annotated[
     list[Path],
     typer.Option("--saliency", help="Saliency file (.npz); repeatable: the ranks of all files are summed."),
 ]
-Metric = Annotated[str, typer.Option(help="reap, ean, freq or weighted_freq.")]
-Strategy = Annotated[
-    str,
+AlignmentOption = Annotated[
+    Alignment,
     typer.Option(
-        help="bottom: the worst go; strided: spread over the worse half, never the best of a layer."
+        "--alignment",
+        help="Alignment of neurons before experts are compared and averaged: none, sign flips, or sign flips and "
+        "permutation (centroid).",
     ),
 ]
-MinExperts = Annotated[int, typer.Option(min=1, help="Experts that every layer keeps at least.")]
-SafetyMap = Annotated[Path | None, typer.Option(help="Expert map of `fedgraft safety-scan`.")]
-SafetyMode = Annotated[
-    str, typer.Option(help="protect: flagged experts stay; target: they go first, worst rank first.")
-]
-DomainMap = Annotated[Path | None, typer.Option(help="Expert map of `fedgraft domain-scan`.")]
-DomainMode = Annotated[str, typer.Option(help="protect: flagged experts stay.")]
-IgnoreExperts = Annotated[
-    str,
-    typer.Option(help="Expert ids that stay in every layer, e.g. 1,2,250..255 (a range includes its end)."),
-]
+MaxGroupSize = Annotated[int, typer.Option("--max-group-size", min=1, help=_MAX_GROUP_HELP)]
 
 
-def selection_of(
-    *,
-    safety_map: Path | None = None,
-    domain_map: Path | None = None,
-    ignore_experts: str = "",
-    **options: Any,
-) -> SelectionRules:
-    """The selection that options stand for: maps are read, expert ids parsed, the rest goes in as it is.
+@dataclass(frozen=True)
+class ProtectionOptions:
+    """Experts that stay whatever their rank, and the minimum per layer."""
 
-    Raises:
-        UserError: as ``SelectionRules``, ``load_expert_map`` and ``parse_expert_ids``.
-    """
-    from experts.saliency.expert_map import load_expert_map
-    from experts.selection.rules import SelectionRules, parse_expert_ids
+    min_experts_per_layer: Annotated[int, typer.Option(min=1, help="Fewest experts that a layer keeps.")] = 1
+    safety_map: Annotated[Path | None, typer.Option(help="Expert map of `fedgraft safety-scan`.")] = None
+    domain_map: Annotated[Path | None, typer.Option(help="Expert map of `fedgraft domain-scan`.")] = None
+    ignore_experts: Annotated[
+        str,
+        typer.Option(
+            help="Expert ids that stay in every layer, e.g. 1,2,250..255 (a range includes its end)."
+        ),
+    ] = ""
 
-    return SelectionRules(
-        safety=load_expert_map(safety_map) if safety_map else None,
-        domain=load_expert_map(domain_map) if domain_map else None,
-        ignored=parse_expert_ids(ignore_experts),
-        **options,
+
+@dataclass(frozen=True)
+class RuleOptions(ProtectionOptions):
+    """Order of removal, and use of the expert maps."""
+
+    strategy: Annotated[
+        Strategy,
+        typer.Option(
+            help="Order of removal: by worst rank (bottom), or spread over the worse half without the best expert of "
+            "a layer (strided)."
+        ),
+    ] = Strategy.BOTTOM
+    safety_mode: Annotated[
+        SafetyMode,
+        typer.Option(help="Experts of the safety map stay (protect) or are removed first (target)."),
+    ] = SafetyMode.PROTECT
+    domain_mode: Annotated[DomainMode, typer.Option(help="Experts of the domain map stay (protect).")] = (
+        DomainMode.PROTECT
     )
+
+
+@dataclass(frozen=True)
+class ChoiceOptions(RuleOptions):
+    """Experts to remove, by expert lists or by saliency."""
+
+    expert_list: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Expert list of `fedgraft experts select`, CSV or JSON; repeatable: each gives an output OUT/NAME."
+        ),
+    ] = None
+    saliency: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Saliency file (.npz), repeatable: ranks experts for --n-prune, or fills in layers that a list "
+            "leaves out."
+        ),
+    ] = None
+    n_prune: Annotated[
+        int | None, typer.Option(min=0, help="Experts to remove: per layer, or in all with --model-wide.")
+    ] = None
+    model_wide: Annotated[
+        bool, typer.Option("--model-wide", help="Rank and remove experts over all layers together.")
+    ] = False
+    metric: MetricOption = Metric.REAP
+
+    def choices(
+        self, experts_per_layer: Sequence[int], *, equalize: bool, as_json: bool
+    ) -> list[ExpertChoice]:
+        """Choose the experts that stay; print the lists that were read, on stderr where stdout is JSON.
+
+        Raises:
+            UserError: as ``experts.selection.choice.choose_experts``.
+        """
+        from experts.selection.choice import choose_experts
+
+        if self.expert_list:
+            _warn_of_unused(given_options())
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        choices = choose_experts(experts_per_layer, equalize=equalize, **values)
+        for line in (line for choice in choices for line in choice.loaded):
+            typer.echo(line, err=as_json)
+        return choices
+
+
+# Options of the choice by saliency, without effect where an expert list is given.
+_BY_SALIENCY = (
+    "n_prune",
+    "strategy",
+    "model_wide",
+    "min_experts_per_layer",
+    "safety_map",
+    "safety_mode",
+    "domain_map",
+    "domain_mode",
+    "ignore_experts",
+)
+
+
+def _warn_of_unused(given: set[str]) -> None:
+    unused = [f"--{name.replace('_', '-')}" for name in _BY_SALIENCY if name in given]
+    if unused:
+        verb = "is" if len(unused) == 1 else "are"
+        warnings.warn(f"{', '.join(unused)} {verb} ignored beside --expert-list", stacklevel=1)

@@ -1,50 +1,30 @@
-"""``fedgraft merge``: a checkpoint in which experts have become one."""
+"""``fedgraft merge``: a checkpoint in which similar experts are merged."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from configs.choices import Alignment, Average, Device, Similarity
 from federated.data.model_text import open_model_text
-from scripts.shared.console import (
-    BatchSize,
-    BlockSize,
+from scripts.shared.console import print_result, progress, quiet_libraries
+from scripts.shared.expert_options import AlignmentOption, ChoiceOptions, MaxGroupSize
+from scripts.shared.options import (
+    BatchOptions,
     DataSources,
-    Device,
+    DeviceOption,
     ExpertModel,
     JsonFlag,
-    Overwrite,
-    print_result,
-    progress,
-    quiet_libraries,
+    ShrunkCheckpoints,
 )
-from scripts.shared.expert_choice import (
-    Equalize,
-    ExpertChoice,
-    ExpertLists,
-    ModelWide,
-    NumberToPrune,
-    OptionalSaliencyFiles,
-    OutDirectory,
-    Preview,
-    choose_experts,
-    output_directories,
-)
-from scripts.shared.expert_options import (
-    DomainMap,
-    DomainMode,
-    IgnoreExperts,
-    Metric,
-    MinExperts,
-    SafetyMap,
-    SafetyMode,
-    Strategy,
-)
-from scripts.verbs.experts.prune import as_result, result_lines
+from scripts.shared.verb import verb
+from scripts.verbs.experts.prune import as_result, joint_result, result_lines
 
 if TYPE_CHECKING:
+    from experts.selection.choice import ExpertChoice
     from models.moe.merge import MergeOptions
     from models.moe_files.layout import MoELayout
 
@@ -54,98 +34,78 @@ _OURS = (
 )
 
 
+@dataclass(frozen=True)
+class GroupOptions:
+    """Groups of experts that are merged, and the weights of the merged expert."""
+
+    similarity_mode: Annotated[
+        Similarity,
+        typer.Option(
+            help="Cosine similarity of experts by outputs times gate weights (gated) or by mean outputs."
+        ),
+    ] = Similarity.GATED
+    alignment: AlignmentOption = Alignment.CENTROID
+    max_group_size: MaxGroupSize = 4
+    average: Annotated[
+        Average,
+        typer.Option(
+            help="Weights of a merged expert before its refit: those of the expert that stays (centroid), or an "
+            "average of its group weighted by summed saliency, mean saliency (REAM), or equally (plain)."
+        ),
+    ] = Average.CENTROID
+    refit: Annotated[
+        bool,
+        typer.Option(
+            help="Refit the down projections of merged experts to the layer's previous output (ridge)."
+        ),
+    ] = True
+
+    def merge_options(self) -> MergeOptions:
+        """The options in the terms of the library."""
+        from models.moe.merge import MergeOptions
+
+        return MergeOptions(
+            self.similarity_mode, self.alignment, self.max_group_size, self.average, self.refit
+        )
+
+
+@verb
 def merge(
     model: ExpertModel,
     data: DataSources,
-    expert_list: ExpertLists = None,
-    saliency: OptionalSaliencyFiles = None,
-    n_prune: NumberToPrune = None,
-    similarity_mode: Annotated[
-        str, typer.Option(help="gated: outputs weighted by their gates; average: mean outputs.")
-    ] = "gated",
-    alignment: Annotated[
-        str,
-        typer.Option(help="Of neurons before averaging: none, sign (flips), or centroid (flips and order)."),
-    ] = "centroid",
-    max_group_size: Annotated[int, typer.Option(min=1, help="Experts that become one, at most.")] = 4,
-    average: Annotated[
-        str,
-        typer.Option(
-            help="What a merged expert is before its refit: the expert that stays (centroid), or an average of its "
-            "group by saliency, mean-saliency (REAM) or plain."
-        ),
-    ] = "centroid",
-    refit: Annotated[
-        bool, typer.Option(help="Fit merged experts to what their layer gave before, by least squares.")
-    ] = True,
-    metric: Metric = "reap",
-    strategy: Strategy = "bottom",
-    model_wide: ModelWide = False,
-    min_experts_per_layer: MinExperts = 1,
-    safety_map: SafetyMap = None,
-    safety_mode: SafetyMode = "protect",
-    domain_map: DomainMap = None,
-    domain_mode: DomainMode = "protect",
-    ignore_experts: IgnoreExperts = "",
-    block_size: BlockSize = None,
-    max_blocks: Annotated[int, typer.Option(min=0, help="Calibration blocks per domain; 0 for all.")] = 64,
-    batch_size: BatchSize = 8,
-    device: Device = "auto",
-    out: OutDirectory = None,
-    preview: Preview = False,
-    equalize: Equalize = False,
-    overwrite: Overwrite = False,
+    pick: ChoiceOptions = ChoiceOptions(),
+    group: GroupOptions = GroupOptions(),
+    blocks: BatchOptions = BatchOptions(max_blocks=64),
+    device: DeviceOption = Device.AUTO,
+    write: ShrunkCheckpoints = ShrunkCheckpoints(),
     as_json: JsonFlag = False,
 ) -> None:
-    """Merge experts that go into experts that stay and behave alike, and write the smaller checkpoint.
+    """Merge each removed expert into the most similar one that stays, and write the smaller checkpoint.
 
     Calibrates on the training documents of --data, layer by layer, and measures perplexity on the held-out ones:
     before, merged, and with the same experts pruned instead.
     """
     from configs.output import check_output_directory
+    from experts.selection.choice import output_directories
     from models.files.side_files import local_checkpoint
-    from models.moe.merge import MergeOptions
     from models.moe_files.layout import read_moe_layout
 
     quiet_libraries()
-    plan = MergeOptions(similarity_mode, alignment, max_group_size, average, refit)
-    source = local_checkpoint(model)
-    layout = read_moe_layout(source)
-    choices = choose_experts(
-        layout.experts_per_layer,
-        expert_list=expert_list,
-        saliency=saliency,
-        n_prune=n_prune,
-        metric=metric,
-        equalize=equalize,
-        as_json=as_json,
-        strategy=strategy,
-        model_wide=model_wide,
-        min_experts_per_layer=min_experts_per_layer,
-        safety_map=safety_map,
-        safety_mode=safety_mode,
-        domain_map=domain_map,
-        domain_mode=domain_mode,
-        ignore_experts=ignore_experts,
-    )
+    options = group.merge_options()
+    layout = read_moe_layout(local_checkpoint(model))
+    choices = pick.choices(layout.experts_per_layer, equalize=write.equalize, as_json=as_json)
     targets: list[Path | None] = [None] * len(choices)
-    if not preview:
-        targets[:] = output_directories(choices, out)
+    if not write.preview:
+        targets[:] = output_directories(choices, write.out)
     for target in filter(None, targets):
-        check_output_directory(target, overwrite=overwrite)
-    opening = {
-        "precision": None,
-        "device": device,
-        "block_size": block_size,
-        "batch_size": batch_size,
-        "max_blocks": max_blocks,
-    }
+        check_output_directory(target, overwrite=write.overwrite)
+    opening = {"precision": None, "device": device, **vars(blocks)}
     results = [
-        _merge(layout, choice, plan, target, data, overwrite=overwrite, **opening)
+        _merge(layout, choice, options, target, data, overwrite=write.overwrite, **opening)
         for choice, target in zip(choices, targets, strict=True)
     ]
-    result = results[0] if len(results) == 1 else {"out": out and str(out), "outputs": results}
-    print_result(result, as_json=as_json, lines=[line for each in results for line in _lines(each)])
+    lines = [line for each in results for line in _lines(each)]
+    print_result(joint_result(results, write), as_json=as_json, lines=lines)
 
 
 def _merge(
@@ -158,7 +118,7 @@ def _merge(
     overwrite: bool,
     **opening: Any,
 ) -> dict[str, Any]:
-    """Merge as one choice says; without ``out`` only tell what would go."""
+    """Merge the experts of one choice; without ``out`` only list the removed experts."""
     from models.moe.merge import merge_experts
     from models.moe.remove import keep_experts
     from models.moe_files.layout import read_moe_layout

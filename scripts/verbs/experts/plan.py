@@ -1,122 +1,126 @@
-"""``fedgraft experts plan``: which experts to prune and which to merge, with the measured loss of each step."""
+"""``fedgraft experts plan``: steps of pruning and merging with the measured perplexity of each."""
 
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from configs.choices import Alignment, Metric, Precision, Split
 from federated.data.model_text import open_model_text
-from scripts.shared.console import (
-    BatchSize,
-    BlockSize,
+from scripts.shared.console import print_result, progress, quiet_libraries
+from scripts.shared.expert_options import AlignmentOption, MaxGroupSize, MetricOption, ProtectionOptions
+from scripts.shared.options import (
+    BatchOptions,
     DataSources,
-    Device,
     ExpertModel,
     JsonFlag,
-    OverwriteFiles,
-    Precision,
-    Split,
-    print_result,
-    progress,
-    quiet_libraries,
+    NewFiles,
+    RuntimeOptions,
+    SplitOption,
 )
-from scripts.shared.expert_options import (
-    DomainMap,
-    IgnoreExperts,
-    Metric,
-    MinExperts,
-    SafetyMap,
-    selection_of,
-)
+from scripts.shared.verb import verb
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from experts.selection.compression_trace import CompressionTrace
+    from experts.selection.expert_list import ExpertList
+    from federated.data.model_text import ModelText
+    from models.moe.planner import PlanOptions
 
 _SOURCE = {"files": [], "selection_mode": "model_wide", "action_mode": "plan"}
 
 
+@dataclass(frozen=True)
+class StepOptions(ProtectionOptions):
+    """Candidates of a step and the number of steps."""
+
+    metric: MetricOption = Metric.REAP
+    alignment: AlignmentOption = Alignment.CENTROID
+    max_group_size: MaxGroupSize = 4
+
+    def plan_options(self, n_prune: int) -> PlanOptions:
+        """The options in the terms of the library."""
+        from experts.selection.choice import read_selection
+        from models.moe.planner import PlanOptions
+
+        selection = read_selection(
+            n_prune=n_prune,
+            model_wide=True,
+            **{field.name: getattr(self, field.name) for field in fields(ProtectionOptions)},
+        )
+        return PlanOptions(selection, self.metric, self.alignment, self.max_group_size)
+
+
+@verb
 def plan(
     model: ExpertModel,
     data: DataSources,
-    n_prune: Annotated[int, typer.Option(min=0, help="Experts to remove in the whole model, a step each.")],
-    out: Annotated[
-        Path, typer.Option("--out", "--output", help="Directory of the plan and the expert list.")
-    ],
-    metric: Metric = "reap",
-    min_experts_per_layer: MinExperts = 1,
-    safety_map: SafetyMap = None,
-    domain_map: DomainMap = None,
-    ignore_experts: IgnoreExperts = "",
-    alignment: Annotated[
-        str,
-        typer.Option(
-            help="Of neurons before experts are compared and averaged: none (fastest), sign, or centroid."
-        ),
-    ] = "centroid",
-    max_group_size: Annotated[int, typer.Option(min=1, help="Experts that become one, at most.")] = 4,
-    split: Split = "train",
-    block_size: BlockSize = None,
-    max_blocks: Annotated[
-        int,
-        typer.Option(min=0, help="Blocks per domain, for calibration and for each measurement; 0 for all."),
-    ] = 64,
-    batch_size: BatchSize = 8,
-    precision: Precision = None,
-    device: Device = "auto",
-    overwrite: OverwriteFiles = False,
+    n_prune: Annotated[int, typer.Option(min=0, help="Experts to remove in the whole model, one per step.")],
+    write: NewFiles,
+    steps: StepOptions = StepOptions(),
+    split: SplitOption = Split.TRAIN,
+    blocks: BatchOptions = BatchOptions(max_blocks=64),
+    runtime: RuntimeOptions = RuntimeOptions(),
     as_json: JsonFlag = False,
 ) -> None:
-    """Plan a smaller model step by step: prune the least salient expert, or merge the most alike pair.
+    """Plan a smaller model step by step: prune the least salient expert, or merge the most similar pair.
 
-    Both are tried in memory in every step, and the one with the lower perplexity on the held-out documents is taken.
-    Saliency and the tokens that experts share come from the documents of --split. Writes compression_plan.csv and an
-    expert list for `fedgraft prune` and `fedgraft merge`.
+    Each step tries both in memory and takes the one with the lower perplexity on the held-out documents. Saliency and
+    shared tokens come from the documents of --split. Writes compression_plan.csv and an expert list for `fedgraft
+    prune` and `fedgraft merge`.
     """
-    from configs.errors import UserError
     from configs.output import check_output_file
-    from experts.selection.expert_list import CSV_FILE, JSON_FILE, write_expert_list
-    from experts.selection.trace_file import PLAN_FILE, write_trace
-    from models.moe.planner import PlanOptions, plan_compression
-    from models.runtime.perplexity import batches_loss
+    from experts.selection.expert_list import CSV_FILE, JSON_FILE
+    from experts.selection.trace_file import PLAN_FILE
 
     quiet_libraries()
     for name in (PLAN_FILE, CSV_FILE, JSON_FILE):
-        check_output_file(out / name, overwrite=overwrite)
-    if precision == "nf4":
+        check_output_file(write.out / name, overwrite=write.overwrite)
+    _check(runtime, split, n_prune)
+    options = steps.plan_options(n_prune)
+    opened = open_model_text(model, **vars(runtime), **vars(blocks))
+    found = _plan(opened, data, split, options)
+    experts = found.expert_list({**_SOURCE, "metric": steps.metric, "model": model, "datasets": list(data)})
+    result = _write(found, experts, write.out) | _figures(found) | experts.statistics
+    # A spelling that results have had from the start.
+    result["equalise"] = needs_equalizing(opened.model)
+    if result["equalise"]:
+        warnings.warn(
+            "layers keep different numbers of experts, which this model's format does not hold: pass --equalize to "
+            f"`fedgraft prune` or `fedgraft merge`, so that some come back, or plan with {_even(found)}",
+            stacklevel=1,
+        )
+    print_result(result, as_json=as_json, lines=_lines(found, result))
+
+
+def _check(runtime: RuntimeOptions, split: Split, n_prune: int) -> None:
+    """Refuse 4-bit weights; warn of calibration on held-out documents and of an empty plan."""
+    from configs.errors import UserError
+
+    if runtime.precision == Precision.NF4:
         raise UserError(
             "expected --precision fp32 or bf16, got nf4; experts are averaged, which 4-bit weights do not allow"
         )
-    selection = selection_of(
-        n_prune=n_prune,
-        model_wide=True,
-        min_experts_per_layer=min_experts_per_layer,
-        safety_map=safety_map,
-        domain_map=domain_map,
-        ignore_experts=ignore_experts,
-    )
-    options = PlanOptions(selection, metric, alignment, max_group_size)
-    opened = open_model_text(
-        model,
-        precision=precision,
-        device=device,
-        block_size=block_size,
-        batch_size=batch_size,
-        max_blocks=max_blocks,
-    )
-    calibration, held_out = opened.batches(data, split), list(opened.batches(data, "valid"))
-    if split != "train":
+    if split != Split.TRAIN:
         warnings.warn(
             f"--split {split} calibrates on the documents that perplexity is measured on", stacklevel=1
         )
     if not n_prune:
         warnings.warn("nothing to plan with --n-prune 0: all experts stay", stacklevel=1)
+
+
+def _plan(opened: ModelText, data: list[str], split: Split, options: PlanOptions) -> CompressionTrace:
+    from models.moe.planner import plan_compression
+    from models.runtime.perplexity import batches_loss
+
+    calibration, held_out = opened.batches(data, split), list(opened.batches(data, "valid"))
     with progress() as on_step:
-        found = plan_compression(
+        return plan_compression(
             opened.model,
             calibration,
             lambda candidate: batches_loss(candidate, held_out).perplexity,
@@ -124,19 +128,15 @@ def plan(
             provenance=opened.provenance(data, split),
             on_step=on_step,
         )
-    experts = found.expert_list({**_SOURCE, "metric": metric, "model": model, "datasets": list(data)})
+
+
+def _write(found: CompressionTrace, experts: ExpertList, out: Path) -> dict[str, Any]:
+    from experts.selection.expert_list import write_expert_list
+    from experts.selection.trace_file import PLAN_FILE, write_trace
+
     write_trace(found, out / PLAN_FILE)
     csv_path, json_path = write_expert_list(experts, out)
-    files = {"csv": str(csv_path), "json": str(json_path), "plan": str(out / PLAN_FILE)}
-    equalize = needs_equalizing(opened.model)
-    if equalize:
-        warnings.warn(
-            "layers keep different numbers of experts, which this model's format does not hold: pass --equalize to "
-            f"`fedgraft prune` or `fedgraft merge`, so that some come back, or plan with {_even(found)}",
-            stacklevel=1,
-        )
-    result = {**files, **_figures(found), **experts.statistics, "equalize": equalize}
-    print_result(result, as_json=as_json, lines=_lines(found, result))
+    return {"csv": str(csv_path), "json": str(json_path), "plan": str(out / PLAN_FILE)}
 
 
 def needs_equalizing(model: PreTrainedModel) -> bool:

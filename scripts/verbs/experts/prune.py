@@ -3,66 +3,33 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
-
-from scripts.shared.console import JsonFlag, Overwrite, print_result, progress, quiet_libraries
-from scripts.shared.expert_choice import (
-    Equalize,
-    ExpertLists,
-    ModelWide,
-    NumberToPrune,
-    OptionalSaliencyFiles,
-    OutDirectory,
-    Preview,
-    choose_experts,
-    output_directories,
-)
-from scripts.shared.expert_options import (
-    DomainMap,
-    DomainMode,
-    IgnoreExperts,
-    Metric,
-    MinExperts,
-    SafetyMap,
-    SafetyMode,
-    Strategy,
-)
+from scripts.shared.console import print_result, progress, quiet_libraries
+from scripts.shared.expert_options import ChoiceOptions
+from scripts.shared.options import ExpertModel, JsonFlag, ShrunkCheckpoints
+from scripts.shared.verb import verb
 
 if TYPE_CHECKING:
     from models.moe_files.layout import MoELayout
     from models.moe_files.prune import PruneReport
 
 
+@verb
 def prune(
-    model: Annotated[
-        str, typer.Option(help="Directory or hub id of an expert graph or a Hugging Face mixture of experts.")
-    ],
-    expert_list: ExpertLists = None,
-    saliency: OptionalSaliencyFiles = None,
-    n_prune: NumberToPrune = None,
-    metric: Metric = "reap",
-    strategy: Strategy = "bottom",
-    model_wide: ModelWide = False,
-    min_experts_per_layer: MinExperts = 1,
-    safety_map: SafetyMap = None,
-    safety_mode: SafetyMode = "protect",
-    domain_map: DomainMap = None,
-    domain_mode: DomainMode = "protect",
-    ignore_experts: IgnoreExperts = "",
-    out: OutDirectory = None,
-    preview: Preview = False,
-    equalize: Equalize = False,
-    overwrite: Overwrite = False,
+    model: ExpertModel,
+    pick: ChoiceOptions = ChoiceOptions(),
+    write: ShrunkCheckpoints = ShrunkCheckpoints(),
     as_json: JsonFlag = False,
 ) -> None:
-    """Write a checkpoint without some of its experts, as an expert list or the saliency says.
+    """Write a checkpoint without the experts that an expert list or the saliency removes.
 
-    Reads and writes a MiB at a time, whatever the size of the model. An expert graph is rewired around the experts that
-    go; formats whose configuration holds one number of experts need equally many in every layer (--equalize).
+    Reads and writes 1 MiB at a time, for models of any size. The edges of an expert graph are rewired around the
+    removed experts; formats whose configuration holds one number of experts need equally many in every layer
+    (--equalize).
     """
     from configs.output import check_output_directory
+    from experts.selection.choice import output_directories
     from models.files.side_files import local_checkpoint
     from models.moe_files.layout import read_moe_layout
     from models.moe_files.prune import preview_prune, prune_checkpoint
@@ -70,39 +37,30 @@ def prune(
     quiet_libraries()
     source = local_checkpoint(model)
     layout = read_moe_layout(source)
-    choices = choose_experts(
-        layout.experts_per_layer,
-        expert_list=expert_list,
-        saliency=saliency,
-        n_prune=n_prune,
-        metric=metric,
-        equalize=equalize,
-        as_json=as_json,
-        strategy=strategy,
-        model_wide=model_wide,
-        min_experts_per_layer=min_experts_per_layer,
-        safety_map=safety_map,
-        safety_mode=safety_mode,
-        domain_map=domain_map,
-        domain_mode=domain_mode,
-        ignore_experts=ignore_experts,
-    )
+    choices = pick.choices(layout.experts_per_layer, equalize=write.equalize, as_json=as_json)
     # All are checked before the first is written.
-    targets = [] if preview else output_directories(choices, out)
+    targets = [] if write.preview else output_directories(choices, write.out)
     for target in targets:
-        check_output_directory(target, overwrite=overwrite)
+        check_output_directory(target, overwrite=write.overwrite)
     reports = [preview_prune(source, choice.keep_map) for choice in choices]
     for warning in dict.fromkeys(text for report in reports for text in report.warnings):
         warnings.warn(warning, stacklevel=1)
-    if not preview:
+    if not write.preview:
         with progress() as on_step:
             reports = [
-                prune_checkpoint(source, target, choice.keep_map, on_step=on_step, overwrite=overwrite)
+                prune_checkpoint(source, target, choice.keep_map, on_step=on_step, overwrite=write.overwrite)
                 for target, choice in zip(targets, choices, strict=True)
             ]
     results = [as_result(report, layout) for report in reports]
-    result = results[0] if len(results) == 1 else {"out": out and str(out), "outputs": results}
-    print_result(result, as_json=as_json, lines=[line for each in results for line in result_lines(each)])
+    lines = [line for each in results for line in result_lines(each)]
+    print_result(joint_result(results, write), as_json=as_json, lines=lines)
+
+
+def joint_result(results: list[dict], write: ShrunkCheckpoints) -> dict:
+    """The only result, or the results of several expert lists under ``outputs``."""
+    if len(results) == 1:
+        return results[0]
+    return {"out": write.out and str(write.out), "outputs": results}
 
 
 def as_result(report: PruneReport, layout: MoELayout) -> dict:

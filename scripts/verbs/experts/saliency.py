@@ -1,4 +1,4 @@
-"""``fedgraft saliency``: how much each expert of a model matters."""
+"""``fedgraft saliency``: collection, tables, differences and sums of saliency files."""
 
 from __future__ import annotations
 
@@ -7,20 +7,24 @@ from typing import Annotated, Any
 
 import typer
 
-from scripts.shared.console import JsonFlag, OverwriteFiles, print_result
-from scripts.shared.expert_options import Metric
+from configs.choices import Metric
+from scripts.shared.console import print_result
+from scripts.shared.expert_options import MetricOption
+from scripts.shared.options import JsonFlag, NewFiles
+from scripts.shared.verb import verb
 from scripts.verbs.experts.saliency_collect import collect
 
-Top = Annotated[int, typer.Option(min=1, help="Experts to list per layer.")]
+Top = Annotated[int, typer.Option("--top", min=1, help="Experts listed per layer.")]
 
-saliency = typer.Typer(help="Measure how much each expert of a model matters.", no_args_is_help=True)
+saliency = typer.Typer(help="Measure the saliency of every expert of a model.", no_args_is_help=True)
 saliency.command()(collect)
 
 
 @saliency.command()
+@verb
 def show(
     file: Annotated[Path, typer.Argument(help="Saliency file.")],
-    metric: Metric = "reap",
+    metric: MetricOption = Metric.REAP,
     top: Top = 4,
     as_json: JsonFlag = False,
 ) -> None:
@@ -42,16 +46,17 @@ def show(
 
 
 @saliency.command()
+@verb
 def diff(
     before: Annotated[Path, typer.Argument(help="Saliency file.")],
     after: Annotated[Path, typer.Argument(help="Saliency file of the same layers and experts.")],
-    metric: Metric = "reap",
+    metric: MetricOption = Metric.REAP,
     top: Top = 4,
     as_json: JsonFlag = False,
 ) -> None:
-    """Compare how two files rank the experts of each layer.
+    """Compare the ranks of the experts of each layer in two saliency files.
 
-    Spearman's rank correlation, the overlap of the worst quarters, and the experts whose rank moved most.
+    Prints Spearman's rank correlation, the overlap of the worst quarters, and the largest changes of rank.
     """
     from experts.saliency.measures import load_saliency
     from experts.saliency.saliency_report import compare_layers
@@ -71,15 +76,15 @@ def diff(
 
 
 @saliency.command()
+@verb
 def merge(
     files: Annotated[list[Path], typer.Argument(help="Saliency files of one model, on different texts.")],
-    out: Annotated[Path, typer.Option("--out", "--output", help="Saliency file of all the texts.")],
-    overwrite: OverwriteFiles = False,
+    write: NewFiles,
     as_json: JsonFlag = False,
 ) -> None:
-    """Add up files of one model, as if all their texts had been measured in one go.
+    """Add the sums of several saliency files of one model: the saliency of all their texts.
 
-    A merge by ranks is no saliency file but an expert list: fedgraft experts select --action analyze, with several
+    Sums of ranks are no saliency file but an expert list: fedgraft experts select --action analyze, with several
     --saliency.
     """
     from configs.errors import UserError
@@ -88,17 +93,17 @@ def merge(
 
     if len({path.resolve() for path in files}) < max(2, len(files)):
         raise UserError(f"expected at least two different saliency files, got {', '.join(map(str, files))}")
-    check_output_file(out, overwrite=overwrite)
+    check_output_file(write.out, overwrite=write.overwrite)
     merged = add_saliency([load_saliency(path) for path in files])
-    save_saliency(merged, out)
+    save_saliency(merged, write.out)
     result = {
-        "out": str(out),
+        "out": str(write.out),
         "files": [str(path) for path in files],
         "num_layers": merged.num_layers,
         "num_experts": merged.num_experts,
         "tokens": merged.provenance.get("tokens"),
     }
-    print_result(result, as_json=as_json, lines=[f"wrote {out}: the sums of {len(files)} files"])
+    print_result(result, as_json=as_json, lines=[f"wrote {write.out}: the sums of {len(files)} files"])
 
 
 def _show_lines(result: dict[str, Any]) -> list:

@@ -1,62 +1,46 @@
-"""``fedgraft saliency collect``: one pass over text, and what every expert did in it."""
+"""``fedgraft saliency collect``: saliency measures of all experts in one pass over text."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from time import monotonic
-from typing import Annotated
 
-import typer
-
+from configs.choices import Split
 from federated.data.model_text import open_model_text
-from scripts.shared.console import (
-    BatchSize,
-    BlockSize,
+from scripts.shared.console import print_result, progress, quiet_libraries
+from scripts.shared.options import (
+    BatchOptions,
     DataSources,
-    Device,
     ExpertModel,
     JsonFlag,
-    MaxBlocks,
-    OverwriteFiles,
-    Precision,
-    Split,
-    print_result,
-    progress,
-    quiet_libraries,
+    NewFiles,
+    RuntimeOptions,
+    SplitOption,
 )
+from scripts.shared.verb import verb
 
 
+@verb
 def collect(
     model: ExpertModel,
     data: DataSources,
-    out: Annotated[Path, typer.Option("--out", "--output", help="The new saliency file (.npz).")],
-    split: Split = "train",
-    block_size: BlockSize = None,
-    max_blocks: MaxBlocks = 0,
-    batch_size: BatchSize = 8,
-    precision: Precision = None,
-    device: Device = "auto",
-    overwrite: OverwriteFiles = False,
+    write: NewFiles,
+    split: SplitOption = Split.TRAIN,
+    blocks: BatchOptions = BatchOptions(),
+    runtime: RuntimeOptions = RuntimeOptions(),
     as_json: JsonFlag = False,
 ) -> None:
-    """Collect saliency: how often each expert is visited, how strongly its gate opens, how much it says.
+    """Collect saliency: routing frequency, summed gate weight, summed output L2 norm (EAN), and REAP.
 
-    An interrupted collection leaves OUT.partial and goes on from there when it is called again in the same way.
+    An interrupted collection leaves OUT.partial; the same command resumes from it.
     """
     from configs.output import check_output_file
     from experts.saliency.measures import save_saliency
     from models.moe.saliency_collection import collect_saliency
 
     quiet_libraries()
-    check_output_file(out, overwrite=overwrite)
-    opened = open_model_text(
-        model,
-        precision=precision,
-        device=device,
-        block_size=block_size,
-        batch_size=batch_size,
-        max_blocks=max_blocks,
-    )
+    out = write.out
+    check_output_file(out, overwrite=write.overwrite)
+    opened = open_model_text(model, **vars(runtime), **vars(blocks))
     batches = opened.batches(data, split)
     start, partial = monotonic(), out.with_name(out.name + ".partial")
     with progress() as on_step:

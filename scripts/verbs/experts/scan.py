@@ -1,28 +1,18 @@
-"""``fedgraft safety-scan`` and ``fedgraft domain-scan``: which experts stand out on one kind of prompts."""
+"""``fedgraft safety-scan`` and ``fedgraft domain-scan``: experts that differ most between two sets of prompts."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from federated.data.model_text import ModelText, open_model_text
-from scripts.shared.console import (
-    BatchSize,
-    BlockSize,
-    Device,
-    ExpertModel,
-    JsonFlag,
-    MaxBlocks,
-    OverwriteFiles,
-    Precision,
-    print_result,
-    progress,
-    quiet_libraries,
-)
+from scripts.shared.console import print_result, progress, quiet_libraries
+from scripts.shared.options import BatchOptions, ExpertModel, JsonFlag, NewFiles, RuntimeOptions
+from scripts.shared.verb import verb
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,113 +21,99 @@ if TYPE_CHECKING:
     from experts.saliency.measures import Saliency
 
 _SOURCES = "a .txt or .jsonl file, a folder, wikimix:DOMAIN, or a hub dataset; repeatable."
-MapFile = Annotated[Path, typer.Option("--out", "--output", help="The new expert map (JSON).")]
-Quantile = Annotated[
-    float,
-    typer.Option(help="Of each layer's scores, from which an expert is flagged: 0.9 for the top tenth."),
-]
-FrequencyWeight = Annotated[
-    float, typer.Option(help="Of routing frequency in the score, 0 to 1; activation has the rest.")
-]
 
 
+@dataclass(frozen=True)
+class ScoreOptions:
+    """Score of an expert and the threshold from which it is flagged."""
+
+    quantile: Annotated[
+        float,
+        typer.Option(
+            help="Quantile of a layer's scores from which experts are flagged: 0.9 for the top tenth."
+        ),
+    ] = 0.9
+    frequency_weight: Annotated[
+        float,
+        typer.Option(help="Weight of routing frequency in the score, 0 to 1; output norm has the rest."),
+    ] = 0.5
+
+
+@verb
 def safety_scan(
     model: ExpertModel,
-    harmful: Annotated[list[str], typer.Option(help=f"Prompts that should be refused: {_SOURCES}")],
+    harmful: Annotated[list[str], typer.Option(help=f"Prompts that a model should refuse: {_SOURCES}")],
     harmless: Annotated[list[str], typer.Option(help=f"Ordinary prompts: {_SOURCES}")],
-    out: MapFile,
-    quantile: Quantile = 0.9,
-    frequency_weight: FrequencyWeight = 0.5,
-    block_size: BlockSize = None,
-    max_blocks: MaxBlocks = 0,
-    batch_size: BatchSize = 8,
-    precision: Precision = None,
-    device: Device = "auto",
-    overwrite: OverwriteFiles = False,
+    write: NewFiles,
+    score: ScoreOptions = ScoreOptions(),
+    blocks: BatchOptions = BatchOptions(),
+    runtime: RuntimeOptions = RuntimeOptions(),
     as_json: JsonFlag = False,
 ) -> None:
-    """Find the experts that answer harmful prompts more than harmless ones: the safety map for select and prune."""
-    _scan(
-        "safety",
-        {"prompts": harmful, "others": harmless},
-        out,
-        quantile=quantile,
-        frequency_weight=frequency_weight,
-        overwrite=overwrite,
-        as_json=as_json,
-        source=model,
-        precision=precision,
-        device=device,
-        block_size=block_size,
-        batch_size=batch_size,
-        max_blocks=max_blocks,
-    )
+    """Flag the experts that are more active on harmful than on harmless prompts: the safety map of select and prune."""
+    sets = {"prompts": harmful, "others": harmless}
+    _scan("safety", sets, write, score, as_json=as_json, source=model, **vars(blocks), **vars(runtime))
 
 
+@verb
 def domain_scan(
     model: ExpertModel,
     domain: Annotated[list[str], typer.Option(help=f"Text of the domain: {_SOURCES}")],
     general: Annotated[list[str], typer.Option(help=f"General text: {_SOURCES}")],
-    out: MapFile,
-    quantile: Quantile = 0.9,
-    frequency_weight: FrequencyWeight = 0.5,
-    block_size: BlockSize = None,
-    max_blocks: MaxBlocks = 0,
-    batch_size: BatchSize = 8,
-    precision: Precision = None,
-    device: Device = "auto",
-    overwrite: OverwriteFiles = False,
+    write: NewFiles,
+    score: ScoreOptions = ScoreOptions(),
+    blocks: BatchOptions = BatchOptions(),
+    runtime: RuntimeOptions = RuntimeOptions(),
     as_json: JsonFlag = False,
 ) -> None:
-    """Find the experts that answer a domain more than general text: the domain map for select and prune."""
-    _scan(
-        "domain",
-        {"prompts": domain, "others": general},
-        out,
-        quantile=quantile,
-        frequency_weight=frequency_weight,
-        overwrite=overwrite,
-        as_json=as_json,
-        source=model,
-        precision=precision,
-        device=device,
-        block_size=block_size,
-        batch_size=batch_size,
-        max_blocks=max_blocks,
-    )
+    """Flag the experts that are more active on a domain than on general text: the domain map of select and prune."""
+    sets = {"prompts": domain, "others": general}
+    _scan("domain", sets, write, score, as_json=as_json, source=model, **vars(blocks), **vars(runtime))
 
 
 def _scan(
     kind: str,
     sets: dict[str, list[str]],
-    out: Path,
+    write: NewFiles,
+    score: ScoreOptions,
     *,
-    quantile: float,
-    frequency_weight: float,
-    overwrite: bool,
     as_json: bool,
     **opening: Any,
 ) -> None:
-    """Scan with the two ``sets`` of data sources; ``opening`` says how to open the model."""
+    """Compare the saliency of two sets of data sources and write the expert map.
+
+    Args:
+        kind: of the map.
+        sets: data sources of the ``prompts`` and of the ``others``.
+        write: the map's file.
+        score: weights and threshold.
+        as_json: whether the result is printed as JSON.
+        opening: arguments of ``open_model_text``.
+    """
     from configs.output import check_output_file
     from experts.saliency.expert_map import save_expert_map
     from experts.saliency.expert_scan import check_scan_options, map_of_scan, scan_experts
 
     quiet_libraries()
-    check_scan_options(quantile=quantile, frequency_weight=frequency_weight)
-    check_output_file(out, overwrite=overwrite)
+    check_scan_options(**vars(score))
+    check_output_file(write.out, overwrite=write.overwrite)
     opened = open_model_text(**opening)
     found = _saliency_of_each(opened, sets)
-    scan = scan_experts(found["prompts"], found["others"], frequency_weight=frequency_weight)
+    scan = scan_experts(found["prompts"], found["others"], frequency_weight=score.frequency_weight)
     tokens = {name: each.provenance["tokens"] for name, each in found.items()}
-    provenance = opened.provenance([], "all") | {"datasets": sets, "tokens": tokens}
-    provenance |= {"quantile": quantile, "frequency_weight": frequency_weight}
-    expert_map = map_of_scan(scan, kind, quantile=quantile, provenance=provenance)
+    provenance = opened.provenance([], "all") | {"datasets": sets, "tokens": tokens} | vars(score)
+    expert_map = map_of_scan(scan, kind, quantile=score.quantile, provenance=provenance)
     decoders = found["prompts"].decoder_layers
     statistics = {"frequency": scan.frequency, "activation": scan.activation, "decoder_layers": decoders}
-    save_expert_map(expert_map, out, statistics=statistics)
+    save_expert_map(expert_map, write.out, statistics=statistics)
     flagged = {str(layer): experts.tolist() for layer, experts in expert_map.flagged.items()}
-    result = {"out": str(out), "kind": kind, "tokens": tokens, "flagged": flagged, "decoder_layers": decoders}
+    result = {
+        "out": str(write.out),
+        "kind": kind,
+        "tokens": tokens,
+        "flagged": flagged,
+        "decoder_layers": decoders,
+    }
     print_result(result, as_json=as_json, lines=_lines(result, scan, expert_map.thresholds))
 
 

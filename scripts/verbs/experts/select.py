@@ -1,111 +1,98 @@
-"""``fedgraft experts``: decide which experts of a model stay."""
+"""``fedgraft experts``: choice of the experts that stay in a model."""
 
 from __future__ import annotations
 
 import warnings
-from pathlib import Path
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from scripts.shared.console import JsonFlag, OverwriteFiles, print_result
-from scripts.shared.expert_options import (
-    DomainMap,
-    DomainMode,
-    IgnoreExperts,
-    Metric,
-    MinExperts,
-    SafetyMap,
-    SafetyMode,
-    SaliencyFiles,
-    Strategy,
-    selection_of,
-)
+from configs.choices import Action, Metric, SelectionMode
+from scripts.shared.console import print_result
+from scripts.shared.expert_options import MetricOption, RuleOptions, SaliencyFiles
+from scripts.shared.options import JsonFlag, NewFiles
+from scripts.shared.verb import verb
 from scripts.verbs.experts.plan import plan
 
 if TYPE_CHECKING:
     import numpy as np
 
     from experts.selection.expert_list import ExpertList
+    from experts.selection.rules import SelectionRules
 
-experts = typer.Typer(help="Decide which experts of a model stay.", no_args_is_help=True)
+experts = typer.Typer(help="Choose the experts that stay in a model.", no_args_is_help=True)
+
+
+@dataclass(frozen=True)
+class SelectOptions(RuleOptions):
+    """Scope, number and rank limits of the removed experts."""
+
+    selection_mode: Annotated[
+        SelectionMode,
+        typer.Option(help="Rank and remove in each layer, or over all layers by score over layer mean."),
+    ] = SelectionMode.PER_LAYER
+    action: Annotated[
+        Action,
+        typer.Option(help="Ranks only (analyze), or mark the removed experts as pruned or to be merged."),
+    ] = Action.PRUNE
+    n_prune: Annotated[
+        int, typer.Option(min=0, help="Experts to remove: per layer, or in all if model_wide.")
+    ] = 0
+    min_rank: Annotated[
+        float | None, typer.Option(help="Smallest rank sum of a removable expert (1 is the best).")
+    ] = None
+    max_rank: Annotated[
+        float | None, typer.Option(help="Largest rank sum of a removable expert (1 is the best).")
+    ] = None
+
+    def selection(self) -> SelectionRules:
+        """The selection rules, with maps read from their files."""
+        from experts.selection.choice import read_selection
+
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        wide = values.pop("selection_mode") == SelectionMode.MODEL_WIDE
+        return read_selection(model_wide=wide, **values)
 
 
 @experts.command()
+@verb
 def select(
     saliency: SaliencyFiles,
-    out: Annotated[Path, typer.Option("--out", "--output", help="Directory of the expert list.")],
-    metric: Metric = "reap",
-    selection_mode: Annotated[
-        str,
-        typer.Option(
-            help="per_layer: rank and remove in each layer; model_wide: over all, scores over layer mean."
-        ),
-    ] = "per_layer",
-    action: Annotated[
-        str, typer.Option(help="analyze (ranks only), prune, or merge: removed experts go up into others.")
-    ] = "prune",
-    n_prune: Annotated[
-        int, typer.Option(min=0, help="Experts to remove: per layer, or in all if model_wide.")
-    ] = 0,
-    min_rank: Annotated[
-        float | None, typer.Option(help="Only experts of at least this rank sum may go (1 is the best).")
-    ] = None,
-    max_rank: Annotated[
-        float | None, typer.Option(help="Only experts of at most this rank sum may go (1 is the best).")
-    ] = None,
-    min_experts_per_layer: MinExperts = 1,
-    strategy: Strategy = "bottom",
-    safety_map: SafetyMap = None,
-    safety_mode: SafetyMode = "protect",
-    domain_map: DomainMap = None,
-    domain_mode: DomainMode = "protect",
-    ignore_experts: IgnoreExperts = "",
-    overwrite: OverwriteFiles = False,
+    write: NewFiles,
+    metric: MetricOption = Metric.REAP,
+    pick: SelectOptions = SelectOptions(),
     as_json: JsonFlag = False,
 ) -> None:
     """Rank experts by one or several saliency files and write the expert list, as a table (CSV) and as JSON.
 
-    With several files ranks are summed, so that no text counts for more than another. Opens no model.
+    Ranks of several files are summed, so that every text has the same weight. Opens no model.
     """
-    from configs.errors import UserError, nearest
     from configs.output import check_output_file
     from experts.saliency.measures import load_saliency
     from experts.selection.expert_list import CSV_FILE, JSON_FILE, write_expert_list
     from experts.selection.rules import select_experts
 
-    modes = ("per_layer", "model_wide")
-    if selection_mode not in modes:
-        hint = nearest(selection_mode, modes)
-        raise UserError(f"expected --selection-mode {' or '.join(modes)}, got {selection_mode!r}{hint}")
     for name in (CSV_FILE, JSON_FILE):
-        check_output_file(out / name, overwrite=overwrite)
-    selection = selection_of(
-        n_prune=n_prune,
-        model_wide=selection_mode == "model_wide",
-        strategy=strategy,
-        action=action,
-        min_rank=min_rank,
-        max_rank=max_rank,
-        min_experts_per_layer=min_experts_per_layer,
-        safety_map=safety_map,
-        safety_mode=safety_mode,
-        domain_map=domain_map,
-        domain_mode=domain_mode,
-        ignore_experts=ignore_experts,
-    )
+        check_output_file(write.out / name, overwrite=write.overwrite)
+    selection = pick.selection()
     files = [str(path) for path in saliency]
     saliencies = [load_saliency(path) for path in saliency]
     chosen = select_experts(saliencies, metric, selection, files=files)
-    if action != "analyze" and not n_prune:
-        warnings.warn(
-            f"nothing to {action}: pass --n-prune, or --action analyze for ranks only", stacklevel=1
-        )
-    if action == "analyze" and n_prune:
-        warnings.warn("--n-prune is ignored with --action analyze, which removes nothing", stacklevel=1)
-    csv_path, json_path = write_expert_list(chosen, out)
+    _warn(pick)
+    csv_path, json_path = write_expert_list(chosen, write.out)
     result = {"csv": str(csv_path), "json": str(json_path), **chosen.statistics}
     print_result(result, as_json=as_json, lines=_lines(chosen, result, saliencies[0].decoder_layers))
+
+
+def _warn(pick: SelectOptions) -> None:
+    """Warn of a number without an action, and of an action without a number."""
+    if pick.action != Action.ANALYZE and not pick.n_prune:
+        warnings.warn(
+            f"nothing to {pick.action}: pass --n-prune, or --action analyze for ranks only", stacklevel=1
+        )
+    if pick.action == Action.ANALYZE and pick.n_prune:
+        warnings.warn("--n-prune is ignored with --action analyze, which removes nothing", stacklevel=1)
 
 
 def _lines(chosen: ExpertList, result: dict, decoder_layers: list[int]) -> list:

@@ -3,69 +3,98 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from scripts.shared.console import DataSources, JsonFlag, Overwrite, print_result, quiet_libraries, stderr
+from scripts.shared.console import print_result, quiet_libraries, stderr
+from scripts.shared.options import DATA, JsonFlag
+from scripts.shared.verb import verb
+
+if TYPE_CHECKING:
+    from configs.schema import RunConfig
 
 PROJECT = Path(__file__).resolve().parents[3]
 DEFAULT_LOG_DIR = "logs/run"
 _START_SECONDS = 300.0  # for Flower's and Ray's processes to start and stop
 
 
-def simulate(
-    graph: Annotated[str, typer.Option(help="Folder that `fedgraft bootstrap` wrote.")] = "",
-    clients: Annotated[int | None, typer.Option(help="Clients.")] = None,
-    rounds: Annotated[int | None, typer.Option(help="Server rounds.")] = None,
-    data: DataSources | None = None,  # type: ignore[assignment]
+@dataclass(frozen=True)
+class RunOptions:
+    """Keys of the run configuration that have an option of their own; what is not given is left to the file."""
+
+    graph: Annotated[str, typer.Option(help="Expert graph: directory that `fedgraft bootstrap` wrote.")] = ""
+    clients: Annotated[int | None, typer.Option(help="Number of clients.")] = None
+    rounds: Annotated[int | None, typer.Option(help="Number of server rounds.")] = None
+    data: Annotated[list[str] | None, DATA] = None
     partition: Annotated[
-        str | None, typer.Option(help="domain, iid, dirichlet:ALPHA or natural:COLUMN.")
-    ] = None,
+        str | None,
+        typer.Option(help="Documents of each client: domain, iid, dirichlet:ALPHA or natural:COLUMN."),
+    ] = None
     budgets: Annotated[
         str | None, typer.Option(help="Experts per layer that each client holds, comma-separated.")
-    ] = None,
-    config: Annotated[Path | None, typer.Option(help="TOML file of run configuration keys.")] = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", help="key=value of configs/default.toml; repeatable.")
-    ] = None,
+    ] = None
     log_dir: Annotated[
-        Path | None, typer.Option(help="Folder of the run's logs; logs/run unless given.")
+        Path | None, typer.Option(help="Directory of the run's logs; logs/run unless given.")
+    ] = None
+    out: Annotated[Path | None, typer.Option("--out", "--output", help="Directory of the trained graph.")] = (
+        None
+    )
+    overwrite: Annotated[bool, typer.Option(help="Replace output directories that are not empty.")] = False
+
+    def values(self) -> dict[str, Any]:
+        """The run configuration keys and their values, paths made absolute; None where an option is not given."""
+        return {
+            "graph": _absolute(self.graph),
+            "num-clients": self.clients,
+            "num-rounds": self.rounds,
+            "data": self.data or None,
+            "partition": self.partition,
+            "budgets": self.budgets,
+            "log-dir": _absolute(self.log_dir),
+            "out": _absolute(self.out),
+            "overwrite": self.overwrite or None,
+        }
+
+
+@verb
+def simulate(
+    options: RunOptions = RunOptions(),
+    config: Annotated[
+        Path | None, typer.Option(help="TOML file of run configuration keys; options override it.")
     ] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", "--output", help="Folder of the trained graph.")
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Run configuration key=value (see configs/default.toml); repeatable."),
     ] = None,
-    client_cpus: Annotated[int, typer.Option(min=1, help="Cores that one client occupies.")] = 1,
-    overwrite: Overwrite = False,
+    client_cpus: Annotated[int, typer.Option(min=1, help="CPU cores of one client.")] = 1,
     as_json: JsonFlag = False,
 ) -> None:
-    """Train and re-wire an expert graph with several clients, each with data of its own.
+    """Train and rewire an expert graph with several clients, each with its own data.
 
     Runs real Flower processes: a SuperLink, the simulation engine, the ServerApp and the ClientApp of this project.
     """
+    from server.rounds.run_observer import read_summary
+
+    quiet_libraries()
+    run = read_run_config(config, options.values(), settings or [])
+    check_run(run)
+    _run(run, client_cpus)
+    summary = read_summary(Path(run.log_dir))
+    print_result(summary, as_json=as_json, lines=summary_lines(summary))
+
+
+def _run(run: RunConfig, client_cpus: int) -> None:
+    """Run the federation in Flower's simulation engine, with a live table on stderr."""
     from server.flower.simulation import run_simulation
     from server.reporting.live_table import following
     from server.reporting.run_log import clear_run
     from server.rounds.loop import ROUND_ATTEMPTS
-    from server.rounds.run_observer import read_summary
 
-    quiet_libraries()
-    given = {
-        "graph": _absolute(graph),
-        "num-clients": clients,
-        "num-rounds": rounds,
-        "data": data or None,
-        "partition": partition,
-        "budgets": budgets,
-        "log-dir": _absolute(log_dir),
-        "out": _absolute(out),
-        "overwrite": overwrite or None,
-    }
-    run = read_run_config(config, given, settings or [])
-    check_run(run)
     folder = Path(run.log_dir)
-    clear_run(folder)  # rounds of an earlier run would be shown as if they were this one's
+    clear_run(folder)  # the live table would show the rounds of an earlier run
     shutil.rmtree(folder / "clients", ignore_errors=True)
     with following(folder, num_rounds=run.num_rounds, console=stderr):
         run_simulation(
@@ -76,12 +105,10 @@ def simulate(
             client_cpus=client_cpus,
             timeout=_START_SECONDS + (run.num_rounds * ROUND_ATTEMPTS + 1) * run.reply_timeout,
         )
-    summary = read_summary(folder)
-    print_result(summary, as_json=as_json, lines=summary_lines(summary))
 
 
 def read_run_config(config: Path | None, given: dict[str, Any], assignments: list[str]):
-    """The run configuration: defaults, then the file, then named options, then ``--set``; paths made absolute.
+    """Read the run configuration: defaults, the file, named options, ``--set``, later ones first; paths made absolute.
 
     Raises:
         UserError: unknown keys, values out of range, conflicts.
@@ -107,10 +134,10 @@ def read_run_config(config: Path | None, given: dict[str, Any], assignments: lis
 
 
 def check_run(run) -> None:
-    """Find bad input before any process is started: the output folders, the graph, the data of server and clients.
+    """Check output directories, graph, and data of server and clients before any process starts.
 
     Raises:
-        UserError: in one line, what to mend.
+        UserError: the first problem, in one line.
     """
     from clients.data_stream import all_clients
     from configs.output import check_output_directory
@@ -134,7 +161,7 @@ def check_run(run) -> None:
 
 
 def summary_lines(summary: dict[str, Any]) -> list:
-    """The result of a run for a reader: a table of clients, then bytes, edits and paths."""
+    """Format the summary of a run: a table of clients, then bytes, edits and paths."""
     from rich.filesize import decimal
     from rich.table import Table
 
@@ -158,6 +185,6 @@ def summary_lines(summary: dict[str, Any]) -> list:
 
 
 def _absolute(path: str | Path | None) -> str:
-    """A path made absolute; text that names nothing on the disk, e.g. a hub id, stays as it is."""
+    """Make a path absolute; text that is no existing path, e.g. a hub id, stays as it is."""
     found = Path(path).expanduser() if path else None
     return str(found.absolute()) if found and (isinstance(path, Path) or found.exists()) else str(path or "")

@@ -1,75 +1,105 @@
-"""``fedgraft bootstrap``: a dense Llama becomes a graph of experts."""
+"""``fedgraft bootstrap``: a dense Llama as a graph of experts."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from scripts.shared.console import JsonFlag, Overwrite, print_result, progress, quiet_libraries, stderr
+from configs.choices import Clustering, Features, RouterFit
+from scripts.shared.console import print_result, progress, quiet_libraries, stderr
+from scripts.shared.options import DenseModel, JsonFlag, NewCheckpoint
+from scripts.shared.verb import verb
+
+if TYPE_CHECKING:
+    from models.bootstrap.build import BootstrapOptions
 
 
-def bootstrap(
-    model: Annotated[str, typer.Option(help="Directory or hub id of a dense Llama.")],
-    experts: Annotated[int, typer.Option(help="Experts per layer; must divide the FFN width.")],
-    out: Annotated[Path, typer.Option("--out", "--output", help="Directory of the new checkpoint.")],
-    features: Annotated[str, typer.Option(help="gate, up, down, gate+up, joint or activation.")] = "gate",
+@dataclass(frozen=True)
+class ExpertOptions:
+    """Construction of the experts and their routers."""
+
+    features: Annotated[
+        Features,
+        typer.Option(help="Features of a neuron for k-means: rows of its weights, or its activations."),
+    ] = Features.GATE
     clustering: Annotated[
-        str, typer.Option(help="flow, or k-means-constrained: the package that EMoE uses (an extra).")
-    ] = "flow",
-    router: Annotated[str, typer.Option(help="ridge or centroid.")] = "ridge",
+        Clustering,
+        typer.Option(
+            help="Balanced k-means: minimum-cost flow, or the package k-means-constrained (an extra)."
+        ),
+    ] = Clustering.FLOW
+    router: Annotated[
+        RouterFit,
+        typer.Option(
+            help="Router: ridge regression on calibration text, or the mean gate row of each expert."
+        ),
+    ] = RouterFit.RIDGE
+    experts_per_token: Annotated[
+        int | None, typer.Option(help="Experts visited per token (k); half of them unless given.")
+    ] = None
+    seed: Annotated[int, typer.Option(help="Seed of the sampled text and of k-means.")] = 0
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Layers clustered in parallel; chosen by the size of the layers unless given."
+        ),
+    ] = None
+
+    def bootstrap_options(self, experts: int) -> BootstrapOptions:
+        """The options in the terms of the library."""
+        from models.bootstrap.build import BootstrapOptions
+
+        return BootstrapOptions(
+            num_experts=experts, **{field.name: getattr(self, field.name) for field in fields(self)}
+        )
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """Text on which routers are fitted and the report is measured."""
+
     calibration: Annotated[
         list[str] | None,
-        typer.Option(
-            help="Calibration text, sources as for --data; sampled from the model where none is given."
-        ),
-    ] = None,
-    experts_per_token: Annotated[
-        int | None, typer.Option(help="Experts that a token visits (k); half of them where not given.")
-    ] = None,
-    calibration_tokens: Annotated[int, typer.Option(min=256, help="Tokens of calibration text.")] = 8192,
-    evaluation_tokens: Annotated[int, typer.Option(min=256, help="Held-out tokens of the report.")] = 4096,
-    seed: Annotated[int, typer.Option(help="Of sampling and clustering.")] = 0,
-    jobs: Annotated[
-        int | None, typer.Option(min=1, help="Layers clustered side by side; as it pays where not given.")
-    ] = None,
-    overwrite: Overwrite = False,
+        typer.Option(help="Calibration text, sources as for --data; sampled from the model unless given."),
+    ] = None
+    calibration_tokens: Annotated[int, typer.Option(min=256, help="Tokens of calibration text.")] = 8192
+    evaluation_tokens: Annotated[int, typer.Option(min=256, help="Held-out tokens of the report.")] = 4096
+
+
+@verb
+def bootstrap(
+    model: DenseModel,
+    experts: Annotated[int, typer.Option(help="Experts per layer; must divide the FFN width.")],
+    write: NewCheckpoint,
+    build: ExpertOptions = ExpertOptions(),
+    text: CalibrationOptions = CalibrationOptions(),
     as_json: JsonFlag = False,
 ) -> None:
-    """Split the FFNs of a dense Llama into experts by balanced k-means, without any training.
+    """Split the FFNs of a dense Llama into experts by balanced k-means, without training.
 
-    With every expert active the new model computes what the dense one computes. The report shows the perplexity
-    when 75, 50 and 25 % of the experts are active, beside other ways to choose as many neurons.
+    With every expert active the new model computes what the dense one computes. The report shows the held-out
+    perplexity with 75, 50 and 25 % of the experts active, next to other selections of equally many neurons.
     """
-    from models.bootstrap.build import BootstrapOptions
     from models.bootstrap.pipeline import bootstrap_checkpoint
 
     quiet_libraries()
-    options = BootstrapOptions(
-        num_experts=experts,
-        features=features,
-        clustering=clustering,
-        router=router,
-        experts_per_token=experts_per_token,
-        seed=seed,
-        jobs=jobs,
-    )
-    tokens = calibration_tokens + evaluation_tokens
+    options = build.bootstrap_options(experts)
+    tokens = text.calibration_tokens + text.evaluation_tokens
     with progress() as on_step:
         result = bootstrap_checkpoint(
             source=model,
-            out=out,
+            out=write.out,
             options=options,
-            calibration_ids=_token_blocks(model, calibration, tokens) if calibration else None,
-            calibration_tokens=calibration_tokens,
-            evaluation_tokens=evaluation_tokens,
-            overwrite=overwrite,
+            calibration_ids=_token_blocks(model, text.calibration, tokens) if text.calibration else None,
+            calibration_tokens=text.calibration_tokens,
+            evaluation_tokens=text.evaluation_tokens,
+            overwrite=write.overwrite,
             on_step=on_step,
         )
-    print_result(
-        result, as_json=as_json, lines=[report_table(result["perplexity"]), f"wrote {result['out']}"]
-    )
+    lines = [report_table(result["perplexity"]), f"wrote {result['out']}"]
+    print_result(result, as_json=as_json, lines=lines)
     if not as_json:
         stderr.print(
             f"next: fedgraft simulate --graph {result['out']} --clients 2 --rounds 3 --out DIR --log-dir DIR"
@@ -77,7 +107,7 @@ def bootstrap(
 
 
 def _token_blocks(model: str, sources: list[str], tokens: int):
-    """Training text of ``sources`` as blocks ``[N, S]`` of the model's own tokens."""
+    """Token blocks ``[N, S]`` of the training documents of ``sources``."""
     from federated.data.blocks import pack_blocks
     from federated.data.documents import absolute_sources, load_documents
     from models.checkpoints.load import load_tokenizer
@@ -93,7 +123,7 @@ def _token_blocks(model: str, sources: list[str], tokens: int):
 
 
 def report_table(perplexity: dict):
-    """A rich table of the report: a row per active share, a column per way to choose experts."""
+    """A rich table of the report: a row per active share, a column per selection of experts."""
     from rich.table import Table
 
     columns = ("router", "centroid", "static", "oracle", "random")

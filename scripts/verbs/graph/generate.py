@@ -1,4 +1,4 @@
-"""``fedgraft generate``: continue a prompt, token by token."""
+"""``fedgraft generate``: continuation of a prompt, token by token."""
 
 from __future__ import annotations
 
@@ -6,22 +6,24 @@ from typing import Annotated
 
 import typer
 
-from scripts.shared.console import Device, JsonFlag, Precision, print_result, quiet_libraries
+from scripts.shared.console import print_result, quiet_libraries
+from scripts.shared.options import CausalModel, JsonFlag, RuntimeOptions
+from scripts.shared.verb import verb
 
 
+@verb
 def generate(
-    model: Annotated[
-        str, typer.Option(help="Directory or hub id of a graph or a plain Hugging Face checkpoint.")
-    ],
+    model: CausalModel,
     prompt: Annotated[str, typer.Option(help="Text to continue.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 100,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")] = 0.8,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
-    precision: Precision = None,
-    device: Device = "auto",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 100,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="Sampling temperature; 0: the most likely token (greedy).")
+    ] = 0.8,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    runtime: RuntimeOptions = RuntimeOptions(),
     as_json: JsonFlag = False,
 ) -> None:
-    """Continue a prompt; the text streams to stdout as it is made."""
+    """Generate a continuation of a prompt; the text streams to stdout."""
     import torch
     from transformers import TextStreamer
 
@@ -30,7 +32,7 @@ def generate(
     from models.runtime.precision import choose_device
 
     quiet_libraries()
-    lm = load_causal_lm(model, precision=precision, device=choose_device(device))
+    lm = load_causal_lm(model, precision=runtime.precision, device=choose_device(runtime.device))
     tokenizer = load_tokenizer(model)
     streamer = None if as_json else TextStreamer(tokenizer, skip_special_tokens=True)
     torch.manual_seed(seed)

@@ -1,33 +1,53 @@
 from __future__ import annotations
 
+import json
+import warnings
+from pathlib import Path
+
 import pytest
+import typer
+from typer.testing import CliRunner
 
-from configs.errors import UserError
-from experts.saliency.expert_map import save_expert_map
-from experts.selection.rules import SelectionRules
-from scripts.shared.expert_options import selection_of
-from tests.support.saliency_samples import map_of
+from scripts.shared.expert_options import ChoiceOptions
+from scripts.shared.verb import verb
 
-
-def test_maps_are_read_and_ids_parsed(tmp_path):
-    save_expert_map(map_of("safety", [3], {0: [1]}), tmp_path / "safety.json")
-    save_expert_map(map_of("domain", [3], {0: [2]}), tmp_path / "domain.json")
-    selection = selection_of(
-        safety_map=tmp_path / "safety.json",
-        domain_map=tmp_path / "domain.json",
-        ignore_experts="0..1",
-        safety_mode="target",
-        n_prune=2,
-    )
-    assert selection.safety.mask.tolist() == [[False, True, False]]
-    assert selection.domain.mask.tolist() == [[False, False, True]]
-    assert (selection.ignored, selection.safety_mode, selection.n_prune) == ({0, 1}, "target", 2)
+EXPERTS = [4, 3]
 
 
-def test_nothing_asked_is_the_default_selection():
-    assert selection_of() == SelectionRules()
+@pytest.fixture
+def listed(tmp_path) -> Path:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"version": "1.0", "keep_map": {"0": [0], "1": [0]}}))
+    return path
 
 
-def test_conflicts_are_refused():
-    with pytest.raises(UserError, match="--safety-map"):
-        selection_of(safety_mode="target")
+def chosen(*arguments: object, as_json: bool = False):
+    """Output of a command that chooses experts, and the warnings that it gave."""
+    app = typer.Typer()
+
+    @app.command()
+    @verb
+    def choose(pick: ChoiceOptions = ChoiceOptions()) -> None:
+        (choice,) = pick.choices(EXPERTS, equalize=False, as_json=as_json)
+        assert {layer: kept.tolist() for layer, kept in choice.keep_map.items()} == {0: [0], 1: [0]}
+
+    with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("always")
+        result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result, [str(warning.message) for warning in given]
+
+
+def test_defaults_beside_a_list_do_not_warn(listed):
+    assert chosen("--expert-list", listed)[1] == []
+    _, warned = chosen("--expert-list", listed, "--n-prune", 1, "--model-wide")
+    assert warned == ["--n-prune, --model-wide are ignored beside --expert-list"]
+    _, warned = chosen("--expert-list", listed, "--strategy", "bottom")
+    assert warned == ["--strategy is ignored beside --expert-list"]
+
+
+def test_lists_that_were_read_are_printed_where_the_result_is_not(listed):
+    text = chosen("--expert-list", listed)[0]
+    assert text.stdout.splitlines()[0] == f"Loading expert list from: {listed}" and text.stderr == ""
+    strict = chosen("--expert-list", listed, as_json=True)[0]
+    assert strict.stdout == "" and "keeps 2 of 7 experts" in strict.stderr

@@ -74,7 +74,7 @@ def test_the_first_perplexity_is_that_of_evaluate_and_pruned_plans_give_what_the
         "--out", "plan", "--json",
     ).json()  # fmt: skip
     # One expert goes in each layer, so that the format holds what is left.
-    assert result["equalize"] is False and {step["action"] for step in result["steps"]} == {"prune"}
+    assert result["equalise"] is False and {step["action"] for step in result["steps"]} == {"prune"}
     pruned = run(
         capsys, "prune", "--model", "moe", "--expert-list", result["csv"], "--out", "small", "--json"
     )
@@ -117,13 +117,13 @@ def test_maps_and_ignored_experts_hold(place, capsys):
     ).json()  # fmt: skip
     kept = load_expert_list(Path(result["csv"]))
     assert kept[0].tolist() == [0, 1, 2] and kept[1].tolist() == [3]
-    assert result["equalize"] is True
+    assert result["equalise"] is True
     assert json.loads(Path(result["json"]).read_text())["source"]["metric"] == "freq"
 
 
 def test_a_graph_is_planned_and_pruned_without_equalizing(place, tiny_graph_dir, capsys):
     result = run(capsys, *PLAN, "--model", tiny_graph_dir, "--n-prune", 3, "--out", "plan", "--json").json()
-    assert result["equalize"] is False and result["total_pruned"] == 3
+    assert result["equalise"] is False and result["total_pruned"] == 3
     pruned = run(
         capsys,
         "prune",

@@ -218,7 +218,7 @@ def test_unequal_layers_are_refused_or_equalized(tmp_path, capsys, moe, saliency
 
 def test_equalizing_a_list_needs_ranks(tmp_path, capsys, moe, saliency):
     uneven = list_of(tmp_path / "list.json", {0: [0, 1, 2], 1: [0]})
-    command = ("prune", "--model", moe, "--expert-list", uneven, "--preview", "--json", "--equalize")
+    command = ("prune", "--model", moe, "--expert-list", uneven, "--preview", "--json", "--equalise")
     assert_refused(run(capsys, *command), "ranks to equalize layer 1", "--saliency", as_json=True)
     assert run(capsys, *command, "--saliency", saliency).json()["keep_map"]["1"] == [0, 2, 3]
     csv, _ = write_expert_list(

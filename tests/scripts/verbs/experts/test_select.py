@@ -124,7 +124,7 @@ BAD = {
     "too many": (("--n-prune", "8"), ["at most 7 experts in layer 0", "got --n-prune 8"]),
     "too many of the model": (("--n-prune", "15", "--selection-mode", "model_wide"), ["at most 14"]),
     "fewer than none": (("--n-prune", "-1"), ["--n-prune"]),
-    "an unknown mode": (("--selection-mode", "model-wide"), ["per_layer or model_wide", "'model-wide'"]),
+    "an unknown mode": (("--selection-mode", "model-wide"), ["'per_layer', 'model_wide'", "'model-wide'"]),
     "an unknown action": (("--action", "drop"), ["analyze", "'drop'"]),
     "an unknown strategy": (("--strategy", "top"), ["strided", "'top'"]),
     "an unknown metric": (("--metric", "loss"), ["'loss'"]),

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from configs.errors import UserError
+from experts.saliency.expert_map import save_expert_map
 from experts.saliency.measures import save_saliency
+from experts.selection.choice import ExpertChoice, choose_experts, output_directories, read_selection
 from experts.selection.expert_list import write_expert_list
 from experts.selection.rules import SelectionRules, select_experts
-from scripts.shared.expert_choice import ExpertChoice, choose_experts, output_directories
-from tests.support.saliency_samples import saliency_of_scores
+from tests.support.saliency_samples import map_of, saliency_of_scores
 
 SALIENCY = saliency_of_scores([[4.0, 0.1, 3.0, 2.0], [0.1, 2.0, 3.0]])
 EXPERTS = [4, 3]
@@ -41,17 +42,16 @@ def test_saliency_chooses_with_a_number_and_brings_its_ranks(saliency):
     assert {expert: choice.ranks[1][expert] for expert in range(3)} == {0: 3.0, 1: 2.0, 2: 1.0}
 
 
-def test_every_list_is_a_choice_of_its_own_and_saliency_fills_in(tmp_path, saliency, capsys):
+def test_every_list_is_a_choice_of_its_own_and_saliency_fills_in(tmp_path, saliency):
     lists = [list_of(tmp_path / "a.json", {0: [0, 1]}), list_of(tmp_path / "b.json", {0: [3], 1: [0]})]
     first, second = choose_experts(EXPERTS, expert_list=lists, saliency=[saliency], n_prune=None)
     assert kept(first) == [[0, 1], [1, 2]] and kept(second) == [[3], [0]]
     assert [choice.source for choice in (first, second)] == lists
-    out = capsys.readouterr().out
-    assert f"Loading expert list from: {lists[0]}\nkeeps 4 of 7 experts; not listed" in out
-    assert f"Loading expert list from: {lists[1]}\nkeeps 2 of 7 experts\n" in out
-    choose_experts(EXPERTS, expert_list=lists, saliency=None, n_prune=None, as_json=True)
-    captured = capsys.readouterr()
-    assert captured.out == "" and "all experts stay: layers 1" in captured.err
+    assert first.loaded[0] == f"Loading expert list from: {lists[0]}"
+    assert first.loaded[1].startswith("keeps 4 of 7 experts; not listed, so that saliency decides: layers 1")
+    assert second.loaded == (f"Loading expert list from: {lists[1]}", "keeps 2 of 7 experts")
+    (alone,) = choose_experts(EXPERTS, expert_list=lists[:1], saliency=None, n_prune=None)
+    assert "all experts stay: layers 1" in alone.loaded[1]
 
 
 def test_the_ranks_of_a_table_come_before_those_of_the_saliency(tmp_path, saliency):
@@ -78,17 +78,6 @@ def test_nothing_to_choose_by_is_refused(tmp_path, saliency):
         choose_experts([4, 4], expert_list=None, saliency=[saliency], n_prune=1)
 
 
-def test_defaults_beside_a_list_do_not_warn(tmp_path, recwarn):
-    listed = [list_of(tmp_path / "a.json", {0: [0], 1: [0]})]
-    defaults = {"strategy": "bottom", "model_wide": False, "safety_map": None, "ignore_experts": ""}
-    choose_experts(EXPERTS, expert_list=listed, saliency=None, n_prune=None, **defaults)
-    assert not recwarn.list
-    with pytest.warns(UserWarning, match="--n-prune, --model-wide are ignored beside --expert-list"):
-        choose_experts(
-            EXPERTS, expert_list=listed, saliency=None, n_prune=1, **defaults | {"model_wide": True}
-        )
-
-
 def test_outputs_bear_the_names_of_their_lists():
     def choice(name: str) -> ExpertChoice:
         return ExpertChoice({0: np.array([0])}, {}, Path(name))
@@ -100,3 +89,27 @@ def test_outputs_bear_the_names_of_their_lists():
         output_directories([choice("a.csv"), choice("a.json")], out)
     with pytest.raises(UserError, match="expected --out DIR"):
         output_directories([choice("a.csv")], None)
+
+
+def test_maps_are_read_and_ids_parsed(tmp_path):
+    save_expert_map(map_of("safety", [3], {0: [1]}), tmp_path / "safety.json")
+    save_expert_map(map_of("domain", [3], {0: [2]}), tmp_path / "domain.json")
+    selection = read_selection(
+        safety_map=tmp_path / "safety.json",
+        domain_map=tmp_path / "domain.json",
+        ignore_experts="0..1",
+        safety_mode="target",
+        n_prune=2,
+    )
+    assert selection.safety.mask.tolist() == [[False, True, False]]
+    assert selection.domain.mask.tolist() == [[False, False, True]]
+    assert (selection.ignored, selection.safety_mode, selection.n_prune) == ({0, 1}, "target", 2)
+
+
+def test_nothing_asked_is_the_default_selection():
+    assert read_selection() == SelectionRules()
+
+
+def test_conflicts_are_refused():
+    with pytest.raises(UserError, match="--safety-map"):
+        read_selection(safety_mode="target")

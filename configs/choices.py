@@ -1,0 +1,128 @@
+"""Choices of the commands' options, as enumerations: the command line checks them while it parses."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class Metric(StrEnum):
+    """Saliency measures of experts (see ``experts.saliency.measures``)."""
+
+    REAP = "reap"
+    EAN = "ean"
+    FREQ = "freq"
+    WEIGHTED_FREQ = "weighted_freq"
+
+
+class Strategy(StrEnum):
+    """Order in which ranked experts are removed."""
+
+    BOTTOM = "bottom"
+    STRIDED = "strided"
+
+
+class SelectionMode(StrEnum):
+    """Scope of ranking and removal."""
+
+    PER_LAYER = "per_layer"
+    MODEL_WIDE = "model_wide"
+
+
+class Action(StrEnum):
+    """Use of the experts that a selection removes."""
+
+    ANALYZE = "analyze"
+    PRUNE = "prune"
+    MERGE = "merge"
+
+
+class SafetyMode(StrEnum):
+    """Use of the experts that a safety map flags."""
+
+    PROTECT = "protect"
+    TARGET = "target"
+
+
+class DomainMode(StrEnum):
+    """Use of the experts that a domain map flags."""
+
+    PROTECT = "protect"
+
+
+class Similarity(StrEnum):
+    """Similarity of two experts' outputs by which merging groups them."""
+
+    GATED = "gated"
+    AVERAGE = "average"
+
+
+class Alignment(StrEnum):
+    """Alignment of neurons before the weights of experts are averaged."""
+
+    NONE = "none"
+    SIGN = "sign"
+    CENTROID = "centroid"
+
+
+class Average(StrEnum):
+    """Weights of the average that a merged expert starts from."""
+
+    CENTROID = "centroid"
+    SALIENCY = "saliency"
+    MEAN_SALIENCY = "mean-saliency"
+    PLAIN = "plain"
+
+
+class Features(StrEnum):
+    """Features of an FFN neuron that k-means clusters."""
+
+    GATE = "gate"
+    UP = "up"
+    DOWN = "down"
+    GATE_UP = "gate+up"
+    JOINT = "joint"
+    ACTIVATION = "activation"
+
+
+class Clustering(StrEnum):
+    """Implementation of balanced k-means."""
+
+    FLOW = "flow"
+    K_MEANS_CONSTRAINED = "k-means-constrained"
+
+
+class RouterFit(StrEnum):
+    """Fit of the routers at bootstrap."""
+
+    RIDGE = "ridge"
+    CENTROID = "centroid"
+
+
+class Split(StrEnum):
+    """Documents of a source: training, held-out, or all."""
+
+    TRAIN = "train"
+    VALID = "valid"
+    ALL = "all"
+
+
+class Precision(StrEnum):
+    """Precision in which weights are held."""
+
+    FP32 = "fp32"
+    BF16 = "bf16"
+    NF4 = "nf4"
+
+
+class Device(StrEnum):
+    """Device of the computation."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+class ExportFormat(StrEnum):
+    """Formats of exported checkpoints."""
+
+    DENSE = "dense"
