@@ -1,1 +1,1 @@
-"""The Flower ServerApp, its strategy, state, run log, and the driver of a simulation."""
+"""The Flower ServerApp: global model, strategies, round loop, run logs, and the driver of a simulation."""

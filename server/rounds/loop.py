@@ -89,9 +89,9 @@ class Federation:
             stopped=self.state.stopped,
         )
         record = self.strategy.after_round(self.global_model, self.state)
+        self.state.graph_version = self.global_model.graph.version
         if record is not None:
             self.observer.rewire(record)
-            self.state.graph_version = self.global_model.graph.version
         if self.config.checkpoint_every and server_round % self.config.checkpoint_every == 0:
             write_checkpoint(self.observer.log_dir, self.global_model, self.state)
 
