@@ -1,4 +1,4 @@
-"""The Flower ClientApp. Every message may meet a fresh process: what must last is on the client's disk."""
+"""Flower ClientApp. Each message may start a new process, so that all state is on the client's disk."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ app = ClientApp()
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """Train on the client's own data and answer with a sparse update."""
+    """Train on the client's own data and reply with a sparse update."""
     return _answer(message, context, Participant.train_round)
 
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
-    """Measure the global model on the client's held-out text."""
+    """Evaluate the global model on the client's held-out text."""
     return _answer(message, context, Participant.evaluate_round)
 
 
 def _answer(message: Message, context: Context, act: Callable[[Participant, Request], Reply]) -> Message:
-    """Run ``act`` and reply; any error becomes an error reply, since no reply at all would wedge the node."""
+    """Run ``act`` and reply; every exception becomes an error reply, since without a reply the SuperNode blocks."""
     try:
         config = load_run_config(context.run_config)
         prepare_process(config)
@@ -57,6 +57,6 @@ def _answer(message: Message, context: Context, act: Callable[[Participant, Requ
     except UserError as error:
         return Message(Error(code=BAD_INPUT, reason=" ".join(str(error).split())), reply_to=message)
     except Exception as error:  # noqa: BLE001 - the boundary to Flower
-        _log.exception("the message could not be answered")
+        _log.exception("failure while handling a message")
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         return Message(Error(code=REFUSED, reason=reason), reply_to=message)

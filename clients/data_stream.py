@@ -1,4 +1,4 @@
-"""A client's own text: which documents are its, and the blocks it trains and is measured on."""
+"""Documents of one client, and its training and held-out blocks."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from federated.data.blocks import Blocks, pack_blocks
 # Purposes of ``round_generator``.
 BATCH_ORDER, UPLOAD_SELECTION = 1, 2
 
-# What reads documents is imported where it is used: it takes seconds, and a client in deployment, whose every message
-# meets a fresh process, reads its data only once.
+# The document readers take seconds to import. They are imported where they are used, since in a deployment each message
+# starts a new process and only the first one reads documents.
 if TYPE_CHECKING:
     from federated.data.partition import ClientDocuments
 
 
 def client_documents(config: RunConfig, partition: int, *, data_dir: str = "") -> ClientDocuments:
-    """The documents of one client.
+    """Documents of one client.
 
     Args:
-        config: names the data and how it is dealt.
+        config: run configuration, for data sources and partition.
         partition: index of the client, from 0.
-        data_dir: the client's private data, which is then all its own; empty to take its part of the run's data.
+        data_dir: private data, all of it this client's; empty: its part of the run's data.
 
     Raises:
-        UserError: no such data, or nothing for this client.
+        UserError: data that does not exist, or none for this client.
     """
     from federated.data.documents import load_documents
     from federated.data.partition import partition_documents
@@ -48,10 +48,10 @@ def client_documents(config: RunConfig, partition: int, *, data_dir: str = "") -
 
 
 def all_clients(config: RunConfig) -> list[ClientDocuments]:
-    """The documents of every client of a run whose data lies in one place.
+    """Documents of every client, for a run whose data is in one place.
 
     Raises:
-        UserError: no such data, or a client without any.
+        UserError: data that does not exist, or a client without documents.
     """
     from federated.data.documents import load_documents
     from federated.data.partition import partition_documents
@@ -67,7 +67,7 @@ def all_clients(config: RunConfig) -> list[ClientDocuments]:
 def pack_client(
     documents: ClientDocuments, tokenizer: PreTrainedTokenizerBase, block_size: int, context: int
 ) -> tuple[Blocks, Blocks]:
-    """Training and held-out blocks of a client, of at most ``context`` tokens each."""
+    """Training and held-out blocks of a client, of ``block_size`` tokens, at most ``context``."""
     train, valid = (
         pack_blocks(texts, tokenizer, block_size=block_size, max_position_embeddings=context)
         for texts in (documents.train, documents.valid)

@@ -1,4 +1,4 @@
-"""One client of a federation: what it does with a message, in domain steps."""
+"""One client of a federation: training and evaluation rounds, in domain steps."""
 
 from __future__ import annotations
 
@@ -52,23 +52,23 @@ from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 from models.runtime.perplexity import LossSum, evaluate_loss
 from models.runtime.precision import autocast_to_bf16, choose_device
 
-# Blocks of the client's own text from which the assembler takes its features.
+# Training blocks from which the features of the assembler are computed.
 _FEATURE_BLOCKS = 16
 
 
 @dataclass
 class Participant:
-    """One client while it answers one message.
+    """State of one client for one message.
 
     Attributes:
-        config: of the run.
+        config: run configuration, with the node's own limits.
         partition: index of the client, from 0.
-        budget: experts per layer it can hold; 0 for all.
-        name: for people.
-        store: its folder.
-        model: the global graph, fp32.
-        train: its training blocks.
-        valid: its held-out blocks.
+        budget: experts per layer that it can hold; 0: all.
+        name: client name, for display.
+        store: files of the client.
+        model: global graph, fp32.
+        train: training blocks.
+        valid: held-out blocks.
     """
 
     config: RunConfig
@@ -82,14 +82,14 @@ class Participant:
 
     @classmethod
     def open(cls, config: RunConfig, context: Context, request: Request) -> Participant:
-        """Load the client's data and its copy of the global model, brought to the request's version.
+        """Load the client's data and its copy of the global model, updated to the request's version.
 
         Raises:
             UserError: an invalid node configuration, no such graph, another base than the server's, no data, a budget
                 above the graph's experts.
-            NeedsRecipe: the graph has yet to be built from the dense base.
+            NeedsRecipe: the graph is not built from the dense base yet.
             VersionMismatch: the request's steps do not start at the version on disk.
-            RefusedUpdate: a step that is damaged or leads to another graph than the server's.
+            RefusedUpdate: a damaged step, or one that leads to another graph than the server's.
         """
         node = load_node_config(context.node_config)
         partition = node.partition_id
@@ -104,7 +104,7 @@ class Participant:
         return cls(config, partition, budget, name, store, model, train, valid)
 
     def train_round(self, request: Request) -> Reply:
-        """Evaluate the global model, choose residents, train, and pack what is worth shipping."""
+        """Evaluate the global model, choose the residents, train them, and pack the selected update."""
         start, before = StartingPoint(self.model), self._evaluate_global()
         training = self.training(request)
         stream = batches(self.train, self.config.batch_size, generator=self._generator(request, BATCH_ORDER))
@@ -140,7 +140,7 @@ class Participant:
         )
 
     def evaluate(self) -> LossSum:
-        """Loss of the model as it is on the client's held-out blocks."""
+        """Loss of the current model on the client's held-out blocks."""
         blocks = take(self.valid, self.config.eval_blocks)
         return evaluate_loss(self.model, blocks.input_ids, blocks.labels, autocast=self._autocast)
 
@@ -157,7 +157,7 @@ class Participant:
         return autocast_to_bf16(self.config.precision, self.model.device.type)
 
     def _evaluate_global(self) -> LossSum:
-        """Loss of the global model as it came; read into memory first where the client will hold it like this."""
+        """Loss of the received model; with all experts resident and no LoRA, these are read into memory first."""
         if self._holds_all and not self.config.lora_rank:
             materialize(self.model, self._residents())
         return self.evaluate()
@@ -166,7 +166,7 @@ class Participant:
         return [None] * len(self.model.expert_layers()) if self._holds_all else list(residents(self.model))
 
     def _assemble(self, stream: Iterator[Batch], training: LocalTraining) -> None:
-        """Choose the round's residents: those of the client's own assembler, which learns first, or the most used."""
+        """Train the assembler, then set the residents: its choice or the most used experts, by trial training."""
         config, known = self.config, take(self.train, _FEATURE_BLOCKS)
         assembler = self.store.load_assembler(config.seed + self.partition, self.model.config.num_experts)
         features = expert_features(self.model, known.input_ids, known.labels, visits=self.visits())
@@ -182,14 +182,14 @@ class Participant:
                 autocast=self._autocast,
             )
             candidates = [residents(self.model), most_used(features, self.budget)]
-            # LoRA factors would have to be attached and taken off again; there the assembler has its way.
+            # Trial training would have to attach and detach LoRA factors; with LoRA the assembler decides.
             tried = [] if config.lora_rank else list(islice(stream, config.lookahead_steps))
             best = best_residents(self.model, candidates, tried, training, hold=materialize)
         set_residents(self.model, candidates[best])
         self.store.save_assembler(assembler)
 
     def visits(self) -> list[int]:
-        """Experts per token of this client, per layer: scaled with the budget unless told otherwise."""
+        """Experts per token, per layer: scaled with the budget unless the run sets experts-per-token."""
         return scaled_visits(self.model, 0 if self.config.experts_per_token else self.budget)
 
     def training(self, request: Request) -> LocalTraining:

@@ -1,4 +1,4 @@
-"""What a client ships in a round and what it keeps, so that no change is ever lost on the way."""
+"""Selection of a client's update with error feedback across rounds, refused and lost updates included."""
 
 from __future__ import annotations
 
@@ -65,14 +65,14 @@ def choose_shipment(
     *,
     generator: torch.Generator,
 ) -> PreparedUpdate:
-    """What a client ships of ``deltas`` as its configuration says, and what it keeps.
+    """Select an update from ``deltas`` and the residual, and the new residual.
 
     Args:
-        model: after local training; says which graph that was.
-        deltas: ``[size]`` of each unit that trained.
+        model: model after local training, for its graph.
+        deltas: change ``[size]`` of each trained unit.
         gradient_rms: root mean square of the gradient of each entry ``[size]``, as ``entry_gradient_rms`` gives it;
             empty: entries are scored by magnitude.
-        residual: as ``carried_over`` gives it.
+        residual: residual of earlier rounds, from ``carried_over``.
         upload: keys of the upload, with the client's own limits.
         generator: random generator of the draw of experts.
 
@@ -97,17 +97,17 @@ def choose_shipment(
 
 
 def drawn_with(prepared: PreparedUpdate) -> dict[str, float]:
-    """The probability with which each shipped expert was drawn, where it is below 1: ``"layer.expert" -> pi``."""
+    """Inclusion probability of each shipped expert, where it is below 1: ``"layer.expert" -> pi``."""
     return {unit_name(unit): pi for unit, pi in prepared.inclusion.items() if pi < 1}
 
 
 def carried_over(kept: Kept, request: Request, sizes: Mapping[Unit, int]) -> Mapping[Unit, Tensor]:
-    """The residual, with the last update added again where it did not go into the model.
+    """Residual on the client's disk, plus the last update where the server did not aggregate it.
 
     Args:
-        kept: what lies on the client's disk.
-        request: says which update was accepted last. One that asks for the same round again cannot have accepted it.
-        sizes: entries of every unit of the present graph; what was kept of others is dropped.
+        kept: state on the client's disk.
+        request: names the last accepted update; a request that repeats a round cannot have accepted it.
+        sizes: entries of every unit of the current graph; residuals of other units are dropped.
     """
     residual = {unit for unit, size in kept.sizes.items() if sizes.get(unit) == size}
     refused = _refused(kept.shipped, request, sizes)
@@ -121,7 +121,7 @@ def carried_over(kept: Kept, request: Request, sizes: Mapping[Unit, int]) -> Map
 
 
 def shipped_in(request: Request, update: SparseUpdate, packed: bytes) -> ShippedUpdate:
-    """What is kept of an update until the server says whether it counted."""
+    """Record of a shipped update, kept until the server reports whether it was aggregated."""
     sizes = {unit: vector.size for unit, vector in update.vectors.items()}
     return ShippedUpdate(request.server_round, packed, sizes)
 

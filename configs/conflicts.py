@@ -1,4 +1,4 @@
-"""Keys of a run configuration that do not go together."""
+"""Checks for conflicting keys of a run configuration."""
 
 from __future__ import annotations
 

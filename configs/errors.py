@@ -1,4 +1,4 @@
-"""The one error that a user's own input causes; every command turns it into one line and exit code 2."""
+"""Error type for bad user input; every command reports it in one line with exit code 2."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """Bad input. The message says what was expected, what came and how to fix it, in one line."""
+    """Bad user input; the message states the expected and the actual value and the remedy, in one line."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

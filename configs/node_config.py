@@ -32,9 +32,9 @@ class NodeConfig(Keys):
     partition_id: Whole
     """Index of the client, from 0; below the run's num-clients unless data-dir is set."""
     num_partitions: Count | None = None
-    """Nodes of the federation, as Flower counts them; the run's num-clients is what counts."""
+    """Nodes of the federation, set by Flower; not used, the run's num-clients applies."""
     graph: str = ""
-    """Path of the node's copy of the graph checkpoint; counts before base and before the run's graph."""
+    """Path of the node's copy of the graph checkpoint; takes precedence over base and over the run's graph."""
     base: str = ""
     """Dense model, path or hub id, from which the node builds the graph by the server's recipe; empty: the run's."""
     data_dir: str = ""
@@ -42,13 +42,13 @@ class NodeConfig(Keys):
     cache_dir: str = ""
     """Folder of the client's files, which outlast a run; empty: the run's log-dir, or the user-cache folder."""
     expert_budget: Whole | None = None
-    """Experts per layer the client holds and trains, 1 to the graph's number; counts before the run's budgets."""
+    """Experts per layer the client holds and trains, from 1; takes precedence over the run's budgets."""
     memory_budget_mb: Whole = 0
-    """MiB that the client's process may occupy while it trains; counts before the run's budgets; 0: the run's."""
+    """MiB that the client's process may occupy in training; takes precedence over the run's budgets; 0: the run's."""
     density: Density | None = None
-    """Kept entries / all entries of the experts the client ships; counts before the run's two upload limits."""
+    """Kept entries / all entries of the experts the client ships; takes precedence over the run's upload limits."""
     upload_budget_mb: NonNegative | None = None
-    """MB (10^6 bytes) that the client's packed update fills in place of density; 0: density counts."""
+    """MB (10^6 bytes) of the client's packed update, in place of density; 0: density applies."""
 
     @field_validator("graph", "base", "data_dir", "cache_dir", mode="before")
     @classmethod

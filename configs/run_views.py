@@ -70,7 +70,7 @@ class Upload:
 
     @property
     def max_bytes(self) -> int:
-        """Bytes that the packed update fills in place of ``density``; 0: ``density`` counts."""
+        """Byte budget of the packed update, in place of ``density``; 0: ``density`` applies."""
         return int(self.upload_budget_mb * _BYTES_PER_MB)
 
     @property

@@ -1,4 +1,4 @@
-"""What a run is configured with: every key, its unit, its bounds, and the readers that fill it.
+"""Schema of a run configuration: every key with its default, bounds and documentation.
 
 Flower's run configuration carries booleans, integers, floats and strings only, so lists are strings here,
 separated by ``,`` (numbers) or ``;`` (data sources), with a property that gives the parsed form.
@@ -58,7 +58,7 @@ class RunConfig(Views, Keys):
     data: str = "wikimix"
     """Data sources separated by ';': wikimix[:DOMAIN,...], a path or a hub id."""
     partition: str = "domain"
-    """How documents become clients: domain, iid, dirichlet:ALPHA or natural:COLUMN."""
+    """Partition of the documents into clients: domain, iid, dirichlet:ALPHA or natural:COLUMN."""
     num_clients: Count = 2
     """Clients (Flower nodes) in the federation."""
     num_rounds: Count = 3
@@ -78,7 +78,7 @@ class RunConfig(Views, Keys):
     merge_every: Count = 1
     """Server rounds between two merges, i.e. edits of the graph."""
     merge_max_drift: NonNegative = 0.05
-    """Rise of the server's validation loss (nats per token) above which a merge is undone."""
+    """Rise of the server's validation loss (nats per token) above which a merge is rolled back."""
     checkpoint_every: Whole = 0
     """Server rounds between two checkpoints in log-dir/checkpoints; 0: none but out."""
     selection: Selection = "top"
@@ -86,19 +86,19 @@ class RunConfig(Views, Keys):
     combine: Combine = "entrywise"
     """Server weighting of updates: entrywise, hajek (of whole experts), horvitz-thompson or mean."""
     client_weight: ClientWeight = "examples"
-    """What a client weighs: its training blocks (examples) or the tokens it trained on in the round."""
+    """Weight of a client: its training blocks (examples) or the tokens it trained on in the round."""
     ship_experts: Whole = 0
     """Experts per layer a client ships each round; 0: all it trained."""
     density: Density = 0.006
-    """Kept entries / all entries of the experts a client ships; a node's own density counts before it."""
+    """Kept entries / all entries of the experts a client ships; a node's own density takes precedence."""
     density_scope: DensityScope = "all"
     """Entries that compete for the density: of each expert by itself, or of all that a client ships (all)."""
     entry_score: EntryScore = "saliency"
-    """What makes an entry worth shipping: saliency (its change, weighted by the slope of the loss) or magnitude."""
+    """Score of an entry: saliency (magnitude of its change times the root of its gradient RMS) or magnitude."""
     low_rank: bool = False
-    """Whether an expert's change goes as low-rank factors where these keep more of it in as many bytes."""
+    """Whether an expert's change is sent as low-rank factors where these hold more of its energy in as many bytes."""
     upload_budget_mb: NonNegative = 0.0
-    """MB (10^6 bytes) that a client's packed update fills in place of density; a node's own counts first; 0: none."""
+    """MB (10^6 bytes) of a client's packed update, in place of density; a node's own takes precedence; 0: none."""
     downlink_density: Density = 1.0
     """Kept entries / all entries of each expert's step that the server sends; 1: every entry that a client shipped."""
     value_bits: ValueBits = 2
@@ -112,15 +112,15 @@ class RunConfig(Views, Keys):
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seed of every random choice in the run."""
     train: Trained = "all"
-    """What trains: all, experts (their matrices only) or routing (routers, gains and affinities only)."""
+    """Trained parameters: all, experts (their matrices only) or routing (routers, gains and affinities only)."""
     weights: Weights = "fp32"
-    """How a client holds its experts: fp32, bf16 or nf4 (4-bit QLoRA, attention too); the latter two need lora-rank."""
+    """Precision of a client's experts: fp32, bf16 or nf4 (4-bit QLoRA, attention too); bf16, nf4 need lora-rank."""
     lora_rank: Whole = 0
     """Rank of the LoRA factors that train in place of the experts' matrices; 0: the matrices train."""
     lora_alpha: Positive = 16.0
     """Scale of the LoRA factors' product, times lora-rank."""
     attention_lora: bool = False
-    """Whether attention projections train too, through LoRA factors of the same rank."""
+    """Whether attention projections train, through LoRA factors of the same rank."""
     local_steps: Count = 20
     """Optimizer steps a client takes per round."""
     batch_size: Count = 8
@@ -142,27 +142,27 @@ class RunConfig(Views, Keys):
     schedule: ScheduleName = "linear"
     """Learning rate over all rounds: constant, linear or cosine; the latter two fall to 0."""
     warmup_steps: Whole = 0
-    """Optimizer steps, from the first of the run, in which the learning rate rises to its full height."""
+    """Warm-up steps of the learning rate, counted from the first optimizer step of the run."""
     max_grad_norm: NonNegative = 1.0
     """Gradient norm a step is clipped to; 0: no clipping."""
     gradient_checkpointing: bool = False
-    """Whether the backward pass computes activations again: less memory, more time."""
+    """Whether the backward pass recomputes activations: less memory, more time."""
     load_balance_weight: NonNegative = 0.0
     """Weight of the routers' load-balance loss (Switch Transformer) in the training loss; 0: off."""
     z_loss_weight: NonNegative = 0.0
     """Weight of the routers' z-loss (ST-MoE) in the training loss; 0: off."""
     early_stop_rounds: Whole = 0
-    """Rounds without a better held-out loss of the clients after which the run ends; 0: never."""
+    """Rounds without an improvement of the clients' held-out loss after which the run ends; 0: never."""
     early_stop_delta: NonNegative = 0.0
-    """Fall of the held-out loss (nats per token) above which it is better."""
+    """Decrease of the held-out loss (nats per token) that counts as an improvement."""
     assembler_steps: Whole = 8
     """Assembler steps before local training; 0: it is not trained."""
     assembler_learning_rate: Positive = 0.3
     """Learning rate of an expert's own logit in the assembler; its MLP learns at a thirtieth of it."""
     lookahead_steps: Whole = 4
-    """Steps that a client trains on trial with the assembler's experts and with its most used; 0: no trial."""
+    """Steps of trial training with the assembler's experts and with the most used ones; 0: no trial."""
     usage_decay: Annotated[float, Field(ge=0, lt=1)] = 0.5
-    """Weight of the past in the usage average over rounds."""
+    """Decay of the exponential moving average of usage over rounds."""
     eval_blocks: Whole = 32
     """Held-out blocks evaluated per client; 0: all."""
     train_documents: Count = 2000
@@ -170,9 +170,9 @@ class RunConfig(Views, Keys):
     server_data: str = ""
     """Validation text of the server, sources as in data; empty: none."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Matrix products of the clients: bf16, fp32, or auto (bf16 where the device is faster with it)."""
+    """Precision of the clients' matrix products: bf16, fp32, or auto (bf16 where the device is faster with it)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where clients compute: cpu, cuda, or auto (CUDA if there is a device)."""
+    """Device of the clients: cpu, cuda, or auto (CUDA if there is a device)."""
     num_threads: Count = 1
     """Torch threads per client process."""
     template: str = "auto"
@@ -180,7 +180,7 @@ class RunConfig(Views, Keys):
     reply_timeout: Positive = 600.0
     """Seconds the server waits for the replies of a round."""
     trace_tokens: Whole = 64
-    """Tokens whose walks are written to the call trace."""
+    """Tokens whose expert walks are written to the call trace."""
 
     @field_validator("budgets", "data", "server_data", mode="before")
     @classmethod

@@ -1,4 +1,4 @@
-"""From the text of files and options to values: TOML files, ``key=value``, separated lists, partitions."""
+"""Parsers of configuration text: TOML files, ``key=value`` assignments, separated lists, partitions."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
 
 
 def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
-    """Parse ``key=value`` texts; values follow TOML, anything that is not TOML is taken as a string.
+    """Parse ``key=value`` texts; values are TOML, or strings where they are not valid TOML.
 
-    The last assignment of a key wins.
+    The last assignment of a key counts.
     """
     parsed = {}
     for assignment in assignments:
@@ -37,7 +37,7 @@ def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
 
 
 def parse_partition(text: str) -> tuple[str, str]:
-    """Split a partition into kind and argument, e.g. ``("dirichlet", "0.5")``; the argument may be empty."""
+    """Split a partition into kind and argument, e.g. ``("dirichlet", "0.5")``; empty without argument."""
     kind, _, argument = text.partition(":")
     kinds = [known.partition(":")[0] for known in PARTITIONS]
     expected = f"expected partition to be one of {', '.join(PARTITIONS)}, got {text!r}"
@@ -51,7 +51,7 @@ def parse_partition(text: str) -> tuple[str, str]:
 
 
 def parse_budgets(text: str) -> tuple[int, ...]:
-    """Whole numbers above 0 separated by ``,``; empty text gives none."""
+    """Parse whole numbers above 0 separated by ``,``; empty text gives none."""
     parts = split_list(text, ",")
     if not all(part.isdecimal() and int(part) for part in parts):
         raise UserError(

@@ -1,4 +1,4 @@
-"""The assembler: which experts a client holds, learned from its own data within its budget."""
+"""Assembler: learned choice of a client's resident experts, from its own data within its budget."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from clients.residents.expert_features import FREQUENCY, NUM_FEATURES
 from models.graph.runtime_settings import frozen, gating
 from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 
-# The MLP, which speaks for all experts at once, learns at this share of the learning rate of an expert's own logit.
+# Learning rate of the MLP, which is shared by all experts, relative to that of an expert's own logit.
 _MLP_RATE = 1 / 30
 
 
 class Assembler(nn.Module):
-    """Scores every pair of experts of a layer from features of the single experts.
+    """Logits of every pair of experts of a layer from features of the single experts.
 
-    One MLP serves all layers; the depth of a layer is a feature. Beside it each expert has a logit of its own, for what
-    features do not tell. All of these start at or near zero, so that an untrained assembler ranks experts by feature 0.
+    One MLP serves all layers; the depth of a layer is a feature. In addition each expert has a logit of its own for
+    what features do not express. All start at or near zero, so that an untrained assembler ranks experts by feature 0.
 
     Args:
         num_experts: experts of each layer.
@@ -40,7 +40,7 @@ class Assembler(nn.Module):
         nn.init.zeros_(self.embed.bias)
 
     def forward(self, features_EF: Tensor, layer: int) -> Tensor:
-        """Logits ``Z [E, E]`` of a layer: ``Z[e, e]`` for holding e, ``Z[p, q]`` for the pair along an edge p -> q."""
+        """Logits ``Z [E, E]`` of a layer: ``Z[e, e]`` of residency of e, ``Z[p, q]`` of the pair of an edge p -> q."""
         hidden = self.encoder(features_EF)
         source, target = self.embed(hidden).chunk(2, -1)
         pair_EE = source @ target.T / math.sqrt(source.shape[-1])
@@ -49,7 +49,7 @@ class Assembler(nn.Module):
 
 
 def holding_scores(logits_EE: Tensor, edges_EE: Tensor) -> Tensor:
-    """How much a client wants each expert, ``[E]``: its own logit plus the mean logit of its edges in the graph."""
+    """Residency score of each expert, ``[E]``: its own logit plus the mean logit of its edges in the graph."""
     edges_EE = edges_EE.triu(1)
     touching = logits_EE * edges_EE
     degree = (edges_EE.sum(0) + edges_EE.sum(1)).clamp(min=1)
@@ -57,9 +57,9 @@ def holding_scores(logits_EE: Tensor, edges_EE: Tensor) -> Tensor:
 
 
 def choose_residents(scores_E: Tensor, budget: int) -> Tensor:
-    """The ``budget`` best-scored experts, bool ``[E]``; all of them for a budget of 0 or above E.
+    """Top-``budget`` experts by score, bool ``[E]``; all for a budget of 0 or above E.
 
-    On ties the lower, more general expert is held.
+    Among equal scores the lower, more general expert is selected.
     """
     if budget <= 0 or budget >= len(scores_E):
         return torch.ones_like(scores_E, dtype=torch.bool)
@@ -68,17 +68,17 @@ def choose_residents(scores_E: Tensor, budget: int) -> Tensor:
 
 
 def most_used(features: Sequence[Tensor], budget: int) -> list[Tensor]:
-    """The experts of each layer that the client's tokens select most often, bool ``[E]``.
+    """Top-``budget`` experts of each layer by selection frequency on the client's tokens, bool ``[E]``.
 
     Args:
-        features: as ``expert_features`` gives them.
-        budget: experts per layer; 0 for all.
+        features: result of ``expert_features``.
+        budget: experts per layer; 0: all.
     """
     return [choose_residents(rows[:, FREQUENCY], budget) for rows in features]
 
 
 def straight_through(scores_E: Tensor, resident_E: Tensor) -> Tensor:
-    """The residency as 0 and 1, with the gradient of a sigmoid around the score at which the budget cuts.
+    """Residency as 0 and 1, with the gradient of a sigmoid around the score threshold of the budget.
 
     Straight-through estimator of Bengio et al. (2013, arXiv:1308.3432).
     """
@@ -86,7 +86,7 @@ def straight_through(scores_E: Tensor, resident_E: Tensor) -> Tensor:
         return torch.ones_like(scores_E)
     inside, outside = scores_E[resident_E].min(), scores_E[~resident_E].max()
     soft = torch.sigmoid(scores_E - ((inside + outside) / 2).detach())
-    # In this order the sum is exactly 0 or 1.
+    # This order of operations makes the sum exactly 0 or 1.
     return resident_E.to(soft) + (soft - soft.detach())
 
 
@@ -101,23 +101,23 @@ def train_assembler(
     learning_rate: float,
     autocast: bool,
 ) -> list[float]:
-    """Learn residency through the task loss, the experts themselves left alone.
+    """Train residency through the task loss, with all experts frozen.
 
-    Each token also computes its best expert outside the budget, with an output weight of zero, so that experts on
-    both sides of the cut learn whether they should change places.
+    Each token also computes its best expert outside the budget with an output weight of zero, so that experts on both
+    sides of the budget threshold receive gradients.
 
     Args:
         assembler: trained in place.
-        model: the global graph; on return its residency is that of the trained assembler.
-        features: as ``expert_features`` gives them.
+        model: global graph; its residency is set to that of the trained assembler.
+        features: result of ``expert_features``.
         batches: endless ``(input_ids, labels)`` of the client's training blocks.
-        budget: experts per layer the client can hold; 0 for all.
-        steps: optimizer steps; 0 leaves the assembler as it is.
-        learning_rate: of Adam, for each expert's own logit; the MLP learns at a thirtieth of it.
+        budget: experts per layer that the client can hold; 0: all.
+        steps: optimizer steps; 0: the assembler is not trained.
+        learning_rate: Adam's rate for each expert's own logit; a thirtieth of it for the MLP.
         autocast: run matrix products in bf16.
 
     Returns:
-        The loss of each step, nats per token.
+        Loss of each step, nats per token.
     """
     optimizer = _optimizer(assembler, learning_rate)
     losses = []
@@ -141,7 +141,7 @@ def _optimizer(assembler: Assembler, learning_rate: float) -> torch.optim.Optimi
     own = list(assembler.own.parameters())
     mlp = [parameter for name, parameter in assembler.named_parameters() if not name.startswith("own.")]
     groups = [{"params": own, "lr": learning_rate}, {"params": mlp, "lr": learning_rate * _MLP_RATE}]
-    # A handful of steps: moments over many of them would still be near zero at the end.
+    # Few steps: with the usual betas the moments would remain near their initial zero.
     return torch.optim.Adam([group for group in groups if group["params"]], betas=(0.5, 0.9))
 
 

@@ -1,4 +1,4 @@
-"""How many experts per layer a client holds: told outright, or as many as its memory takes."""
+"""Expert budget of a client: configured experts per layer, or as many as its memory holds."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from models.graph.unit_vectors import weight_count
 from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 
 _MIB = 2**20
-# Bytes per weight of a resident expert while its matrix trains: fp32 weight and gradient, and what the optimizer keeps.
+# Bytes per weight of a resident expert whose matrix trains: fp32 weight, gradient and optimizer state.
 _TRAINED = {"adamw": 16.0, "sgd": 12.0, "adafactor": 9.0}
-# A fixed base under LoRA factors: 4-bit blocks carry scales.
+# Bytes per weight of a fixed base under LoRA factors; 4-bit blocks have scales.
 _FIXED = {"fp32": 4.0, "bf16": 2.0, "nf4": 0.6}
-# When an update is packed, for each weight and for each entry that is kept: one expert at a time is dense, and the kept
-# entries pass through the quantizer. Within a byte budget, for each byte: several sizes are tried.
+# Bytes while an update is packed, per weight and per kept entry: one expert at a time is dense, and kept entries pass
+# through the quantizer. With a byte budget, per byte of it: several sizes are tried.
 _PACKED, _PACKED_ENTRY, _PACKED_BYTE = 2.5, 40.0, 160.0
-# The slopes of the loss, which say what is worth packing.
+# Bytes per weight of the second moments that score the entries.
 _MOMENTS = 4.0
 
 
@@ -45,10 +45,10 @@ def client_budget(config: RunConfig, node: NodeConfig, model: FedGraftForCausalL
 
 
 def budget_of_memory(config: RunConfig, model: FedGraftForCausalLM, memory_mb: int, name: str) -> int:
-    """Experts per layer with which a process that has opened ``model`` stays within ``memory_mb`` MiB while it trains.
+    """Largest number of experts per layer whose training keeps this process within ``memory_mb`` MiB.
 
     Raises:
-        UserError: not even one expert fits.
+        UserError: one expert does not fit.
     """
     left = memory_mb * _MIB - psutil.Process().memory_info().rss - activation_bytes(config, model)
     left -= _PACKED_BYTE * config.upload_budget_mb * 10**6
@@ -64,7 +64,7 @@ def budget_of_memory(config: RunConfig, model: FedGraftForCausalLM, memory_mb: i
 
 
 def expert_bytes(config: RunConfig, model: FedGraftForCausalLM) -> float:
-    """Bytes that one resident expert in every layer takes at the peak of a round."""
+    """Peak bytes of a round per resident expert in every layer."""
     weights = sum(weight_count(layer) for layer in model.expert_layers())
     held = _FIXED[config.weights] if config.lora_rank else 4.0
     training = held if config.lora_rank else _TRAINED[config.optimizer]
@@ -75,7 +75,7 @@ def expert_bytes(config: RunConfig, model: FedGraftForCausalLM) -> float:
 
 
 def activation_bytes(config: RunConfig, model: FedGraftForCausalLM) -> float:
-    """Bytes of activations that a training step keeps: an estimate from above, without gradient checkpointing."""
+    """Upper estimate of the bytes of activations of a training step, without gradient checkpointing."""
     shape, tokens = model.config, config.batch_size * config.block_size
     visits = max(layer.num_visits for layer in model.expert_layers())
     experts = visits * (3 * shape.hidden_size + 4 * shape.expert_size)

@@ -1,4 +1,4 @@
-"""What a client's own text shows of every expert of the global graph: what its assembler goes by."""
+"""Features of every expert on a client's own text: the input of its assembler."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from models.remote_code.routing_fedgraft import Walk
 NUM_FEATURES = 5
 # Index of the log selection frequency.
 FREQUENCY = 1
-# Blocks of one gradient in the importance of experts.
+# Blocks per gradient of the Fisher importance.
 _SPLIT = 2
 
 
 def expert_features(
     model: FedGraftForCausalLM, input_ids: Tensor, labels: Tensor, *, visits: Sequence[int]
 ) -> list[Tensor]:
-    """Features of every expert as the client's own text shows it, per layer ``[E, NUM_FEATURES]``.
+    """Features of every expert on the client's own text, per layer ``[E, NUM_FEATURES]``.
 
-    Feature 0 is what an untrained assembler goes by: the mean of the logarithms of how often the client's tokens
-    select the expert, and of how much the loss depends on it. The others: log selection frequency, mean router score
-    (standardized over the layer), mean softmax share, and depth between 0 and 1.
+    Feature 0 ranks the experts for an untrained assembler: the mean of the logarithms of selection frequency and Fisher
+    importance. The others: log selection frequency, mean router logit (standardized over the layer), mean softmax
+    probability, and depth from 0 to 1.
 
     Args:
-        model: the global graph, all experts resident.
-        input_ids: some of the client's training blocks, ``[N, S]``.
-        labels: of these, ``[N, S]``.
-        visits: experts per token that the client will have, per layer.
+        model: global graph, all experts resident.
+        input_ids: training blocks of the client, ``[N, S]``.
+        labels: labels, ``[N, S]``.
+        visits: experts per token of the client, per layer.
     """
     layers = model.expert_layers()
     sums = [torch.zeros(3, layer.num_experts) for layer in layers]
@@ -62,14 +62,14 @@ def expert_features(
 def gate_importance(
     model: FedGraftForCausalLM, input_ids: Tensor, labels: Tensor, *, visits: Sequence[int]
 ) -> list[Tensor]:
-    """How much the loss depends on each expert: its squared gradient by a gate on the expert's output, ``[E]`` a layer.
+    """Fisher importance of each expert, per layer ``[E]``: squared gradient of the loss by a gate on its output.
 
-    The Fisher importance of structured pruning (Theis et al., 2018, arXiv:1801.05787), summed over pairs of blocks.
+    As in structured pruning (Theis et al., 2018, arXiv:1801.05787), summed over pairs of blocks.
 
     Args:
-        model: all experts resident; its parameters receive no gradient.
-        input_ids: ``[N, S]``.
-        labels: ``[N, S]``.
+        model: graph with all experts resident; its parameters receive no gradient.
+        input_ids: tokens, ``[N, S]``.
+        labels: labels, ``[N, S]``.
         visits: experts per token, per layer.
     """
     layers = model.expert_layers()

@@ -1,4 +1,4 @@
-"""Which of several sets of residents trains best: a few steps with each, all of them taken back."""
+"""Choice among sets of resident experts by trial training: a few steps with each, all reverted."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ def best_residents(
     *,
     hold: Callable[[FedGraftForCausalLM, Residents], None] = set_residents,
 ) -> int:
-    """Train on ``batches`` with each candidate and return the one with the lowest loss over the second half of them.
+    """Index of the candidate with the lowest mean loss over the second half of ``batches``, a training step each.
 
-    What a mask costs before training says little about what it costs after: the loss of a few real steps says more.
-    On ties the first candidate wins. The model is left with the residents, the weights and the storage that it had.
+    The loss before training predicts the loss after training poorly; that of a few steps predicts it better. Among
+    equal losses the first candidate is returned. Residents, weights and storage of the model are restored.
 
     Args:
-        model: in memory, or opened over experts on disk.
-        candidates: per layer bool ``[E]``, None for all; at least one.
-        batches: what each candidate trains on, a step each; without any the first candidate is returned.
-        training: its learning rate and optimizer; its steps and schedule do not count.
-        hold: makes the model hold a candidate, e.g. ``disk_experts.materialize`` for experts on disk.
+        model: graph in memory, or with its experts on disk.
+        candidates: at least one set of residents, per layer bool ``[E]``; None: all.
+        batches: training batches, a step each; empty: the first candidate is returned.
+        training: learning rate and optimizer; its steps and schedule are ignored.
+        hold: sets the residents of the model, e.g. ``disk_experts.materialize`` for experts on disk.
     """
     trial = replace(
         training,
@@ -47,7 +47,7 @@ def best_residents(
     )
     losses = []
     for candidate in candidates if batches else []:
-        with _taken_back(model):
+        with _reverted(model):
             hold(model, candidate)
             result = train_locally(model, iter(batches), trial)
         losses.append(fmean(result.losses[len(batches) // 2 :]))
@@ -55,8 +55,8 @@ def best_residents(
 
 
 @contextmanager
-def _taken_back(model: FedGraftForCausalLM) -> Iterator[None]:
-    """Put residents, storage, and every parameter of the expert layers back at the end."""
+def _reverted(model: FedGraftForCausalLM) -> Iterator[None]:
+    """Restore residents, storage and parameters of the expert layers at the end."""
     layers = model.expert_layers()
     kept = [
         (

@@ -1,6 +1,6 @@
-"""Safetensors files with a checksum over all they hold: a changed bit counts as no file at all.
+"""Safetensors files with a checksum over all contents; a damaged file is treated as absent.
 
-A file that is written and read one tensor at a time never lies whole in memory.
+Files may be written and read one tensor at a time, so that a whole file is never in memory.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from torch import Tensor
 
 from configs.output import replacing, write_bytes
 
-# Of what is written one tensor at a time.
+# Names of the dtypes that ``write_in_turn`` supports.
 _DTYPES = {torch.float32: "F32", torch.uint8: "U8"}
-# Bytes kept free at the start of such a file: its header is known only when all tensors are written.
+# Bytes reserved at the start of a file for its header, which is known only after all tensors are written.
 _HEADER, _HEADER_ENTRY = 1024, 128
 
 
 def write_checked(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write tensors and metadata, in one step."""
+    """Write tensors and metadata atomically."""
     whole = {name: value.contiguous() for name, value in tensors.items()}
     write_bytes(path, save(whole, metadata={**metadata, "checksum": _checksum(whole, metadata)}))
 
 
 def read_checked(path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
-    """Tensors and metadata of a file; None where there is none that is whole."""
+    """Tensors and metadata of a file; None for a missing or damaged one."""
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -44,15 +44,15 @@ def read_checked(path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
 def write_in_turn(
     path: Path, names: Iterable[str], read: Callable[[str], Tensor], metadata: Mapping[str, str]
 ) -> None:
-    """Write the tensors ``read(name)``, float32 or uint8, one after the other; the file appears in one step.
+    """Write the tensors ``read(name)``, float32 or uint8, one at a time; the file appears atomically.
 
-    A tensor without a single entry other than zero is left out.
+    All-zero tensors are left out.
 
     Args:
-        path: of the file.
-        names: of the tensors, ASCII, each at most 40 characters.
-        read: called once for each name, in sorted order.
-        metadata: rides along.
+        path: path of the file.
+        names: names of the tensors, ASCII, each at most 40 characters.
+        read: tensor of a name; called once per name, in sorted order.
+        metadata: metadata of the file.
     """
     names = sorted(names)
     room = _HEADER + _HEADER_ENTRY * len(names) + 8 * -(-len(json.dumps(dict(metadata))) // 8)
@@ -81,7 +81,7 @@ def write_in_turn(
 
 
 def check_in_turn(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]] | None:
-    """Shapes and metadata of a file, every tensor of which is read once; None where there is none that is whole."""
+    """Shapes and metadata of a file, verified tensor by tensor; None for a missing or damaged one."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata, names = dict(file.metadata() or {}), sorted(file.keys())
@@ -97,20 +97,20 @@ def check_in_turn(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str
 
 
 def read_tensor(path: Path, name: str) -> Tensor:
-    """One tensor of a file, which is mapped for this read only: pages that stay mapped count as memory."""
+    """One tensor of a file; the file is mapped for this read only, since mapped pages count as memory."""
     with safe_open(path, framework="pt") as file:
         return file.get_tensor(name)
 
 
 class _Digest:
-    """Over everything in a file: safetensors itself does not notice a changed bit."""
+    """BLAKE2b digest of the contents of a file; safetensors itself has no checksum."""
 
     def __init__(self, metadata: Mapping[str, str]) -> None:
         head = json.dumps(sorted(metadata.items())).encode()
         self._digest = hashlib.blake2b(head, digest_size=16)
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Tensors count in the order of their names."""
+        """Add a tensor; tensors are added in the order of their names."""
         self._digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         self._digest.update(tensor.view(torch.uint8).numpy() if tensor.numel() else b"")
 

@@ -1,4 +1,4 @@
-"""The client's copy of the global model on its disk: only what differs from the checkpoint, an expert at a time."""
+"""The client's copy of the global model on disk: experts that differ from the checkpoint, one file each."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 
 
 class GlobalCopy:
-    """The experts that ever moved, fp32, a file each, and one file with the routing, the graph, and the names of those.
+    """Experts that ever moved, fp32, one file each, and a state file with routing, graph and the names of those files.
 
-    The latter is replaced last and in one step, so that a process that dies leaves the version before. Experts are read
-    where they are needed (see ``models.checkpoints.disk_experts``): nobody has to hold all of them.
+    The state file is replaced last and atomically, so that a killed process leaves the previous version. Experts are
+    read on access (see ``models.checkpoints.disk_experts``), so that they need not fit into memory together.
 
     Args:
-        folder: made on the first write.
+        folder: path, created on the first write.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -40,34 +40,34 @@ class GlobalCopy:
         self._generation = 0
 
     def read(self, unit: Unit) -> Tensor | None:
-        """Weights ``[3hd]`` fp32 of an expert; None where it never moved."""
+        """Weights ``[3hd]`` fp32 of an expert; None if it never moved."""
         if unit not in self._files:
             return None
         return _read_weights(self._experts / self._files[unit])
 
     def write(self, unit: Unit, weights: Tensor) -> None:
-        """Keep an expert's weights ``[3hd]``; they count from the next ``save`` on."""
+        """Write an expert's weights ``[3hd]``; they take effect with the next ``save``."""
         name = f"{unit_name(unit)}.{self._generation + 1}.safetensors"
         write_checked(self._experts / name, {"weights": weights}, {})
         self._files[unit], self._digests[unit] = name, vector_digest(weights)
 
     def hash(self, model: FedGraftForCausalLM, moved: Iterable[Unit] = ()) -> str:
-        """What the server compares copies by; only what ``moved`` since the last time is hashed again.
+        """Hash by which the server compares copies; only units that ``moved`` since the last call are hashed again.
 
         Args:
-            model: over this copy.
-            moved: units whose attention, if it is that, the model holds in another state than this copy knows.
+            model: graph opened over this copy.
+            moved: units that moved since; of these, attention is hashed from ``model``.
         """
         attention = {unit for unit in moved if unit[1] == OTHERS}
         self._digests |= {unit: unit_digest(model, unit) for unit in attention}
         return copy_hash(model, self._digests)
 
     def load(self, model: FedGraftForCausalLM) -> int:
-        """Bring a ``model`` that was just opened over this copy to the version on disk, which is returned.
+        """Load the version on disk into a ``model`` just opened over this copy; returns the version.
 
-        Without files that are whole and fit the model, it stays as it is, at version 0.
+        Without intact files that fit the model, it stays at version 0.
         """
-        self._hold_nothing()
+        self._clear()
         saved = read_checked(self._state)
         if saved is None:
             return 0
@@ -84,23 +84,23 @@ class GlobalCopy:
         return version
 
     def start_over(self) -> None:
-        """Set out from the checkpoint; what is on disk stays until the next ``save`` takes its place."""
-        self._hold_nothing()
+        """Start from the checkpoint; the files on disk stay until the next ``save`` replaces them."""
+        self._clear()
         saved = read_checked(self._state)
         with suppress(KeyError, ValueError, TypeError, AttributeError):
             self._generation = _parse(*saved)[-1] if saved is not None else 0
 
-    def _hold_nothing(self) -> None:
-        """Forget in memory what is on disk."""
+    def _clear(self) -> None:
+        """Clear the record of the files on disk."""
         self._files, self._digests, self._generation = {}, {}, 0
 
     def save(self, model: FedGraftForCausalLM, version: int, moved: Iterable[Unit] = ()) -> None:
-        """Make what was written, and the model's routing and graph, the copy of this version.
+        """Save routing, graph and attention of ``model`` with the experts written before, as one version.
 
         Args:
-            model: experts that moved were written while it was moved.
-            version: of it.
-            moved: units that moved; of these the attention of layers is kept here.
+            model: graph whose moved experts are written already.
+            version: version of ``model``.
+            moved: units that moved; of these, attention is saved here.
         """
         graph = read_graph(model)
         attention = {layer for layer, expert in (*moved, *self._digests) if expert == OTHERS}
@@ -121,9 +121,9 @@ class GlobalCopy:
         self._remove_others()
 
     def forget(self) -> None:
-        """Drop the copy: the next load starts from the checkpoint."""
+        """Delete the copy; the next load starts from the checkpoint."""
         self._state.unlink(missing_ok=True)
-        self._hold_nothing()
+        self._clear()
         self._remove_others()
 
     def _check(
@@ -134,7 +134,7 @@ class GlobalCopy:
         files: Mapping[Unit, str],
         digests: Mapping[Unit, str],
     ) -> None:
-        """ValueError or KeyError for a copy of another model or with an expert that is damaged."""
+        """ValueError or KeyError for a copy of another model or a damaged expert."""
         layers = model.expert_layers()
         if graph.num_experts != [layer.num_experts for layer in layers]:
             raise ValueError("a copy of another graph")
@@ -151,7 +151,7 @@ class GlobalCopy:
                 raise ValueError(f"expert {unit} is damaged")
 
     def _remove_others(self) -> None:
-        """Remove experts that no version needs: superseded ones, and those of a process that died."""
+        """Remove files of superseded experts and of killed processes."""
         kept = set(self._files.values())
         for path in self._experts.glob("*"):
             if path.name not in kept:
@@ -159,7 +159,7 @@ class GlobalCopy:
 
 
 def _read_weights(path: Path) -> Tensor:
-    """Weights of an expert's file; ValueError where there is none that can be read."""
+    """Weights of an expert's file; ValueError if it cannot be read."""
     try:
         with safe_open(path, framework="pt") as file:
             return file.get_tensor("weights")
@@ -184,7 +184,7 @@ def _parse(
 
 @torch.no_grad()
 def _write_rest(model: FedGraftForCausalLM, tensors: Mapping[str, Tensor]) -> set[int]:
-    """Set routing and attention; returns the layers whose attention has moved."""
+    """Set routing and attention of ``model``; returns the layers whose attention ever moved."""
     layers = model.expert_layers()
     for index, layer in enumerate(layers):
         for name, parameter in layer.routing_parameters().items():

@@ -1,4 +1,4 @@
-"""The client's own copy of the global model: where it lies, and how it is brought to the server's version."""
+"""Update of the client's copy of the global model to the server's version, and the folder of its files."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 
 
 class VersionMismatch(RuntimeError):
-    """The client's copy is not the one that the server's steps start from.
+    """Mismatch of the version on the client's disk and the version that the server's steps start from.
 
     Args:
-        version: what the client holds.
+        version: version on the client's disk.
     """
 
     def __init__(self, version: int) -> None:
@@ -40,16 +40,16 @@ def client_folder(config: RunConfig, node: NodeConfig, *, run_id: int) -> Path:
 
 
 def bring_to_version(model: FedGraftForCausalLM, store: ClientStore, request: Request) -> None:
-    """Apply the steps that the client misses, or a snapshot, and keep the result on disk.
+    """Apply the missing steps, or a snapshot, to the client's copy and save the result.
 
     Args:
-        model: just opened over ``store.copy``, its experts on disk.
-        store: of the client.
-        request: names the version and what the copy hashes to then, and brings steps or a snapshot.
+        model: graph just opened over ``store.copy``, its experts on disk.
+        store: files of the client.
+        request: target version and its copy hash, with steps or a snapshot.
 
     Raises:
-        VersionMismatch: the steps do not lead from the version on disk to the server's, or not to the server's copy.
-        RefusedUpdate: what leads there from the checkpoint itself is damaged or gives another copy than the server's.
+        VersionMismatch: the steps do not lead from the version on disk to the server's version or copy.
+        RefusedUpdate: damaged steps or snapshot from the checkpoint itself, or a result other than the server's copy.
     """
     if request.snapshot:
         store.copy.start_over()
@@ -58,7 +58,7 @@ def bring_to_version(model: FedGraftForCausalLM, store: ClientStore, request: Re
         store.copy.save(model, request.version, moved)
         return
     held = store.copy.load(model)
-    if held > request.version:  # of another run of the server: only the base is common ground
+    if held > request.version:  # from another run of the server: only the checkpoint is shared
         store.copy.forget()
         raise VersionMismatch(0)
     missing = steps_after(request.steps, held)
@@ -72,7 +72,7 @@ def bring_to_version(model: FedGraftForCausalLM, store: ClientStore, request: Re
     except RefusedUpdate:
         if held == 0:
             raise
-        # The copy may be what is wrong, and then no step would ever fit it again.
+        # The copy itself may be damaged, and then no step would fit it.
         store.copy.forget()
         raise VersionMismatch(0) from None
     if missing:

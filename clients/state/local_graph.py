@@ -1,12 +1,12 @@
-"""The bootstrapped graph that a client starts from: a folder that it has, or one that it builds from its dense base.
+"""Bootstrapped graph of a client: an existing folder, or one built from the dense base by the server's recipe.
 
 A node whose configuration names ``base``, a folder or hub id of the dense model, and no ``graph`` needs no copy of the
 server's graph folder::
 
     flower-supernode ... --node-config 'partition-id=0 num-partitions=2 base="/models/llama" cache-dir="/var/fedgraft"'
 
-It asks the server once for the recipe of the graph (see ``models.bootstrap.recipe``), builds the graph under
-``cache-dir/graphs``, or in the user's cache folder without ``cache-dir``, and uses it in all runs that start from it.
+It requests the recipe of the graph once (see ``models.bootstrap.recipe``), builds the graph under ``cache-dir/graphs``,
+or in the user-cache folder without ``cache-dir``, and uses it in all runs that start from the same graph.
 """
 
 from __future__ import annotations
@@ -30,23 +30,22 @@ _FINGERPRINT = re.compile("[0-9a-f]{64}")
 
 
 class NeedsRecipe(RuntimeError):
-    """The client has the dense base only and has not built this graph yet."""
+    """Request for the recipe of a graph that is not built from the dense base yet."""
 
 
 def local_graph(config: RunConfig, node: NodeConfig, request: Request) -> str:
-    """The graph checkpoint of a node, checked to be the one that the server starts from.
+    """Graph checkpoint of a node, verified against the server's fingerprint.
 
-    The node's own ``graph`` counts before its ``base``, these before the run's ``base``, and that before the run's
-    ``graph``.
+    Precedence: the node's ``graph``, the node's ``base``, the run's ``base``, the run's ``graph``.
 
     Args:
-        config: of the run.
-        node: configuration of the node.
-        request: names the graph and may bring its recipe.
+        config: run configuration.
+        node: node configuration.
+        request: fingerprint of the graph, and possibly its recipe.
 
     Raises:
-        NeedsRecipe: the graph has yet to be built, and the request brings no recipe.
-        UserError: another graph than the server's, or a base that it is not made from.
+        NeedsRecipe: the graph is not built yet, and the request has no recipe.
+        UserError: another graph than the server's, or a base that it was not built from.
     """
     cache = node_cache(node)
     base = "" if node.graph else node.base or config.base
@@ -67,7 +66,7 @@ def node_cache(node: NodeConfig) -> Path:
 
 
 def _built_graph(base: str, request: Request, cache: Path) -> Path:
-    """The folder of the graph, built once; clients of one machine wait for the one that builds it."""
+    """Folder of the graph, built once per machine under a file lock."""
     wanted = request.base_fingerprint
     if not _FINGERPRINT.fullmatch(wanted):
         raise UserError(f"expected a request with the SHA-256 of a graph, got {wanted[:80]!r}")
@@ -87,7 +86,7 @@ def _built_graph(base: str, request: Request, cache: Path) -> Path:
 
 
 def _is_built(folder: Path, wanted: str, cache: Path) -> bool:
-    """Whether the graph is there and whole: one that was damaged is built again."""
+    """Whether the graph exists and has the wanted fingerprint; a damaged one is built again."""
     try:
         return folder.is_dir() and graph_fingerprint(str(folder), _memory(cache)) == wanted
     except UserError:
@@ -96,7 +95,7 @@ def _is_built(folder: Path, wanted: str, cache: Path) -> bool:
 
 def _build(base: str, request: Request, folder: Path) -> None:
     recipe = read_recipe(request.recipe)
-    for abandoned in folder.parent.glob(f".{folder.name}.*.partial"):  # by a process that was killed
+    for abandoned in folder.parent.glob(f".{folder.name}.*.partial"):  # left by a killed process
         shutil.rmtree(abandoned)
     with new_directory(folder, overwrite=True) as directory:
         build_into(base, recipe, directory)

@@ -1,4 +1,4 @@
-"""What a client keeps of its own changes: those it has not shipped yet, and the update that it shipped last."""
+"""File of a client's residual and of the update that it shipped last."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class ShippedUpdate:
     """The update that a client shipped last.
 
     Attributes:
-        server_round: for which it was shipped.
-        packed: as it was sent.
-        sizes: entries of every unit in it.
+        server_round: round of the update.
+        packed: packed update as sent.
+        sizes: entries of each of its units.
     """
 
     server_round: int
@@ -40,13 +40,13 @@ class ShippedUpdate:
 
 @dataclass(frozen=True)
 class Kept:
-    """What lies on a client's disk.
+    """Contents of the file.
 
     Attributes:
-        residual: float32 ``[size]`` of each unit, read from disk when it is asked for.
+        residual: float32 ``[size]`` of each unit, read from disk on access.
         sizes: entries of each of these units.
         shipped: the last update; None before the first.
-        graph_version: on which both were computed; None where there is nothing.
+        graph_version: version of the graph of both; None without a file.
     """
 
     residual: Mapping[Unit, Tensor] = field(default_factory=dict)
@@ -58,18 +58,15 @@ class Kept:
 class ResidualStore:
     """One safetensors file with the residual of each unit and the packed update.
 
-    A save replaces the whole file in one step, so that the two always belong together: a client killed at any point
-    keeps both of the round before, or both of this one. One unit at a time is in memory.
+    A save replaces the whole file atomically, so that residual and update always belong to the same round, even after
+    a kill. One unit at a time is in memory.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = Path(path)
 
     def load(self) -> Kept:
-        """What was saved last.
-
-        A file that is damaged is set aside as ``*.broken`` with a warning, and counts as none.
-        """
+        """Read the file; a damaged one is renamed to ``*.broken`` with a warning and treated as absent."""
         if not self._path.exists():
             return Kept()
         saved = check_in_turn(self._path)
@@ -84,12 +81,12 @@ class ResidualStore:
     def save(
         self, residual: Mapping[Unit, Tensor], graph_version: int, shipped: ShippedUpdate | None = None
     ) -> None:
-        """Replace what was saved.
+        """Replace the file.
 
         Args:
-            residual: float ``[size]`` per unit; may come from this store's file. Units of zeros are left out.
-            graph_version: on which residual and update were computed.
-            shipped: the update.
+            residual: float ``[size]`` per unit; may be read from this file. All-zero units are left out.
+            graph_version: version of the graph of residual and update.
+            shipped: last update.
         """
         self._remove_partial()
         names = {unit_name(unit): unit for unit in residual}
@@ -121,6 +118,6 @@ class ResidualStore:
         return Kept()
 
     def _remove_partial(self) -> None:
-        """Remove what processes that were killed while saving left behind."""
+        """Remove partial files of killed processes."""
         for path in self._path.parent.glob(f".{self._path.name}.*.partial"):
             path.unlink()

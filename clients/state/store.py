@@ -1,4 +1,4 @@
-"""What a client keeps on its own disk between messages: nothing stays in memory in a deployment."""
+"""Files of one client in one run; in a deployment nothing stays in memory between messages."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from federated.data.blocks import Blocks
 
 
 class ClientStore:
-    """A folder of one client in one run; every file is replaced in one step.
+    """Folder of one client in one run; every file is replaced atomically.
 
     Args:
-        folder: made on the first write.
+        folder: path, created on the first write.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -31,7 +31,7 @@ class ClientStore:
         self._blocks = self.folder / "blocks.safetensors"
 
     def load_assembler(self, seed: int, num_experts: Sequence[int]) -> Assembler:
-        """The client's own assembler; a fresh one from ``seed`` where there is none for as many experts a layer."""
+        """The client's own assembler; a new one from ``seed`` without a file for these numbers of experts."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             assembler = Assembler(num_experts)
@@ -42,11 +42,11 @@ class ClientStore:
         return assembler
 
     def save_assembler(self, assembler: Assembler) -> None:
-        """Keep the assembler for the next round; it never leaves the client."""
+        """Save the assembler for the next round; it is never sent."""
         write_checked(self._assembler, assembler.state_dict(), {})
 
     def blocks(self, make: Callable[[], tuple[str, Blocks, Blocks]]) -> tuple[str, Blocks, Blocks]:
-        """Name, training blocks and held-out blocks of the client, made once and read from disk afterwards."""
+        """Name, training blocks and held-out blocks of the client, built once and read from disk afterwards."""
         saved = read_checked(self._blocks)
         if saved is None:
             name, train, valid = make()

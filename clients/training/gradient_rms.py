@@ -1,4 +1,4 @@
-"""How steep the loss is along each entry of a unit, as the optimizer of local training saw it."""
+"""Root mean square of the gradient of each entry of a unit, from the optimizer state of local training."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 
 
 def second_moments(optimizer: Optimizer) -> dict[Tensor, Tensor]:
-    """Running mean of the squared gradient of each parameter, as Adam keeps it; empty for other optimizers.
+    """Adam's running mean of the squared gradient of each parameter; empty for other optimizers.
 
-    A change that sgd made is as large as the gradient anyway, and Adafactor keeps no more than means over rows and
-    columns.
+    A change by sgd is proportional to the gradient already, and Adafactor stores only means over rows and columns.
     """
     states = optimizer.state
     if not all("exp_avg_sq" in state for state in states.values()):
@@ -30,12 +29,12 @@ def second_moments(optimizer: Optimizer) -> dict[Tensor, Tensor]:
 def entry_gradient_rms(model: FedGraftForCausalLM, moments: Mapping[Tensor, Tensor]) -> Mapping[Unit, Tensor]:
     """Root mean square of the gradient of each entry ``[size]`` of the units that ``model`` holds.
 
-    Zero for what did not train. Without moments, and for LoRA factors, whose entries are not those of the unit, there
-    are no slopes.
+    Zero for entries that did not train. Empty without moments, and for LoRA, whose factors do not have the entries of
+    the unit.
 
     Args:
-        model: after local training.
-        moments: as ``second_moments`` gives them.
+        model: model after local training.
+        moments: result of ``second_moments``.
     """
     layers = model.expert_layers()
     if not any(parameter in moments for layer in layers for parameter in layer.parameters()) or any(

@@ -1,4 +1,4 @@
-"""The optimizer of local training, and its learning rate over the whole run."""
+"""Optimizer of local training and its learning-rate schedule over the whole run."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ def make_optimizer(
     weight_decay: float,
     momentum: float,
 ) -> Optimizer:
-    """A fresh optimizer of ``parameters``.
+    """Build the optimizer of ``parameters``.
 
-    Adafactor (Shazeer and Stern, 2018, arXiv:1804.04235) runs with the given learning rate in place of its own, so
-    that the rate means the same for every parameter: gains start at zero, which its own would scale by.
+    Adafactor (Shazeer and Stern, 2018, arXiv:1804.04235) uses the given learning rate without its relative scaling by
+    the parameter's magnitude, which is zero for gains at the start.
 
     Args:
-        parameters: what trains, or groups of it as torch's optimizers take them.
+        parameters: trained parameters, or groups of them as torch's optimizers take them.
         name: ``adamw``, ``adafactor`` or ``sgd``.
-        learning_rate: before any schedule.
+        learning_rate: base rate of the schedule.
         weight_decay: decoupled from the gradient with adamw and adafactor, added to it with sgd.
-        momentum: of sgd.
+        momentum: momentum of sgd.
     """
     if name == "adafactor":
         return Adafactor(
@@ -59,21 +59,21 @@ def make_schedule(
     first_step: int,
     total_steps: int,
 ) -> LRScheduler:
-    """Set the learning rate of ``optimizer`` to that of step ``first_step``; ``step()`` moves it on.
+    """Build the learning-rate schedule of the run, positioned at step ``first_step``.
 
-    Clients keep no optimizer between rounds, so a round enters the schedule of the run where the last one left it.
+    Clients keep no optimizer between rounds, so that each round enters the schedule where the previous one ended.
 
     Args:
-        optimizer: fresh.
+        optimizer: new optimizer.
         name: ``constant``, ``linear`` or ``cosine``.
-        warmup_steps: steps of the run before the one that first has the full rate.
-        first_step: steps of the run before these.
+        warmup_steps: steps of the run before the first at the full rate.
+        first_step: steps of the run before this round.
         total_steps: steps of the run, after which linear and cosine reach 0.
     """
     for group in optimizer.param_groups:
-        group["initial_lr"] = group["lr"]  # a schedule that starts at a later step asks for it
-    # One step into schedules one step longer: their first warm-up step has a rate of zero, and a client that takes no
-    # other step in its round would have trained for nothing.
+        group["initial_lr"] = group["lr"]  # required by schedules that start at a later step
+    # Offset by one step: the first warm-up step has a rate of zero, so that a client with a single step in its round
+    # would not train.
     warmup, total = warmup_steps + 1, total_steps + 1
     if name == "linear":
         return get_linear_schedule_with_warmup(optimizer, warmup, total, last_epoch=first_step)

@@ -1,4 +1,4 @@
-"""The part of the global model that a client holds and trains, and what training changed in it."""
+"""Resident part of the global model: loading it for training, and its change by training."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 def hold_residents(
     model: FedGraftForCausalLM, residents: Sequence[Tensor | None], adapters: Adapters, *, seed: int
 ) -> None:
-    """Read the residents from disk in the form in which they train, and no other expert.
+    """Read only the resident experts from disk, as trainable matrices or as fixed weights with LoRA factors.
 
     Args:
-        model: opened with its experts on disk.
-        residents: per layer bool ``[E]``, None for all.
+        model: graph with its experts on disk.
+        residents: per layer bool ``[E]``; None: all.
         adapters: whether matrices train, or LoRA factors on fixed weights of some precision.
         seed: seed of the factors.
     """
@@ -43,15 +43,15 @@ def hold_residents(
 
 
 def changes(model: FedGraftForCausalLM, start: StartingPoint, adapters: Adapters) -> Mapping[Unit, Tensor]:
-    """What training changed since ``start``, by unit ``[size]``, each computed when it is asked for.
+    """Change of each resident unit ``[size]`` since ``start``, computed on access.
 
-    Of LoRA factors their product, in the place of the matrices: the server adds up products, which is exact, where a
-    mean of factors is not the factors of the mean.
+    With LoRA the change of a matrix is the product of its factors: a mean of products is exact, whereas the product of
+    mean factors is not the mean of the products.
     """
     units = resident_units(model)
     if not adapters.lora_rank:
         return LazyVectors(units, lambda unit: start.change(model, unit))
-    # Attention is small beside the experts.
+    # Attention is small compared with the experts.
     attention = {(layer, OTHERS): change for layer, change in attention_changes(model)}
 
     def change(unit: Unit) -> Tensor:

@@ -24,7 +24,7 @@ from models.graph.runtime_settings import checkpointing
 from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 
 MATRICES = ("gate_up_proj", "down_proj")
-# Those that start at zero and scale outputs. One number stands for a whole vector, so it may move faster than weights.
+# Parameters that start at zero and scale outputs; they take a larger learning rate than weights.
 GAINS = ("edge_gain", "output_gain")
 
 Batch = tuple[Tensor, Tensor]
@@ -54,12 +54,12 @@ class LocalTraining(Training):
 
 @dataclass(frozen=True)
 class LocalResult:
-    """What local training gave.
+    """Result of local training.
 
     Attributes:
         losses: loss of each step without router losses, nats per token.
         tokens: labeled tokens trained on.
-        moments: of the gradients, see ``clients.training.gradient_rms.second_moments``; empty where they are not kept.
+        moments: second moments of the gradients (``gradient_rms.second_moments``); empty unless they are kept.
     """
 
     losses: list[float]
@@ -70,15 +70,15 @@ class LocalResult:
 def train_locally(
     model: FedGraftForCausalLM, batches: Iterator[Batch], training: LocalTraining
 ) -> LocalResult:
-    """Train the experts, routers and gains of ``model`` in place; all else stays fixed but for LoRA factors it carries.
+    """Train experts, routers and gains of ``model``, and its LoRA factors, in place; all other parameters are frozen.
 
     Args:
-        model: holds its residents, as fused matrices or as fixed modules with LoRA factors.
+        model: graph with its residents as fused matrices, or as fixed modules with LoRA factors.
         batches: endless ``(input_ids, labels)``, each ``[B, S]``.
-        training: how.
+        training: options of the round.
 
     Raises:
-        UserError: the loss, its gradient or the router scores are not finite.
+        UserError: a loss, gradient norm or router logits that are not finite.
     """
     parameters = expert_parameters(model, training.train)
     groups = _groups(model, parameters, training)
@@ -125,12 +125,12 @@ def train_groups(
 
 
 def expert_parameters(model: FedGraftForCausalLM, train: Trained) -> list[nn.Parameter]:
-    """The parameters that train; all others of the model are frozen by this call.
+    """Select the trained parameters; all others of the model are frozen.
 
-    Where the model carries LoRA factors, on experts and maybe attention, these train in place of the experts' matrices.
+    LoRA factors, of experts and of attention, train in place of the experts' matrices.
 
     Args:
-        model: its ``requires_grad`` flags are set.
+        model: model whose ``requires_grad`` flags are set.
         train: ``all``, ``experts`` (all but ``ROUTING``) or ``routing``.
     """
     model.requires_grad_(False)
@@ -147,7 +147,7 @@ def expert_parameters(model: FedGraftForCausalLM, train: Trained) -> list[nn.Par
 def _groups(
     model: FedGraftForCausalLM, parameters: Sequence[nn.Parameter], training: LocalTraining
 ) -> list[dict[str, Any]]:
-    """What trains, gains apart from the rest, each with its learning rate."""
+    """Parameter groups of gains and of all others, each with its learning rate."""
     gains = {id(getattr(layer, name)) for layer in model.expert_layers() for name in GAINS}
     rate = training.learning_rate
     groups = [
@@ -181,9 +181,9 @@ def _optimization(groups: list[dict[str, Any]], training: LocalTraining) -> tupl
 def _backward(
     model: PreTrainedModel, batch: Batch, count: int, routings: list[Routing] | None, training: LocalTraining
 ) -> float:
-    """Add the gradient of one batch; returns its share of the loss of a step that predicts ``count`` tokens.
+    """Accumulate the gradient of one batch; returns its part of the loss of a step that predicts ``count`` tokens.
 
-    A token weighs the same in every batch of a step, so that batches give what one larger batch would.
+    All tokens of a step have equal weight, so that accumulation equals one larger batch.
     """
     loss = _forward(model, batch, count, training.autocast)
     total = loss
@@ -208,7 +208,7 @@ def _forward(model: PreTrainedModel, batch: Batch, count: int, autocast: bool) -
             out = model(input_ids=input_ids, labels=labels, use_cache=False, num_items_in_batch=predicted)
     except FloatingPointError as error:
         raise UserError(
-            f"expected finite router scores in training, got others ({error}); lower learning-rate"
+            f"expected finite router scores in training, got NaN or infinity ({error}); lower learning-rate"
         ) from error
     return out.loss
 
@@ -222,7 +222,7 @@ def _clip(parameters: Sequence[nn.Parameter], max_grad_norm: float) -> None:
 
 
 def _predicted(labels: Tensor) -> int:
-    """Tokens that a batch predicts: labeled, and not the first of their block."""
+    """Number of predicted tokens: labeled, and not the first of their block."""
     return int((labels[:, 1:] != -100).sum())
 
 

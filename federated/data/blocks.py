@@ -1,4 +1,4 @@
-"""From documents to fixed blocks of tokens, and from blocks to batches."""
+"""Blocks of tokens of fixed length from documents, and batches of blocks."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _DOCUMENTS_AT_ONCE = 256
 class Blocks:
     """N blocks of S tokens.
 
-    ``input_ids`` and ``labels``: int64 ``[N, S]``. Labels equal the input (Hugging Face models shift them)
-    and are -100 at the padding, which only the end of the last block may have.
+    ``input_ids`` and ``labels``: int64 ``[N, S]``. Labels equal the input (Hugging Face models shift them) and are -100
+    at padding, which only the end of the last block may have.
     """
 
     input_ids: Tensor
@@ -32,7 +32,7 @@ class Blocks:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that are not padding."""
+        """Number of tokens without padding."""
         return int((self.labels != IGNORED).sum())
 
 
@@ -44,14 +44,14 @@ def pack_blocks(
     max_blocks: int | None = None,
     max_position_embeddings: int | None = None,
 ) -> Blocks:
-    """Concatenate BOS and the tokens of each text, and cut the stream into blocks of ``block_size`` tokens.
+    """Concatenate BOS and the tokens of each text, and split the stream into blocks of ``block_size`` tokens.
 
-    The last block may be partial; it is padded, and left out if it holds one token, which nothing predicts.
-    At most ``max_blocks`` blocks are made (0 or None: all), and no more text is tokenized than they need.
-    Where the tokenizer has no BOS its EOS stands in for it.
+    The last block may be partial: it is padded, or left out where it holds a single token, which has no context.
+    At most ``max_blocks`` blocks are built (0 or None: all), and no more text is tokenized than they need. A tokenizer
+    without BOS uses its EOS.
 
-    Raises :class:`UserError` for a ``block_size`` beyond ``max_position_embeddings``, for a tokenizer without
-    BOS and EOS, and where ``texts`` hold no token.
+    Raises :class:`UserError` for a ``block_size`` above ``max_position_embeddings``, a tokenizer without BOS and EOS,
+    or ``texts`` without tokens.
     """
     parts = list(
         stream_blocks(
@@ -75,7 +75,7 @@ def stream_blocks(
     max_blocks: int | None = None,
     max_position_embeddings: int | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The blocks of ``pack_blocks``, at most ``batch_size`` at once: ``(input_ids, labels)``, ``[B, S]`` each.
+    """Blocks of ``pack_blocks`` in batches of at most ``batch_size``: ``(input_ids, labels)``, ``[B, S]`` each.
 
     Raises :class:`UserError` at the first batch, as ``pack_blocks`` does.
     """
@@ -96,7 +96,7 @@ def stream_blocks(
 
 
 def take(blocks: Blocks, n: int) -> Blocks:
-    """The first ``n`` blocks; 0 or more than there are: all."""
+    """The first ``n`` blocks; all for 0 or more than there are."""
     end = n or len(blocks)
     return Blocks(blocks.input_ids[:end], blocks.labels[:end])
 
@@ -104,9 +104,9 @@ def take(blocks: Blocks, n: int) -> Blocks:
 def batches(
     blocks: Blocks, batch_size: int, *, generator: torch.Generator
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless ``(input_ids [B, S], labels [B, S])``, every block once an epoch, in an order of ``generator``.
+    """Endless batches ``(input_ids [B, S], labels [B, S])``: every block once per epoch, shuffled by ``generator``.
 
-    The last batch of an epoch may be smaller than ``batch_size``. :class:`UserError` where there is no block.
+    The last batch of an epoch may be smaller than ``batch_size``. :class:`UserError` without blocks.
     """
     if not len(blocks):
         raise UserError("expected at least one block to train on, got none; check the data")
@@ -120,7 +120,7 @@ def _batches(blocks: Blocks, batch_size: int, generator: torch.Generator) -> Ite
 
 
 def _token_stream(texts: Iterable[str], tokenizer: Any, start: int) -> Iterator[int]:
-    """The tokens of all documents, ``start`` before each; documents without a token are left out."""
+    """Tokens of all documents, each preceded by ``start``; documents without tokens are left out."""
     remaining = iter(texts)
     while group := list(islice(remaining, _DOCUMENTS_AT_ONCE)):
         encoded = tokenizer(group, add_special_tokens=False, return_attention_mask=False, verbose=False)
@@ -142,7 +142,7 @@ def _start_token(tokenizer: Any) -> int:
 def _cut(stream: list[int], block_size: int) -> tuple[Tensor, Tensor]:
     missing = -len(stream) % block_size
     tokens = torch.tensor(stream, dtype=torch.int64)
-    # Any token of the vocabulary pads, since the labels leave the padding out: the first one always is.
+    # Padding is masked in the labels, so that any token of the vocabulary serves.
     input_ids = torch.nn.functional.pad(tokens, (0, missing), value=stream[0]).view(-1, block_size)
     labels = torch.nn.functional.pad(tokens, (0, missing), value=IGNORED).view(-1, block_size)
     return input_ids, labels

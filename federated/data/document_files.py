@@ -1,4 +1,4 @@
-"""Records from where text lies: ``.txt``, ``.jsonl`` and ``.json`` files, folders, hub and disk datasets."""
+"""Readers of text records: ``.txt``, ``.jsonl`` and ``.json`` files, folders, hub and disk datasets."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _SEPARATOR = re.compile(r"\f|<\|endoftext\|>")
 _HUB_ID = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<config>[\w.-]+))?")
 
 Record = tuple[str, Mapping[str, Any]]
-"""Where a record lies (for messages) and its fields."""
+"""Location of a record (for messages) and its fields."""
 
 
 def read_source(source: str) -> dict[str, Iterable[Record]]:
-    """Records of a file, folder or hub dataset by split: ``train`` and ``valid``, or ``""`` where not told.
+    """Records of a file, folder or hub dataset by split: ``train`` and ``valid``, or ``""`` without splits.
 
-    Raises :class:`UserError` where the source does not exist or cannot be read; malformed lines raise when
-    they are reached.
+    Raises :class:`UserError` for a source that does not exist or cannot be read; malformed lines raise when they are
+    read.
     """
     path = Path(source).expanduser()
     if not source.strip():
@@ -40,7 +40,7 @@ def read_source(source: str) -> dict[str, Iterable[Record]]:
 
 
 def read_file(path: Path) -> Iterator[Record]:
-    """The records of one file; a ``.txt`` gives ``{"text"}`` records."""
+    """Records of one file; those of a ``.txt`` are ``{"text"}``."""
     if path.suffix not in SUFFIXES:
         raise UserError(f"expected a {', '.join(SUFFIXES)} file, got {str(path)!r}")
     try:
@@ -57,17 +57,17 @@ def read_file(path: Path) -> Iterator[Record]:
 
 
 def split_text(text: str) -> list[str]:
-    """The documents of a plain text.
+    """Split a plain text into documents.
 
-    Form feeds or ``<|endoftext|>`` separate documents. Without them a text is cut, at blank lines where there
-    are some, into documents of about ``DOCUMENT_CHARACTERS`` characters, so that a part can be held out.
+    Form feeds or ``<|endoftext|>`` separate documents. A text without separators is split into documents of about
+    ``DOCUMENT_CHARACTERS`` characters, at blank lines where possible, so that some can be held out.
     """
     documents = _SEPARATOR.split(text)
     return documents if len(documents) > 1 else list(_cut(text, DOCUMENT_CHARACTERS))
 
 
 def _cut(text: str, size: int) -> Iterator[str]:
-    """Pieces of ``size / 2`` to ``3 size / 2`` characters whose concatenation is ``text``."""
+    """Consecutive pieces of ``text`` of ``size / 2`` to ``3 size / 2`` characters."""
     start = 0
     while len(text) - start > 3 * size // 2:
         earliest = start + size // 2
@@ -82,7 +82,7 @@ def _cut(text: str, size: int) -> Iterator[str]:
 
 
 def _json_lines(path: Path, text: str) -> Iterator[Record]:
-    # Not splitlines(): JSON strings may hold line separators such as U+2028.
+    # Not splitlines(): JSON strings may contain line separators such as U+2028.
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             yield _located(f"{path}, line {number}", _parse_json(line, path, first_line=number))
@@ -123,7 +123,7 @@ def _chain(paths: Iterable[Path]) -> Iterator[Record]:
 
 
 def _by_split(named: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """Sort parts by the words in their names; without both a train and a held-out part they are one whole."""
+    """Group parts into ``train`` and ``valid`` by the words in their names; into ``""`` where one is missing."""
     found = {
         word: [part for name, part in named.items() if _has_word(name, word)]
         for word in ("train", "valid", "test")
@@ -146,9 +146,7 @@ def _load_from_hub(source: str) -> Any:
         name, config = match["name"], match["config"]
     try:
         return datasets.load_dataset(name, config)
-    except (
-        Exception
-    ) as error:  # many libraries below raise many types here; all of them mean "cannot be read"
+    except Exception as error:  # the libraries underneath raise many types; all of them mean "cannot be read"
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
             f"expected a path that exists or a hub dataset that can be loaded, got {source!r}: {reason}"

@@ -1,4 +1,4 @@
-"""Documents of a run: every source becomes rows of text, domain and split in one dataset."""
+"""Documents of a run: one dataset of text, domain and split from all data sources."""
 
 from __future__ import annotations
 
@@ -32,18 +32,17 @@ Row = dict[str, Any]
 def load_documents(
     sources: Sequence[str], *, template: str = "auto", wikimix_documents: int = 2000, seed: int = 0
 ) -> datasets.Dataset:
-    """Load all ``sources`` into one dataset, a document a row, in the order of the sources.
+    """Load all ``sources`` into one dataset, one document per row, in the order of the sources.
 
-    A source is ``wikimix``, ``wikimix:DOMAIN,...``, a ``.txt``, ``.jsonl`` or ``.json`` file, a folder or
-    the id of a hub dataset (``owner/name[:config]``). ``template`` turns instruction records into text;
-    ``wikimix_documents`` is the number of training documents generated per wikimix domain, with ``seed``.
+    A source is ``wikimix``, ``wikimix:DOMAIN,...``, a ``.txt``, ``.jsonl`` or ``.json`` file, a folder or the id of a
+    hub dataset (``owner/name[:config]``). ``template`` renders instruction records as text; ``wikimix_documents`` is
+    the number of training documents generated per wikimix domain, with ``seed``.
 
-    Columns: ``text``; ``domain`` (the records' own where all of a source have one, else a name from the
-    source); ``split``, ``train`` or ``valid``; and the records' scalar fields, nested ones with dots in
-    their names. Where a source does not keep its held-out documents apart, the last 10 % of each domain
-    are ``valid``.
+    Columns: ``text``; ``domain`` (that of the records where all records of a source have one, else derived from the
+    source's name); ``split``, ``train`` or ``valid``; and the records' scalar fields, nested ones with dotted names.
+    For a source without separate held-out documents, the last 10 % of each domain are ``valid``.
 
-    Raises :class:`UserError` for a source that does not exist, cannot be read or holds no document.
+    Raises :class:`UserError` for a source that does not exist, cannot be read or has no document.
     """
     form = load_template(template)
     prefer_template = template != "auto"
@@ -54,12 +53,12 @@ def load_documents(
         else:
             rows += _source_rows(source, label, form, prefer_template)
     if not rows:
-        raise UserError("expected at least one data source, got none; pass e.g. --data wikimix")
+        raise UserError("expected at least one data source, got none; name one, e.g. wikimix")
     return _to_dataset(rows)
 
 
 def source_labels(sources: Sequence[str]) -> list[str]:
-    """A short label for each source, no two alike: its name, with the folder's or a number where needed."""
+    """Distinct short label of each source: its name, with that of its folder or a number where needed."""
     labels: list[str] = []
     for source in sources:
         path = Path(source).expanduser().resolve()
@@ -72,7 +71,7 @@ def source_labels(sources: Sequence[str]) -> list[str]:
 
 
 def absolute_sources(sources: Sequence[str]) -> list[str]:
-    """The same sources for a process in another working directory: paths that exist made absolute."""
+    """The sources with existing paths made absolute, for a process in another working directory."""
     paths = [Path(source).expanduser() for source in sources]
     return [
         str(path.resolve()) if path.exists() and not is_wikimix(source) else source
@@ -81,12 +80,12 @@ def absolute_sources(sources: Sequence[str]) -> list[str]:
 
 
 def is_wikimix(source: str) -> bool:
-    """Whether a source names the generator (a folder of that name is ``./wikimix``)."""
+    """Whether a source names the wikimix generator (a folder of that name is ``./wikimix``)."""
     return source.partition(":")[0] == "wikimix"
 
 
 def _wikimix_rows(source: str, train_documents: int, seed: int) -> list[Row]:
-    # Imported here, so that runs on other data do not pay for the generator.
+    # Imported here, since runs on other data do not need the generator.
     from federated.data.wikimix import DOMAINS, documents
 
     chosen = split_list(source.partition(":")[2], ",") or tuple(DOMAINS)
@@ -137,7 +136,7 @@ def _text(where: str, record: Mapping[str, Any], form: PromptTemplate, prefer_te
 
 
 def _flat(record: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    """The scalar fields of a record; nested names are joined with dots, lists are left out."""
+    """Scalar fields of a record; nested names are joined with dots, lists are left out."""
     for name, value in record.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{name}.")
@@ -146,7 +145,7 @@ def _flat(record: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, An
 
 
 def _hold_out(rows: list[Row]) -> list[Row]:
-    """Where no split is told, mark the last 10 % of each domain (at least one of two) as held out."""
+    """Mark the last 10 % of each domain (at least one of two) as held out, among rows without a split."""
     by_domain = defaultdict(list)
     for row in rows:
         if not row["split"]:
@@ -159,12 +158,12 @@ def _hold_out(rows: list[Row]) -> list[Row]:
 
 
 def held_out_count(documents: int) -> int:
-    """How many of ``documents`` are held out: 10 %, at least one, but never the only one."""
+    """Number of held-out documents: 10 %, at least one, but never the only one."""
     return min(max(1, int(documents * HELD_OUT)), max(0, documents - 1))
 
 
 def _to_dataset(rows: list[Row]) -> datasets.Dataset:
-    """Columns of one type each: what differs in type from row to row becomes text."""
+    """Dataset with one type per column: columns of mixed types are converted to text."""
     names = dict.fromkeys(("text", "domain", "split"))
     for row in rows:
         names.update(dict.fromkeys(row))
@@ -180,7 +179,7 @@ def _one_type(values: list[Any]) -> list[Any]:
 
 
 def _storable(value: Any) -> Any:
-    """What an Arrow column can hold: no integers beyond 64 bits and no halves of a surrogate pair."""
+    """Convert a value to one that Arrow can store: no integers beyond 64 bits, no lone surrogates."""
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
         return str(value)
     if isinstance(value, str) and not value.isascii():

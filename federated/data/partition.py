@@ -1,4 +1,4 @@
-"""From one dataset of documents to the private documents of each client, with flwr-datasets' partitioners."""
+"""Partition of a dataset of documents into the private documents of each client, with flwr-datasets' partitioners."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _KEY = "partition key"
 
 @dataclass(frozen=True)
 class ClientDocuments:
-    """The documents of one client: what it trains on and what it holds out."""
+    """Training and held-out documents of one client."""
 
     name: str
     train: list[str]
@@ -36,14 +36,14 @@ class ClientDocuments:
 def partition_documents(
     documents: Dataset, *, partition: str, num_clients: int, seed: int
 ) -> list[ClientDocuments]:
-    """Deal ``documents`` (as ``load_documents`` gives them) to ``num_clients`` clients, each once.
+    """Partition ``documents`` (of ``load_documents``) among ``num_clients`` clients.
 
-    ``partition`` is ``domain`` (clients in the order in which their first domain appears), ``iid``,
-    ``dirichlet:ALPHA`` or ``natural:COLUMN``. With fewer clients than domains or labels, these are dealt by
-    size. A client without held-out documents holds out its last 10 %, at least one.
+    ``partition`` is ``domain`` (clients in the order in which their first domain appears), ``iid``, ``dirichlet:ALPHA``
+    or ``natural:COLUMN``. With fewer clients than domains or labels, these are distributed by size. A client without
+    held-out documents holds out its last 10 %, at least one.
 
-    Raises :class:`UserError` where there are fewer domains, labels or documents than clients, for an unknown
-    column, and for a client without a training document.
+    Raises :class:`UserError` for fewer domains, labels or documents than clients, an unknown column, or a client
+    without a training document.
     """
     kind, argument = parse_partition(partition)
     if len(documents) < 2 * num_clients:
@@ -73,7 +73,7 @@ def partition_documents(
 def _by_dealt_labels(
     documents: Dataset, labels: Iterable[str], dealt: list[list[str]]
 ) -> tuple[Partitioner, Dataset]:
-    """A client per group of labels."""
+    """Partitioner with one client per group of labels, and the dataset with its key column."""
     owner = {label: client for client, group in enumerate(dealt) for label in group}
     keyed = documents.add_column(_KEY, [owner[label] for label in labels])
     return GroupedNaturalIdPartitioner(_KEY, group_size=1, sort_unique_ids=True), keyed
@@ -90,7 +90,7 @@ def _by_dirichlet(
 
 
 def _label_column(documents: Dataset) -> list[str]:
-    """The first of domain, sub and category that takes more than one value."""
+    """The first of the columns domain, sub and category with more than one value."""
     for column in _LABEL_COLUMNS:
         if column in documents.column_names and len(set(labels := _labels(documents, column))) > 1:
             return labels
@@ -102,7 +102,7 @@ def _label_column(documents: Dataset) -> list[str]:
 
 
 def _labels(documents: Dataset, column: str) -> list[str]:
-    """A column as text; missing values are one label of their own."""
+    """Values of a column as text; missing values form a label of their own."""
     known = _columns(documents)
     if column not in known:
         hint = nearest(column, known)
@@ -115,7 +115,7 @@ def _columns(documents: Dataset) -> list[str]:
 
 
 def _deal(labels: Iterable[str], num_clients: int, what: str) -> list[list[str]]:
-    """Groups of labels: the largest first, each to the client with the fewest documents so far.
+    """Greedy balanced groups of labels: the largest label first, each to the client with the fewest documents so far.
 
     Both the groups and the labels in them are ordered by first appearance.
     """
@@ -140,7 +140,7 @@ def _deal(labels: Iterable[str], num_clients: int, what: str) -> list[list[str]]
 def _load(partitioner: Partitioner, num_clients: int) -> list[Dataset]:
     try:
         with warnings.catch_warnings():
-            # The Dirichlet partitioner warns each time it draws again because a client came out empty.
+            # The Dirichlet partitioner warns on each repeated draw after one that leaves a client empty.
             warnings.simplefilter("ignore", UserWarning)
             return [partitioner.load_partition(client) for client in range(num_clients)]
     except ValueError:
@@ -169,7 +169,7 @@ def _client(name: str, rows: Dataset) -> ClientDocuments:
 
 
 def _names(dealt: list[list[str]]) -> list[str]:
-    """A name for each client from its domains: distinct, short, safe as a file name and TensorBoard tag."""
+    """Distinct short client names from their domains, safe as file names and TensorBoard tags."""
     names = []
     for domains in dealt:
         rest = [f"{len(domains) - 3}-more"] if len(domains) > 3 else []

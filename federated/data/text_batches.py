@@ -1,4 +1,4 @@
-"""Text of data sources as batches of tokens, for whoever looks into a model and does not train it."""
+"""Token batches of data sources, for evaluation and measurement."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SPLITS = ("valid", "train", "all")
 
 
 def texts_by_domain(sources: Sequence[str], split: str) -> dict[str, list[str]]:
-    """Documents of one split of ``sources`` (see ``load_documents``), by domain.
+    """Documents of one split of ``sources`` (see ``load_documents``) by domain.
 
     Raises:
         UserError: an unknown split, a source that cannot be read.
@@ -39,18 +39,18 @@ def text_batches(
     max_blocks: int | None,
     max_position_embeddings: int | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches ``(input_ids [B, S], counted [B, S] bool)`` of the documents, one domain after the other.
+    """Batches ``(input_ids [B, S], token_mask [B, S] bool)`` of the documents, one domain after the other.
 
     Args:
-        domains: texts of each.
-        tokenizer: of the model.
-        block_size: tokens of a block, S.
-        batch_size: blocks of a batch, at most.
-        max_blocks: of a domain; 0 or None for all.
-        max_position_embeddings: of the model, which no block exceeds.
+        domains: texts of each domain.
+        tokenizer: tokenizer of the model.
+        block_size: tokens per block, S.
+        batch_size: most blocks per batch.
+        max_blocks: blocks per domain; 0 or None: all.
+        max_position_embeddings: upper bound of ``block_size``.
 
     Raises:
-        UserError: blocks longer than the model allows, or a domain without text.
+        UserError: ``block_size`` above the bound, or a domain without text.
     """
     for texts in domains:
         for input_ids, labels in stream_blocks(

@@ -1,1 +1,1 @@
-"""Messages between client and server: steps, snapshots, copy hashes."""
+"""Protocol between clients and server: messages, steps, snapshots, copy hashes."""

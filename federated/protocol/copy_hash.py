@@ -1,4 +1,4 @@
-"""What a copy of the global model is known by: one hash over all in which it may differ from the first checkpoint."""
+"""Hash of a copy of the global model, over everything that may differ from the bootstrapped checkpoint."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ _DIGEST_BYTES = 16
 
 
 def vector_digest(vector: Tensor) -> str:
-    """BLAKE2b over the bits of an fp32 vector ``[size]`` on the CPU."""
+    """BLAKE2b digest of the bits of an fp32 vector ``[size]`` on the CPU."""
     return hashlib.blake2b(_bits(vector), digest_size=_DIGEST_BYTES).hexdigest()
 
 
 def unit_digest(model: FedGraftForCausalLM, unit: Unit) -> str:
-    """Of what ``moved_vector`` gives."""
+    """Digest of ``moved_vector``."""
     return vector_digest(moved_vector(model, unit))
 
 
 @torch.no_grad()
 def moved_vector(model: FedGraftForCausalLM, unit: Unit) -> Tensor:
-    """An expert's matrices, or a layer's attention where the unit is that, fp32 ``[size]``; routing is read apart."""
+    """Matrices of an expert, or attention projections of a layer, fp32 ``[size]``; without routing."""
     layer, expert = unit
     if expert == OTHERS:
         return read_attention(model, layer)
@@ -37,11 +37,11 @@ def moved_vector(model: FedGraftForCausalLM, unit: Unit) -> Tensor:
 
 
 def copy_hash(model: FedGraftForCausalLM, moved: Mapping[Unit, str]) -> str:
-    """Equal on two sides exactly when their copies are equal bit for bit.
+    """Digest of a copy of the global model: equal if and only if copies are equal bit for bit.
 
     Args:
-        model: holds the graph and the routing, which are hashed whole.
-        moved: digest of each unit that ever moved, so that only what moves is hashed again.
+        model: copy; its graph and routing are hashed in full.
+        moved: digest of each unit that ever moved, so that only units that move are hashed again.
     """
     state = hashlib.blake2b(read_graph(model).digest().encode(), digest_size=_DIGEST_BYTES)
     for layer in model.expert_layers():
@@ -53,7 +53,7 @@ def copy_hash(model: FedGraftForCausalLM, moved: Mapping[Unit, str]) -> str:
 
 @torch.no_grad()
 def routing_vector(layer: ExpertGraphMLP) -> Tensor:
-    """Routers, gains and affinities of a layer as one fp32 vector on the CPU."""
+    """Router, gains and affinities of a layer, concatenated, fp32 on the CPU."""
     return torch.cat([each.reshape(-1).float().cpu() for each in layer.routing_parameters().values()])
 
 

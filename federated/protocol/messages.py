@@ -1,4 +1,4 @@
-"""The Flower messages of a federation: what a server asks, what a client answers, and how much it weighs."""
+"""Flower messages of a federation: requests, replies, error codes, and their size in bytes."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ BAD_INPUT = (
     103  # invalid input of the user (configuration, data, checkpoint); the reason is the plain message
 )
 
-# What reading a record of another kind, or a field of another type, ends in.
+# Exceptions of reading a record of another kind or a field of another type.
 _UNREADABLE = (KeyError, TypeError, ValueError, AttributeError, OverflowError)
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a server asks of a client.
+    """Request of the server to a client.
 
     Attributes:
-        server_round: counts from 1.
-        version: of the global model after ``steps``.
-        graph_hash: of the graph after ``steps``.
-        base_fingerprint: of the bootstrapped checkpoint that both sides start from (see ``models.bootstrap.recipe``).
-        steps: what the client misses.
+        server_round: from 1.
+        version: version of the global model after ``steps``.
+        graph_hash: digest of the graph after ``steps``.
+        base_fingerprint: fingerprint of the bootstrapped checkpoint (see ``models.bootstrap.recipe``).
+        steps: server steps since the client's version.
         last: whether this is the last round.
-        accepted_round: server round of the last update of this client that went into the model; 0 for none.
-        copy_hash: of the global model after ``steps``, see ``federated.protocol.copy_hash``; empty: not compared.
-        snapshot: leads from the bootstrapped checkpoint to ``version`` in place of ``steps``; empty for none.
-        recipe: builds the bootstrapped checkpoint from its dense base; empty unless the client asked for it.
+        accepted_round: server round of this client's last update that was aggregated; 0: none.
+        copy_hash: hash of the global model after ``steps`` (``federated.protocol.copy_hash``); empty: not compared.
+        snapshot: difference of ``version`` from the bootstrapped checkpoint, in place of ``steps``; empty: none.
+        recipe: recipe that builds the bootstrapped checkpoint from its dense base; empty unless requested.
     """
 
     server_round: int
@@ -60,19 +60,19 @@ class Request:
 
 @dataclass(frozen=True)
 class Reply:
-    """What a client answers.
+    """Reply of a client to a request.
 
     Attributes:
-        name: of the client, for people.
-        partition: its index, from 0.
-        budget: experts per layer that it holds; 0 for all.
-        version: of the global model on its disk.
-        graph_hash: of that model's graph.
+        name: client name, for display.
+        partition: index of the client, from 0.
+        budget: experts per layer that it holds; 0: all.
+        version: version of the global model on its disk.
+        graph_hash: digest of that model's graph.
         numbers: counts and losses by name (see ``clients.participant``).
-        update: packed change of its experts; empty in an answer to an evaluation.
-        usage: packed usage counts; empty likewise.
-        residents: per layer bool ``[E]``; empty likewise.
-        inclusion: probability with which each shipped expert was drawn, where below 1: ``"layer.expert" -> pi``.
+        update: packed change of its experts; empty for an evaluation.
+        usage: packed usage counts; empty for an evaluation.
+        residents: per layer bool ``[E]``; empty for an evaluation.
+        inclusion: inclusion probability of each shipped expert, where below 1: ``"layer.expert" -> pi``.
     """
 
     name: str
@@ -88,7 +88,7 @@ class Reply:
 
 
 def write_request(request: Request) -> RecordDict:
-    """A request as Flower records."""
+    """Flower records of a request."""
     config: dict[str, str | int | bool] = {
         "server-round": request.server_round,
         "version": request.version,
@@ -106,7 +106,7 @@ def write_request(request: Request) -> RecordDict:
 
 
 def read_request(content: RecordDict) -> Request:
-    """Undo ``write_request``.
+    """Parse the records of ``write_request``.
 
     Raises:
         RefusedUpdate: a record or a field is missing.
@@ -134,9 +134,9 @@ def read_request(content: RecordDict) -> Request:
 
 
 def write_reply(reply: Reply) -> RecordDict:
-    """A reply as Flower records.
+    """Flower records of a reply.
 
-    Every array and every record costs some hundred bytes of framing, so that only what may be large is an array.
+    Every array and record adds some hundred bytes of framing, so that only the update, which may be large, is an array.
     """
     info: dict[str, str | int | bytes] = {
         "name": reply.name,
@@ -161,7 +161,7 @@ def write_reply(reply: Reply) -> RecordDict:
 
 
 def read_reply(content: RecordDict, num_experts: Sequence[int]) -> Reply:
-    """Undo ``write_reply``.
+    """Parse the records of ``write_reply``.
 
     Raises:
         RefusedUpdate: a record or a field is missing, or a number is not one.
@@ -185,15 +185,15 @@ def read_reply(content: RecordDict, num_experts: Sequence[int]) -> Reply:
 
 
 def message_bytes(message: Message | RecordDict) -> int:
-    """Bytes of a message, or of its content alone, as Flower serializes it.
+    """Serialized size in bytes of a message, or of its content alone.
 
-    Arrays, config and metric records, their framing, and for a message its metadata and error.
+    Counts arrays, config and metric records and their framing, and for a message its metadata and error.
     """
     return sum(len(part.deflate()) for part in get_all_nested_objects(message).values())
 
 
 def detach_update(content: RecordDict) -> tuple[RecordDict, bytes]:
-    """A reply without its packed update, and that; the content as it is and no bytes where it holds none."""
+    """Split a reply into its other records and the packed update; no bytes where it holds no update."""
     try:
         update = _to_bytes(content["arrays"]["update"])
         rest = ArrayRecord({"update": _to_array(b"")})
@@ -217,7 +217,7 @@ def _to_bytes(array: Array) -> bytes:
 
 
 def _checked_bytes(value: object) -> bytes:
-    # bytes(5) would be five zeros, and bytes(2**62) no memory.
+    # bytes(n) of an integer would allocate n zeros.
     if not isinstance(value, bytes):
         raise TypeError(f"expected bytes, got {type(value).__name__}")
     return value

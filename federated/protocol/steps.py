@@ -1,4 +1,4 @@
-"""The server's own step: how the global model moves from one version to the next, on both sides alike."""
+"""Server step: the update of the global model from one version to the next, applied by server and clients alike."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from models.graph.graph_state import read_graph, write_graph
 from models.graph.unit_vectors import Unit, add_to_unit, unit_sizes
 from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 
-# No packed update starts like this: its first eight bytes are a small number.
+# Prefix of several parts; a packed update itself starts with a small integer of eight bytes.
 _PARTS = b"fedgraft"
 
 
 @dataclass(frozen=True)
 class ServerStep:
-    """What turns version ``version - 1`` of the global model into ``version``.
+    """Update of the global model from ``version - 1`` to ``version``.
 
     Attributes:
-        version: counts the server rounds that moved the model; the bootstrapped checkpoint is version 0.
-        packed: the aggregated, quantized change of the experts, as ``federated.wire.codec`` packs it, in one part
-            or several (see ``join_parts``).
+        version: number of server rounds that moved the model; 0: the bootstrapped checkpoint.
+        packed: aggregated, quantized change of the experts, as ``federated.wire.codec`` packs it, in one part or
+            several (see ``join_parts``).
         edits: made after the change is added.
     """
 
@@ -43,15 +43,15 @@ class ServerStep:
         return json.dumps([edit.as_dict() for edit in self.edits])
 
     def size(self) -> int:
-        """Bytes of what is sent, without framing."""
+        """Bytes of update and edits, without framing."""
         return len(self.packed) + len(self.edits_json())
 
 
 def read_step(version: int, packed: bytes, edits_json: str) -> ServerStep:
-    """Rebuild a step from what crossed the wire.
+    """Parse a received step.
 
     Raises:
-        RefusedUpdate: edits that are no JSON, or other JSON.
+        RefusedUpdate: edits that are not JSON, or JSON of another form.
     """
     try:
         return ServerStep(version, packed, edge_edits_from_dicts(json.loads(edits_json)))
@@ -60,7 +60,7 @@ def read_step(version: int, packed: bytes, edits_json: str) -> ServerStep:
 
 
 def apply_step(model: FedGraftForCausalLM, step: ServerStep) -> set[Unit]:
-    """Add a step to ``model``, whose weights are fp32, and make its edits. Returns the units that moved.
+    """Add a step to ``model`` (fp32) and apply its edits; returns the units that moved.
 
     Raises:
         RefusedUpdate: the step was made for another graph, its bytes are damaged, or an edit does not fit; the model
@@ -73,13 +73,13 @@ def apply_step(model: FedGraftForCausalLM, step: ServerStep) -> set[Unit]:
     def unpack(part: bytes) -> SparseUpdate:
         return unpack_update(part, sizes=sizes, graph_version=graph.version, graph_hash=graph.digest())
 
-    # All is checked before anything moves; one part at a time is in memory.
+    # All parts are checked before any is applied; one part at a time is in memory.
     moved = _disjoint_units(unpack(part) for part in parts)
     edited = _edited(graph, step) if step.edits else None
     for part in parts:
         for unit, vector in unpack(part).vectors.items():
             add_to_unit(model, unit, torch.from_numpy(vector.to_dense()))
-    # Residuals may still hold gains of edges that are gone; an edge that comes back starts from zero.
+    # Residuals may hold gains of removed edges; an edge that is added again starts from zero.
     write_graph(model, graph)
     if edited is not None:
         write_graph(model, edited)
@@ -87,14 +87,14 @@ def apply_step(model: FedGraftForCausalLM, step: ServerStep) -> set[Unit]:
 
 
 def join_parts(parts: Sequence[bytes]) -> bytes:
-    """Several packed updates as one, so that nobody has to hold a large one unpacked; a single one stays as it is."""
+    """Concatenate packed updates, so that they are unpacked one at a time; a single one is unchanged."""
     if len(parts) == 1:
         return parts[0]
     return _PARTS + b"".join(len(part).to_bytes(8, "little") + part for part in parts)
 
 
 def split_parts(packed: bytes) -> list[bytes]:
-    """Undo ``join_parts``.
+    """Split the concatenation of ``join_parts``.
 
     Raises:
         RefusedUpdate: lengths that do not add up.
@@ -121,7 +121,7 @@ def _disjoint_units(updates: Iterable[SparseUpdate]) -> set[Unit]:
 
 
 def step_stats(step: ServerStep) -> PackedStats:
-    """Sizes of all parts of a step together; those of its edits are not among them."""
+    """Summed sizes of all parts of a step, without its edits."""
     parts = [packed_stats(part) for part in split_parts(step.packed)]
     raw = sum(part.raw_bytes for part in parts)
     return PackedStats(
@@ -136,7 +136,7 @@ def step_stats(step: ServerStep) -> PackedStats:
 
 
 def steps_after(steps: Iterable[ServerStep], version: int) -> list[ServerStep]:
-    """The steps that a holder of ``version`` still needs, oldest first."""
+    """Steps after ``version``, oldest first."""
     return sorted((step for step in steps if step.version > version), key=lambda step: step.version)
 
 

@@ -1,7 +1,7 @@
-"""Which entries of the chosen units are shipped: a share of each unit, or the best of all units together.
+"""Sparsification of the selected units: top-k entries by score, of each unit or of all units together.
 
-All of them cost the same bits but for their index, so the best entries of all units together are those that bring the
-most per byte. What an entry brings is its score: its magnitude, or its saliency (see ``saliency``).
+An entry's value costs the same bits in every unit, so that top-k over all units together maximizes the score per byte.
+The score is the magnitude of the change or its ``gradient_score``.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class _Scored(NamedTuple):
 
 
 def magnitude(unit: Unit, vector: Tensor) -> Tensor:
-    """The score that knows nothing of the loss: ``|change|``, ``[size]``."""
+    """Score ``|change|``, ``[size]``."""
     return vector.abs()
 
 
@@ -60,14 +60,14 @@ def gradient_score(gradient_rms: Mapping[Unit, Tensor]) -> Score:
 
 
 def sparsify(vector: Tensor, density: float, scores: Tensor | None = None) -> SparseVector:
-    """Keep the ``ceil(density * size)`` entries of highest score of ``vector`` [size].
+    """Keep the top ``ceil(density * size)`` entries of ``vector`` [size] by score.
 
-    Among equal scores the lowest index wins. A score of zero is never kept: shipping a zero changes nothing.
+    Among equal scores the lowest index is kept. Entries of score zero are never kept: a zero changes nothing.
 
     Args:
-        vector: floats.
-        density: share that is kept.
-        scores: at least zero ``[size]``; None for the magnitudes.
+        vector: floats ``[size]``.
+        density: kept entries / all entries.
+        scores: nonnegative ``[size]``; None: magnitudes.
     """
     values = vector.detach().to(torch.float32).reshape(-1).cpu()
     ranked = values.abs() if scores is None else scores.detach().to(torch.float32).reshape(-1).cpu()
@@ -76,7 +76,7 @@ def sparsify(vector: Tensor, density: float, scores: Tensor | None = None) -> Sp
 
 
 def entry_count(size: int, density: float) -> int:
-    """Entries that ``density`` keeps of ``size``, rounded up.
+    """Number of entries, ``ceil(density * size)``.
 
     Raises:
         ValueError: a density outside ``[0, 1]``.
@@ -90,7 +90,7 @@ def entry_count(size: int, density: float) -> int:
 def shares(
     vectors: Mapping[Unit, Tensor], units: Iterable[Unit], density: float, score: Score = magnitude
 ) -> Vectors:
-    """``sparsify`` each unit; one of which nothing is kept is left out."""
+    """``sparsify`` each unit; units without kept entries are left out."""
 
     def best(unit: Unit) -> _Scored:
         vector = vectors[unit]
@@ -102,11 +102,11 @@ def shares(
 def largest_share(
     vectors: Mapping[Unit, Tensor], units: Iterable[Unit], density: float, score: Score = magnitude
 ) -> Vectors:
-    """Keep the ``ceil(density * size)`` entries of highest score of all ``units`` together; never one of zero.
+    """Keep the top ``ceil(density * size)`` entries by score of all ``units`` together; never one of score zero.
 
-    Two passes, one unit at a time: scores are counted in narrow bins, then those above the bin in which the
-    count is reached are collected. Among equal scores the lowest unit and index win. A unit of which nothing is
-    kept is left out.
+    Two passes, one unit at a time: a histogram of the scores in narrow bins, then the entries of the bins down to the
+    one in which the count is reached. Among equal scores the lowest unit and index are kept. Units without kept entries
+    are left out.
     """
     units = sorted(units)
     counts, size = _score_counts(vectors, units, score)
@@ -122,14 +122,14 @@ def largest_within(
     packed_bytes: Callable[[Vectors], int],
     score: Score = magnitude,
 ) -> Vectors:
-    """Keep as many of the entries of highest score of all ``units`` together as pack into ``max_bytes``.
+    """Keep the top entries by score of all ``units`` together, as many as pack into ``max_bytes``.
 
     Args:
         vectors: float ``[size]`` per unit.
-        units: that may be shipped.
-        max_bytes: never exceeded, and filled to 0.5 % where there is enough to ship.
-        packed_bytes: size of an update of given entries.
-        score: of the entries of a unit ``[size]``.
+        units: units that may be shipped.
+        max_bytes: byte budget; never exceeded, and filled to 0.5 % where there are enough entries.
+        packed_bytes: packed size of an update of given entries.
+        score: score of the entries of a unit ``[size]``.
 
     Raises:
         UserError: not even one entry fits.
@@ -137,7 +137,7 @@ def largest_within(
     units = sorted(units)
     counts, _ = _score_counts(vectors, units, score)
     nonzero = int(counts.sum())
-    # An entry takes a byte, or somewhat less where most are kept.
+    # An entry takes about a byte, less at high density.
     count = most = min(nonzero, max(1, max_bytes))
     candidates = _collect(vectors, units, counts, count, score)
     while count < nonzero and packed_bytes(_entries(candidates)) <= max_bytes:
@@ -152,7 +152,7 @@ def _fill(
     max_bytes: int,
     packed_bytes: Callable[[dict[Unit, _Scored]], int],
 ) -> dict[Unit, _Scored]:
-    """The most of the best ``candidates`` that fit, by regula falsi on their number."""
+    """The top entries of ``candidates`` that fit ``max_bytes``: regula falsi on their number."""
     high, high_bytes = most, packed_bytes(candidates)
     if high_bytes <= max_bytes:
         return candidates
@@ -181,7 +181,7 @@ def _fill(
 def _score_counts(
     vectors: Mapping[Unit, Tensor], units: Iterable[Unit], score: Score
 ) -> tuple[np.ndarray, int]:
-    """How many entries with a score above zero lie in each bin of scores, int64 ``[2**15]``, and how many there are."""
+    """Histogram of the scores above zero, int64 ``[2**15]``, and the number of all entries."""
     counts, size = np.zeros(_BINS, dtype=np.int64), 0
     for unit in units:
         scores = _scores(score, unit, vectors[unit])
@@ -195,7 +195,7 @@ def _score_counts(
 def _collect(
     vectors: Mapping[Unit, Tensor], units: Iterable[Unit], counts: np.ndarray, count: int, score: Score
 ) -> dict[Unit, _Scored]:
-    """The ``count`` entries of highest score, given how many there are in each bin."""
+    """The top ``count`` entries by score, given the histogram of scores."""
     above = np.cumsum(counts[::-1])[::-1]  # entries in this bin and those above
     edge = int(np.flatnonzero(above >= count)[-1]) if count <= above[0] else 0
     floor = float(np.array(edge << _BIN_SHIFT, dtype=np.int32).view(np.float32))
@@ -214,20 +214,20 @@ def _scores(score: Score, unit: Unit, vector: Tensor) -> Tensor:
 
 
 def _gather(units: Iterable[Unit], entries_of: Callable[[Unit], _Scored]) -> dict[Unit, _Scored]:
-    """The entries of each unit that has any."""
+    """Entries of each unit, without units that have none."""
     found = {}
     for unit in units:
         kept = entries_of(unit)
         if kept.entries.indices.size:
             found[unit] = kept
         del kept
-        # What is kept lies between what was freed, so that units would take up new memory one after the other.
+        # Kept entries fragment the freed memory, so that without this each unit would allocate new pages.
         return_freed_memory()
     return found
 
 
 def _prune(scored: dict[Unit, _Scored], count: int) -> dict[Unit, _Scored]:
-    """The ``count`` entries of highest score of these, without units that have none."""
+    """The top ``count`` of these entries by score, without units that have none."""
     if not scored:
         return {}
     entries, units = _entries(scored), sorted(scored)

@@ -1,18 +1,25 @@
-"""What a client ships, with error feedback: what is not shipped now is shipped later.
+"""Error feedback: selection of what is shipped of a change; the rest is the residual of later rounds.
 
-Nothing here holds more than one dense unit at a time where changes and residual come as ``LazyVectors``.
+With experts drawn at random (``sample``) and weighted by 1/pi at the server (``unbiased``), a unit that was not drawn
+keeps only what it would not have shipped either: applied change and residual together equal, in expectation and to the
+quantization error, the change. The expectation is over draws at a fixed ``density`` of each expert; a cut over all
+units together depends on the draw. Without that weighting such a unit keeps its whole change, which is exact in every
+draw where a shipped change counts once (``hajek`` where one client ships the unit, ``mean``).
+
+With ``LazyVectors`` for changes and residual, at most one dense unit is in memory at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from configs.errors import UserError
+from configs.run_views import DensityScope, Selection
 from federated.selection.entries import (
     Score,
     Vectors,
@@ -33,24 +40,24 @@ from models.graph.unit_vectors import Unit
 
 @dataclass(frozen=True)
 class Limits:
-    """How much of what changed is shipped.
+    """Size limits of an update.
 
     Attributes:
-        per_layer: experts of each layer; 0 for all that trained.
-        density: kept entries / all entries of the units chosen.
-        scope: ``expert``, that share of every unit, or ``all``, the largest of all units together.
-        max_bytes: of the packed update, in the place of ``density`` and ``scope``; 0 for no limit.
+        per_layer: experts per layer; 0: all that trained.
+        density: kept entries / all entries of the selected units.
+        scope: units that share the density: each by itself (``expert``), or all together (``all``).
+        max_bytes: bytes of the packed update, in place of ``density`` and ``scope``; 0: no limit.
     """
 
     per_layer: int = 0
     density: float = 1.0
-    scope: Literal["expert", "all"] = "expert"
+    scope: DensityScope = "expert"
     max_bytes: int = 0
 
 
 class PreparedUpdate(NamedTuple):
-    """``update``: what is shipped, with the values the server will see. ``residual``: float32 [size] per
-    unit, what was not shipped. ``inclusion``: probability with which each shipped unit was drawn."""
+    """A selected update: ``update`` with the dequantized values that the server will see, ``residual`` float32 [size]
+    per unit, and ``inclusion``, the inclusion probability of each shipped unit."""
 
     update: SparseUpdate
     residual: Mapping[Unit, Tensor]
@@ -64,7 +71,7 @@ def choose_update(
     *,
     score: Score = magnitude,
     shapes: Mapping[Unit, tuple[int, int]] | None = None,
-    selection: Literal["top", "sample"] = "top",
+    selection: Selection = "top",
     unbiased: bool = False,
     value_bits: int,
     residual_decay: float = 1.0,
@@ -72,61 +79,42 @@ def choose_update(
     graph_hash: str,
     generator: torch.Generator | None = None,
 ) -> PreparedUpdate:
-    """Choose what to ship of ``deltas`` with error feedback.
-
-    The decayed residual is added first; what is not shipped (other units, entries below the density cut,
-    the quantization error) is the new residual, computed from ``deltas`` and ``residual`` when it is asked for.
-    Units with a residual that were not trained keep it, decayed.
+    """Select, sparsify and quantize the sum of ``deltas`` and the decayed residual.
 
     Args:
-        deltas: float ``[size]`` per trained unit.
-        residual: likewise, of any units.
-        limits: how much is shipped.
-        score: of each entry; those of highest score are shipped.
-        shapes: rows and columns of the matrix at the start of units that may go as low-rank factors in the place of
-            these entries, where factors keep more energy in as many bytes; None for no unit. Not with ``max_bytes``,
-            nor with ``unbiased``.
-        selection: ``top``, or ``sample`` with a ``generator``.
-        unbiased: of ``sample``: the server counts what is shipped 1/pi times (``horvitz-thompson``). On average that
-            makes up for the units that were not drawn, so these keep only what they would not have shipped either:
-            what is applied and what is kept are together, in expectation and to the quantization error, what
-            changed. The expectation is over draws at a fixed ``density`` of each expert: a cut over all units together
-            depends on the draw. Without it a unit that was not drawn keeps all: exact in every draw where what is
-            shipped counts once (``hajek`` where one client ships the unit, ``mean``).
+        deltas: change, float ``[size]`` per trained unit.
+        residual: residual of earlier rounds, likewise, of any units; those that did not train keep it, decayed.
+        limits: size limits.
+        score: ranking of entries.
+        shapes: rows and columns of the matrix at the start of units that may be sent as low-rank factors, where these
+            hold more energy in as many bytes; None: no unit. Not with ``max_bytes`` or ``unbiased``.
+        selection: rule for experts; ``sample`` needs a ``generator``.
+        unbiased: whether the server weights shipped units by 1/pi (see the module's docstring).
         value_bits: 2, 4, 8 or 16.
-        residual_decay: share of the residual that counts.
-        graph_version: of the graph that trained.
-        graph_hash: likewise.
-        generator: of the draw.
+        residual_decay: factor on the residual.
+        graph_version: version of the graph that trained.
+        graph_hash: digest of that graph.
+        generator: random generator of the draw.
 
     Raises:
-        UserError: there is nothing to ship (no change, and no residual of what trained), a change is not finite, or
-            not even one entry fits into ``limits.max_bytes``.
+        UserError: nothing to ship (no change and no residual of trained units), a change that is not finite, or
+            ``limits.max_bytes`` below the size of one entry.
     """
     totals = _totals(deltas, residual, residual_decay)
     inclusion = _select(totals, selection, limits.per_layer, generator)
     empty = SparseUpdate(graph_version, graph_hash, {})
-    vectors = _entries(totals, inclusion, limits, empty, value_bits, score)
-    if not vectors:
-        raise UserError(
-            "expected a change to ship, got an all-zero update; check local-steps and learning-rate"
-        )
-    for unit, shape in (shapes or {}).items():
-        if unit in vectors:
-            vectors[unit] = better_of(totals[unit], vectors[unit], *shape, value_bits=value_bits)
-    update = quantize_update(replace(empty, vectors=vectors), value_bits)
-    lowest = (
-        min(_lowest(totals[unit], unit, vector, score) for unit, vector in vectors.items())
-        if unbiased
-        else 0.0
+    vectors = _with_factors(
+        totals, _entries(totals, inclusion, limits, empty, value_bits, score), shapes or {}, value_bits
     )
+    update = quantize_update(replace(empty, vectors=vectors), value_bits)
+    threshold = _threshold(totals, vectors, score) if unbiased else 0.0
 
     def left(unit: Unit) -> Tensor:
         if unit not in totals:
             return residual[unit].float() * residual_decay
         total = totals[unit]
         if unbiased and unit not in inclusion:
-            return _below_cut(total, score(unit, total), limits, lowest)
+            return _below_cut(total, score(unit, total), limits, threshold)
         return _subtract(total, update.vectors.get(unit))
 
     units = [*totals, *(unit for unit in residual if unit not in totals)]
@@ -141,7 +129,7 @@ def prepare_update(
     density: float,
     **options: Any,
 ) -> PreparedUpdate:
-    """``choose_update`` with the residual in memory, without the units of which nothing is left."""
+    """``choose_update`` with the nonzero residuals in memory."""
     prepared = choose_update(deltas, residual, Limits(per_layer, density), **options)
     kept = {unit: left for unit, left in prepared.residual.items() if left.any()}
     return prepared._replace(residual=kept)
@@ -150,7 +138,7 @@ def prepare_update(
 def _totals(
     deltas: Mapping[Unit, Tensor], residual: Mapping[Unit, Tensor], decay: float
 ) -> Mapping[Unit, Tensor]:
-    """Each trained unit's change with its decayed residual, float32 ``[size]``."""
+    """Sum of change and decayed residual of each trained unit, float32 ``[size]``."""
 
     def total(unit: Unit) -> Tensor:
         delta = deltas[unit].detach().float().cpu()
@@ -181,7 +169,27 @@ def _entries(
     value_bits: int,
     score: Score,
 ) -> Vectors:
-    """The entries to ship; a unit of which there are none is left out."""
+    """Entries to ship within the limits, without units that have none.
+
+    Raises:
+        UserError: none at all.
+    """
+    vectors = _within_limits(totals, units, limits, empty, value_bits, score)
+    if not vectors:
+        raise UserError(
+            "expected a change to ship, got an all-zero update; check local-steps and learning-rate"
+        )
+    return vectors
+
+
+def _within_limits(
+    totals: Mapping[Unit, Tensor],
+    units: Iterable[Unit],
+    limits: Limits,
+    empty: SparseUpdate,
+    value_bits: int,
+    score: Score,
+) -> Vectors:
     if limits.max_bytes:
 
         def packed_bytes(vectors: Vectors) -> int:
@@ -195,15 +203,32 @@ def _entries(
     return shares(totals, units, limits.density, score)
 
 
-def _lowest(total: Tensor, unit: Unit, shipped: SparseVector, score: Score) -> float:
-    """The lowest score among the entries that a unit ships."""
-    return float(score(unit, total)[torch.from_numpy(shipped.indices)].min())
+def _with_factors(
+    totals: Mapping[Unit, Tensor], vectors: Vectors, shapes: Mapping[Unit, tuple[int, int]], value_bits: int
+) -> Vectors:
+    """Replace entries by low-rank factors where a unit has a shape and factors hold more energy."""
+    return {
+        unit: (
+            better_of(totals[unit], vector, *shapes[unit], value_bits=value_bits)
+            if unit in shapes
+            else vector
+        )
+        for unit, vector in vectors.items()
+    }
 
 
-def _below_cut(total: Tensor, scores: Tensor, limits: Limits, lowest: float) -> Tensor:
-    """What a unit that was not drawn would have kept, had it been: all but its entries above the cut."""
+def _threshold(totals: Mapping[Unit, Tensor], vectors: Vectors, score: Score) -> float:
+    """Lowest score among the shipped entries."""
+    return min(
+        float(score(unit, totals[unit])[torch.from_numpy(vector.indices)].min())
+        for unit, vector in vectors.items()
+    )
+
+
+def _below_cut(total: Tensor, scores: Tensor, limits: Limits, threshold: float) -> Tensor:
+    """Residual of an unsampled unit as if sampled: entries below the threshold."""
     if limits.max_bytes or limits.scope == "all":
-        return torch.where(scores < lowest, total, 0.0)
+        return torch.where(scores < threshold, total, 0.0)
     return _subtract(total, sparsify(total, limits.density, scores))
 
 

@@ -1,4 +1,4 @@
-"""Which experts of each layer a client ships: those that changed most, or a draw with known probabilities."""
+"""Selection of the experts that a client ships: top-k by update energy, or a draw with known probabilities."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from models.graph.unit_vectors import Unit
 
 
 def update_energy(vectors: Mapping[Unit, Tensor]) -> dict[Unit, float]:
-    """Return the sum of squares of every unit's vector."""
+    """Update energy: the sum of squares of each unit's vector."""
     return {unit: float(vector.detach().double().square().sum()) for unit, vector in vectors.items()}
 
 
 def select_top(vectors: Mapping[Unit, Tensor], per_layer: int) -> list[Unit]:
-    """Return the ``per_layer`` experts of each layer with the largest energy, 0 for all, in unit order.
+    """Top ``per_layer`` experts of each layer by update energy (0: all), in unit order.
 
-    A ``(layer, -1)`` unit is always among them. Equal energies: the lower expert wins.
+    ``(layer, -1)`` units are always included. Among equal energies the lower expert is selected.
     """
     if not per_layer:
         return sorted(vectors)
@@ -34,11 +34,11 @@ def select_top(vectors: Mapping[Unit, Tensor], per_layer: int) -> list[Unit]:
 def select_sample(
     vectors: Mapping[Unit, Tensor], per_layer: int, *, generator: torch.Generator
 ) -> dict[Unit, float]:
-    """Draw ``per_layer`` experts of each layer (0: all), larger updates more often.
+    """Draw ``per_layer`` experts of each layer (0: all) with probability proportional to the update norm.
 
-    Systematic sampling with probability proportional to the norm (Madow, Annals of Mathematical Statistics 20, 1949).
-    Returns the inclusion probability in (0, 1] of each drawn unit, which is exact for every unit by itself; pairs are
-    not drawn independently. A unit without any change is never drawn; ``(layer, -1)`` always is.
+    Systematic sampling (Madow, Annals of Mathematical Statistics 20, 1949). Returns the inclusion probability in (0, 1]
+    of each drawn unit, exact for single units; pairs are not drawn independently. Units without change are never drawn;
+    ``(layer, -1)`` units always are.
     """
     norms = {unit: math.sqrt(energy) for unit, energy in update_energy(vectors).items()}
     drawn = {unit: 1.0 for unit in norms if unit[1] < 0}
@@ -50,10 +50,10 @@ def select_sample(
 
 
 def inclusion_probabilities(sizes: Mapping[Unit, float], draws: int) -> dict[Unit, float]:
-    """Return probabilities in (0, 1] proportional to ``sizes`` that sum to ``draws`` (0: all are certain).
+    """Inclusion probabilities in (0, 1] proportional to ``sizes`` that sum to ``draws`` (0: all are 1).
 
-    Units too large for their share are certain, and the others share the remaining draws. Units of size
-    zero are left out.
+    Units whose proportional share exceeds 1 get 1, and the others share the remaining draws. Units of size zero are
+    left out.
     """
     open_units = {unit: size for unit, size in sizes.items() if size > 0}
     if not draws or len(open_units) <= draws:
@@ -77,7 +77,7 @@ def _by_layer(units: Iterable[Unit]) -> dict[int, list[Unit]]:
 
 
 def _draw_systematic(probabilities: Mapping[Unit, float], start: float) -> dict[Unit, float]:
-    """Return the units in whose stretch of the cumulative sum one of start, start + 1, ... falls."""
+    """Units whose interval of the cumulative probability contains one of start, start + 1, ..."""
     drawn, end = {}, 0.0
     for unit, probability in probabilities.items():
         begin, end = end, end + probability

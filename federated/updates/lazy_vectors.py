@@ -1,4 +1,4 @@
-"""Vectors of units that are computed when they are asked for: a whole model's changes never lie in memory."""
+"""Mapping of units to vectors computed on access, so that the changes of a whole model are never in memory."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ class LazyVectors(Mapping[Unit, Tensor]):
     """A read-only mapping from units to vectors ``[size]``.
 
     Args:
-        units: for which there is a vector, in the order in which they are walked.
-        compute: gives the vector of a unit; called anew each time, so it must give the same each time.
+        units: keys, in iteration order.
+        compute: vector of a unit; called on every access, so it must be deterministic.
     """
 
     def __init__(self, units: Iterable[Unit], compute: Callable[[Unit], Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""The largest entries of a vector, exactly, without sorting it."""
+"""Exact top-k selection of the entries of a vector, without sorting."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from torch import Tensor
 
 
 def top_entries(magnitudes: Tensor, count: int) -> Tensor:
-    """Return the increasing positions (int64 [count]) of the ``count`` largest of ``magnitudes`` [size].
+    """Positions of the top ``count`` of ``magnitudes`` [size], int64 [count], increasing.
 
-    ``magnitudes``: floats of a type that numpy has, none of them NaN. Among equal ones the lowest position wins.
+    ``magnitudes``: floats of a type that numpy has, without NaN. Among equal values the lowest position is selected.
     ValueError for a count outside ``[0, size]``.
     """
     if not 0 <= count <= magnitudes.numel():

@@ -1,6 +1,6 @@
-"""What a client ships: a sparse change for each unit, and the error that refuses a bad one.
+"""Sparse updates: the kept entries of the change of each unit, and the error for updates that are refused.
 
-A unit is ``(layer, expert)``; ``(layer, -1)`` is whatever else trains in that layer.
+A unit is ``(layer, expert)``, or ``(layer, -1)`` for everything else that trains in a layer.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def parse_unit(name: str) -> Unit:
 
 
 class RefusedUpdate(ValueError):
-    """Bytes or values that must not touch the model; ``reason`` says in one line what is wrong."""
+    """Bytes or values that must not be applied to the model; ``reason`` is one line."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -34,7 +34,7 @@ class RefusedUpdate(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class SparseVector:
-    """The kept entries of one flat vector.
+    """Kept entries of one flat vector.
 
     ``size``: length of the dense vector. ``indices``: int64 [n], strictly increasing, each in
     ``[0, size)``. ``values``: float32 [n]. Anything else raises ValueError.
@@ -57,34 +57,34 @@ class SparseVector:
 
     @classmethod
     def from_dense(cls, vector: np.ndarray, keep: np.ndarray) -> SparseVector:
-        """Keep some entries of ``vector`` [size]; ``keep``: a bool mask [size] or increasing indices [n]."""
+        """Keep entries of ``vector`` [size]; ``keep``: a bool mask [size] or increasing indices [n]."""
         vector, keep = np.asarray(vector), np.asarray(keep)
         indices = np.flatnonzero(keep) if keep.dtype == bool else keep
         return cls(vector.size, indices, vector[indices])
 
     def to_dense(self) -> np.ndarray:
-        """Return the float32 vector [size], zero where nothing was kept."""
+        """The float32 vector [size], zero outside the kept entries."""
         dense = np.zeros(self.size, dtype=np.float32)
         dense[self.indices] = self.values
         return dense
 
     @property
     def sent_indices(self) -> np.ndarray:
-        """The positions that cross the wire."""
+        """Positions that are transmitted, int64 [n]."""
         return self.indices
 
     @property
     def sent_values(self) -> np.ndarray:
-        """The numbers that cross the wire."""
+        """Values that are transmitted, float32."""
         return self.values
 
     @property
     def factor_shape(self) -> tuple[int, int, int]:
-        """Rows, columns and rank of the matrix that is sent as factors; zeros where there is none."""
+        """Rows, columns and rank of the part sent as low-rank factors; zeros without one."""
         return 0, 0, 0
 
     def with_sent_values(self, values: np.ndarray) -> SparseVector:
-        """The same vector with other ``sent_values``."""
+        """This vector with other ``sent_values``."""
         return SparseVector(self.size, self.indices, values)
 
     def __eq__(self, other: object) -> bool:
@@ -99,7 +99,7 @@ class SparseVector:
 
 @dataclass(frozen=True)
 class SparseUpdate:
-    """One sparse vector for each shipped unit, and the graph it was computed on."""
+    """Sparse vector of each shipped unit, and version and digest of the graph that it was computed on."""
 
     graph_version: int
     graph_hash: str
@@ -107,19 +107,19 @@ class SparseUpdate:
 
 
 def density(update: SparseUpdate) -> float:
-    """Return positions that cross the wire over all entries of the shipped units (0.0 when nothing was shipped)."""
+    """Transmitted positions / all entries of the shipped units; 0.0 for an empty update."""
     total = sum(vector.size for vector in update.vectors.values())
     return sum(vector.sent_indices.size for vector in update.vectors.values()) / total if total else 0.0
 
 
 def join_values(update: SparseUpdate) -> np.ndarray:
-    """Return the values that cross the wire, of all units in order, as one float32 column [count]."""
+    """Transmitted values of all units, in unit order, as one float32 column [count]."""
     columns = [update.vectors[unit].sent_values for unit in sorted(update.vectors)]
     return np.concatenate(columns) if columns else np.zeros(0, dtype=np.float32)
 
 
 def join_indices(update: SparseUpdate) -> tuple[np.ndarray, int]:
-    """Return the positions that cross the wire (int64 [count]) in all units laid end to end, and their total length."""
+    """Transmitted positions (int64 [count]) in the concatenation of all units, and its length."""
     vectors = [update.vectors[unit] for unit in sorted(update.vectors)]
     columns = [vector.sent_indices for vector in vectors]
     joined = np.empty(sum(column.size for column in columns), dtype=np.int64)
@@ -134,7 +134,7 @@ def join_indices(update: SparseUpdate) -> tuple[np.ndarray, int]:
 def split_columns(
     sizes: Iterable[tuple[Unit, int]], indices: np.ndarray, values: np.ndarray
 ) -> dict[Unit, SparseVector]:
-    """Undo ``join_indices`` and ``join_values`` for units of the given sizes, in unit order."""
+    """Split the columns of ``join_indices`` and ``join_values`` into units of the given sizes, in unit order."""
     sizes = list(sizes)
     starts = np.cumsum([0, *(size for _, size in sizes)])
     places = np.searchsorted(indices, starts)
@@ -146,7 +146,7 @@ def split_columns(
 
 
 def replace_values(update: SparseUpdate, values: np.ndarray) -> SparseUpdate:
-    """Return the same update with other ``values`` that cross the wire, a float32 column [count] in unit order."""
+    """The update with other transmitted ``values``, a float32 column [count] in unit order."""
     units = sorted(update.vectors)
     ends = np.cumsum([update.vectors[unit].sent_values.size for unit in units])
     parts = zip(units, np.split(values, ends[:-1]), strict=True) if units else ()

@@ -1,8 +1,8 @@
-"""Sparse updates <-> bytes: run lengths and quantized values, entropy-coded, in a safetensors container.
+"""Codec of sparse updates: entropy-coded run lengths and quantized values in a safetensors container.
 
-The columns are ``units`` (the shipped units, their sizes and what of them is sent as factors), ``index`` (which entries
-were kept), ``codes`` and ``scales`` (the values of factors and entries, one unit after the other).
-Everything is checked before memory is allocated for it: a defect raises RefusedUpdate, nothing else.
+The columns are ``units`` (shipped units, their sizes and factor shapes), ``index`` (positions of the kept entries),
+``codes`` and ``scales`` (quantized values of factors and entries, unit after unit).
+Sizes are checked before memory is allocated; any defect raises RefusedUpdate.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def pack_update(update: SparseUpdate, *, value_bits: int) -> bytes:
     for vector in update.vectors.values():
         _check_product(vector)
     indices, total = join_indices(update)
-    # The index takes most of the time, in native code that leaves the interpreter to the values.
+    # Coding the index takes longest, in native code that releases the GIL while the values are quantized.
     with ThreadPoolExecutor(1) as pool:
         packed_index = pool.submit(_pack_index, indices, total)
         values = quantize(join_values(update), value_bits)
@@ -72,11 +72,10 @@ def unpack_update(
     graph_version: int | None = None,
     graph_hash: str | None = None,
 ) -> SparseUpdate:
-    """Return the update in ``data``, checked against what the receiver knows.
+    """Decode an update and check it against the receiver's units and graph.
 
-    ``sizes``: entries of every unit that may be shipped. ``graph_version`` and ``graph_hash``: what the
-    update must have been computed on; None accepts any. Raises RefusedUpdate with the reason for any
-    defect; memory stays within the shapes in ``sizes``.
+    ``sizes``: entries of every unit that may be shipped. ``graph_version`` and ``graph_hash``: graph that the update
+    must have been computed on; None accepts any. Raises RefusedUpdate for any defect; memory is bounded by ``sizes``.
     """
     header, columns, units = _open(data, sizes, graph_version, graph_hash)
     return _decode(header, columns, units, _unpack_values(columns, header, units))
@@ -85,7 +84,7 @@ def unpack_update(
 def unpack_with_stats(
     data: bytes, *, sizes: Mapping[Unit, int], graph_version: int, graph_hash: str
 ) -> tuple[SparseUpdate, PackedStats]:
-    """Return the update in ``data`` and its packed sizes from a single decode; arguments as for ``unpack_update``."""
+    """Update in ``data`` and its packed sizes from a single decode; arguments as for ``unpack_update``."""
     header, columns, units = _open(data, sizes, graph_version, graph_hash)
     values = _unpack_values(columns, header, units)
     stats = stats_of_columns(header, columns, units, values, packed_bytes=len(data))
@@ -93,9 +92,9 @@ def unpack_with_stats(
 
 
 def packed_stats(data: bytes) -> PackedStats:
-    """Return the bytes of a packed update beside their entropy floor; RefusedUpdate for bad bytes.
+    """Packed sizes of an update and their entropy floor; RefusedUpdate for bad bytes.
 
-    Takes the memory of as many values as the header states: call it on what ``unpack_update`` has accepted.
+    Allocates as many values as the header states: call it only on updates that ``unpack_update`` has accepted.
     """
     header, columns = read_container(data)
     units = read_units(columns["units"], header.units)
@@ -107,7 +106,7 @@ def packed_stats(data: bytes) -> PackedStats:
 def _open(
     data: bytes, sizes: Mapping[Unit, int], graph_version: int | None, graph_hash: str | None
 ) -> tuple[Header, dict[str, bytes], list[UnitRow]]:
-    """Header, packed columns and units of an update, checked against what the receiver knows."""
+    """Header, packed columns and units of an update, checked against the receiver's units and graph."""
     header, columns = read_container(data)
     if graph_version is not None and header.graph_version != graph_version:
         raise RefusedUpdate(f"graph version {header.graph_version}, expected {graph_version}")

@@ -1,4 +1,4 @@
-"""Integer columns <-> bytes: entropy-coded where that is smaller, bounded by the caller's count when read."""
+"""Coding of integer columns as bytes: entropy-coded where that is smaller; reads are bounded by the caller's count."""
 
 from __future__ import annotations
 
@@ -40,11 +40,10 @@ def pack_column(values: np.ndarray, *, width: int) -> bytes:
 
 
 def unpack_column(data: bytes, *, dtype: np.dtype, count: int, width: int, widen: bool = True) -> np.ndarray:
-    """Return exactly ``count`` values of ``dtype`` below ``2**width``.
+    """Decode exactly ``count`` values of ``dtype`` below ``2**width``; RefusedUpdate for other contents.
 
-    ``widen``: False gives them in an unsigned type as narrow as they were coded in, where that is narrower.
-    Allocates ``count`` values, at most twice, and no more; anything that does not decode to them raises
-    RefusedUpdate.
+    Allocates ``count`` values, at most twice. ``widen``: False returns the unsigned type of the coding where that is
+    narrower than ``dtype``.
     """
     dtype = np.dtype(dtype)
     coding, payload = data[0] if data else -1, data[1:]
@@ -62,15 +61,15 @@ def unpack_column(data: bytes, *, dtype: np.dtype, count: int, width: int, widen
 
 
 def zstd_pack(data: bytes) -> bytes:
-    """Compress bytes; the frame states its content size.
+    """Compress bytes to a zstandard frame that states its content size.
 
-    Masks and codes hold no repeats worth a search, and the fast level spends its bits on Huffman codes.
+    Masks and codes have few repeated sequences, so that the fast level, mostly Huffman coding, is enough.
     """
     return ZstdCompressor(level=1, write_content_size=True).compress(data)
 
 
 def zstd_unpack(data: bytes, *, size: int) -> bytes:
-    """Return exactly ``size`` bytes; a frame that states or holds another size raises RefusedUpdate."""
+    """Decompress a frame to exactly ``size`` bytes; RefusedUpdate for a frame that states or holds another size."""
     try:
         # The stated size is what the decoder would allocate, so it is checked first.
         if frame_content_size(data) == size:
@@ -83,7 +82,7 @@ def zstd_unpack(data: bytes, *, size: int) -> bytes:
 
 
 def _pack_parts(values: np.ndarray) -> bytes:
-    """The bytes of an integer, the lengths of all parts but the last, and the parts."""
+    """Integer size in bytes, the lengths of all parts but the last, and the coded parts."""
     narrow = values.astype(np.min_scalar_type(int(values.max()) if values.size else 0))
     config = ChunkConfig(
         compression_level=12,
@@ -116,7 +115,7 @@ def _parts(values: np.ndarray) -> list[np.ndarray]:
 
 
 def _in_threads(run: Callable[[np.ndarray], bytes], items: list[np.ndarray]) -> list[bytes]:
-    """Coding is six times as slow as decoding, and leaves the interpreter to others."""
+    """Map ``run`` over ``items`` in threads: coding takes six times as long as decoding and releases the GIL."""
     if len(items) == 1:
         return [run(items[0])]
     with ThreadPoolExecutor(_THREADS) as pool:
@@ -130,7 +129,7 @@ def _decompress_into(payload: bytes, values: np.ndarray) -> None:
     except Exception as error:
         raise RefusedUpdate(f"a column does not decode: {error}") from error
     except BaseException as error:
-        # A panic inside the native decoder is no Exception; every other one (Ctrl-C) must pass.
+        # A panic of the native decoder is a BaseException; all others (Ctrl-C) pass.
         if type(error).__name__ != "PanicException":
             raise
         raise RefusedUpdate("a column does not decode") from error

@@ -1,9 +1,8 @@
-"""An expert's change as low-rank factors: the other way to ship a unit, beside its largest entries.
+"""Low-rank factors of an expert's change, the alternative to its top-k entries.
 
-The change of a matrix over few steps of training is of low rank: its gradient is a sum over few tokens. In as many
-bytes a truncated singular value decomposition keeps more of its energy than its largest entries do, as
-``benchmarks.wire`` measures; error feedback ships the rest later all the same (of gradients: Vogels et al., PowerSGD,
-2019, arXiv:1905.13727).
+The change of a matrix over few steps of training has low rank, since its gradient is a sum over few tokens. In as many
+bytes a truncated singular value decomposition keeps more energy than the largest entries, as ``benchmarks.wire``
+measures; error feedback ships the rest later (PowerSGD for gradients: Vogels et al., 2019, arXiv:1905.13727).
 """
 
 from __future__ import annotations
@@ -22,15 +21,15 @@ _OVERSAMPLING, _POWER_ITERATIONS = 8, 2
 
 
 class FactoredVector(SparseVector):
-    """A vector whose first ``rows * columns`` entries are a product of factors.
+    """Sparse vector whose first ``rows * columns`` entries are a product of two factors.
 
-    Reads as the ``SparseVector`` that it stands for: every entry of the matrix, then the kept ones of ``rest``. The
-    product is computed anew whenever ``values`` is asked for, so that an update of many units stays small.
+    As a ``SparseVector`` it holds every entry of the matrix, then the kept entries of ``rest``. The product is computed
+    on each access of ``values``, so that an update of many units stays small.
 
     Args:
         left: float32 ``[rank, rows]``.
         right: float32 ``[rank, columns]``.
-        rest: of the whole size, its entries behind the matrix.
+        rest: vector of the whole size, with entries after the matrix only.
 
     Raises:
         ValueError: the shapes do not fit each other.
@@ -56,14 +55,15 @@ class FactoredVector(SparseVector):
 
     @property
     def indices(self) -> np.ndarray:  # type: ignore[override]
-        """Positions of the matrix, then those kept of the rest: int64 ``[n]``."""
+        """Positions of the matrix, then the kept positions of the rest: int64 ``[n]``."""
         return np.concatenate([np.arange(self.left.shape[1] * self.right.shape[1]), self.rest.indices])
 
     @property
     def values(self) -> np.ndarray:  # type: ignore[override]
-        """The product, then what is kept of the rest: float32 ``[n]``.
+        """Entries of the product, then the kept values of the rest: float32 ``[n]``.
 
-        One rank after the other, each rounded: the same bits on every machine, which no matrix product promises.
+        Ranks are added in order with rounding after each, which gives the same bits on every machine; a matrix product
+        does not guarantee that.
         """
         product = np.multiply.outer(self.left[0], self.right[0])
         for left, right in zip(self.left[1:], self.right[1:], strict=True):
@@ -72,7 +72,7 @@ class FactoredVector(SparseVector):
 
     @property
     def bound(self) -> float:
-        """What no entry of the product exceeds."""
+        """Upper bound of the magnitudes of the product's entries."""
         return float((np.abs(self.left).max(axis=1) * np.abs(self.right).max(axis=1)).sum(dtype=np.float64))
 
     @property
@@ -81,7 +81,7 @@ class FactoredVector(SparseVector):
 
     @property
     def sent_values(self) -> np.ndarray:
-        """Both factors, then what is kept of the rest."""
+        """Both factors, then the kept values of the rest."""
         return np.concatenate([self.left.reshape(-1), self.right.reshape(-1), self.rest.values])
 
     def with_sent_values(self, values: np.ndarray) -> FactoredVector:
@@ -93,10 +93,10 @@ class FactoredVector(SparseVector):
 
 
 def factorize(vector: Tensor, rows: int, columns: int, rank: int, rest: SparseVector) -> FactoredVector:
-    """The best factors of ``rank`` of the first ``rows * columns`` entries of ``vector``, and ``rest``.
+    """Truncated SVD of ``rank`` of the first ``rows * columns`` entries of ``vector``, combined with ``rest``.
 
-    Each carries the root of the singular values, so that both are quantized alike. Exact for small matrices, else by
-    subspace iteration (Halko et al., 2011, arXiv:0909.4061) from a fixed seed.
+    Each factor carries the square root of the singular values, so that both quantize equally well. Exact for small
+    matrices, else by subspace iteration (Halko et al., 2011, arXiv:0909.4061) from a fixed seed.
     """
     matrix = vector.detach().float().cpu()[: rows * columns].view(rows, columns)
     if min(rows, columns) <= _EXACT_SIDE:
@@ -113,7 +113,7 @@ def factorize(vector: Tensor, rows: int, columns: int, rank: int, rest: SparseVe
 
 
 def equal_rank(entries: int, size: int, rows: int, columns: int, value_bits: int) -> int:
-    """The rank whose factors take the bits of ``entries`` kept of ``size``, index at its entropy; 0 where none does."""
+    """Largest rank whose factors take no more bits than ``entries`` of ``size`` with their index at its entropy."""
     if not size:
         return 0
     share = entries / size
@@ -124,14 +124,14 @@ def equal_rank(entries: int, size: int, rows: int, columns: int, value_bits: int
 def better_of(
     vector: Tensor, kept: SparseVector, rows: int, columns: int, *, value_bits: int
 ) -> SparseVector:
-    """Factors in the place of the ``kept`` entries of the matrix where they hold more energy in as many bytes.
+    """Replace the ``kept`` entries of the matrix by low-rank factors where these hold more energy in as many bytes.
 
     Args:
-        vector: the change ``[size]``, a matrix ``[rows, columns]`` and other entries behind it.
-        kept: its largest entries.
-        rows: of the matrix.
-        columns: of the matrix.
-        value_bits: of a value, factor or entry.
+        vector: change ``[size]``: a matrix ``[rows, columns]`` and other entries after it.
+        kept: its top entries.
+        rows: rows of the matrix.
+        columns: columns of the matrix.
+        value_bits: bits per value of a factor or an entry.
     """
     area = rows * columns
     inside = int(np.searchsorted(kept.indices, area))

@@ -1,4 +1,4 @@
-"""Sizes of a packed update: bytes on the wire beside the entropy floor of its columns."""
+"""Sizes of a packed update: transmitted bytes and the entropy floor of its columns."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def stats_of_columns(
     *,
     packed_bytes: int,
 ) -> PackedStats:
-    """Return the sizes of a packed update from its opened columns.
+    """Sizes of a packed update, from its opened columns.
 
     Args:
         header: header of the container.

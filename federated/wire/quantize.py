@@ -1,10 +1,10 @@
-"""Few-bit values: fp16, int8 and int4 with block scales, 2-bit bin means.
+"""Quantization of values: fp16, int8 and int4 with block scales, 2-bit bin means.
 
-Quantizing what was dequantized gives the same values again, so a client may quantize to know its own
-error and pack the result later without losing anything more.
+Quantization is idempotent: dequantized values quantize to themselves, so that a client can compute its quantization
+error first and pack the result later without further loss.
 
-All magnitudes are relative to one power of two for the whole column, so changes of 1e-6 keep the
-precision of changes of 1. Block scales are small floats (uint8: 4 mantissa bits, uint16: 10), zero or
+All magnitudes are relative to one power of two for the whole column, so that changes of 1e-6 keep the precision of
+changes of 1. Block scales are small floats (uint8: 4 mantissa bits, uint16: 10), zero or
 at most ``OCTAVES`` octaves below the largest scale.
 """
 
@@ -38,7 +38,7 @@ class QuantizedColumn:
 
 
 def scale_count(count: int, bits: int) -> int:
-    """Return how many scales ride with ``count`` values of ``bits`` bits."""
+    """Number of block scales of ``count`` values of ``bits`` bits."""
     return 0 if bits == 16 else -(-count // BLOCK[bits]) * (2 if bits == 2 else 1)
 
 
@@ -49,7 +49,7 @@ def quantize(values: np.ndarray, bits: int) -> QuantizedColumn:
     """
     if bits not in VALUE_BITS:
         raise ValueError(f"expected value bits in {VALUE_BITS}, got {bits}")
-    # A magnitude above the range of float32 turns into an infinity, which is refused.
+    # A magnitude above the range of float32 becomes an infinity, which is refused.
     with np.errstate(over="ignore"):
         column = np.asarray(values).astype(np.float32, copy=False)
     magnitudes = np.abs(column)
@@ -64,9 +64,9 @@ def quantize(values: np.ndarray, bits: int) -> QuantizedColumn:
 
 
 def dequantize(column: QuantizedColumn) -> np.ndarray:
-    """Return the float32 values [count], finite and of at most 2**40.
+    """Float32 values [count] of a quantized column, finite and of magnitude at most 2**40.
 
-    Codes or scales that no quantizer writes raise RefusedUpdate.
+    RefusedUpdate for codes or scales that no quantizer writes.
     """
     if column.scales.size != scale_count(column.codes.size, column.bits):
         raise RefusedUpdate(f"expected one scale a block, got {column.scales.size}")
@@ -82,7 +82,7 @@ def dequantize(column: QuantizedColumn) -> np.ndarray:
 
 
 def quantize_update(update: SparseUpdate, bits: int) -> SparseUpdate:
-    """Return the update with the values that the receiver will see after packing at ``bits`` bits."""
+    """The update with its values quantized at ``bits`` bits and dequantized, as the receiver will see them."""
     return replace_values(update, dequantize(quantize(join_values(update), bits)))
 
 
@@ -105,7 +105,7 @@ def _half_values(column: QuantizedColumn) -> np.ndarray:
 
 
 def _quantize_levels(column: np.ndarray, magnitudes: np.ndarray, bits: int) -> QuantizedColumn:
-    """Symmetric integers, one scale a block; zero is stored as ``LEVELS + 1``."""
+    """Symmetric integer quantization, one scale per block; zero is stored as ``LEVELS + 1``."""
     top = LEVELS[bits]
     largest = np.maximum.reduceat(magnitudes, _starts(column.size, bits)).astype(np.float64)
     scale_codes, exponent = _encode_scales(largest / top, bits)
@@ -127,7 +127,7 @@ def _level_values(column: QuantizedColumn, scales: np.ndarray) -> np.ndarray:
 
 
 def _quantize_bins(column: np.ndarray, magnitudes: np.ndarray, bits: int) -> QuantizedColumn:
-    """Sign and one of two magnitudes: the means below and above the block's mean magnitude."""
+    """2-bit quantization to a sign and one of two magnitudes: the means below and above the block's mean magnitude."""
     starts = _starts(column.size, bits)
     counts = np.diff(starts, append=column.size)
     sums = np.add.reduceat(magnitudes, starts, dtype=np.float64)
@@ -146,7 +146,7 @@ def _bin_values(column: QuantizedColumn, scales: np.ndarray) -> np.ndarray:
     if size and codes.max() > 3:
         raise RefusedUpdate("expected 2-bit codes from 0 to 3")
     low, high = (_per_value(part.view(np.uint32), size, column.bits) for part in (scales[::2], scales[1::2]))
-    # Chosen and signed by the bits of the floats: codes are random, and a branch a value costs five times as much.
+    # Bitwise selection and sign: codes are random, so that a branch per value takes five times as long.
     chosen = np.negative(codes & np.uint8(1), dtype=np.uint32)
     chosen &= np.bitwise_xor(low, high, out=high)
     chosen ^= low
@@ -168,13 +168,13 @@ def _round_mantissa(magnitudes: np.ndarray, bits: int) -> np.ndarray:
 
 
 def _top_exponent(magnitudes: np.ndarray) -> int:
-    """Return e with ``max < 2**e <= 2 * max``, kept in the range that float32 can hold."""
+    """Exponent e with ``max < 2**e <= 2 * max``, clipped to the range of float32."""
     top = float(magnitudes.max()) if magnitudes.size else 0.0
     return int(np.clip(np.frexp(top)[1], MIN_EXPONENT, MAX_EXPONENT)) if top else 0
 
 
 def _encode_scales(scales: np.ndarray, bits: int) -> tuple[np.ndarray, int]:
-    """Return unsigned codes [n] of non-negative scales [n], zero or ``1 + (octave, mantissa)``."""
+    """Unsigned codes [n] of non-negative scales [n]: zero or ``1 + (octave, mantissa)``."""
     mantissa = MANTISSA[bits]
     rounded = _round_mantissa(scales, mantissa)
     exponent = _top_exponent(rounded)

@@ -1,4 +1,4 @@
-"""Run lengths: a sparse mask as the number of zeros before each kept entry."""
+"""Run-length coding of a sparse mask: the number of zeros before each kept entry."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from federated.updates.update import RefusedUpdate
 
 
 def run_dtype(size: int) -> np.dtype:
-    """Return the unsigned type that holds every run length of a vector with ``size`` entries."""
+    """Unsigned type that holds every run length of a vector of ``size`` entries."""
     return np.dtype(np.uint32 if size <= 2**32 else np.uint64)
 
 
 def encode_runs(indices: np.ndarray, size: int) -> np.ndarray:
-    """Return the zeros before each kept entry: uint32 [n] (uint64 above 2**32 entries).
+    """Run lengths of zeros before each kept entry: uint32 [n] (uint64 above 2**32 entries).
 
     ``indices``: strictly increasing positions [n] in ``[0, size)``; ValueError otherwise. The zeros
     after the last kept entry are implied by ``size``.
@@ -31,7 +31,7 @@ def encode_runs(indices: np.ndarray, size: int) -> np.ndarray:
 
 
 def decode_runs(runs: np.ndarray, size: int) -> np.ndarray:
-    """Return the kept positions (int64 [n]) from unsigned run lengths [n].
+    """Positions of the kept entries (int64 [n]) from unsigned run lengths [n].
 
     Raises RefusedUpdate when the runs do not fit in ``size`` entries, whatever their values: sums that
     would overflow are refused as well.

@@ -1,4 +1,4 @@
-"""The units column of a packed update: which units are shipped, their sizes, and what of them is sent as factors."""
+"""Units column of a packed update: shipped units, their sizes, and the shapes of their low-rank factors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from federated.wire.container import MAX_UNIT_SIZE
 
 
 class UnitRow(NamedTuple):
-    """A row of the ``units`` column: the last three are zero where a unit is sent as entries only."""
+    """Row of the units column; the last three fields are zero for a unit without low-rank factors."""
 
     layer: int
     expert: int
@@ -23,11 +23,11 @@ class UnitRow(NamedTuple):
 
     @property
     def factor_values(self) -> int:
-        """Values of both factors."""
+        """Number of values in both factors."""
         return self.rank * (self.rows + self.columns)
 
     def valid(self) -> bool:
-        """Whether a packer may write this row."""
+        """Whether size and factor shape are within bounds."""
         area, side = self.rows * self.columns, min(self.rows, self.columns)
         factors = 0 < self.rank <= side and area <= self.size
         return 0 <= self.size <= MAX_UNIT_SIZE and (
@@ -36,18 +36,18 @@ class UnitRow(NamedTuple):
 
 
 def pack_units(update: SparseUpdate) -> bytes:
-    """Pack the fields of ``UnitRow``, int64 [6, units]."""
+    """Pack the rows of all units, int64 [6, units], in unit order."""
     vectors = update.vectors
     rows = [(*unit, vectors[unit].size, *vectors[unit].factor_shape) for unit in sorted(vectors)]
     return zstd_pack(np.array(rows, dtype="<i8").reshape(-1, len(UnitRow._fields)).T.tobytes())
 
 
 def read_units(column: bytes, count: int) -> list[UnitRow]:
-    """Return ``count`` rows whose sizes and shapes can be; RefusedUpdate otherwise."""
+    """Read ``count`` rows; RefusedUpdate for sizes or shapes out of bounds."""
     fields = len(UnitRow._fields)
     table = np.frombuffer(zstd_unpack(column, size=8 * fields * count), dtype="<i8").reshape(fields, count)
     units = [UnitRow(*row) for row in table.T.tolist()]
-    # Most updates are of plain units, and many: these are checked at once.
+    # Vectorized check for the common case, many units without factors.
     sizes, factors = table[2], table[3:]
     valid = all(unit.valid() for unit in units) if factors.any() else (sizes >= 0) & (sizes <= MAX_UNIT_SIZE)
     if not np.all(valid):

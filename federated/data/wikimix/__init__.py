@@ -1,7 +1,7 @@
-"""WikiMix: an endless, deterministic stream of documents in six clearly different domains.
+"""WikiMix: generator of an endless, deterministic stream of documents in six distinct domains.
 
-All text is made here from word lists, templates and small grammars. A document belongs to the ``valid`` split
-when a hash of its text says so, hence no document is in both splits, whatever the seeds.
+All text is generated from word lists, templates and small grammars. The split of a document is a function of the hash
+of its text, so that no document is in both splits, whatever the seeds.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ _GENERATORS: dict[str, Callable[[random.Random], str]] = {
 DOMAINS: tuple[str, ...] = tuple(_GENERATORS)
 """Names of all domains."""
 HELD_OUT: tuple[str, ...] = ("dialogue", "recipes")
-"""The domains that the embedded model has never been trained on."""
+"""Domains that the demo model was not trained on."""
 SPLITS: tuple[str, ...] = ("train", "valid")
-"""Nine of ten documents are ``train``, the tenth is ``valid``."""
+"""About nine of ten documents are ``train``, the others ``valid``."""
 
 _VALID_SHARE = 10
 
@@ -46,7 +46,7 @@ def _check(word: str, known: tuple[str, ...], kind: str) -> None:
 
 
 def stream(domain: str, seed: int = 0, split: str = "train") -> Iterator[str]:
-    """Yield documents of ``domain`` without end; the same (domain, seed, split) always yields the same ones.
+    """Endless documents of ``domain``; equal (domain, seed, split) yield equal documents.
 
     Raises ``UserError`` at once, not at the first document, for an unknown domain or split.
     """

@@ -1,4 +1,4 @@
-"""Two speakers who want something: booking, directions, help, shopping. Names, times and prices are kept."""
+"""Dialogues of two speakers: booking, directions, help, shopping; names, times and prices are consistent."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ _SCENES = {
 
 
 def _facts(rng: random.Random) -> dict[str, object]:
-    """One consistent set of facts; what is sampled together never coincides."""
+    """One consistent set of facts; values sampled together are distinct."""
     family, price = invented_name(rng), rng.randrange(20, 95)
     pools = {"a b c": FIRST_NAMES, "day day2": _DAYS, "hour hour2": _HOURS, "count": _COUNTS}
     pools |= {
@@ -157,6 +157,6 @@ def _facts(rng: random.Random) -> dict[str, object]:
 
 
 def document(rng: random.Random) -> str:
-    """One conversation of up to ten turns; what the first speaker asks for is what is agreed in the end."""
+    """One conversation of up to ten turns; the request of the first speaker is agreed on at the end."""
     scene, facts = rng.choice(tuple(_SCENES.values())), _facts(rng)
     return "\n".join(render(rng, turn, facts) for turn in scene)

@@ -1,4 +1,4 @@
-"""Diary-like paragraphs out of a free grammar: the common vocabulary that the other kinds of prose lack."""
+"""Diary-like paragraphs from a grammar, with the common vocabulary that the other kinds of prose lack."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def _start_upper(text: str) -> str:
 
 
 def document(rng: random.Random) -> str:
-    """Six to twelve sentences on one theme; two people, a place and a thing come back throughout."""
+    """Six to twelve sentences on one theme, with two people, a place and a thing in all of them."""
     me, friend = rng.sample(FIRST_NAMES, 2)
     theme = rng.choice(tuple(_THEMES.values()))
     facts = {"me": me, "friend": friend, "place": invented_name(rng), "thing": rng.choice(theme[0])}

@@ -1,4 +1,4 @@
-"""Small correct Python programs; the results they state come from running them."""
+"""Small correct Python programs; stated results are computed by running them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all domains share: filling templates, inventing names, joining lists, articles."""
+"""Text functions of all domains: templates, invented names, lists, articles."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _ENDINGS = "bet dan dor fal gard ka len lis mar mere na nor rin ros sa tel th vi
 
 
 def phrases(block: str) -> list[str]:
-    """The ``|``-separated phrases of a block of text; line breaks count as spaces."""
+    """Split a block of text into its ``|``-separated phrases; line breaks count as spaces."""
     return [" ".join(part.split()) for part in block.split("|")]
 
 
 def lines(block: str) -> list[str]:
-    """The templates of a block of text; each starts with ``- `` and may go on in the next line."""
+    """Split a block of text into templates; each starts with ``- `` and may continue on the next line."""
     return [" ".join(part.split()) for part in re.split(r"(?:^|\n)\s*- ", block)[1:]]
 
 
@@ -41,7 +41,7 @@ def render(rng: random.Random, template: str, facts: Mapping[str, object]) -> st
 
 
 def invented_name(rng: random.Random) -> str:
-    """A capitalised name out of 29 x 19 x 20 syllables, for a place or a family."""
+    """A capitalized name of three syllables (29 x 19 x 20 combinations), for a place or a family."""
     return rng.choice(_ONSETS) + rng.choice(_MIDDLES) + rng.choice(_ENDINGS)
 
 

@@ -105,55 +105,57 @@ def test_a_step_that_does_not_fit_asks_for_all_there_is_and_is_refused_where_not
 
 
 @pytest.fixture
-def server(graph):
+def global_model(graph):
     """Three versions on."""
-    server = GlobalModel(str(graph))
+    global_model = GlobalModel(str(graph))
     for version in (1, 2, 3):
-        change = random_change(server.model, [(0, version), (1, 5)], seed=version)
-        server.advance(change, value_bits=4)
+        change = random_change(global_model.model, [(0, version), (1, 5)], seed=version)
+        global_model.advance(change, value_bits=4)
         if version == 2:
-            mask = server.graph.masks[0]
+            mask = global_model.graph.masks[0]
             p, q = next((p, q) for q in range(8) for p in range(q) if mask[p, q])
-            server.edit([RemoveEdge(0, p, q)])
-    return server
+            global_model.edit([RemoveEdge(0, p, q)])
+    return global_model
 
 
-def from_server(graph, server, **changes):
-    return request_at(graph, server.model, server.version, copy_hash=server.copy_hash, **changes)
+def from_server(graph, global_model, **changes):
+    return request_at(
+        graph, global_model.model, global_model.version, copy_hash=global_model.copy_hash, **changes
+    )
 
 
 @pytest.mark.parametrize("held", [0, 1, 3])
-def test_a_snapshot_takes_the_place_of_whatever_is_held(graph, server, tmp_path, held):
+def test_a_snapshot_takes_the_place_of_whatever_is_held(graph, global_model, tmp_path, held):
     store = ClientStore(tmp_path / "client")
-    for step in server.steps[:held]:
+    for step in global_model.steps[:held]:
         copy = open_mapped(str(graph), store.copy)
         assert store.copy.load(copy) == step.version - 1
         apply_step(copy, step)
         store.copy.save(copy, step.version)
     for _ in range(2):  # a second one changes nothing
         copy = open_mapped(str(graph), store.copy)
-        bring_to_version(copy, store, from_server(graph, server, snapshot=server.snapshot()))
-        assert all_equal(copy, server.model)
+        bring_to_version(copy, store, from_server(graph, global_model, snapshot=global_model.snapshot()))
+        assert all_equal(copy, global_model.model)
     reopened = open_mapped(str(graph), store.copy)
-    assert store.copy.load(reopened) == 3 and all_equal(reopened, server.model)
-    assert store.copy.hash(reopened) == server.copy_hash
+    assert store.copy.load(reopened) == 3 and all_equal(reopened, global_model.model)
+    assert store.copy.hash(reopened) == global_model.copy_hash
     # And steps go on from there.
-    server.advance(random_change(server.model, [(1, 1)]), value_bits=4)
+    global_model.advance(random_change(global_model.model, [(1, 1)]), value_bits=4)
     copy = open_mapped(str(graph), store.copy)
-    bring_to_version(copy, store, from_server(graph, server, steps=server.steps[3:]))
-    assert all_equal(copy, server.model)
+    bring_to_version(copy, store, from_server(graph, global_model, steps=global_model.steps[3:]))
+    assert all_equal(copy, global_model.model)
 
 
-def test_a_damaged_snapshot_leaves_what_was_held(graph, server, tmp_path):
+def test_a_damaged_snapshot_leaves_what_was_held(graph, global_model, tmp_path):
     store = ClientStore(tmp_path / "client")
-    first = request_at(graph, server.model, 1, steps=server.steps[:1])
+    first = request_at(graph, global_model.model, 1, steps=global_model.steps[:1])
     model = load_graph(str(graph), dtype=torch.float32)
-    apply_step(model, server.steps[0])
+    apply_step(model, global_model.steps[0])
     copy = open_mapped(str(graph), store.copy)
     bring_to_version(copy, store, replace(first, graph_hash=read_graph(model).digest()))
     for request in (
-        from_server(graph, server, snapshot=server.snapshot()[:-1]),
-        replace(from_server(graph, server, snapshot=server.snapshot()), copy_hash="f" * 32),
+        from_server(graph, global_model, snapshot=global_model.snapshot()[:-1]),
+        replace(from_server(graph, global_model, snapshot=global_model.snapshot()), copy_hash="f" * 32),
     ):
         with pytest.raises(RefusedUpdate):
             bring_to_version(open_mapped(str(graph), store.copy), store, request)
@@ -161,15 +163,15 @@ def test_a_damaged_snapshot_leaves_what_was_held(graph, server, tmp_path):
         assert store.copy.load(again) == 1 and all_equal(again, model)
 
 
-def test_a_copy_that_hashes_to_something_else_is_dropped_and_asked_for(graph, server, tmp_path):
+def test_a_copy_that_hashes_to_something_else_is_dropped_and_asked_for(graph, global_model, tmp_path):
     store = ClientStore(tmp_path / "client")
     copy = open_mapped(str(graph), store.copy)
-    bring_to_version(copy, store, from_server(graph, server, steps=server.steps))
+    bring_to_version(copy, store, from_server(graph, global_model, steps=global_model.steps))
     # An expert that is whole, and named in the list with its own digest, but another than the server's.
     copy = open_mapped(str(graph), store.copy)
     store.copy.load(copy)
     store.copy.write((1, 5), store.copy.read((1, 5)) * 1.0001)
     store.copy.save(copy, 3)
     with pytest.raises(VersionMismatch, match="holds version 0"):
-        bring_to_version(open_mapped(str(graph), store.copy), store, from_server(graph, server))
+        bring_to_version(open_mapped(str(graph), store.copy), store, from_server(graph, global_model))
     assert store.copy.load(open_mapped(str(graph), store.copy)) == 0
