@@ -1,71 +1,53 @@
-"""Which experts can go? Pruning by REAP, by frequency, at random, and merging, on mixtures trained here and a graph.
+"""Perplexity after pruning experts by REAP, by routing frequency and at random, and after merging them.
 
-A small mixture is grown on a trained Llama and trained on all domains, once per seed. What is kept is chosen on
-training text; perplexity is measured on held-out text of all domains, with no training after the experts went.
+Measured on a small MoE, grown on a trained Llama and trained on all domains once per seed, and on a bootstrapped graph.
+Experts are chosen on training text; perplexity is that of held-out text of all domains, without training in between.
 """
 
 from __future__ import annotations
 
-import copy
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import fmean
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 import torch
-from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel
+from transformers import MixtralConfig, MixtralForCausalLM
 
+from benchmarks.support.expert_removal import Text, compare
 from benchmarks.support.material import bootstrapped, data_sources, domain_blocks, model_path
 from benchmarks.support.quality_runs import DOMAINS
 from benchmarks.support.runner import Measured, OnStep, measured_apart, run_benchmark
 from benchmarks.support.saliency_tools import tool_figures
 from benchmarks.support.small_moe import grow, train_moe
 from benchmarks.support.statistics import interval
-from experts.saliency.measures import METRICS, Saliency
-from experts.selection.rules import SelectionRules, select_experts
 from federated.data.blocks import Blocks
-from models.moe.merge import Batch, MergeOptions, merge_experts
-from models.moe.remove import keep_experts
-from models.moe.saliency_collection import collect_saliency
-from models.runtime.perplexity import IGNORED, evaluate_loss
+from models.runtime.perplexity import IGNORED
 from models.runtime.precision import autocast_to_bf16
-
-# How merging is done, beside the default.
-PLANS = {
-    "merge": MergeOptions(),
-    "merge, average similarity": MergeOptions(similarity="average"),
-    "merge, REAM": MergeOptions(weights="mean-saliency", refit=False),
-    "merge, REAM by all tokens, refitted": MergeOptions(weights="saliency"),
-    "merge, plain average": MergeOptions(alignment="none", weights="plain", refit=False),
-}
-RANDOM_DRAWS = 3
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How much is trained and measured.
+    """Amounts of training and measurement.
 
     Attributes:
-        domains: of the text; wikimix is one more.
-        experts: E of the mixture.
+        domains: domains of the text; wikimix is added.
+        experts: E of the MoE.
         graph_experts: E of the graph.
-        top_k: experts per token of the mixture.
-        neurons: of an expert of the mixture.
-        train_blocks: of a domain.
-        calibration_blocks: of a domain, for saliency and merging.
-        valid_blocks: of a domain.
-        block_size: tokens of a block.
-        batch_size: blocks.
-        steps: of training.
-        learning_rate: at its highest.
-        seeds: of the experts, the order of the text, and random experts.
-        calibration_tokens: sampled from the model, for the bootstrap of the graph.
-        peak_shape: width, neurons of an expert and layers of the mixture that is pruned on the disk.
-        repeats: of timings.
+        top_k: experts per token of the MoE.
+        neurons: neurons of an expert of the MoE.
+        train_blocks: training blocks per domain.
+        calibration_blocks: blocks per domain for saliency and merging.
+        valid_blocks: held-out blocks per domain.
+        block_size: tokens per block.
+        batch_size: blocks per optimizer step.
+        steps: optimizer steps.
+        learning_rate: peak learning rate.
+        seeds: seeds of the initial experts, the order of the text, and the random choice of experts.
+        calibration_tokens: tokens sampled from the model for the bootstrap of the graph.
+        peak_shape: hidden size, neurons of an expert and layers of the checkpoint whose pruning is measured.
+        repeats: repetitions of timings.
     """
 
     domains: Sequence[str]
@@ -107,17 +89,8 @@ QUICK = replace(
 )
 
 
-@dataclass(frozen=True)
-class Text:
-    """Blocks of all domains together."""
-
-    train: Blocks
-    calibration: list[Batch]
-    valid: Blocks
-
-
 def measure(quick: bool, on_step: OnStep) -> Measured:
-    """Perplexities of every way to lose a quarter and a half of the experts; time and memory of the tools."""
+    """Perplexities after every removal of experts; relative time of saliency collection, peak memory of pruning."""
     settings = QUICK if quick else FULL
     path, steps = model_path("mix7M", quick=quick), len(settings.seeds) * 2 + 1
     found: dict[str, list[dict[str, Any]]] = {"mixture": [], "graph": []}
@@ -147,7 +120,7 @@ def measure(quick: bool, on_step: OnStep) -> Measured:
 
 
 def read_text(settings: Settings, seed: int, quick: bool) -> Text:
-    """Text of all domains, documents in an order of ``seed``."""
+    """Read the text of all domains, documents in an order of ``seed``."""
     path = model_path("mix7M", quick=quick)
     sources = [*data_sources(settings.domains, quick=quick), "wikimix"]
 
@@ -168,51 +141,8 @@ def read_text(settings: Settings, seed: int, quick: bool) -> Text:
     return Text(blocks("train", settings.train_blocks), list(batches), blocks("valid", settings.valid_blocks))
 
 
-def compare(model: PreTrainedModel, text: Text, seed: int) -> dict[str, Any]:
-    """Perplexity with all experts, and of every way to lose a quarter and a half of them."""
-    saliency = collect_saliency(model, text.calibration)
-    rng = np.random.default_rng(seed)
-    result: dict[str, Any] = {"all": perplexity(model, text)}
-    for share, name in ((4, "quarter"), (2, "half")):
-        kept = {metric: kept_by(saliency, metric, share) for metric in METRICS}
-        arms = {metric: pruned_perplexity(model, text, keep_map) for metric, keep_map in kept.items()}
-        draws = [
-            pruned_perplexity(model, text, random_experts(saliency, share, rng)) for _ in range(RANDOM_DRAWS)
-        ]
-        arms["random"] = math.exp(fmean(map(math.log, draws)))
-        for plan_name, plan in PLANS.items():
-            merged = copy.deepcopy(model)
-            merge_experts(merged, text.calibration, kept["reap"], plan)
-            arms[plan_name] = perplexity(merged, text)
-        result[name] = arms
-    return result
-
-
-def kept_by(saliency: Saliency, metric: str, share: int) -> dict[int, np.ndarray]:
-    """The experts that stay when one in ``share`` of each layer goes."""
-    return select_experts([saliency], metric, SelectionRules(n_prune=saliency.num_experts // share)).keep_map
-
-
-def random_experts(saliency: Saliency, share: int, rng: np.random.Generator) -> dict[int, np.ndarray]:
-    """As many experts of each layer, drawn at random."""
-    return {
-        layer: np.sort(rng.permutation(count)[: count - count // share])
-        for layer, count in enumerate(saliency.experts_per_layer)
-    }
-
-
-def perplexity(model: PreTrainedModel, text: Text) -> float:
-    """On the held-out text, weighted by tokens."""
-    return evaluate_loss(model, text.valid.input_ids, text.valid.labels).perplexity
-
-
-def pruned_perplexity(model: PreTrainedModel, text: Text, keep_map: Mapping[int, np.ndarray]) -> float:
-    """Without all other experts."""
-    return perplexity(keep_experts(copy.deepcopy(model), keep_map), text)
-
-
 def prune_peak(shape: tuple[int, int, int]) -> dict[str, float]:
-    """Memory that pruning half of the experts of a random mixture takes on the disk."""
+    """Peak memory of pruning half of the experts of a random MoE checkpoint, see ``measure_pruning``."""
     width, neurons, layers = shape
     config = MixtralConfig(
         vocab_size=1024, hidden_size=width, intermediate_size=neurons, num_hidden_layers=layers, num_local_experts=16,
@@ -245,11 +175,12 @@ def _measured(
     }
     figures: dict[str, float | None] = {name: low for name, (low, _) in intervals["mixture"].items()}
     figures |= tools | {"prune_peak_over_checkpoint": peak["peak_bytes"] / peak["bytes_before"]}
-    note = "lower end of the 95 % interval over seeds"
+    notes = dict.fromkeys(pairs, "lower end of the 95 % interval over seeds")
+    notes["reap_formula_difference"] = "largest absolute difference over the largest value"
     return Measured(
         figures=figures,
         peers={"intervals": intervals, "runs": found, "pruned_on_disk": peak, "setting": vars(settings)},
-        notes=dict.fromkeys(pairs, note) | {"reap_formula_difference": "relative to the largest"},
+        notes=notes,
     )
 
 

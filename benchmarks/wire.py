@@ -1,24 +1,19 @@
-"""Bytes and speed of a packed update, against its entropy and against what others send.
+"""Size and speed of packed updates, relative to their entropy and to plain codings.
 
-The floor of an index column is ``n * H(density)`` bits for n entries. Real masks are of the largest entries of the
-changes of every expert after a round of local training, a client for each domain, laid side by side as one model.
+The entropy floor of an index column is ``n * H(density)`` bits for n entries. Real masks select the largest entries of
+the expert changes of one round of local training, one client per domain, concatenated as layers of one model.
 """
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from benchmarks.support.runner import Measured, OnStep, run_benchmark
-from benchmarks.support.statistics import alternate, median_ratio
 from benchmarks.support.wire_lowrank import energy_ratios
-from benchmarks.support.wire_peers import dense_peers, plain_pack, plain_select, plain_unpack
+from benchmarks.support.wire_peers import dense_peers, speed_figures
 from benchmarks.support.wire_updates import (
     TrainingSettings,
     kept,
@@ -29,26 +24,26 @@ from benchmarks.support.wire_updates import (
 from clients.training.trainer import LocalTraining
 from configs.schema import RunConfig
 from federated.updates.update import SparseUpdate, SparseVector, Unit
-from federated.wire.codec import pack_update, packed_stats, unpack_update
+from federated.wire.codec import pack_update, packed_stats
 
-# Bytes from which the share of the container counts.
+# Smallest packed update, in bytes, whose container share is reported.
 _LARGE = 100_000
-# A value, unless said otherwise.
+# Bits per value, except where 2 bits are compared.
 _BITS = 4
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How much is measured.
+    """Amounts of measurement.
 
     Attributes:
-        entries: of the random masks.
-        densities: of all masks.
-        training: of the real updates.
-        speed_density: of the update that is timed.
-        repeats: of timings.
-        ranks: of the factors compared with sparse entries.
-        every: of how many experts one is compared so.
+        entries: entries of the random masks.
+        densities: densities of random and real masks.
+        training: local training behind the real updates.
+        speed_density: density of the timed update.
+        repeats: repetitions of timings.
+        ranks: ranks of the low-rank factors compared with sparse entries.
+        every: stride over experts in that comparison.
     """
 
     entries: int
@@ -98,7 +93,7 @@ QUICK = replace(
 
 
 def measure(quick: bool, on_step: OnStep) -> Measured:
-    """Bytes of uniform and of real masks and of values, then the seconds of packing and unpacking."""
+    """Bytes of uniform masks, real masks and values, and seconds of packing and unpacking."""
     settings = QUICK if quick else FULL
     trained = trained_updates(settings.training, quick=quick, density=settings.speed_density, bits=_BITS)
     changes = trained.changes
@@ -115,7 +110,7 @@ def measure(quick: bool, on_step: OnStep) -> Measured:
         for name, units in zip(settings.training.domains, changes, strict=False)
     }
     on_step("local training, masks, speed", 2, 3)
-    speed = _speed(vectors, settings)
+    speed = speed_figures(vectors, density=settings.speed_density, bits=_BITS, repeats=settings.repeats)
     peers = dense_peers(vectors, repeats=min(3, settings.repeats))
     lowrank = {
         f"{name}, rank {rank}": energy_ratios(trained.matrices(units, settings.every), rank=rank, bits=_BITS)
@@ -151,11 +146,12 @@ def _summary(uniform, real, speed, peers, lowrank, clients) -> Measured:
         },
         notes={
             "index_over_entropy_real_max": "largest entries of each unit and of all units, all clients side by side",
-            "int4_bits": "a value with its block scales, on the real updates; the largest of all densities",
+            "int4_bits": "bits per value, block scales included, on the real updates; maximum over densities",
             "bit2_bits": "likewise",
-            "overhead_bytes": "the whole packed size of one entry of one unit",
+            "overhead_bytes": "packed size of an update of one entry of one unit",
             "container_share_100k": "of packed updates of at least 100 kB, at 4 bits; None where there is none",
-            "pack_speed_ratio": "against torch.topk + int32 positions + fp16 values + zstd -3; ours with its selection",
+            "pack_speed_ratio": "seconds of torch.topk + int32 positions + fp16 values + zstd -3 over ours; both with "
+            "their selection",
             "pack_speed_ratio_same_selection": "likewise, both with our selection",
             "unpack_speed_ratio": "both to the same per-unit positions (int64) and values (fp32)",
             "size_ratio": "at 4 bits",
@@ -164,14 +160,14 @@ def _summary(uniform, real, speed, peers, lowrank, clients) -> Measured:
 
 
 def smallest_bytes() -> int:
-    """The packed size of an update of one unit and one entry."""
+    """Packed size of an update of one unit and one entry."""
     return len(
         pack_update(SparseUpdate(1, "0" * 64, {(0, 0): SparseVector(50_000, [7], [1e-3])}), value_bits=_BITS)
     )
 
 
 def _sizes(update: SparseUpdate) -> dict[str, float]:
-    """What packing gives at 4 bits and, of the values, at 2."""
+    """Sizes of an update packed at 4 bits, and bits per value at 2 bits."""
     four, two = (packed_stats(pack_update(update, value_bits=bits)) for bits in (_BITS, 2))
     count = sum(vector.indices.size for vector in update.vectors.values())
     return {
@@ -189,86 +185,9 @@ def _sizes(update: SparseUpdate) -> dict[str, float]:
 
 
 def _client_index(units: Mapping[Unit, Tensor], settings: Settings) -> dict[str, float]:
-    """Index over entropy of one client alone, by density."""
+    """Index bytes over entropy floor of a single client, by density."""
     rows = {p: packed_stats(pack_update(kept(units, p), value_bits=_BITS)) for p in settings.densities}
     return {str(p): row.index_bytes / row.index_floor_bytes for p, row in rows.items()}
-
-
-def _speed(vectors: Mapping[Unit, Tensor], settings: Settings) -> dict[str, Any]:
-    """Ratios of seconds, peer over ours, and of bytes, ours over the peer's."""
-    update = kept(vectors, settings.speed_density)
-    sizes = {unit: vector.numel() for unit, vector in vectors.items()}
-    ours, plain = pack_update(update, value_bits=_BITS), plain_pack(update)
-    seconds = alternate(
-        {
-            "ours, select": lambda: kept(vectors, settings.speed_density),
-            "plain, select": lambda: plain_select(vectors, settings.speed_density),
-            "ours, pack": lambda: pack_update(update, value_bits=_BITS),
-            "plain, pack": lambda: plain_pack(update),
-            "ours, unpack": lambda: unpack_update(ours, sizes=sizes),
-            "plain, unpack": lambda: plain_unpack(plain, sorted(sizes.items())),
-        },
-        repeats=settings.repeats,
-        warmup=1,
-    )
-    whole = {
-        f"{packer}, {selector}": np.add(seconds[f"{selector}, select"], seconds[f"{packer}, pack"]).tolist()
-        for packer, selector in (("ours", "ours"), ("plain", "ours"), ("plain", "plain"))
-    }
-    entries = sum(sizes.values())
-    processor = {
-        name: _processor_seconds(pack, settings.repeats)
-        for name, pack in (
-            ("ours", lambda: pack_update(update, value_bits=_BITS)),
-            ("plain", lambda: plain_pack(update)),
-        )
-    }
-    return {
-        "figures": {
-            "pack_speed_ratio": median_ratio(whole["plain, plain"], whole["ours, ours"]),
-            "pack_speed_ratio_same_selection": median_ratio(whole["plain, ours"], whole["ours, ours"]),
-            "pack_speed_ratio_without_selection": median_ratio(seconds["plain, pack"], seconds["ours, pack"]),
-            "unpack_speed_ratio": median_ratio(seconds["plain, unpack"], seconds["ours, unpack"]),
-            "size_ratio": len(ours) / len(plain),
-        },
-        "peers": _speed_peers(seconds, processor, {"ours": ours, "plain": plain}, settings, entries),
-    }
-
-
-def _speed_peers(
-    seconds: Mapping[str, Sequence[float]],
-    processor: Mapping[str, float],
-    packed: Mapping[str, bytes],
-    settings: Settings,
-    entries: int,
-) -> dict[str, Any]:
-    """Medians of seconds, and bytes per entry, of ours and of plain coding."""
-    selections = {"ours": "ours", "torch.topk": "plain"}
-    codings = {"ours": "ours at density {}, int4", "plain": "int32 fp16 zstd -3 at density {}"}
-    return {
-        f"selection of the largest entries, {label}": {
-            "seconds": statistics.median(seconds[f"{name}, select"])
-        }
-        for label, name in selections.items()
-    } | {
-        label.format(settings.speed_density): {
-            "bytes_per_entry": len(packed[name]) / entries,
-            "seconds": statistics.median(seconds[f"{name}, pack"]),
-            "processor_seconds": processor[name],
-            "unpack_seconds": statistics.median(seconds[f"{name}, unpack"]),
-        }
-        for name, label in codings.items()
-    }
-
-
-def _processor_seconds(run: Callable[[], object], repeats: int) -> float:
-    """Median over ``repeats`` of the seconds that all threads together compute."""
-    found = []
-    for _ in range(repeats):
-        start = time.process_time()
-        run()
-        found.append(time.process_time() - start)
-    return statistics.median(found)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Pruning one checkpoint in a process of its own: how much memory that takes.
+"""Peak memory of pruning one checkpoint, measured in a process of its own.
 
 ``python -m benchmarks.support.prune_peak SOURCE OUT KEEP`` keeps the first KEEP experts of each layer and prints JSON.
 """
@@ -18,7 +18,13 @@ from models.moe_files.prune import prune_checkpoint
 
 
 def measure_pruning(source: Path, out: Path, keep: int) -> dict[str, float]:
-    """Peak bytes while pruning beyond what imports take, and bytes of the weight files before and after."""
+    """Prune a checkpoint; returns the peak memory minus that of imports, and the weight files' sizes, in bytes.
+
+    Args:
+        source: checkpoint of an MoE.
+        out: new checkpoint.
+        keep: experts of each layer that are kept, the first ones.
+    """
     imported = psutil.Process().memory_info().rss
     layers = range(len(read_moe_layout(source).layers))
     report = prune_checkpoint(source, out, {layer: np.arange(keep) for layer in layers})

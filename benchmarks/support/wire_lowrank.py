@@ -1,4 +1,4 @@
-"""Does an expert's change fit better into low-rank factors than into its largest entries, at equal bytes?"""
+"""Energy of an expert's change that low-rank factors keep, relative to top-k entries of equal bytes."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from federated.wire.quantize import dequantize, quantize
 
 
 def factor_energy(change: Tensor, rank: int, bits: int) -> tuple[float, int]:
-    """Share of the energy of ``change [rows, columns]`` that its truncated singular value decomposition keeps.
+    """Share of the energy of ``change [rows, columns]`` that its quantized truncated SVD keeps.
 
-    Both factors carry the root of the singular values and are quantized as sparse values are.
+    Each factor is scaled by the square root of the singular values and quantized as sparse values are.
 
     Returns:
-        that share, and the bytes of codes and scales.
+        share of the energy, and bytes of codes and scales.
     """
     left, singular, right = torch.linalg.svd(change, full_matrices=False)
     root = singular[:rank].sqrt()
@@ -29,7 +29,7 @@ def factor_energy(change: Tensor, rank: int, bits: int) -> tuple[float, int]:
 
 
 def sparse_energy(change: Tensor, size: int, bits: int) -> float:
-    """Share of the energy that the largest entries keep in an index and values of at most ``size`` bytes."""
+    """Share of the energy that the largest entries keep, with index and values of at most ``size`` bytes together."""
     flat, low, high = change.reshape(-1), 0.0, 1.0
     best = torch.zeros_like(flat)
     for _ in range(12):
@@ -48,7 +48,7 @@ def sparse_energy(change: Tensor, size: int, bits: int) -> float:
 
 
 def energy_ratios(changes: list[Tensor], *, rank: int, bits: int) -> dict[str, float]:
-    """Energy of factors over energy of sparse entries at equal bytes: median over experts, and how many gain."""
+    """Energy kept by factors over that kept by sparse entries at equal bytes: median and share above 1 over experts."""
     ratios = []
     for change in changes:
         factors, size = factor_energy(change, rank, bits)

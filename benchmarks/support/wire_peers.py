@@ -1,9 +1,10 @@
-"""What others send: the largest entries with plain coding, and whole updates in fewer bits."""
+"""Plain codings of updates for comparison: top-k entries with zstandard, and dense updates at reduced precision."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +12,8 @@ from flwr.app import Array, ArrayRecord
 from torch import Tensor
 from zstandard import ZstdCompressor, ZstdDecompressor
 
-from benchmarks.support.statistics import alternate
+from benchmarks.support.statistics import alternate, median_ratio, processor_seconds
+from benchmarks.support.wire_updates import kept
 from federated.updates.update import (
     SparseUpdate,
     SparseVector,
@@ -20,12 +22,13 @@ from federated.updates.update import (
     join_values,
     split_columns,
 )
+from federated.wire.codec import pack_update, unpack_update
 
 _INDEX, _VALUE = np.dtype("<i4"), np.dtype("<f2")
 
 
 def plain_select(vectors: Mapping[Unit, Tensor], density: float) -> SparseUpdate:
-    """A share ``density`` of each unit's entries, the largest, as torch.topk finds them."""
+    """Select the largest entries of each unit, a share ``density``, with torch.topk."""
     found = {}
     for unit, vector in vectors.items():
         count = round(density * vector.numel())
@@ -35,13 +38,13 @@ def plain_select(vectors: Mapping[Unit, Tensor], density: float) -> SparseUpdate
 
 
 def plain_pack(update: SparseUpdate, level: int = 3) -> bytes:
-    """Positions in int32 and values in fp16, with zstandard."""
+    """Pack int32 positions and fp16 values with zstandard."""
     columns = (join_indices(update)[0].astype(_INDEX), join_values(update).astype(_VALUE))
     return ZstdCompressor(level=level).compress(b"".join(column.tobytes() for column in columns))
 
 
 def plain_unpack(data: bytes, sizes: Sequence[tuple[Unit, int]]) -> SparseUpdate:
-    """Undo ``plain_pack`` for units of known ``sizes``: the same kind of update that ours unpacks to."""
+    """Unpack the result of ``plain_pack`` for units of known ``sizes``, to the type that ``unpack_update`` returns."""
     raw = ZstdDecompressor().decompress(data)
     count = len(raw) // (_INDEX.itemsize + _VALUE.itemsize)
     indices = np.frombuffer(raw, _INDEX, count).astype(np.int64)
@@ -50,7 +53,7 @@ def plain_unpack(data: bytes, sizes: Sequence[tuple[Unit, int]]) -> SparseUpdate
 
 
 def dense_peers(vectors: Mapping[Unit, Tensor], *, repeats: int) -> dict[str, dict[str, float | str]]:
-    """Bytes an entry and seconds of each way to send every entry of ``vectors``."""
+    """Bytes per entry and seconds of each coding of all entries of ``vectors``."""
     column = torch.cat([vectors[unit] for unit in sorted(vectors)])
     ways: dict[str, Callable[[], int]] = {
         "flower fp32": lambda: _record_bytes(vectors, np.float32),
@@ -70,6 +73,88 @@ def dense_peers(vectors: Mapping[Unit, Tensor], *, repeats: int) -> dict[str, di
     return absent | {
         name: {"bytes_per_entry": way() / column.numel(), "seconds": statistics.median(seconds[name])}
         for name, way in ways.items()
+    }
+
+
+def speed_figures(
+    vectors: Mapping[Unit, Tensor], *, density: float, bits: int, repeats: int
+) -> dict[str, Any]:
+    """Speed and size of our codec relative to plain coding.
+
+    Args:
+        vectors: dense change of each unit.
+        density: share of entries that is kept.
+        bits: bits per value of our codec.
+        repeats: repetitions of each timing.
+
+    Returns:
+        ``figures``: ratios of seconds, plain over ours, and of bytes, ours over plain; ``peers``: the absolute numbers.
+    """
+    update = kept(vectors, density)
+    sizes = {unit: vector.numel() for unit, vector in vectors.items()}
+    ours, plain = pack_update(update, value_bits=bits), plain_pack(update)
+    seconds = alternate(
+        {
+            "ours, select": lambda: kept(vectors, density),
+            "plain, select": lambda: plain_select(vectors, density),
+            "ours, pack": lambda: pack_update(update, value_bits=bits),
+            "plain, pack": lambda: plain_pack(update),
+            "ours, unpack": lambda: unpack_update(ours, sizes=sizes),
+            "plain, unpack": lambda: plain_unpack(plain, sorted(sizes.items())),
+        },
+        repeats=repeats,
+        warmup=1,
+    )
+    whole = {
+        f"{packer}, {selector}": np.add(seconds[f"{selector}, select"], seconds[f"{packer}, pack"]).tolist()
+        for packer, selector in (("ours", "ours"), ("plain", "ours"), ("plain", "plain"))
+    }
+    entries = sum(sizes.values())
+    sizes_per_entry = {"ours": len(ours) / entries, "plain": len(plain) / entries}
+    codings = {
+        "ours": f"ours at density {density}, int{bits}",
+        "plain": f"int32 fp16 zstd -3 at density {density}",
+    }
+    processor = {
+        name: processor_seconds(pack, repeats)
+        for name, pack in (
+            ("ours", lambda: pack_update(update, value_bits=bits)),
+            ("plain", lambda: plain_pack(update)),
+        )
+    }
+    return {
+        "figures": {
+            "pack_speed_ratio": median_ratio(whole["plain, plain"], whole["ours, ours"]),
+            "pack_speed_ratio_same_selection": median_ratio(whole["plain, ours"], whole["ours, ours"]),
+            "pack_speed_ratio_without_selection": median_ratio(seconds["plain, pack"], seconds["ours, pack"]),
+            "unpack_speed_ratio": median_ratio(seconds["plain, unpack"], seconds["ours, unpack"]),
+            "size_ratio": len(ours) / len(plain),
+        },
+        "peers": _speed_peers(seconds, processor, sizes_per_entry, codings),
+    }
+
+
+def _speed_peers(
+    seconds: Mapping[str, Sequence[float]],
+    processor: Mapping[str, float],
+    bytes_per_entry: Mapping[str, float],
+    codings: Mapping[str, str],
+) -> dict[str, Any]:
+    """Median seconds and bytes per entry of our codec and of plain coding."""
+    selections = {"ours": "ours", "torch.topk": "plain"}
+    return {
+        f"selection of the largest entries, {label}": {
+            "seconds": statistics.median(seconds[f"{name}, select"])
+        }
+        for label, name in selections.items()
+    } | {
+        label: {
+            "bytes_per_entry": bytes_per_entry[name],
+            "seconds": statistics.median(seconds[f"{name}, pack"]),
+            "processor_seconds": processor[name],
+            "unpack_seconds": statistics.median(seconds[f"{name}, unpack"]),
+        }
+        for name, label in codings.items()
     }
 
 

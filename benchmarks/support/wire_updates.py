@@ -1,4 +1,4 @@
-"""What the codec is measured on: changes of experts after real local training, and random masks."""
+"""Updates for the codec benchmark: expert changes of real local training, and random masks."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ _BATCH = 8
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """Of the updates of a client for each domain.
+    """Local training of one client per domain.
 
     Attributes:
-        domains: a client each.
+        domains: domain of each client.
         experts: E of each layer.
-        blocks: of text, a client.
-        block_size: tokens of a block.
-        calibration_tokens: sampled from the model, for the bootstrap.
-        training: of a round.
+        blocks: text blocks per client.
+        block_size: tokens per block.
+        calibration_tokens: tokens sampled from the model for the bootstrap.
+        training: local training of a round.
     """
 
     domains: Sequence[str]
@@ -45,11 +45,11 @@ class TrainingSettings:
 
 @dataclass(frozen=True)
 class TrainedUpdates:
-    """What rounds of local training changed.
+    """Expert changes of local training.
 
     Attributes:
-        changes: for each client the change ``[size]`` of every expert, fp32.
-        carried: for the first client, a second round's change plus what a sparse update left of the first.
+        changes: change ``[size]`` of every expert, fp32, per client.
+        carried: change of the first client in a second round plus the error-feedback residual of the first round.
         hidden_size: d; the first ``3hd`` entries of a change are a matrix ``[3h, d]``.
         weights: ``3hd``.
     """
@@ -60,12 +60,19 @@ class TrainedUpdates:
     weights: int
 
     def matrices(self, units: Mapping[Unit, Tensor], every: int) -> list[Tensor]:
-        """The change ``[3h, d]`` of one expert in ``every``, without its routing."""
+        """Weight change ``[3h, d]`` of one in ``every`` experts, without routing parameters."""
         return [units[unit][: self.weights].view(-1, self.hidden_size) for unit in sorted(units)[::every]]
 
 
 def trained_updates(settings: TrainingSettings, *, quick: bool, density: float, bits: int) -> TrainedUpdates:
-    """Train a client for each domain from the same graph, the first one for a second round."""
+    """Train one client per domain from the same graph, the first one for a second round.
+
+    Args:
+        settings: clients, graph and training.
+        quick: use the embedded model and WikiMix.
+        density: share of entries that the first client's first update ships.
+        bits: bits per value of that update.
+    """
     path = model_path("mix7M", quick=quick)
     model = bootstrapped(path, settings.experts, settings.calibration_tokens)
     texts = [
@@ -89,13 +96,13 @@ def _change(
 
 
 def _left(change: Mapping[Unit, Tensor], density: float, bits: int) -> dict[Unit, Tensor]:
-    """What an update of the largest entries does not ship: the residual of error feedback."""
+    """Error-feedback residual: the change minus its shipped, quantized largest entries."""
     shipped = quantize_update(kept(change, density), bits).vectors
     return {unit: vector - torch.from_numpy(shipped[unit].to_dense()) for unit, vector in change.items()}
 
 
 def side_by_side(changes: Sequence[Mapping[Unit, Tensor]]) -> dict[Unit, Tensor]:
-    """The units of several clients as if they were layers of one larger model."""
+    """Units of several clients, renumbered as layers of one larger model."""
     layers = 1 + max(layer for layer, _ in changes[0])
     return {
         (layers * client + layer, expert): vector
@@ -105,14 +112,14 @@ def side_by_side(changes: Sequence[Mapping[Unit, Tensor]]) -> dict[Unit, Tensor]
 
 
 def kept(vectors: Mapping[Unit, Tensor], density: float, *, shared: bool = False) -> SparseUpdate:
-    """The largest entries: a share ``density`` of each unit or, ``shared``, of all units together."""
+    """Largest entries of ``vectors``: a share ``density`` of each unit or, if ``shared``, of all units together."""
     if shared:
         return SparseUpdate(0, "", largest_share(vectors, vectors, density))
     return SparseUpdate(0, "", {unit: sparsify(vector, density) for unit, vector in vectors.items()})
 
 
 def random_update(entries: int, density: float, *, seed: int, unit_size: int = 50_000) -> SparseUpdate:
-    """Normal values at uniformly random positions of units that hold at least ``entries`` together."""
+    """Update with normal values at uniformly random positions, in units of at least ``entries`` entries together."""
     rng = np.random.default_rng(seed)
     vectors = {}
     for expert in range(-(-entries // unit_size)):
