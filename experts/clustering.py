@@ -4,35 +4,26 @@ from __future__ import annotations
 
 import importlib.util
 import time
-import warnings
 from dataclasses import dataclass
 
 import numpy as np
-from ortools.graph.python.min_cost_flow import SimpleMinCostFlow
-from scipy.cluster.vq import kmeans2
 
 from configs.errors import UserError
+from experts.flow_kmeans import flow_labels
 
 # Solvers of the balanced assignments: OR-Tools called once per step, or the package k-means-constrained.
 CLUSTERINGS = ("flow", "k-means-constrained")
 
-# Width of the sketch on which plain k-means finds the first centers, and the steps that it takes there.
-_SKETCH_WIDTH, _PLAIN_STEPS = 64, 10
-# Flow costs are integers; this many of them make up the mean cost of a place.
-_COST_UNITS = 10_000
-# A step that lowers the inertia by less than this share is the last one.
-_TOLERANCE = 1e-4
-# Initializations of k-means-constrained, its own default, and the mean distance to which features are scaled for it:
-# it rounds distances to a thousandth.
-_PACKAGE_RESTARTS, _PACKAGE_DISTANCE = 10, 10.0
+# Mean distance to which features are scaled for k-means-constrained, which rounds distances to a thousandth.
+_PACKAGE_DISTANCE = 10.0
 
 
 @dataclass(frozen=True)
 class Clusters:
-    """Neurons of one layer, dealt to experts of equal size.
+    """Partition of the neurons of one layer into clusters of equal size.
 
     Attributes:
-        members: int64 ``[E, m / E]``, the neurons of each expert in ascending order.
+        members: int64 ``[E, m / E]``, the neurons of each cluster in ascending order.
         inertia: sum of squared distances of the neurons to the center of their expert.
         variance_within: mean squared distance of a neuron to its center.
         variance_between: mean squared distance of a neuron's center to the center of all.
@@ -50,15 +41,15 @@ class Clusters:
 
 
 def valid_expert_counts(num_neurons: int) -> list[int]:
-    """Every E that deals ``num_neurons`` into experts of equal size, ascending."""
+    """Divisors of ``num_neurons``, the valid numbers of experts, ascending."""
     return [count for count in range(1, num_neurons + 1) if num_neurons % count == 0]
 
 
 def check_expert_count(num_neurons: int, num_experts: int) -> None:
-    """Refuse an E that does not divide the FFN width.
+    """Check that E divides the FFN width.
 
     Raises:
-        UserError: lists the valid E nearest to the one asked for.
+        UserError: lists the nearest valid E.
     """
     valid = valid_expert_counts(num_neurons)
     if num_experts in valid:
@@ -71,7 +62,7 @@ def check_expert_count(num_neurons: int, num_experts: int) -> None:
 
 
 def check_clustering(clustering: str) -> None:
-    """Refuse a clustering that is unknown or whose package is not installed.
+    """Check that a clustering exists and that its package is installed.
 
     Raises:
         UserError: lists the choices, or names the extra to install.
@@ -119,13 +110,9 @@ def balanced_clusters(
         )
     size = len(features) // num_experts
     if num_experts == 1 or size == 1:
-        labels = np.arange(len(features)) // size
-    elif clustering == "flow":
-        labels = _flow_labels(features, num_experts, seed, restarts or 1, max_iterations or 30)
-    else:
-        labels = _package_labels(
-            features, num_experts, seed, restarts or _PACKAGE_RESTARTS, max_iterations or 300
-        )
+        return _describe(features, np.arange(len(features)) // size, num_experts)
+    solve, defaults = _SOLVERS[clustering]
+    labels = solve(features, num_experts, seed, restarts or defaults[0], max_iterations or defaults[1])
     return _describe(features, labels, num_experts)
 
 
@@ -139,22 +126,10 @@ def timed_clusters(
 
 
 def random_clusters(num_neurons: int, num_experts: int, *, seed: int = 0) -> np.ndarray:
-    """Deal neurons to equal experts at random, ``[E, m / E]``: the baseline that clustering has to beat."""
+    """Random partition of neurons into equal experts, ``[E, m / E]``: the baseline of clustering."""
     check_expert_count(num_neurons, num_experts)
     shuffled = np.random.default_rng(seed).permutation(num_neurons)
     return np.sort(shuffled.reshape(num_experts, -1), axis=1)
-
-
-def _flow_labels(
-    features: np.ndarray, num_experts: int, seed: int, restarts: int, max_iterations: int
-) -> np.ndarray:
-    centered = features - features.mean(axis=0)
-    rng = np.random.default_rng(seed)
-    runs = [
-        _balance(centered, _plain_labels(centered, num_experts, rng), num_experts, max_iterations)
-        for _ in range(restarts)
-    ]
-    return min(runs, key=lambda run: run[0])[1]
 
 
 def _package_labels(
@@ -183,83 +158,16 @@ def _package_labels(
     return labels
 
 
-def _plain_labels(centered: np.ndarray, num_experts: int, rng: np.random.Generator) -> np.ndarray:
-    """Labels ``[m]`` of unbalanced k-means on a sketch: quick, and the balanced steps have little left to do."""
-    # Neurons that are all alike leave nothing to draw centers by, and the balanced steps fill empty clusters.
-    with warnings.catch_warnings(), np.errstate(invalid="ignore"):
-        warnings.filterwarnings("ignore", "One of the clusters is empty")
-        return kmeans2(_sketch(centered, rng), num_experts, iter=_PLAIN_STEPS, minit="++", rng=rng)[1]
-
-
-def _sketch(centered: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Project on the leading directions, by one power iteration of the randomized range finder (arXiv:0909.4061)."""
-    if centered.shape[1] <= _SKETCH_WIDTH:
-        return centered
-    probe = rng.standard_normal((centered.shape[1], _SKETCH_WIDTH)).astype(centered.dtype)
-    return centered @ np.linalg.qr(centered.T @ (centered @ probe))[0]
-
-
-def _balance(
-    centered: np.ndarray, labels: np.ndarray, num_experts: int, max_iterations: int
-) -> tuple[float, np.ndarray]:
-    """Lloyd's algorithm with balanced assignments: the inertia, and the labels ``[m]``."""
-    size = len(centered) // num_experts
-    spread = float(np.einsum("mf,mf->", centered, centered, dtype=np.float64))
-    lowest, best = np.inf, labels
-    centers = _centers(centered, labels, num_experts)
-    for _ in range(max_iterations):
-        # Squared distances but for the neurons' own norms, which no assignment depends on.
-        labels = balanced_assignment(np.square(centers).sum(axis=1) - 2 * (centered @ centers.T))
-        centers = _centers(centered, labels, num_experts)
-        inertia = spread - size * float(np.square(centers, dtype=np.float64).sum())
-        settled = inertia >= lowest * (1 - _TOLERANCE)
-        if inertia < lowest:
-            lowest, best = inertia, labels
-        if settled:
-            break
-    return lowest, best
-
-
-def _centers(centered: np.ndarray, labels: np.ndarray, num_experts: int) -> np.ndarray:
-    """Mean of each cluster's neurons, ``[E, F]``; zero, the mean of all, where a cluster has none."""
-    member = np.eye(num_experts, dtype=centered.dtype)[labels]
-    return (member.T @ centered) / np.maximum(member.sum(axis=0), 1)[:, None]
-
-
-def balanced_assignment(costs: np.ndarray) -> np.ndarray:
-    """Give every expert equally many neurons at the least total cost, as a minimum-cost flow.
-
-    Args:
-        costs: ``[m, E]``, finite; E divides m. Resolved to a ten-thousandth of the mean cost above a neuron's least.
-
-    Returns:
-        int64 ``[m]``, the expert of each neuron.
-    """
-    num_neurons, num_experts = costs.shape
-    above = costs - costs.min(axis=1, keepdims=True)
-    units = np.rint(above * (_COST_UNITS / max(float(above.mean()), 1e-30))).astype(np.int64)
-    neurons = np.arange(num_neurons, dtype=np.int32)
-    experts = np.arange(num_neurons, num_neurons + num_experts, dtype=np.int32)
-    flow = SimpleMinCostFlow()
-    arcs = flow.add_arcs_with_capacity_and_unit_cost(
-        neurons.repeat(num_experts),
-        np.tile(experts, num_neurons),
-        np.ones(costs.size, np.int64),
-        units.ravel(),
-    )
-    flow.set_nodes_supplies(neurons, np.ones(num_neurons, np.int64))
-    flow.set_nodes_supplies(experts, np.full(num_experts, -(num_neurons // num_experts)))
-    if flow.solve() != flow.OPTIMAL:
-        raise RuntimeError(f"no balanced assignment of {num_neurons} neurons to {num_experts} experts")
-    return flow.flows(arcs).reshape(costs.shape).argmax(axis=1)
-
-
 def _describe(features: np.ndarray, labels: np.ndarray, num_experts: int) -> Clusters:
     members = np.stack([np.flatnonzero(labels == expert) for expert in range(num_experts)])
-    # Expert by expert: copies of all features would double the memory.
+    # One expert at a time, because a copy of all features would double the memory.
     centers = np.stack([features[rows].mean(axis=0) for rows in members])
     within = sum(
         float(((features[rows] - center) ** 2).sum()) for rows, center in zip(members, centers, strict=True)
     )
     between = ((centers - features.mean(axis=0)) ** 2).sum(axis=-1)
     return Clusters(members, within, within / len(features), float(between.mean()))
+
+
+# By clustering: the function from features to labels, and its default restarts and iterations.
+_SOLVERS = {"flow": (flow_labels, (1, 30)), "k-means-constrained": (_package_labels, (10, 300))}

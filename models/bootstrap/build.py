@@ -1,4 +1,4 @@
-"""From a dense Llama to an expert graph: the same function, its neurons dealt to experts.
+"""Expert graph of a dense Llama: the same function, its FFN neurons partitioned into experts.
 
 The construction follows EMoE (Qiu et al., 2023, arXiv:2310.10908); router and edges are FedGraft's own.
 """
@@ -24,7 +24,7 @@ from models.checkpoints.save import cast_weights
 from models.remote_code.configuration_fedgraft import FedGraftConfig
 from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 
-# Weights of a projection from which on the clustering of a layer takes longer than the start of a process.
+# Fewest weights of a projection for which the clustering of a layer takes longer than the start of a process.
 _PARALLEL_WEIGHTS = 16_000_000
 
 FEATURES = ("gate", "up", "down", "gate+up", "joint", "activation")
@@ -40,9 +40,9 @@ class BootstrapOptions:
         clustering: balanced k-means, one of ``experts.clustering.CLUSTERINGS``.
         router: ``ridge`` or ``centroid``.
         experts_per_token: k; None for half of the experts.
-        edges_per_expert: edges that leave an expert at most.
+        edges_per_expert: most edges that leave an expert.
         seed: seed of the k-means initialization.
-        jobs: layers clustered side by side; None for one per core where layers are large enough to gain from it.
+        jobs: layers clustered in parallel; None for one per core if layers are large enough to gain from it.
     """
 
     num_experts: int
@@ -60,7 +60,7 @@ class BootstrapOptions:
         check_clustering(self.clustering)
         if self.router not in ROUTERS:
             raise UserError(f"expected router to be one of {', '.join(ROUTERS)}, got {self.router!r}")
-        # A count below one is answered with those that divide the FFN width, once that is known.
+        # Counts below one are refused by check_expert_count, which knows the FFN width and lists the valid ones.
         if self.num_experts >= 1 and not 1 <= self.visits <= self.num_experts:
             raise UserError(
                 f"expected experts per token between 1 and the {self.num_experts} experts, got {self.visits}"
@@ -68,20 +68,20 @@ class BootstrapOptions:
         if self.edges_per_expert < 0:
             raise UserError(f"expected at least 0 edges per expert, got {self.edges_per_expert}")
         if self.jobs is not None and self.jobs < 1:
-            raise UserError(f"expected at least 1 of the jobs that run side by side, got {self.jobs}")
+            raise UserError(f"expected jobs of at least 1, got {self.jobs}")
 
     @property
     def visits(self) -> int:
-        """k."""
+        """Experts per token, k."""
         return self.experts_per_token if self.experts_per_token is not None else max(1, self.num_experts // 2)
 
 
 @dataclass(frozen=True)
 class LayerExperts:
-    """The experts of one layer before they are built.
+    """Clusters, router and edges of the experts of one layer, without their weights.
 
     Attributes:
-        clusters: the neurons of each expert, numbered by falling mean activation.
+        clusters: neurons of each expert; experts in descending order of mean activation.
         router: ``[E, D]``, fp32.
         edges: bool ``[E, E]``.
         seconds: wall time of the clustering.
@@ -101,13 +101,13 @@ def plan_experts(
     measured: Calibration | None = None,
     on_layer: Callable[[int], None] = lambda layer: None,
 ) -> list[LayerExperts]:
-    """Cluster the neurons of each layer, order the experts, fit the routers, and draw the first edges.
+    """Cluster the neurons of each layer, order the experts, fit the routers, and choose the first edges.
 
     Args:
         model: a dense Llama.
         input_ids: calibration text, ``[N, S]``.
         options: options of the bootstrap.
-        measured: of this model on this text, where others use it too; None to measure here.
+        measured: statistics of this model on this text to share with other callers; None to measure here.
         on_layer: called with the index of each layer when its clustering is done.
 
     Raises:
@@ -115,20 +115,7 @@ def plan_experts(
     """
     check_expert_count(model.config.intermediate_size, options.num_experts)
     measured = measured or Calibration(model, input_ids)
-    statistics = measured.statistics
-    layers = [layer.mlp for layer in model.model.layers]
-    features = (
-        neuron_features(mlp, options.features, profile)
-        for mlp, profile in zip(layers, statistics.profiles, strict=True)
-    )
-    timed = Parallel(n_jobs=options.jobs or _parallel_jobs(model), return_as="generator")(
-        delayed(timed_clusters)(rows, options.num_experts, options.seed, options.clustering)
-        for rows in features
-    )
-    clustered = []
-    for index, (clusters, seconds) in enumerate(timed):
-        clustered.append((order_by_activation(clusters, statistics, index), seconds))
-        on_layer(index)
+    clustered = _cluster_layers(measured, options, on_layer)
     members = [torch.from_numpy(clusters.members) for clusters, _ in clustered]
     routers = fit_routers(measured, members, options.router)
     edges = first_edges(model, input_ids, routers, options.visits, options.edges_per_expert)
@@ -138,8 +125,28 @@ def plan_experts(
     ]
 
 
+def _cluster_layers(
+    measured: Calibration, options: BootstrapOptions, on_layer: Callable[[int], None]
+) -> list[tuple[Clusters, float]]:
+    """Ordered clusters of each layer and the seconds of their computation; several layers in parallel."""
+    model, statistics = measured.model, measured.statistics
+    features = (
+        neuron_features(layer.mlp, options.features, profile)
+        for layer, profile in zip(model.model.layers, statistics.profiles, strict=True)
+    )
+    timed = Parallel(n_jobs=options.jobs or _parallel_jobs(model), return_as="generator")(
+        delayed(timed_clusters)(rows, options.num_experts, options.seed, options.clustering)
+        for rows in features
+    )
+    clustered = []
+    for index, (clusters, seconds) in enumerate(timed):
+        clustered.append((order_by_activation(clusters, statistics, index), seconds))
+        on_layer(index)
+    return clustered
+
+
 def neuron_features(mlp: nn.Module, kind: str, profile: Tensor) -> np.ndarray:
-    """What k-means sees of each neuron, ``[m, F]`` fp32.
+    """Features of each neuron for k-means, ``[m, F]`` fp32.
 
     ``gate``, ``up`` and ``down`` are the neuron's weights, ``gate+up`` and ``joint`` (all three) concatenations,
     ``activation`` its activations on calibration tokens (``profile [m, P]``) scaled to unit length.
@@ -156,7 +163,7 @@ def neuron_features(mlp: nn.Module, kind: str, profile: Tensor) -> np.ndarray:
 
 
 def fit_routers(measured: Calibration, members: Sequence[Tensor], kind: str) -> list[Tensor]:
-    """Routers ``[E, D]`` of every layer; ``kind`` is ``ridge`` or ``centroid``."""
+    """Router weights ``[E, D]`` of every layer; ``kind`` is ``ridge`` or ``centroid``."""
     model = measured.model
     if kind == "ridge":
         return ridge_routers(model, measured.input_ids, members, metrics=measured.metrics)
@@ -166,7 +173,7 @@ def fit_routers(measured: Calibration, members: Sequence[Tensor], kind: str) -> 
 def first_edges(
     model: PreTrainedModel, input_ids: Tensor, routers: Sequence[Tensor], visits: int, edges_per_expert: int
 ) -> list[np.ndarray]:
-    """Edges ``[E, E]`` of every layer, by co-selection lift of the routers' top-k on the calibration text."""
+    """Edge masks ``[E, E]`` of every layer by co-selection lift of the routers' top-k on the calibration text."""
     selected: list[list[Tensor]] = [[] for _ in routers]
 
     def visit(layer: int, x_TD: Tensor) -> None:
@@ -179,7 +186,7 @@ def first_edges(
 
 
 def order_by_activation(clusters: Clusters, statistics: NeuronStatistics, layer: int) -> Clusters:
-    """Number the experts by falling mean activation, so that edges run from the general to the special."""
+    """Sort the experts by descending mean activation, so that edges run from general to specialized experts."""
     mean = statistics.mean_activation[layer].numpy()[clusters.members].mean(axis=1)
     return replace(clusters, members=clusters.members[np.argsort(-mean, kind="stable")])
 
@@ -188,9 +195,9 @@ def order_by_activation(clusters: Clusters, statistics: NeuronStatistics, layer:
 def build_graph(
     model: PreTrainedModel, experts: Sequence[LayerExperts], visits: int, *, base_fingerprint: str = ""
 ) -> FedGraftForCausalLM:
-    """The expert graph, in the dtype of the dense ``model``, whose weights it copies.
+    """Build the expert graph from copies of the weights of the dense ``model``, in its dtype.
 
-    With every expert active it computes what ``model`` computes, to rounding.
+    With every expert active its outputs equal those of ``model`` up to rounding.
     """
     config = graph_config(model, [len(layer.edges) for layer in experts], visits)
     config.base_fingerprint = base_fingerprint
@@ -214,7 +221,7 @@ def fuse_gate_up(mlp: nn.Module, members_EH: Tensor) -> Tensor:
 
 
 def graph_config(model: PreTrainedModel, num_experts: list[int], visits: int) -> FedGraftConfig:
-    """Configuration of the graph: that of the dense ``model`` plus the shape of the experts."""
+    """Configuration of the graph: that of the dense ``model`` plus the expert counts and sizes."""
     inherited = model.config.to_dict()
     for key in ("model_type", "architectures", "auto_map", "transformers_version"):
         inherited.pop(key, None)
@@ -227,7 +234,7 @@ def graph_config(model: PreTrainedModel, num_experts: list[int], visits: int) ->
 
 
 def _parallel_jobs(model: PreTrainedModel) -> int:
-    """Processes for the clustering: starting them takes seconds, which small layers do not."""
+    """Number of processes for the clustering; 1 for small layers, which take less time than the start of a process."""
     config = model.config
     if config.intermediate_size * config.hidden_size < _PARALLEL_WEIGHTS:
         return 1

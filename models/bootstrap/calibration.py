@@ -1,4 +1,4 @@
-"""What a dense Llama's FFN layers see and do on calibration text."""
+"""Calibration text of a dense Llama, and the inputs and activations of its FFN layers on it."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from models.bootstrap.fisher import output_metrics
 def sample_text(
     model: PreTrainedModel, *, blocks: int, block_size: int, seed: int, batch_size: int = 64
 ) -> Tensor:
-    """Token blocks ``[blocks, block_size]`` sampled from the model itself at temperature 1, starting from BOS.
+    """Sample token blocks ``[blocks, block_size]`` from the model at temperature 1, starting from BOS.
 
-    At most ``batch_size`` blocks are sampled at once. The caller's random state is left as it was.
+    At most ``batch_size`` blocks are sampled at once. The global random state does not change.
     """
     bos = model.config.bos_token_id if model.config.bos_token_id is not None else 0
     starts = torch.full((blocks, 1), bos, device=model.device).split(batch_size)
@@ -46,7 +46,7 @@ def _sample(model: PreTrainedModel, start: Tensor, new_tokens: int, padding: int
 def visit_ffn_inputs(
     model: PreTrainedModel, input_ids: Tensor, visit: Callable[[int, Tensor], None], *, batch_size: int = 16
 ) -> None:
-    """Run ``input_ids [N, S]`` through the model and call ``visit(layer, x [T, D])`` with what each FFN receives."""
+    """Run ``input_ids [N, S]`` through the model and call ``visit(layer, x [T, D])`` with the input of each FFN."""
     handles = [
         layer.mlp.register_forward_pre_hook(_passing_on(visit, index))
         for index, layer in enumerate(model.model.layers)
@@ -69,13 +69,13 @@ def hidden_activations(mlp: nn.Module, x_TD: Tensor) -> Tensor:
 
 
 def contributions(mlp: nn.Module, x_TD: Tensor) -> Tensor:
-    """How much each neuron moves the output, ``[T, m]``: ``|h_i| * norm(w_down_i)``."""
+    """L2 norm of each neuron's contribution to the output, ``[T, m]``: ``|h_i| * norm(w_down_i)``."""
     return (hidden_activations(mlp, x_TD).abs() * mlp.down_proj.weight.norm(dim=0)).float()
 
 
 @dataclass
 class NeuronStatistics:
-    """Per-layer statistics of one pass over calibration text.
+    """Per-layer statistics of the FFN neurons over calibration text.
 
     Attributes:
         mean_contribution: per layer ``[m]``, contribution averaged over tokens.
@@ -91,7 +91,7 @@ class NeuronStatistics:
 def neuron_statistics(
     model: PreTrainedModel, input_ids: Tensor, *, profile_tokens: int = 512
 ) -> NeuronStatistics:
-    """Collect ``NeuronStatistics`` of a dense Llama over ``input_ids [N, S]``."""
+    """Compute ``NeuronStatistics`` of a dense Llama over ``input_ids [N, S]``."""
     layers = [layer.mlp for layer in model.model.layers]
     scale = [mlp.down_proj.weight.float().norm(dim=0) for mlp in layers]
     sums = [torch.zeros(len(norm)) for norm in scale]
@@ -114,7 +114,7 @@ def neuron_statistics(
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """A dense Llama on its calibration text: each statistic is collected when it is first asked for, and once.
+    """Statistics of a dense Llama on its calibration text, each computed once on first use.
 
     Attributes:
         model: a dense Llama.
@@ -126,10 +126,10 @@ class Calibration:
 
     @cached_property
     def statistics(self) -> NeuronStatistics:
-        """Of the neurons of every FFN."""
+        """Statistics of the neurons of every FFN."""
         return neuron_statistics(self.model, self.input_ids)
 
     @cached_property
     def metrics(self) -> list[Tensor]:
-        """Of every FFN's output, per layer ``[D, D]``."""
+        """Fisher information of every FFN's output, per layer ``[D, D]``, see ``output_metrics``."""
         return output_metrics(self.model, self.input_ids)

@@ -10,7 +10,7 @@ from experts.clustering import Clusters
 
 
 def cluster_table(clusters: Sequence[Clusters]) -> str:
-    """``cluster_stats.txt``: neurons per expert, variance within and between, inertia, a line per layer."""
+    """Text of ``cluster_stats.txt``: neurons per expert, variance within and between, inertia, a line per layer."""
     lines = [
         f"{'layer':>5}  {'experts':>7}  {'neurons':>7}  {'within':>12}  {'between':>12}  {'inertia':>14}"
     ]

@@ -1,4 +1,4 @@
-"""How much the model's loss minds an error in the output of each FFN layer."""
+"""Fisher information of FFN outputs (K-FAC output factor), per layer."""
 
 from __future__ import annotations
 
@@ -11,31 +11,30 @@ from transformers import PreTrainedModel
 
 from configs.errors import UserError
 
-# Weight of the plain squared norm beside the Fisher information, both of mean diagonal 1: gradients of a few thousand
-# tokens say little about most directions, and where the model is sure of most tokens little at all.
+# Weight of the identity added to the Fisher information, both of mean diagonal 1. It regularizes the estimate, as the
+# gradients of a few thousand tokens have little signal in most directions, and almost none for tokens of low entropy.
 _ISOTROPIC = 1.0
 
 
 def output_metrics(
     model: PreTrainedModel, input_ids: Tensor, *, seed: int = 0, batch_size: int = 2
 ) -> list[Tensor]:
-    """Fisher information of every FFN's output, averaged over tokens, and as much of the plain norm.
+    """Fisher information of every FFN's output, averaged over tokens, plus the identity.
 
-    An error ``d`` of a layer's output costs about ``d' F d / 2`` nats a token, where ``F`` is the second moment of the
-    gradient of the loss of labels that the model itself draws (the output factor of K-FAC, arXiv:1503.05671). No
-    parameter changes.
+    An error ``d`` of a layer's output raises the loss by about ``d' F d / 2`` nats a token, where ``F`` is the second
+    moment of the gradient of the loss of labels drawn from the model (the output factor of K-FAC, arXiv:1503.05671).
 
     Args:
         model: a dense Llama.
         input_ids: calibration text, ``[N, S]``, S at least 2.
-        seed: of the labels.
+        seed: seed of the drawn labels.
         batch_size: blocks per backward pass.
 
     Returns:
         Per layer ``[D, D]``, fp32, positive definite: ``F`` scaled to a mean diagonal of 1, plus identity.
 
     Raises:
-        UserError: weights that make the logits NaN or infinite.
+        UserError: logits that are NaN or infinite.
     """
     width = model.config.hidden_size
     moments = [torch.zeros(width, width, device=model.device) for _ in model.model.layers]
@@ -50,7 +49,7 @@ def output_metrics(
 def _scaled(moment: Tensor) -> Tensor:
     identity = torch.eye(len(moment), device=moment.device)
     size = moment.diagonal().mean()
-    # A layer whose output the loss does not depend on is measured by the plain norm.
+    # Identity alone for a layer with zero gradient.
     return (moment / size if size > 0 else identity) + _ISOTROPIC * identity
 
 
@@ -74,7 +73,7 @@ def _gradients(model: PreTrainedModel, ids: Tensor, generator: torch.Generator) 
 
 def _recording(outputs: list[Tensor]) -> Callable[[nn.Module, tuple, Tensor], Tensor]:
     def record(_: nn.Module, __: tuple, output: Tensor) -> Tensor:
-        # The first layer's output depends on nothing that needs a gradient where the parameters are frozen.
+        # With frozen parameters the first layer's output would not require a gradient.
         output = output if output.requires_grad else output.detach().requires_grad_()
         outputs.append(output)
         return output

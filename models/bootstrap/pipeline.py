@@ -1,13 +1,13 @@
-"""One bootstrap from checkpoint to checkpoint: load, calibrate, cluster, report, write."""
+"""Bootstrap of an expert graph from a dense checkpoint: load, calibrate, cluster, report, write."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from configs.errors import UserError
 from configs.output import check_output_directory, new_directory, write_bytes
@@ -25,7 +25,7 @@ from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 
 Step = Callable[[str, int, int], None]
 
-# Larger models are calibrated in the dtype of their checkpoint.
+# Most parameters of a model that is calibrated in fp32; larger ones are calibrated in the dtype of their checkpoint.
 _FP32_PARAMETERS = 2_000_000_000
 
 
@@ -44,10 +44,10 @@ def bootstrap_checkpoint(
 
     Args:
         source: directory or hub id.
-        out: directory to make; nothing is written there until all is done.
+        out: new directory, written only when everything else is done.
         options: options of the bootstrap.
         calibration_ids: text ``[N, S]``; None to sample it from the model.
-        calibration_tokens: tokens of it that are used.
+        calibration_tokens: tokens for statistics and routers.
         evaluation_tokens: further tokens, for the report.
         overwrite: replace ``out`` if it is not empty.
         on_step: called with the name of a stage, the steps done and their total.
@@ -60,55 +60,73 @@ def bootstrap_checkpoint(
         UserError: a checkpoint that cannot be used, an E that does not divide the FFN width, too little text.
     """
     check_output_directory(out, overwrite=overwrite)
-    check_expert_count(
-        getattr(read_config(source), "intermediate_size", 0) or options.num_experts, options.num_experts
-    )
+    width = getattr(read_config(source), "intermediate_size", 0)
+    check_expert_count(width or options.num_experts, options.num_experts)
     dense, tokenizer = load_dense(source), load_tokenizer(source)
     dtype, base = dense.dtype, fingerprint(dense)
     if dense.num_parameters() <= _FP32_PARAMETERS:
         dense = dense.float()
     on_step("calibration text", 0, 1)
-    ids = calibration_ids
-    if ids is None:
-        ids = sample_calibration(dense, calibration_tokens + evaluation_tokens, options.seed)
-    calibration, held_out = split_tokens(ids, calibration_tokens, evaluation_tokens)
+    if calibration_ids is None:
+        calibration_ids = sample_calibration(dense, calibration_tokens + evaluation_tokens, options.seed)
+    calibration, held_out = split_tokens(calibration_ids, calibration_tokens, evaluation_tokens)
     on_step("calibration text", 1, 1)
-    total = dense.config.num_hidden_layers
     measured = Calibration(dense, calibration)
-    experts = plan_experts(
-        dense,
-        calibration,
+    experts = _experts(measured, options, on_step)
+    graph = build_graph(dense, experts, options.visits, base_fingerprint=base)
+    report = _report(measured, graph, experts, held_out, on_step)
+    with new_directory(out, overwrite=overwrite) as directory:
+        _write(cast_weights(graph, dtype), tokenizer, experts, directory)
+    return _summary(out, options, experts, report)
+
+
+def _experts(measured: Calibration, options: BootstrapOptions, on_step: Step) -> list[LayerExperts]:
+    total = measured.model.config.num_hidden_layers
+    return plan_experts(
+        measured.model,
+        measured.input_ids,
         options,
         measured=measured,
         on_layer=lambda layer: on_step("clustering layers", layer + 1, total),
     )
-    graph = build_graph(dense, experts, options.visits, base_fingerprint=base)
-    report = _report(measured, graph, experts, held_out, on_step)
-    with new_directory(out, overwrite=overwrite) as directory:
-        save_graph(cast_weights(graph, dtype), tokenizer, directory)
-        write_bytes(directory / RECIPE_NAME, write_recipe(recipe_of(graph)))
-        (directory / "cluster_stats.txt").write_text(cluster_table([layer.clusters for layer in experts]))
+
+
+def _write(
+    graph: FedGraftForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    experts: Sequence[LayerExperts],
+    directory: Path,
+) -> None:
+    save_graph(graph, tokenizer, directory)
+    write_bytes(directory / RECIPE_NAME, write_recipe(recipe_of(graph)))
+    (directory / "cluster_stats.txt").write_text(cluster_table([layer.clusters for layer in experts]))
+
+
+def _summary(
+    out: Path, options: BootstrapOptions, experts: Sequence[LayerExperts], perplexity: dict[str, Any]
+) -> dict[str, Any]:
+    layers = [
+        {"sizes": layer.clusters.sizes, "inertia": layer.clusters.inertia, "seconds": layer.seconds}
+        for layer in experts
+    ]
     return {
         "out": str(out),
         "experts": options.num_experts,
         "experts_per_token": options.visits,
         "clustering": options.clustering,
-        "layers": [
-            {"sizes": layer.clusters.sizes, "inertia": layer.clusters.inertia, "seconds": layer.seconds}
-            for layer in experts
-        ],
-        "perplexity": report,
+        "layers": layers,
+        "perplexity": perplexity,
     }
 
 
 def sample_calibration(dense: PreTrainedModel, tokens: int, seed: int) -> Tensor:
-    """About ``tokens`` tokens sampled from the model, ``[N, S]`` in blocks of at most 256."""
+    """Text of about ``tokens`` tokens sampled from the model, ``[N, S]`` in blocks of at most 256."""
     block_size = min(256, dense.config.max_position_embeddings)
     return sample_text(dense, blocks=-(-tokens // block_size), block_size=block_size, seed=seed)
 
 
 def split_tokens(ids: Tensor, calibration_tokens: int, evaluation_tokens: int) -> tuple[Tensor, Tensor]:
-    """Blocks for calibration and blocks held out for the report; a short text is split in the same proportion.
+    """Split blocks ``[N, S]`` into calibration blocks and held-out blocks; a short text in the same proportion.
 
     Raises:
         UserError: fewer than two blocks.

@@ -1,7 +1,7 @@
-"""What turns a dense base into its expert graph: the experts' neurons, routers and masks, without one base weight.
+"""Recipe of an expert graph: neuron permutation, routers and masks, without any weight of the dense base.
 
-A client that has the base builds the graph from it bit for bit (see ``recipe_build``): per layer two bytes per
-neuron and four per router weight, in place of the whole graph.
+A client that holds the base rebuilds the graph bit for bit (see ``recipe_build``) from two bytes per neuron and four
+per router weight, in place of a download of the whole graph.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ _BASE_FACTS = (
 
 
 class RecipeFacts(BaseModel):
-    """What a recipe says beside its arrays.
+    """Scalar facts of a recipe.
 
     Attributes:
-        format: of the recipe.
+        format: format version.
         base_fingerprint: SHA-256 of the base's parameters, see ``models.files.fingerprint.fingerprint``.
-        dtype: of the graph's weights.
+        dtype: dtype of the graph's weights.
         experts_per_token: k.
         walk: ``best-first`` or ``depth-first``.
-        base_config: what the base's ``config.json`` says that no weight shows, see ``base_facts``.
+        base_config: configuration values of the base that its weights do not show, see ``base_facts``.
     """
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
@@ -63,10 +63,10 @@ class RecipeFacts(BaseModel):
 
 @dataclass(frozen=True)
 class Recipe:
-    """The experts of every layer, L layers of E experts with H neurons each.
+    """Neurons, routers and masks of L layers of E experts with H neurons each.
 
     Attributes:
-        facts: the rest.
+        facts: scalar facts.
         neurons: ``[L, E, H]`` uint16 or uint32, the base's neurons in the experts' order.
         routers: ``[L, E, D]`` fp32.
         masks: ``[L, E, E]`` bool.
@@ -79,7 +79,7 @@ class Recipe:
 
 
 def recipe_of(graph: FedGraftForCausalLM) -> Recipe:
-    """The recipe of a graph that was just bootstrapped, in the dtype that it is stored with."""
+    """Recipe of a freshly bootstrapped graph, which has the dtype that it is stored with."""
     layers, config = graph.expert_layers(), graph.config
     neurons = np.stack([layer.neurons.cpu().numpy() for layer in layers])
     facts = RecipeFacts(
@@ -98,14 +98,14 @@ def recipe_of(graph: FedGraftForCausalLM) -> Recipe:
 
 
 def graph_fingerprint(source: str, memory: Path | None = None) -> str:
-    """SHA-256 over all tensors of a graph checkpoint and what its ``config.json`` says of walks through it.
+    """SHA-256 over all tensors of a graph checkpoint, its k, walk and graph version.
 
     Args:
         source: directory or hub id.
         memory: see ``models.files.fingerprint.remembered_fingerprint``; None to read all weights.
 
     Raises:
-        UserError: no such graph, or a file that is damaged.
+        UserError: no such graph, or a damaged file.
     """
     config = read_config(source)
     check_is_graph(config, source)
@@ -115,24 +115,24 @@ def graph_fingerprint(source: str, memory: Path | None = None) -> str:
 
 
 def base_facts(config: PreTrainedConfig) -> dict[str, bool | int | float | str | None]:
-    """What decides what a Llama computes, beside weights and their shapes."""
+    """Configuration values that determine the outputs of a Llama, other than weights and their shapes."""
     rope = config.rope_parameters or {}
     facts = {name: getattr(config, name) for name in _BASE_FACTS}
     return facts | {name: rope.get(name) for name in ("rope_theta", "rope_type", "factor")}
 
 
 def write_recipe(recipe: Recipe) -> bytes:
-    """A recipe as safetensors, the same bytes for the same recipe."""
+    """Serialize a recipe as safetensors, deterministically."""
     facts = np.frombuffer(recipe.facts.model_dump_json().encode(), dtype=np.uint8)
     arrays = {"neurons": recipe.neurons, "routers": recipe.routers, "masks": recipe.masks}
     return save({"facts": facts, **{name: np.ascontiguousarray(array) for name, array in arrays.items()}})
 
 
 def read_recipe(data: bytes) -> Recipe:
-    """Undo ``write_recipe``; the bytes may come from anywhere.
+    """Parse and validate the bytes of a recipe, the inverse of ``write_recipe``.
 
     Raises:
-        UserError: no recipe, neurons that are no permutation, routers that are not finite, masks that are no graph.
+        UserError: other bytes, neurons that are not a permutation, routers that are not finite, invalid masks.
     """
     views = _views(data)
     facts = _read_facts(bytes(views["facts"]["data"]))
@@ -152,7 +152,7 @@ def read_recipe(data: bytes) -> Recipe:
 
 
 def read_recipe_file(source: str) -> bytes:
-    """The recipe that ``fedgraft bootstrap`` left beside a graph, as bytes; empty where there is none.
+    """Bytes of the recipe file of a graph checkpoint; empty if it has none.
 
     Args:
         source: directory or hub id.
@@ -166,10 +166,10 @@ def read_recipe_file(source: str) -> bytes:
 
 
 def check_fits(recipe: Recipe, config: PreTrainedConfig, source: str) -> None:
-    """Refuse a recipe for another base than the one in ``source``, whose ``config.json`` is ``config``.
+    """Refuse a recipe whose base differs in shape or configuration from ``config``, read from ``source``.
 
     Raises:
-        UserError: names the first fact that differs.
+        UserError: names the first value that differs.
     """
     layers, experts, size = recipe.neurons.shape
     shapes = {
@@ -187,14 +187,14 @@ def check_fits(recipe: Recipe, config: PreTrainedConfig, source: str) -> None:
 
 
 def check_base(base: str, graph: str) -> None:
-    """Refuse, without opening weights, a base from which the graph in ``graph`` cannot be built.
+    """Check that the graph in ``graph`` can be rebuilt from ``base``, without reading weights.
 
     Args:
         base: directory or hub id of a dense model.
         graph: directory or hub id of a graph.
 
     Raises:
-        UserError: no dense model, a graph without a recipe, or one of another base.
+        UserError: no dense model, a graph without a recipe, or a recipe of another base.
     """
     config = read_config(base)
     check_is_dense(config, base)

@@ -1,4 +1,4 @@
-"""Building an expert graph from the dense base on this disk and a recipe, a layer at a time."""
+"""Reconstruction of an expert graph from its dense base and a recipe, a layer at a time."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 
 
 class DenseBase:
-    """A dense Llama on the disk, of which one parameter is read at a time.
+    """Reader of single parameters of a dense Llama checkpoint.
 
     Attributes:
-        model: without weights.
-        names: of all parameters, sorted.
+        model: the model on the meta device.
+        names: names of all parameters, sorted.
 
     Args:
         source: directory or hub id.
-        dtype: in which parameters are read.
+        dtype: dtype of the parameters that ``tensor`` returns.
 
     Raises:
         UserError: no such checkpoint, not a Llama, an FFN with bias, weights missing or damaged.
@@ -56,34 +56,34 @@ class DenseBase:
                 raise UserError(f"expected {name} of shape {shape} in {source}, got {found or 'none'}")
 
     def tensor(self, name: str) -> Tensor:
-        """A parameter by its name."""
+        """Read a parameter by its name."""
         return self._files.tensor(name).to(self._dtype)
 
     def fingerprint(self) -> str:
-        """What ``models.files.fingerprint.fingerprint`` says of the model once it is loaded."""
+        """Fingerprint of the loaded model, see ``models.files.fingerprint.fingerprint``."""
         return fingerprint_of((name, self.tensor(name)) for name in self.names)
 
 
 def build_from_recipe(base: str, recipe: Recipe, out: Path, *, overwrite: bool = False) -> None:
-    """Make the graph folder that ``fedgraft bootstrap`` made when it wrote the recipe: every tensor bit for bit.
+    """Write the checkpoint that a recipe describes, every tensor bit for bit as ``fedgraft bootstrap`` wrote it.
 
-    Weights lie in a file per layer; at most a layer of them is in memory.
+    Weights are stored in one file per layer; at most one layer is in memory.
 
     Args:
         base: directory or hub id of the dense model.
-        recipe: of the graph.
-        out: folder to make; nothing is there until all of it is.
+        recipe: recipe of the graph.
+        out: new directory; it appears when the checkpoint is complete.
         overwrite: replace ``out`` if it is not empty.
 
     Raises:
-        UserError: no such base, other weights or shapes than those the recipe was made from.
+        UserError: no such base, or a base of other weights or shapes than the recipe's.
     """
     with new_directory(out, overwrite=overwrite) as directory:
         build_into(base, recipe, directory)
 
 
 def build_into(base: str, recipe: Recipe, directory: Path) -> None:
-    """As ``build_from_recipe``, into an existing folder."""
+    """Write the checkpoint of ``build_from_recipe`` into an existing directory."""
     config = read_config(base)
     check_is_dense(config, base)
     check_fits(recipe, config, base)
@@ -95,13 +95,13 @@ def build_into(base: str, recipe: Recipe, directory: Path) -> None:
         )
     graph = _empty_graph(dense, recipe)
     save_graph(graph, load_tokenizer(base), directory, weights={})
-    (directory / SAFE_WEIGHTS_NAME).unlink(missing_ok=True)  # of no tensor
+    (directory / SAFE_WEIGHTS_NAME).unlink(missing_ok=True)  # it holds no tensor
     _write_weights(dense, recipe, directory)
     write_bytes(directory / RECIPE_NAME, write_recipe(recipe))
 
 
 def _empty_graph(dense: DenseBase, recipe: Recipe) -> FedGraftForCausalLM:
-    """The graph without any weight, as a description."""
+    """The graph on the meta device."""
     layers, experts, _ = recipe.neurons.shape
     config = graph_config(dense.model, [experts] * layers, recipe.facts.experts_per_token)
     config.base_fingerprint, config.walk = recipe.facts.base_fingerprint, recipe.facts.walk
@@ -113,7 +113,7 @@ def _empty_graph(dense: DenseBase, recipe: Recipe) -> FedGraftForCausalLM:
 
 
 def _generation_config(source: str) -> GenerationConfig:
-    """As ``from_pretrained`` of a model finds it."""
+    """Generation configuration as ``from_pretrained`` of a model reads it."""
     try:
         return GenerationConfig.from_pretrained(source)
     except OSError:
@@ -123,7 +123,7 @@ def _generation_config(source: str) -> GenerationConfig:
 
 
 def _write_weights(dense: DenseBase, recipe: Recipe, directory: Path) -> None:
-    """A file with what is outside of the layers, then one per layer, and the index of all."""
+    """Write a file of the tensors outside of the layers, then one per layer, and the index."""
     count = len(recipe.neurons) + 1
     file_of: dict[str, str] = {}
     total = 0
@@ -133,7 +133,7 @@ def _write_weights(dense: DenseBase, recipe: Recipe, directory: Path) -> None:
         save_file(tensors, directory / name, {"format": "pt"})
         file_of |= dict.fromkeys(tensors, name)
         total += sum(value.nbytes for value in tensors.values())
-        del tensors  # before the next are read
+        del tensors  # frees the layer before the next is read
     write_json(
         directory / SAFE_WEIGHTS_INDEX_NAME,
         {"metadata": {"total_size": total}, "weight_map": dict(sorted(file_of.items()))},
@@ -155,7 +155,7 @@ def _layer(dense: DenseBase, recipe: Recipe, layer: int) -> dict[str, Tensor]:
         "router": torch.from_numpy(recipe.routers[layer]),
         "edges": torch.from_numpy(masks),
         "neurons": members,
-        # These start at zero.
+        # Zero at bootstrap.
         "edge_gain": torch.zeros(masks.shape),
         "edge_affinity": torch.zeros(masks.shape),
         "output_gain": torch.zeros(len(masks)),
@@ -166,7 +166,7 @@ def _layer(dense: DenseBase, recipe: Recipe, layer: int) -> dict[str, Tensor]:
 def _expert_weights(dense: DenseBase, prefix: str, members: Tensor) -> dict[str, Tensor]:
     """``gate_up_proj [E, 2H, D]`` and ``down_proj [E, D, H]`` of experts with the neurons ``members [E, H]``.
 
-    Rows are copied an expert at a time: a layer is in memory once, beside the base's file that is mapped.
+    Rows are copied an expert at a time, so that a layer is in memory only once.
     """
     gate, up = dense.tensor(f"{prefix}gate_proj.weight"), dense.tensor(f"{prefix}up_proj.weight")
     (experts, size), width = members.shape, gate.shape[1]

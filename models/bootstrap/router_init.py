@@ -1,4 +1,4 @@
-"""Routers in closed form, without any training."""
+"""Router weights in closed form: gate-row centroids, and ridge regression on elimination ranks."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from models.bootstrap.fisher import output_metrics
 
 ROUTERS = ("ridge", "centroid")
 
-# Values of experts' outputs held at once, 64 MiB.
+# Most values of experts' outputs in memory at once, 64 MiB.
 _OUTPUT_VALUES = 2**24
 
 
 def expert_contributions(mlp: nn.Module, x_TD: Tensor, members_EH: Tensor) -> Tensor:
-    """Contribution of each expert, ``[T, E]``: the sum over its neurons of ``|h_i| * norm(w_down_i)``."""
+    """Contribution of each expert to the output, ``[T, E]``: the sum over its neurons of ``|h_i| * norm(w_down_i)``."""
     return contributions(mlp, x_TD)[:, members_EH].sum(-1)
 
 
@@ -35,17 +35,17 @@ def ridge_routers(
     metrics: Sequence[Tensor] | None = None,
     penalty: float = 1e-2,
 ) -> list[Tensor]:
-    """Regress on the FFN input how long each expert outlasts the others when they are dropped one by one.
+    """Ridge regression from the FFN input to each expert's rank in a backward elimination of the experts.
 
-    The targets are ``-sqrt(place)``, place 1 for the expert that is dropped last (see ``elimination_places``). Places,
-    not amounts: a router only ranks, and the amounts of few tokens are a hundred times those of the others. The root
-    tells the first places apart more than the last ones.
+    The targets are ``-sqrt(rank)``, rank 1 for the expert that is eliminated last (see ``elimination_places``). Ranks
+    replace output norms because a router only ranks, and the norms of a few tokens are a hundred times those of the
+    others. The square root gives more weight to differences between the first ranks.
 
     Args:
         model: a dense Llama.
         input_ids: calibration text, ``[N, S]``.
         members: per layer ``[E, H]``, the neurons of each expert.
-        metrics: ``output_metrics`` of the model on this text; None to measure them.
+        metrics: ``output_metrics`` of the model on this text; None to compute them.
         penalty: ridge penalty as a share of the mean squared input.
 
     Returns:
@@ -70,23 +70,23 @@ def ridge_routers(
 
 
 def elimination_places(mlp: nn.Module, x_TD: Tensor, members_EH: Tensor, root_DD: Tensor) -> Tensor:
-    """Rank the experts of each token by what the layer's output loses without them.
+    """Rank the experts of each token by backward elimination on the change of the layer's output.
 
-    Experts are dropped one by one, each time the one whose absence, with those dropped before, changes the output
-    least; so two experts that cancel each other go together.
+    Each step eliminates the expert whose removal, together with those removed before, changes the output least; so two
+    experts whose outputs cancel are eliminated one after the other.
 
     Args:
         mlp: FFN of width m.
         x_TD: its input, ``[T, D]``.
         members_EH: the neurons of each expert.
-        root_DD: the change ``d`` of the output is measured as ``|d @ root|``.
+        root_DD: root of the metric; the size of a change ``d`` is ``|d @ root|``.
 
     Returns:
-        fp32 ``[T, E]``: from 1 for the expert dropped last to E for the first one.
+        Ranks, fp32 ``[T, E]``: from 1 for the expert eliminated last to E for the first one.
     """
     hidden_Tm = hidden_activations(mlp, x_TD).float()
     down_EHD = (mlp.down_proj.weight.float().T @ root_DD)[members_EH]
-    # The experts' outputs are E times as large as the layer's: few tokens at a time.
+    # Few tokens at a time: the experts' outputs together are E times as large as the layer's.
     rows = max(1, _OUTPUT_VALUES // (len(members_EH) * x_TD.shape[1]))
     places = []
     for hidden in hidden_Tm.split(rows):
@@ -96,9 +96,9 @@ def elimination_places(mlp: nn.Module, x_TD: Tensor, members_EH: Tensor, root_DD
 
 
 def _places(gram_TEE: Tensor) -> Tensor:
-    """Backward elimination by the inner products of the experts' outputs."""
+    """Ranks ``[T, E]`` of a backward elimination by the Gram matrices of the experts' outputs."""
     own_TE = gram_TEE.diagonal(dim1=1, dim2=2)
-    # Of an expert's output with the sum of the outputs dropped so far.
+    # Inner product of each expert's output with the sum of the outputs eliminated so far.
     cross_TE, places_TE = torch.zeros_like(own_TE), torch.zeros_like(own_TE)
     for place in range(own_TE.shape[1], 0, -1):
         cost_TE = (own_TE + 2 * cross_TE).masked_fill(places_TE > 0, torch.inf)
@@ -109,7 +109,7 @@ def _places(gram_TEE: Tensor) -> Tensor:
 
 
 def metric_root(metric: Tensor) -> Tensor:
-    """``R [D, D]`` fp32 with ``R R'`` the metric."""
+    """Cholesky factor ``R [D, D]`` of a metric, fp32: ``R R'`` is the metric."""
     return torch.linalg.cholesky(metric.double()).float()
 
 

@@ -1,4 +1,4 @@
-"""What hard gates cost before training: perplexity of every way to choose experts, at several active shares."""
+"""Perplexity before training of the router and of baseline selections, at several shares of active experts."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ Score = Callable[[nn.Module, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class NeuronSelection:
-    """A way to choose neurons in every layer of a dense model.
+    """Top-k selection of groups of neurons in every layer of a dense model.
 
     Attributes:
-        members: per layer ``[E, H]``.
-        scores: per layer, from the FFN and its input ``[T, D]`` to scores ``[T, E]``; the best are kept.
+        members: per layer ``[E, H]``, the neurons of each group.
+        scores: per layer, map from the FFN and its input ``[T, D]`` to scores ``[T, E]``; the top k are active.
     """
 
     members: list[Tensor]
@@ -46,18 +46,18 @@ def selection_report(
     measured: Calibration | None = None,
     on_step: Callable[[], None] = lambda: None,
 ) -> dict:
-    """Held-out perplexity of the graph's router beside four other ways to choose as many neurons.
+    """Held-out perplexity of the graph's router and of four baselines with as many active neurons.
 
-    ``static`` always keeps the neurons of largest mean contribution; ``oracle`` knows every expert's contribution to
-    the token; ``random`` routes by ridge among experts drawn at random.
+    ``centroid`` routes by mean gate rows; ``static`` always keeps the neurons of largest mean contribution; ``oracle``
+    ranks experts by their actual contribution to the token; ``random`` routes by ridge among random experts.
 
     Args:
-        dense: the model that ``graph`` was made from.
-        graph: all its experts are roots and its affinities zero, so that its walk is a top-k.
-        experts: of ``graph``.
-        calibration_ids: ``[N, S]``, to fit the baselines.
+        dense: dense model of the graph.
+        graph: graph with all roots open and zero affinities, so that its walk is a top-k.
+        experts: experts of ``graph``.
+        calibration_ids: ``[N, S]``, text for the baselines.
         held_out: ``input_ids`` and ``labels``, each ``[N, S]``.
-        measured: of ``dense`` on ``calibration_ids``, where it was used before; None to measure here.
+        measured: statistics of ``dense`` on ``calibration_ids`` to share with other callers; None to measure here.
         on_step: called after each of the ``1 + 5 * len(SHARES)`` evaluations.
 
     Returns:
@@ -70,21 +70,18 @@ def selection_report(
     report: dict = {"dense": evaluate_loss(dense, *held_out).perplexity}
     on_step()
     for share in SHARES:
-        report[str(share)] = {}
-        for name, selection in {"router": None, **selections}.items():
-            if selection is None:
-                loss = _graph_loss(graph, share, held_out)
-            else:
-                with select_neurons(dense, selection, share):
-                    loss = evaluate_loss(dense, *held_out)
-            report[str(share)][name] = loss.perplexity
+        report[str(share)] = {"router": _graph_loss(graph, share, held_out).perplexity}
+        on_step()
+        for name, selection in selections.items():
+            with select_neurons(dense, selection, share):
+                report[str(share)][name] = evaluate_loss(dense, *held_out).perplexity
             on_step()
     return report
 
 
 @contextmanager
 def select_neurons(dense: PreTrainedModel, selection: NeuronSelection, share: int) -> Iterator[None]:
-    """Let each token use only the best-scored experts of ``selection``, ``share`` percent of them."""
+    """Context in which each token uses only its top ``share`` percent of the groups of ``selection``."""
     layers = [layer.mlp for layer in dense.model.layers]
     try:
         for mlp, members, score in zip(layers, selection.members, selection.scores, strict=True):
@@ -96,7 +93,7 @@ def select_neurons(dense: PreTrainedModel, selection: NeuronSelection, share: in
 
 
 def active_count(num_experts: int, share: int) -> int:
-    """Experts that make up ``share`` percent of ``num_experts``, at least one."""
+    """Number of experts in ``share`` percent of ``num_experts``, at least one."""
     return max(1, round(num_experts * share / 100))
 
 
@@ -121,7 +118,7 @@ def _graph_loss(graph: FedGraftForCausalLM, share: int, held_out: tuple[Tensor, 
 
 
 def baselines(measured: Calibration, members: Sequence[Tensor]) -> dict[str, NeuronSelection]:
-    """The ways that ``selection_report`` compares a router with, by name; ``members`` is ``[E, H]`` per layer."""
+    """Baselines of ``selection_report`` by name; ``members`` is ``[E, H]`` per layer."""
     layers = [layer.mlp for layer in measured.model.model.layers]
     shuffled = [
         torch.from_numpy(random_clusters(rows.numel(), len(rows), seed=index))
@@ -140,7 +137,7 @@ def baselines(measured: Calibration, members: Sequence[Tensor]) -> dict[str, Neu
 
 
 def linear_selection(members: Sequence[Tensor], routers: Sequence[Tensor]) -> NeuronSelection:
-    """Select by routers ``[E, D]``, one a layer."""
+    """Selection by the logits of linear routers ``[E, D]``, one a layer."""
     return NeuronSelection(list(members), [_linear(weight) for weight in routers])
 
 

@@ -1,4 +1,4 @@
-"""From an expert graph back to a plain dense Llama."""
+"""Export of an expert graph as a dense Llama."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 
 @dataclass(frozen=True)
 class DenseExport:
-    """A dense model and how far it is from the graph it came from.
+    """Dense model of an expert graph and its deviation from it.
 
     Attributes:
-        model: the dense Llama.
-        not_representable: what the graph has and a dense Llama cannot hold, one line each; empty if exact.
+        model: dense Llama.
+        not_representable: properties of the graph that a dense Llama lacks, one line each; empty if exact.
         max_logit_difference: largest absolute difference to the graph's logits with every expert active.
     """
 
@@ -32,28 +32,28 @@ class DenseExport:
 
     @property
     def exact(self) -> bool:
-        """Whether the dense model computes what the graph with every expert active does, to rounding."""
+        """Whether the dense model equals the graph with every expert active, up to rounding."""
         return not self.not_representable
 
 
 @torch.no_grad()
 def export_dense(graph: FedGraftForCausalLM, *, probe_tokens: int = 256, seed: int = 0) -> DenseExport:
-    """Lay the experts side by side again, each neuron where the dense model had it.
+    """Concatenate the experts of each layer to a dense FFN, with neurons in the order of the dense base.
 
-    Neurons of retired experts are left out, so that the dense model may be narrower than the one that the graph came
-    from; every layer is padded with zero neurons to the widest.
+    Without the neurons of retired experts the dense model may be narrower than the base; every layer is padded with
+    zero neurons to the widest.
 
     Args:
         graph: any expert graph.
-        probe_tokens: random tokens on which the logits are compared, fp32.
-        seed: of these tokens.
+        probe_tokens: number of random tokens for the comparison of logits, in fp32.
+        seed: seed of these tokens.
     """
     layers = graph.expert_layers()
     width = max(layer.neurons.numel() for layer in layers)
     config = dense_config(graph.config, width)
     config.dtype = graph.dtype
     dense = LlamaForCausalLM(config).eval()
-    for parameter in dense.parameters():  # not the buffers: rotary frequencies stay in fp32
+    for parameter in dense.parameters():  # without the buffers: rotary frequencies stay in fp32
         parameter.data = parameter.data.to(graph.dtype)
     dense.generation_config = copy.deepcopy(graph.generation_config)
     rest = {name: value for name, value in graph.state_dict().items() if ".mlp." not in name}
@@ -68,7 +68,7 @@ def export_dense(graph: FedGraftForCausalLM, *, probe_tokens: int = 256, seed: i
 
 
 def dense_config(config: FedGraftConfig, width: int) -> LlamaConfig:
-    """The Llama configuration of an FFN ``width`` neurons wide, without the graph's own fields."""
+    """Llama configuration of an FFN ``width`` neurons wide, without the graph's own fields."""
     own = set(FedGraftConfig.__annotations__) | {
         "model_type",
         "architectures",
@@ -80,18 +80,18 @@ def dense_config(config: FedGraftConfig, width: int) -> LlamaConfig:
 
 
 def dense_weights(layer: ExpertGraphMLP, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Gate ``[width, D]``, up ``[width, D]`` and down ``[D, width]`` of a layer's experts side by side."""
+    """Gate ``[width, D]``, up ``[width, D]`` and down ``[D, width]`` of a layer's concatenated experts."""
     gate_EHD, up_EHD = layer.gate_up_proj.chunk(2, dim=1)
     rows = [gate_EHD.flatten(0, 1), up_EHD.flatten(0, 1), layer.down_proj.transpose(1, 2).flatten(0, 1)]
     origin = layer.neurons.flatten()
-    # Spawned neurons have no place in the original FFN (-1): they follow behind the others.
+    # Neurons of spawned experts have no index in the base (-1) and come last.
     order = torch.where(origin < 0, origin.max() + 1, origin).argsort(stable=True)
     gate, up, down = (torch.nn.functional.pad(part[order], (0, 0, 0, width - len(order))) for part in rows)
     return gate, up, down.T
 
 
 def not_representable(graph: FedGraftForCausalLM) -> list[str]:
-    """What of a graph a dense Llama cannot hold, one line a kind, with the layers in which it occurs."""
+    """Properties of a graph that a dense Llama cannot represent, one line a kind, with their layers."""
     found: dict[str, list[int]] = {}
     for index, layer in enumerate(graph.expert_layers()):
         if bool(((layer.edge_gain != 0) & layer.edges.triu(1)).any()):
@@ -107,7 +107,7 @@ def _logit_difference(graph: FedGraftForCausalLM, dense: LlamaForCausalLM, token
     length = min(tokens, graph.config.max_position_embeddings)
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(graph.config.vocab_size, (1, length), generator=generator)
-    # bf16 rounds far above 1e-4, so that both sides are compared in fp32, on copies.
+    # Compared on fp32 copies: bf16 rounding errors are far above 1e-4.
     wide = copy.deepcopy(graph).float()
     with visiting(wide, wide.config.num_experts):
         expected = wide(input_ids=ids).logits

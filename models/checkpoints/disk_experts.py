@@ -1,4 +1,4 @@
-"""A graph whose experts stay on disk: each is read where it runs, so that nobody has to hold the whole."""
+"""Expert graphs whose experts stay on disk and are read when they run, so that memory holds a part of the graph."""
 
 from __future__ import annotations
 
@@ -28,25 +28,25 @@ _EXPERT_WEIGHTS = re.compile(r"model\.layers\.\d+\.mlp\.(gate_up_proj|down_proj)
 
 
 class MovedExperts(Protocol):
-    """Experts that differ from the checkpoint."""
+    """Storage of experts whose weights differ from the checkpoint."""
 
     def read(self, unit: tuple[int, int]) -> Tensor | None:
-        """Weights ``[3hd]`` fp32 of the unit ``(layer, expert)``; None where it is still the checkpoint's."""
+        """Weights ``[3hd]`` fp32 of the unit ``(layer, expert)``; None if they are those of the checkpoint."""
 
     def write(self, unit: tuple[int, int], weights: Tensor) -> None:
-        """Keep other weights ``[3hd]`` of the unit."""
+        """Store new weights ``[3hd]`` of the unit."""
 
 
 class GraphFiles:
-    """The weight files of a graph checkpoint, of which single tensors and experts are read.
+    """Reader of single tensors and experts of a checkpoint.
 
-    A file is mapped for one read only: pages that stay mapped would count as this process's memory.
+    A file is mapped for one read only, because mapped pages count as memory of this process.
 
     Args:
         source: directory or hub id.
 
     Raises:
-        UserError: no weights there, or a file that is damaged.
+        UserError: no weights there, or a damaged file.
     """
 
     def __init__(self, source: str) -> None:
@@ -62,7 +62,7 @@ class GraphFiles:
         return sorted(self._file_of)
 
     def tensor(self, name: str) -> Tensor:
-        """A whole tensor."""
+        """Read a whole tensor by its stored name."""
         with safe_open(self._file_of[name], framework="pt") as file:
             return file.get_tensor(name)
 
@@ -83,12 +83,12 @@ class GraphFiles:
 
 
 class MappedExperts:
-    """Storage of one layer whose experts are read from disk each time they run.
+    """Storage of one layer (see ``ExpertStorage``) that reads an expert from disk each time it runs.
 
     Args:
-        layer: that they belong to.
-        files: of the checkpoint.
-        moved: experts that have other weights than the checkpoint; None for none.
+        layer: layer of the experts.
+        files: files of the checkpoint.
+        moved: experts with other weights than the checkpoint; None for none.
     """
 
     def __init__(self, layer: ExpertGraphMLP, files: GraphFiles, moved: MovedExperts | None) -> None:
@@ -96,7 +96,7 @@ class MappedExperts:
         self._act_fn, self._hidden_size = layer.act_fn, layer.hidden_size
 
     def run(self, expert: int, rows_ND: Tensor) -> Tensor:
-        """Output ``[N, D]``; gradients reach the rows, for which the expert is read a second time."""
+        """Output ``[N, D]``; the backward pass, which reaches only the rows, reads the expert again."""
         if not torch.is_grad_enabled():
             return self._run(expert, rows_ND)
         return checkpoint(self._run, expert, rows_ND, use_reentrant=False, preserve_rng_state=False)
@@ -110,13 +110,13 @@ class MappedExperts:
         return gate_up.float(), down.float()
 
     def write(self, expert: int, gate_up: Tensor, down: Tensor) -> None:
-        """Keep other weights of an expert.
+        """Store new weights of an expert.
 
         Raises:
-            ValueError: the graph was opened for reading only.
+            ValueError: the graph was opened read-only.
         """
         if self._moved is None:
-            raise ValueError("expected a place for experts that move, got a graph opened for reading only")
+            raise ValueError("expected a graph opened with storage for moved experts, got a read-only one")
         self._moved.write((self._layer, expert), flatten_weights(gate_up, down))
 
     def _run(self, expert: int, rows_ND: Tensor) -> Tensor:
@@ -125,11 +125,11 @@ class MappedExperts:
 
 
 def open_mapped(source: str, moved: MovedExperts | None = None) -> FedGraftForCausalLM:
-    """Open a graph in fp32 with its experts left on disk.
+    """Open a graph in fp32 and leave its experts on disk.
 
     Args:
         source: directory or hub id.
-        moved: experts that have other weights than the checkpoint, and the place for those that will.
+        moved: storage of experts with other weights than the checkpoint; None to open the graph read-only.
 
     Raises:
         UserError: no such checkpoint, not an expert graph, weights missing or of other shapes than the configuration's.
@@ -149,7 +149,7 @@ def open_mapped(source: str, moved: MovedExperts | None = None) -> FedGraftForCa
     for layer in model.expert_layers():
         layer.keep_in(MappedExperts(layer, files, moved))
     check_graph(model)
-    # Its frequencies are computed, not stored.
+    # Rotary frequencies are computed, not stored.
     model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
     model.tie_weights()
     model.generation_config = _generation_config(source, model)
@@ -158,9 +158,9 @@ def open_mapped(source: str, moved: MovedExperts | None = None) -> FedGraftForCa
 
 @torch.no_grad()
 def materialize(model: FedGraftForCausalLM, residents: Sequence[Tensor | None]) -> None:
-    """Hold ``residents`` (per layer bool ``[E]``, None for all) in fused fp32 tensors, and no other expert.
+    """Load ``residents`` (per layer bool ``[E]``, None for all) into fused fp32 tensors, and no other expert.
 
-    Each expert is read once, straight into its row.
+    Each expert is read once, directly into its row.
     """
     for layer, resident in zip(model.expert_layers(), residents, strict=True):
         held = held_experts(layer, resident)

@@ -1,4 +1,4 @@
-"""Opening checkpoints: dense Llamas, expert graphs, and any causal language model that Hugging Face knows."""
+"""Loading of checkpoints: dense Llamas, expert graphs, and other causal language models of transformers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from models.runtime.nf4 import compute_dtype, quantization_config, replace_linea
 WEIGHT_PRECISIONS = ("fp32", "bf16", "nf4")
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
-# With the classes known here, a graph's own copy of the modeling code is never run by us.
+# Graphs open with these classes and not with the modeling code in the checkpoint.
 AutoModelForCausalLM.register(FedGraftConfig, FedGraftForCausalLM)
 
 
@@ -43,10 +43,10 @@ def load_dense(
 
     Args:
         source: directory or hub id.
-        dtype: of the weights; ``auto`` for that of the checkpoint. With ``nf4``: of the matrix products and of what is
-            not quantized; ``auto`` for bf16 where the device gains from it, else fp32.
-        precision: ``fp32``, ``bf16`` or ``nf4`` (4-bit linear layers but for the output head); None to go by ``dtype``.
-        device: where to put the model.
+        dtype: dtype of the weights; ``auto`` for that of the checkpoint. With ``nf4``: dtype of the matrix products and
+            of unquantized weights; ``auto`` for bf16 if it is faster on the device, else fp32.
+        precision: ``fp32``, ``bf16`` or ``nf4`` (4-bit linear layers except the output head); None to use ``dtype``.
+        device: device of the model.
 
     Raises:
         UserError: no such checkpoint, not a Llama, biased FFN, weights missing or damaged, unknown precision.
@@ -62,18 +62,18 @@ def load_graph(
     precision: str | None = None,
     device: torch.device | str = "cpu",
 ) -> FedGraftForCausalLM:
-    """Load an expert graph that ``fedgraft bootstrap`` or a federation wrote.
+    """Load an expert graph from a directory or a hub id.
 
     Args:
         source: directory or hub id.
         dtype: as in ``load_dense``.
         precision: as in ``load_dense``; with ``nf4`` experts and attention are 4-bit modules
-            (see ``models.graph.expert_modules``), and never lie in memory otherwise.
-        device: where to put the model.
+            (see ``models.graph.expert_modules``), quantized one at a time.
+        device: device of the model.
 
     Raises:
-        UserError: no such checkpoint, not an expert graph, weights missing or damaged, masks that are no graph or leave
-            an expert out of reach, unknown precision.
+        UserError: no such checkpoint, not an expert graph, weights missing or damaged, masks that are not
+            upper-triangular or leave an expert unreachable, unknown precision.
     """
     check_is_graph(read_config(source), source)
     if precision != "nf4":
@@ -93,14 +93,14 @@ def load_causal_lm(
     precision: str | None = None,
     device: torch.device | str = "cpu",
 ) -> PreTrainedModel:
-    """Load an expert graph or any causal language model that Hugging Face's own classes open; see ``load_dense``."""
+    """Load an expert graph or any causal language model that transformers supports; see ``load_dense``."""
     if read_config(source).model_type == FedGraftConfig.model_type:
         return load_graph(source, dtype=dtype, precision=precision, device=device)
     return _load(AutoModelForCausalLM, source, dtype, precision, device)
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
-    """Load the tokenizer beside a checkpoint.
+    """Load the tokenizer of a checkpoint.
 
     Raises:
         UserError: there is none.
@@ -114,10 +114,10 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
 
 
 def check_weights(source: str) -> None:
-    """Open the weight files of a checkpoint folder without reading them; a hub id passes unseen.
+    """Check the headers of the weight files of a checkpoint directory; hub ids are not checked.
 
     Raises:
-        UserError: there are none, or one is missing, cut short or damaged in its header.
+        UserError: there are none, or one is missing, truncated or damaged in its header.
     """
     if not Path(source).is_dir():
         return

@@ -1,4 +1,4 @@
-"""Reading and writing an expert graph as a Hugging Face checkpoint that carries its own modeling code."""
+"""Saving of an expert graph as a Hugging Face checkpoint with its modeling code, and casts of its weights."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def save_graph(
     """Write weights, graph, configuration, modeling code and tokenizer into an existing directory.
 
     Args:
-        graph: what is written.
-        tokenizer: of the model.
-        directory: receives the files.
-        weights: those to write, by name; None for all that ``graph`` holds.
+        graph: expert graph.
+        tokenizer: tokenizer of the model.
+        directory: directory of the checkpoint.
+        weights: weights to write, by name; None for all weights of ``graph``.
     """
     FedGraftConfig.register_for_auto_class()
     FedGraftForCausalLM.register_for_auto_class("AutoModelForCausalLM")
@@ -35,7 +35,7 @@ def save_graph(
 
 
 def cast_weights(model: FedGraftForCausalLM, dtype: torch.dtype) -> FedGraftForCausalLM:
-    """Cast a model in place, except for what stays in fp32 whatever the dtype: routers and gains."""
+    """Cast the weights of a model in place; routers and gains become fp32 for any dtype."""
     exact = set(model._keep_in_fp32_modules_strict)
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(torch.float32 if exact & set(name.split(".")) else dtype)

@@ -1,4 +1,4 @@
-"""What ``config.json`` says of a checkpoint, read without opening its weights."""
+"""Configuration file of a checkpoint, read without its weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SUPPORTED_DENSE = ("llama",)
 
 
 def read_config(source: str) -> PreTrainedConfig:
-    """Read ``config.json`` of a checkpoint without opening its weights.
+    """Read ``config.json`` of a checkpoint.
 
     Raises:
         UserError: no such checkpoint, or a configuration that cannot be read.
@@ -38,10 +38,10 @@ def read_config(source: str) -> PreTrainedConfig:
 
 
 def check_is_graph(config: PreTrainedConfig, source: str) -> None:
-    """Refuse the configuration of anything but an expert graph.
+    """Check that a configuration is of an expert graph.
 
     Raises:
-        UserError: names the type that came.
+        UserError: names the other type.
     """
     if config.model_type != FedGraftConfig.model_type:
         raise UserError(
@@ -51,10 +51,10 @@ def check_is_graph(config: PreTrainedConfig, source: str) -> None:
 
 
 def check_is_dense(config: PreTrainedConfig, source: str) -> None:
-    """Refuse the configuration of anything but a dense model that can become an expert graph.
+    """Check that a configuration is of a dense model that can become an expert graph.
 
     Raises:
-        UserError: names the type that came, or what is not supported.
+        UserError: names the other type or the unsupported option.
     """
     if config.model_type not in SUPPORTED_DENSE:
         raise UserError(
@@ -67,6 +67,6 @@ def check_is_dense(config: PreTrainedConfig, source: str) -> None:
 
 
 def read_dtype(source: str) -> torch.dtype:
-    """The dtype in which a checkpoint's weights are stored; fp32 where its configuration does not say."""
+    """Dtype of a checkpoint's weights; fp32 if its configuration names none."""
     dtype = read_config(source).dtype or torch.float32
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype

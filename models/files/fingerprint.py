@@ -15,18 +15,18 @@ from torch import Tensor, nn
 from configs.output import write_bytes
 from models.files.safetensors_files import bytes_between, checkpoint_files, stored_tensors
 
-# The coarsest clock of a file system in use (FAT).
+# Resolution of the coarsest file system clock in use (FAT).
 _SETTLED_SECONDS = 2.0
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256 over names, shapes, dtypes and bytes of all parameters, in order of their names."""
+    """SHA-256 over names, shapes, dtypes and bytes of all parameters, sorted by name."""
     return fingerprint_of(sorted(model.named_parameters()))
 
 
 def fingerprint_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """``fingerprint`` of parameters that come one at a time, with their names, in order of these."""
+    """``fingerprint`` of an iterable of names and parameters, sorted by name."""
     digest = hashlib.sha256()
     for name, tensor in tensors:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
@@ -35,15 +35,15 @@ def fingerprint_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def checkpoint_fingerprint(source: str) -> str:
-    """SHA-256 over names, shapes, dtypes and bytes of all stored tensors, in order of their names.
+    """SHA-256 over names, shapes, dtypes and bytes of all stored tensors, sorted by name.
 
-    It does not depend on how the tensors are spread over files. Reads 1 MiB at a time.
+    It does not depend on the distribution of tensors over files. Reads 1 MiB at a time.
 
     Args:
         source: directory or hub id.
 
     Raises:
-        UserError: no weights there, or a file that is damaged.
+        UserError: no weights there, or a damaged file.
     """
     digest = hashlib.sha256()
     stored = [tensor for path in checkpoint_files(source) for tensor in stored_tensors(path)]
@@ -56,17 +56,17 @@ def checkpoint_fingerprint(source: str) -> str:
 
 
 def remembered_fingerprint(source: str, memory: Path) -> str:
-    """``checkpoint_fingerprint``, for which files of the same path, size and time of change are read only once.
+    """``checkpoint_fingerprint`` with a cache on disk, keyed by path, size and modification time of the files.
 
-    Files that changed within the last ``_SETTLED_SECONDS`` are read each time: the next change may bear the same time.
+    Files modified within the last ``_SETTLED_SECONDS`` are not cached: another change may have the same time.
 
     Args:
         source: directory or hub id.
-        memory: folder with a small file per checkpoint, made on the first write; where it cannot be written,
+        memory: cache directory with a small file per checkpoint, created on the first write; if it is not writable,
             checkpoints are read each time.
 
     Raises:
-        UserError: no weights there, or a file that is damaged.
+        UserError: no weights there, or a damaged file.
     """
     stats = [(str(path.resolve()), path.stat()) for path in checkpoint_files(source)]
     seen = "\n".join(f"{path} {stat.st_size} {stat.st_mtime_ns}" for path, stat in stats)

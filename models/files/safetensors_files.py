@@ -17,7 +17,7 @@ _CHUNK_BYTES = 1 << 20
 
 
 class StoredTensor(NamedTuple):
-    """One tensor in a file: its header, and the bytes that it takes."""
+    """Header of one tensor in a file, and its byte range."""
 
     name: str
     dtype: str
@@ -28,13 +28,13 @@ class StoredTensor(NamedTuple):
 
 
 def checkpoint_files(source: str) -> list[Path]:
-    """The safetensors files of a checkpoint, one or several; those of a hub id are fetched where the cache lacks them.
+    """Paths of the safetensors files of a checkpoint; files of a hub id that are not cached are downloaded.
 
     Args:
         source: directory or hub id.
 
     Raises:
-        UserError: there are none, or some of them are missing.
+        UserError: there are none, or some are missing.
     """
     try:
         return [Path(cached_file(source, SAFE_WEIGHTS_NAME))]
@@ -59,10 +59,10 @@ def checkpoint_files(source: str) -> list[Path]:
 
 
 def check_file(path: Path) -> None:
-    """Open a weight file without reading its tensors.
+    """Check the header and size of a weight file.
 
     Raises:
-        UserError: it is cut short or damaged in its header.
+        UserError: it is truncated or damaged in its header.
     """
     try:
         with safe_open(path, framework="pt"):
@@ -72,10 +72,10 @@ def check_file(path: Path) -> None:
 
 
 def stored_tensors(path: Path) -> list[StoredTensor]:
-    """The tensors of a weight file, without reading their values.
+    """Headers of the tensors of a weight file.
 
     Raises:
-        UserError: the file is cut short or damaged in its header.
+        UserError: the file is truncated or damaged in its header.
     """
     check_file(path)
     with path.open("rb") as file:
@@ -87,7 +87,7 @@ def stored_tensors(path: Path) -> list[StoredTensor]:
 
 
 def bytes_between(file: BinaryIO, start: int, stop: int) -> Iterator[bytes]:
-    """The bytes of a file from ``start`` to before ``stop``, 1 MiB at a time.
+    """Read the bytes of a file from ``start`` to before ``stop`` in chunks of 1 MiB.
 
     Raises:
         UserError: the file ends earlier.

@@ -1,4 +1,4 @@
-"""What lies in a checkpoint folder beside its weights and its configuration: tokenizer, templates, code."""
+"""Files of a checkpoint other than weights and configuration: tokenizer, templates, code."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from huggingface_hub import snapshot_download
 from configs.errors import UserError, first_line
 from models.files.safetensors_files import checkpoint_files
 
-# Weights in any format, and their indices.
+# File patterns of weights in any format.
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.onnx*")
 _OTHER_FORMATS = [pattern for pattern in WEIGHTS if pattern != "*.safetensors"]
 
 
 def local_checkpoint(source: str) -> Path:
-    """The folder of a checkpoint; that of a hub id is fetched where the cache lacks it.
+    """Local directory of a checkpoint; a hub id that is not cached is downloaded.
 
     Raises:
         UserError: no such folder or hub id, or no safetensors weights in it.
@@ -36,9 +36,9 @@ def local_checkpoint(source: str) -> Path:
 
 
 def copy_side_files(source: Path, out: Path) -> None:
-    """Copy everything but weights, ``config.json``, hidden files and folders that are checkpoints themselves.
+    """Copy all files except weights, ``config.json``, hidden files and nested checkpoints.
 
-    The recipe of a bootstrapped graph counts as weights: it builds that graph, and no other.
+    The recipe of a bootstrapped graph counts as weights, because it describes only that graph.
     """
     skip = shutil.ignore_patterns(*WEIGHTS, *(f"{pattern}.index.json" for pattern in WEIGHTS), ".*")
 

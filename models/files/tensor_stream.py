@@ -1,4 +1,4 @@
-"""Writing safetensors files out of the bytes of others, a MiB at a time: nobody holds a whole tensor."""
+"""Streaming of safetensors files from the bytes of others, 1 MiB at a time, so that no whole tensor is in memory."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _ALIGNMENT = 8
 
 @dataclass(frozen=True)
 class NewTensor:
-    """A tensor of a file to write, in the dtype of the stored one that it comes from.
+    """Tensor of a new file, in the dtype of the stored tensor that it is a copy of.
 
     Attributes:
-        name: in the new file.
-        stored: where its values are.
-        rows: ascending indices into the first axis, those that stay; None for all.
-        values: in place of what is stored, in the stored dtype; None to copy.
+        name: name in the new file.
+        stored: source tensor.
+        rows: kept indices of the first axis, ascending; None for all.
+        values: values that replace the stored ones, in the stored dtype; None to copy.
     """
 
     name: str
@@ -45,14 +45,14 @@ class NewTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its values."""
+        """Size in bytes."""
         if self.values is not None:
             return self.values.nbytes
         stored = self.stored.stop - self.stored.start
         return stored if self.rows is None else stored // self.stored.shape[0] * len(self.rows)
 
     def chunks(self) -> Iterator[bytes]:
-        """Its bytes in pieces of at most 1 MiB."""
+        """Bytes of the tensor in chunks of at most 1 MiB."""
         if self.values is not None:
             yield self.values.contiguous().flatten().view(torch.uint8).numpy().tobytes()
             return
@@ -61,7 +61,7 @@ class NewTensor:
                 yield from bytes_between(file, start, stop)
 
     def _spans(self) -> Iterator[tuple[int, int]]:
-        """Where its bytes are in the stored file; rows that follow each other are one span."""
+        """Byte ranges in the stored file; consecutive rows are one range."""
         if self.rows is None:
             yield self.stored.start, self.stored.stop
             return
@@ -74,12 +74,12 @@ class NewTensor:
 def write_tensors(
     path: Path, tensors: Sequence[NewTensor], *, on_bytes: Callable[[int], None] = lambda count: None
 ) -> None:
-    """Write a safetensors file, the tensors in the order given.
+    """Write a safetensors file with the tensors in the given order.
 
     Args:
-        path: of the new file; none of the stored tensors may lie in it.
-        tensors: with different names.
-        on_bytes: told of every piece that was written.
+        path: new file; must not be the file of a stored tensor.
+        tensors: tensors of distinct names.
+        on_bytes: called with the size of every written chunk.
 
     Raises:
         UserError: a stored file ends before the tensor does.
@@ -93,12 +93,12 @@ def write_tensors(
 
 
 def file_bytes(tensors: Sequence[NewTensor]) -> int:
-    """Size of the file that ``write_tensors`` writes."""
+    """Size in bytes of the file that ``write_tensors`` writes."""
     return len(_header(tensors)) + sum(tensor.nbytes for tensor in tensors)
 
 
 def count_parameters(tensors: Sequence[StoredTensor | NewTensor]) -> int:
-    """Entries of the tensors that are floating point: masks and index tables are no parameters."""
+    """Number of entries of floating-point tensors; masks and index tables are not parameters."""
     dtypes = [tensor.stored.dtype if isinstance(tensor, NewTensor) else tensor.dtype for tensor in tensors]
     return sum(
         math.prod(tensor.shape)

@@ -1,6 +1,6 @@
-"""The attention projections of one layer as one vector, and back: what clients ship when they also train attention.
+"""Conversion between the attention projections of a layer and the vector that clients ship if they train attention.
 
-The vector is the weights of the query, key, value and output projections, ``[out, in]`` each, flattened in this order.
+The vector holds the weights of the query, key, value and output projections, ``[out, in]`` each, flattened in order.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 def projections(model: FedGraftForCausalLM, layer: int) -> list[nn.Module]:
-    """The four projections of a layer, with their LoRA factors where they have some."""
+    """The four projections of a layer, including LoRA factors."""
     return [getattr(model.model.layers[layer].self_attn, name) for name in PROJECTIONS]
 
 
 def attention_count(model: FedGraftForCausalLM, layer: int) -> int:
-    """Entries of the vector of a layer."""
+    """Size of the vector of a layer."""
     return sum(_size(linear) for linear in projections(model, layer))
 
 
 @torch.no_grad()
 def read_attention(model: FedGraftForCausalLM, layer: int) -> Tensor:
-    """A copy of the layer's vector, fp32 ``[size]`` on the CPU, without LoRA; dequantized where it is 4-bit."""
+    """Copy of the layer's vector, fp32 ``[size]`` on the CPU, without LoRA; dequantized if it is 4-bit."""
     return flatten_projections(weight_of(linear) for linear in projections(model, layer))
 
 
@@ -47,7 +47,7 @@ def write_attention(model: FedGraftForCausalLM, layer: int, vector: Tensor) -> N
         raise ValueError(f"attention of layer {layer}: expected {sum(sizes)} entries, got {vector.numel()}")
     if any(is_quantized(linear) for linear in linears):
         raise ValueError(
-            f"attention of layer {layer} is 4-bit and cannot be moved: do so before it is quantized"
+            f"attention of layer {layer} is 4-bit and cannot be written; write it before it is quantized"
         )
     for linear, part in zip(linears, vector.split(sizes), strict=True):
         weight = base_of(linear).weight
@@ -55,12 +55,12 @@ def write_attention(model: FedGraftForCausalLM, layer: int, vector: Tensor) -> N
 
 
 def flatten_projections(weights: Iterable[Tensor]) -> Tensor:
-    """Matrices of the four projections as one fp32 vector on the CPU."""
+    """Flatten the matrices of the four projections to one fp32 vector on the CPU."""
     return torch.cat([weight.reshape(-1).float().cpu() for weight in weights])
 
 
 def quantize_attention(model: FedGraftForCausalLM, dtype: torch.dtype) -> None:
-    """Turn the attention projections of every layer into 4-bit ones, in place; products in ``dtype``."""
+    """Quantize the attention projections of every layer to 4 bits, in place; matrix products in ``dtype``."""
     for layer in model.model.layers:
         for name in PROJECTIONS:
             linear = getattr(layer.self_attn, name)

@@ -1,7 +1,9 @@
-"""Experts as linear layers of their own, plain or 4-bit, so that each can carry LoRA factors.
+"""Experts as separate linear layers, plain or 4-bit, for LoRA.
 
-Fused experts cannot: transformers leaves fused three-dimensional experts in fp32 when it loads in 4 bits, and LoRA on
-fused parameters under bitsandbytes gives some factors no gradient. Shape suffixes: N rows, D hidden width, H neurons.
+Fused experts do not support it: transformers leaves fused three-dimensional experts in fp32 when it loads in 4 bits,
+and LoRA on fused parameters under bitsandbytes gives some factors no gradient.
+
+Shape suffixes: N rows, D hidden width, H neurons.
 """
 
 from __future__ import annotations
@@ -23,12 +25,12 @@ KINDS = ("plain", "nf4")
 
 
 class ExpertFFN(nn.Module):
-    """The gated FFN of one expert, of linear layers: ``down(act(gate x) * up x)``.
+    """Gated FFN of one expert from linear layers: ``down(act(gate x) * up x)``.
 
     Args:
-        gate_up: ``D -> 2H``.
-        down: ``H -> D``.
-        act_fn: of the gate.
+        gate_up: linear layer ``D -> 2H``.
+        down: linear layer ``H -> D``.
+        act_fn: activation of the gate.
     """
 
     def __init__(self, gate_up: nn.Module, down: nn.Module, act_fn: nn.Module) -> None:
@@ -42,11 +44,11 @@ class ExpertFFN(nn.Module):
 
 
 class ExpertModules(nn.Module):
-    """Storage of one layer (see ``ExpertStorage``) whose experts are modules.
+    """Storage of one layer (see ``ExpertStorage``) with experts as modules.
 
     Args:
-        experts: by number.
-        dtype: in which they compute.
+        experts: experts by index.
+        dtype: dtype of the matrix products.
     """
 
     def __init__(self, experts: dict[int, ExpertFFN], dtype: torch.dtype) -> None:
@@ -56,31 +58,31 @@ class ExpertModules(nn.Module):
 
     @property
     def held(self) -> list[int]:
-        """The experts that are here, in order."""
+        """Indices of the held experts, ascending."""
         return sorted(int(expert) for expert in self.experts)
 
     def expert(self, expert: int) -> Any:
-        """One expert, an ``ExpertFFN``.
+        """Module of one expert, an ``ExpertFFN``.
 
         Raises:
-            ValueError: it is not here.
+            ValueError: the expert is not held.
         """
         if str(expert) not in self.experts:
             raise ValueError(f"expected an expert among {self.held}, got {expert}, which is not held")
         return self.experts[str(expert)]
 
     def run(self, expert: int, rows_ND: Tensor) -> Tensor:
-        """Output ``[N, D]`` of an expert with its LoRA factors, in the dtype of the rows."""
+        """Output ``[N, D]`` of an expert including LoRA, in the dtype of the rows."""
         return self.expert(expert)(rows_ND.to(self.dtype)).to(rows_ND.dtype)
 
     @torch.no_grad()
     def read(self, expert: int) -> tuple[Tensor, Tensor]:
-        """``gate_up [2H, D]`` and ``down [D, H]`` of an expert without its LoRA factors; dequantized where 4-bit."""
+        """``gate_up [2H, D]`` and ``down [D, H]`` of an expert without LoRA; dequantized if they are 4-bit."""
         module = self.expert(expert)
         return weight_of(module.gate_up), weight_of(module.down)
 
     def write(self, expert: int, gate_up: Tensor, down: Tensor) -> None:
-        """Refuse: the base under LoRA factors is fixed.
+        """Not supported: the base weights under LoRA factors are fixed.
 
         Raises:
             ValueError: always.
@@ -96,17 +98,17 @@ def materialize_modules(
     kind: str,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Hold ``residents`` (per layer bool ``[E]``, None for all) as modules on the model's device, and no other expert.
+    """Load ``residents`` as modules on the model's device, and no other expert.
 
-    Each expert is read once from where it is stored, so a graph whose experts are on disk never lies whole in memory.
-    With ``nf4`` the attention projections become 4-bit too; embeddings, norms, output head, routers and gains stay.
+    Each expert is read once from its storage, so that a graph with experts on disk is never in memory as a whole. With
+    ``nf4`` the attention projections become 4-bit, too; embeddings, norms, output head, routers and gains do not.
 
     Args:
-        model: changed in place.
-        residents: as above.
+        model: graph to change in place.
+        residents: per layer bool ``[E]``, None for all.
         kind: ``plain`` or ``nf4``.
-        dtype: of the matrix products, and of the weights where they are plain; None for bf16 where the device gains
-            from it, else fp32.
+        dtype: dtype of the matrix products and of plain weights; None for bf16 if it is faster on the device, else
+            fp32.
 
     Raises:
         ValueError: another kind.
@@ -123,7 +125,7 @@ def materialize_modules(
         return_freed_memory()
     if kind == "nf4":
         quantize_attention(model, dtype)
-        vars(model)["is_loaded_in_4bit"] = True  # where peft and transformers look
+        vars(model)["is_loaded_in_4bit"] = True  # read by peft and transformers
 
 
 def _build_expert(
@@ -136,6 +138,6 @@ def _build_expert(
 
 def _plain_linear(weight: Tensor, *, dtype: torch.dtype, device: torch.device) -> nn.Linear:
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    # A copy: a view would keep the fused tensor of all experts alive.
+    # A copy, because a view would keep the fused tensor of all experts in memory.
     linear.weight = nn.Parameter(weight.detach().to(device, dtype, copy=True), requires_grad=False)
     return linear

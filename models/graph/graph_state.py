@@ -1,4 +1,4 @@
-"""Reading, checking and writing the masks of an opened expert graph."""
+"""Masks of an opened expert graph: read, check, write."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 
 
 def read_graph(model: FedGraftForCausalLM) -> ExpertGraph:
-    """The graph that a model holds, as plain data."""
+    """Copy of the masks and the graph version of a model."""
     masks = tuple(layer.edges.cpu().numpy().copy() for layer in model.expert_layers())
     return ExpertGraph(masks, model.config.graph_version)
 
 
 def check_graph(model: FedGraftForCausalLM) -> None:
-    """Refuse a graph whose masks are not upper-triangular or leave an expert out of reach.
+    """Check that all masks are upper-triangular and every expert is reachable.
 
     Raises:
         UserError: names the layer.
@@ -25,9 +25,9 @@ def check_graph(model: FedGraftForCausalLM) -> None:
 
 
 def write_graph(model: FedGraftForCausalLM, graph: ExpertGraph) -> None:
-    """Give a model the masks and the version of ``graph``; gains of edges that are gone return to zero.
+    """Set masks and version of a model from ``graph``; gains and affinities of removed edges become zero.
 
-    An edge that comes back later starts again from zero.
+    An edge that is added again later therefore starts from zero.
     """
     with torch.no_grad():
         for layer, mask in zip(model.expert_layers(), graph.masks, strict=True):

@@ -1,7 +1,7 @@
-"""LoRA factors on experts and attention, and the dense changes that they amount to.
+"""LoRA factors on experts and attention, and their products as dense updates.
 
-Factors of several clients cannot be averaged: a mean of products is not the product of means. So what a client ships
-is the product of its factors, in the layout of the weights that it changes.
+Clients ship the product of their factors, in the layout of the weights, because factors of several clients cannot be
+averaged: the mean of products is not the product of means.
 """
 
 from __future__ import annotations
@@ -30,42 +30,46 @@ def attach_lora(
     routing: bool = True,
     seed: int = 0,
 ) -> list[nn.Parameter]:
-    """Put fp32 LoRA factors on every expert module, and freeze everything else but the routing.
+    """Add fp32 LoRA factors to every expert module, and freeze all other parameters except routing.
 
     Args:
-        model: after ``materialize_modules``, changed in place.
-        rank: of the factors.
-        alpha: the product of the factors counts ``alpha / rank`` times.
-        attention: put factors on the attention projections too.
+        model: graph after ``materialize_modules``, changed in place.
+        rank: rank of the factors.
+        alpha: scale; the product of the factors is multiplied by ``alpha / rank``.
+        attention: add factors to the attention projections, too.
         routing: leave routers, gains and affinities trainable.
-        seed: of the first values of A; B starts at zero.
+        seed: seed of the initial values of A; B starts at zero.
 
     Returns:
-        The parameters that train.
+        The trainable parameters.
 
     Raises:
-        ValueError: the experts are no modules.
+        ValueError: fused experts.
     """
-    # Imported here: it takes seconds, and most runs train whole experts.
-    from peft import LoraConfig, inject_adapter_in_model
-    from peft.tuners.tuners_utils import cast_adapter_dtype
-
     if not all(isinstance(layer.storage, ExpertModules) for layer in model.expert_layers()):
         raise ValueError("expected experts as modules, got fused ones; call materialize_modules first")
-    targets = f"{_EXPERTS}|{_ATTENTION}" if attention else _EXPERTS
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        inject_adapter_in_model(config, model, _ADAPTER)
-    cast_adapter_dtype(model, _ADAPTER)
+    _inject(model, f"{_EXPERTS}|{_ATTENTION}" if attention else _EXPERTS, rank, alpha, seed)
     for layer in model.expert_layers():
         for parameter in layer.routing_parameters().values():
             parameter.requires_grad_(routing)
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
+def _inject(model: FedGraftForCausalLM, targets: str, rank: int, alpha: float, seed: int) -> None:
+    """Add fp32 factors to the modules whose names match ``targets``; the global random state does not change."""
+    # Imported here: the import takes seconds, and most runs train whole experts.
+    from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.tuners_utils import cast_adapter_dtype
+
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        inject_adapter_in_model(config, model, _ADAPTER)
+    cast_adapter_dtype(model, _ADAPTER)
+
+
 def lora_change(model: FedGraftForCausalLM, unit: Unit) -> Tensor:
-    """The change of one resident unit's weights, ``alpha / rank * B A``, fp32 ``[3hd]`` on the CPU.
+    """LoRA update of one resident unit's weights, ``alpha / rank * B A``, fp32 ``[3hd]`` on the CPU.
 
     See ``models.graph.unit_vectors`` for the layout.
 
@@ -77,9 +81,9 @@ def lora_change(model: FedGraftForCausalLM, unit: Unit) -> Tensor:
 
 
 def attention_changes(model: FedGraftForCausalLM) -> Iterator[tuple[int, Tensor]]:
-    """For each layer the change of its attention projections, fp32 on the CPU; laid out as in ``attention_vectors``.
+    """LoRA update of the attention projections of each layer, fp32 on the CPU, laid out as in ``attention_vectors``.
 
-    Nothing where attention carries no factors.
+    Empty if attention has no factors.
     """
     for index in range(len(model.model.layers)):
         linears = projections(model, index)

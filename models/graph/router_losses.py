@@ -1,4 +1,4 @@
-"""Losses on the router scores of a forward pass: balance of the load, and size of the scores.
+"""Auxiliary losses on the router logits of a forward pass: load balance and z-loss.
 
 Shape suffixes: T tokens, E experts of the layer, K visits per token.
 """
@@ -19,11 +19,11 @@ from models.remote_code.routing_fedgraft import Walk
 
 
 class Routing(NamedTuple):
-    """What the router of one layer did in one forward pass.
+    """Router logits and visits of one layer in one forward pass.
 
     Attributes:
-        scores_TE: router scores, with their gradient.
-        experts_TK: experts visited; -1 where no visit was made.
+        scores_TE: router logits, with their gradient.
+        experts_TK: visited experts; -1 for visits not made.
         resident_E: bool, the experts that may be visited; None for all.
     """
 
@@ -34,9 +34,9 @@ class Routing(NamedTuple):
 
 @contextmanager
 def collect_routing(model: FedGraftForCausalLM) -> Iterator[list[Routing]]:
-    """Collect the routing of every layer in every forward pass within the block.
+    """Context that collects the routing of every layer in every forward pass.
 
-    Nothing is computed while a layer runs, so that a layer which is checkpointed can be repeated without it.
+    Losses are computed afterwards, so that the recomputation of a checkpointed layer does not repeat them.
     """
     collected: list[Routing] = []
 
@@ -53,7 +53,7 @@ def collect_routing(model: FedGraftForCausalLM) -> Iterator[list[Routing]]:
 def router_loss(
     routings: Sequence[Routing], *, load_balance_weight: float = 0.0, z_loss_weight: float = 0.0
 ) -> Tensor:
-    """Weighted sum of the load-balance loss and the z-loss, each the mean over layers, a scalar."""
+    """Weighted sum of load-balance loss and z-loss, each averaged over layers, a scalar."""
     total = torch.zeros((), device=routings[0].scores_TE.device)
     for routing in routings:
         if load_balance_weight:
@@ -64,11 +64,11 @@ def router_loss(
 
 
 def load_balance_loss(routing: Routing) -> Tensor:
-    """``E * sum_e f_e P_e`` over the residents; 1 where tokens and scores spread evenly, up to E where one takes all.
+    """Load-balance loss ``E * sum_e f_e P_e`` over the residents: 1 for uniform routing, E for one expert only.
 
-    Switch Transformer, Fedus et al. (2021, arXiv:2101.03961), equation 4. ``f_e`` is the share of all visits that
-    expert e received, so that the loss does not grow with the visits per token, and ``P_e`` the mean over tokens of
-    its softmax share among the residents. Only P carries a gradient.
+    Switch Transformer, Fedus et al. (2021, arXiv:2101.03961), equation 4. ``f_e`` is expert e's share of all visits, so
+    that the loss does not grow with the visits per token, and ``P_e`` its softmax share among the residents, averaged
+    over tokens. Only P has a gradient.
     """
     scores_TE = _resident_scores(routing)
     made = routing.experts_TK[routing.experts_TK >= 0]
@@ -79,7 +79,7 @@ def load_balance_loss(routing: Routing) -> Tensor:
 
 
 def z_loss(routing: Routing) -> Tensor:
-    """Mean over tokens of the squared log-sum-exp of the residents' scores, which keeps scores small.
+    """Mean over tokens of the squared log-sum-exp of the residents' logits, which penalizes large logits.
 
     ST-MoE, Zoph et al. (2022, arXiv:2202.08906), equation 5.
     """

@@ -1,4 +1,4 @@
-"""How a loaded graph runs: settings that leave its weights alone."""
+"""Runtime settings of a loaded graph: observers, walk, visits per token, residents. Weights do not change."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ Observer = Callable[[ExpertGraphMLP, Tensor, Walk, Tensor], None]
 
 @contextmanager
 def observing_walks(model: FedGraftForCausalLM, make: Callable[[int], Observer]) -> Iterator[None]:
-    """Let ``make(layer index)`` see the walks of every layer, for the time of the block.
+    """Context in which the observer ``make(layer index)`` is called with the walks of every layer.
 
-    Blocks may be nested: every observer of a layer is called, the outermost first.
+    Contexts may be nested: every observer of a layer is called, the outermost first.
     """
     layers = model.expert_layers()
     earlier = [layer.observers for layer in layers]
@@ -36,7 +36,7 @@ def observing_walks(model: FedGraftForCausalLM, make: Callable[[int], Observer])
 
 @contextmanager
 def unobserved(model: FedGraftForCausalLM) -> Iterator[None]:
-    """Call no observer within the block, e.g. while a forward pass is repeated for its gradient."""
+    """Context without observers, e.g. for the recomputation of a checkpointed forward pass."""
     earlier = [layer.observers for layer in model.expert_layers()]
     try:
         _set_observers(model, [[] for _ in earlier])
@@ -47,13 +47,13 @@ def unobserved(model: FedGraftForCausalLM) -> Iterator[None]:
 
 @contextmanager
 def checkpointing(model: FedGraftForCausalLM) -> Iterator[None]:
-    """Keep only the input of each decoder layer within the block, and run the layer again in the backward pass.
+    """Context with activation checkpointing: only layer inputs are saved, and the backward pass recomputes layers.
 
-    Works in training mode. Observers do not see the repetition, which would be counted twice.
+    Effective in training mode. Observers are not called in the recomputation, so that visits count once.
     """
     contexts = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), unobserved(model))}
     model.activation_checkpointing_enable(contexts)
-    model.disable_input_require_grads()  # these checkpoints do without a gradient of their input
+    model.disable_input_require_grads()  # non-reentrant checkpoints need no gradient of their input
     try:
         yield
     finally:
@@ -66,10 +66,10 @@ def _set_observers(model: FedGraftForCausalLM, observers: Sequence[list[Observer
 
 
 def set_visits(model: PreTrainedModel, count: int) -> None:
-    """Let each token visit ``count`` experts in every layer (all of them where a layer has fewer).
+    """Set the experts per token to ``count`` in every layer, or to E in layers with fewer experts.
 
     Raises:
-        UserError: the model is no expert graph, or no layer has so many experts.
+        UserError: not an expert graph, or a count that exceeds the experts of every layer.
     """
     if not isinstance(model, FedGraftForCausalLM):
         raise UserError(
@@ -85,7 +85,7 @@ def set_visits(model: PreTrainedModel, count: int) -> None:
 
 @contextmanager
 def visiting(model: FedGraftForCausalLM, visits: Sequence[int]) -> Iterator[None]:
-    """Let each token visit ``visits[layer]`` experts, for the time of the block."""
+    """Context with ``visits[layer]`` experts per token."""
     layers = model.expert_layers()
     usual = [layer.num_visits for layer in layers]
     try:
@@ -98,14 +98,14 @@ def visiting(model: FedGraftForCausalLM, visits: Sequence[int]) -> Iterator[None
 
 
 def set_walk(model: FedGraftForCausalLM, order: str) -> None:
-    """Walk in another order, ``best-first`` or ``depth-first``."""
+    """Set the walk order, ``best-first`` or ``depth-first``."""
     for layer in model.expert_layers():
         layer.order = order
     model.config.walk = order
 
 
 def residents(model: FedGraftForCausalLM) -> list[Tensor]:
-    """The experts that tokens may visit, per layer bool ``[E]``."""
+    """Masks of the experts that tokens may visit, per layer bool ``[E]``."""
     return [
         torch.ones_like(layer.edges[0]) if layer.resident is None else layer.resident
         for layer in model.expert_layers()
@@ -113,30 +113,30 @@ def residents(model: FedGraftForCausalLM) -> list[Tensor]:
 
 
 def held_experts(layer: ExpertGraphMLP, resident: Tensor | None) -> list[int]:
-    """The experts of a layer that ``resident`` (bool ``[E]``) marks, in order; all for None."""
+    """Indices of the experts in the mask ``resident`` (bool ``[E]``), ascending; all for None."""
     return list(range(layer.num_experts)) if resident is None else resident.nonzero().flatten().tolist()
 
 
 def set_residents(model: FedGraftForCausalLM, held: Sequence[Tensor | None]) -> None:
-    """Let tokens visit only the experts ``held``, per layer bool ``[E]``, or None for all."""
+    """Restrict visits to the experts ``held``, per layer bool ``[E]``, or None for all."""
     for layer, resident in zip(model.expert_layers(), held, strict=True):
         layer.resident, layer.residency_gate = resident, None
 
 
 def warn_where_fewer_reside(model: FedGraftForCausalLM) -> None:
-    """Warn, once a process, that tokens visit fewer experts than they should because fewer are held."""
+    """Warn once per process if a layer has fewer residents than experts per token."""
     for layer, held in zip(model.expert_layers(), residents(model), strict=True):
         if int(held.sum()) < layer.num_visits:
             warnings.warn(
                 f"expected at least {layer.num_visits} experts to visit in layer {layer.layer_index}, "
-                f"got {int(held.sum())} that are held; tokens visit these",
+                f"got {int(held.sum())} residents; tokens visit only these",
                 stacklevel=2,
             )
             return
 
 
 def scaled_visits(model: FedGraftForCausalLM, budget: int) -> list[int]:
-    """Experts per token for a client of this budget, per layer: the graph's k in proportion, at least one."""
+    """Experts per token of a client with this budget, per layer: k scaled by budget / E, at least one."""
     visits = []
     for layer in model.expert_layers():
         share = min(budget, layer.num_experts) / layer.num_experts if budget > 0 else 1.0
@@ -146,7 +146,7 @@ def scaled_visits(model: FedGraftForCausalLM, budget: int) -> list[int]:
 
 @contextmanager
 def frozen(model: FedGraftForCausalLM) -> Iterator[None]:
-    """No parameter of the model requires a gradient within the block."""
+    """Context in which no parameter of the model requires a gradient."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trainable:
         parameter.requires_grad_(False)
@@ -159,7 +159,7 @@ def frozen(model: FedGraftForCausalLM) -> Iterator[None]:
 
 @contextmanager
 def gating(model: FedGraftForCausalLM) -> Iterator[None]:
-    """Gates that are put on experts within the block are taken off after it, also after an error."""
+    """Context that removes the residency gates of all layers on exit."""
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""The parameters of one expert as one vector, and back: what clients ship and the server aggregates.
+"""Conversion between the parameters of an expert and the vector that clients ship and the server aggregates.
 
 A unit is ``(layer, expert)``, or ``(layer, OTHERS)`` for the attention projections of a layer (see
 ``attention_vectors``). The vector of an expert is ``[3h, d]`` flattened (gate rows, up rows, rows of the transposed
@@ -20,7 +20,7 @@ OTHERS = -1
 
 
 def unit_sizes(model: FedGraftForCausalLM, *, attention: bool = False) -> dict[Unit, int]:
-    """Entries of the vector of each expert and, if asked for, of the attention of each layer."""
+    """Vector size of each expert and, with ``attention``, of the attention of each layer."""
     layers = model.expert_layers()
     sizes = {
         (index, expert): weight_count(layer) + routing_count(layer)
@@ -33,7 +33,7 @@ def unit_sizes(model: FedGraftForCausalLM, *, attention: bool = False) -> dict[U
 
 
 def unit_shapes(model: FedGraftForCausalLM) -> dict[Unit, tuple[int, int]]:
-    """Rows ``3h`` and columns ``d`` of the matrix at the start of each expert's vector."""
+    """Shape ``(3h, d)`` of the matrix at the start of each expert's vector."""
     return {
         (index, expert): (3 * layer.expert_size, layer.hidden_size)
         for index, layer in enumerate(model.expert_layers())
@@ -42,18 +42,18 @@ def unit_shapes(model: FedGraftForCausalLM) -> dict[Unit, tuple[int, int]]:
 
 
 def weight_count(layer: ExpertGraphMLP) -> int:
-    """Entries of one expert's matrices, ``3hd``."""
+    """Number of entries of one expert's matrices, ``3hd``."""
     return 3 * layer.expert_size * layer.hidden_size
 
 
 def routing_count(layer: ExpertGraphMLP) -> int:
-    """Entries of one expert's routing, ``d + 1 + 2E``."""
+    """Number of entries of one expert's routing, ``d + 1 + 2E``."""
     return layer.hidden_size + 1 + 2 * layer.num_experts
 
 
 @torch.no_grad()
 def read_unit(model: FedGraftForCausalLM, unit: Unit) -> Tensor:
-    """A copy of the unit's vector, fp32 ``[size]`` on the CPU.
+    """Copy of the unit's vector, fp32 ``[size]`` on the CPU.
 
     Raises:
         ValueError: the model does not hold this expert.
@@ -86,18 +86,18 @@ def write_unit(model: FedGraftForCausalLM, unit: Unit, vector: Tensor) -> None:
 def add_to_unit(model: FedGraftForCausalLM, unit: Unit, step: Tensor) -> None:
     """Add ``step [size]`` to the unit's parameters, in fp32.
 
-    Server and clients move their experts by this one addition, so that they stay equal bit for bit.
+    Server and clients both use this addition, so that their copies stay equal bit for bit.
     """
     write_unit(model, unit, read_unit(model, unit) + step)
 
 
 def flatten_weights(gate_up: Tensor, down: Tensor) -> Tensor:
-    """``gate_up [2h, d]`` and ``down [d, h]`` as one fp32 vector ``[3hd]`` on the CPU."""
+    """Flatten ``gate_up [2h, d]`` and ``down [d, h]`` to one fp32 vector ``[3hd]`` on the CPU."""
     return torch.cat([part.reshape(-1).float().cpu() for part in (gate_up, down.T)])
 
 
 def unflatten_weights(vector: Tensor, hidden_size: int) -> tuple[Tensor, Tensor]:
-    """Undo ``flatten_weights``."""
+    """Split a vector ``[3hd]`` into ``gate_up [2h, d]`` and ``down [d, h]``, the inverse of ``flatten_weights``."""
     rows = vector.view(-1, hidden_size)
     gate_up, down = rows.split([2 * len(rows) // 3, len(rows) // 3])
     return gate_up, down.T
@@ -117,7 +117,7 @@ def read_routing(layer: ExpertGraphMLP, expert: int) -> Tensor:
 
 @torch.no_grad()
 def write_routing(layer: ExpertGraphMLP, expert: int, vector: Tensor) -> None:
-    """Undo ``read_routing``."""
+    """Set the routing of an expert from its vector ``[d + 1 + 2E]``, the inverse of ``read_routing``."""
     counts = [layer.hidden_size, 1, layer.num_experts, layer.num_experts]
     router, output, gain, affinity = vector.split(counts)
     layer.router.weight[expert] = router.to(layer.router.weight)

@@ -15,10 +15,10 @@ class FedGraftConfig(LlamaConfig):
     Args:
         num_experts: experts per layer, one integer a layer.
         expert_size: neurons per expert (h), the same in every layer.
-        experts_per_token: experts that each token visits in a layer (k); fewer where fewer can be reached.
+        experts_per_token: experts that each token visits in a layer (k), or all reachable ones if they are fewer.
         walk: ``best-first`` or ``depth-first``.
-        graph_version: edits applied since the bootstrap, counted in server merges.
-        base_fingerprint: SHA-256 of the dense weights that the graph was made from.
+        graph_version: number of server merges that edited the graph since the bootstrap.
+        base_fingerprint: SHA-256 of the weights of the dense base.
     """
 
     model_type = "fedgraft"
@@ -38,10 +38,10 @@ class FedGraftConfig(LlamaConfig):
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):
-        """Refuse shapes that the modeling code cannot hold.
+        """Check expert counts, k and walk.
 
         Raises:
-            ValueError: a layer without experts, a count per layer that is not one per layer, k < 1, unknown walk.
+            ValueError: a layer without experts, not one count per layer, k out of range, unknown walk.
         """
         super().validate_architecture()
         if len(self.num_experts) != self.num_hidden_layers or min(self.num_experts) < 1:

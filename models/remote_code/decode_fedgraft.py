@@ -1,6 +1,6 @@
-"""A single token through a layer, as in generation: the same walk and sum in plain numbers and vectors.
+"""Decoding path: walk and weighted sum for one token, in Python numbers and vectors.
 
-With one token each tensor operation costs more to start than to compute, and the walk alone has dozens of them.
+With one token the launch of a tensor operation takes longer than its computation, and the walk has dozens of them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .routing_fedgraft import Walk
 def walk_one_token(
     *, scores_E: Tensor, edges_EE: Tensor, affinity_EE: Tensor, resident_E: Tensor | None, num_visits: int
 ) -> Walk:
-    """``walk_graph`` for one token, best first, without gradients; K of the result is ``num_visits`` or E."""
+    """Best-first ``walk_graph`` of one token without gradients; K of the result is ``min(num_visits, E)``."""
     scores, edges, affinity = scores_E.tolist(), edges_EE.tolist(), affinity_EE.tolist()
     if resident_E is not None:
         scores = [score if held else -inf for score, held in zip(scores, resident_E.tolist(), strict=True)]
@@ -49,9 +49,9 @@ def run_one_token(
     Args:
         x_D: input of the layer.
         weights: output weight of each visit.
-        experts: visited, -1 for visits that are not made.
-        passing: ``[E, E]``, gain of each edge that passes something, else 0.
-        run: from an expert and one row ``[1, D]`` to its output.
+        experts: visited experts; -1 for visits that are not made.
+        passing: ``[E, E]``, gain of each edge that passes information, else 0.
+        run: map from an expert and one row ``[1, D]`` to its output.
     """
     outputs: dict[int, Tensor] = {}
     result_D = torch.zeros_like(x_D)

@@ -1,4 +1,4 @@
-"""Running experts that every token visits and between which nothing passes: one wide FFN in place of many narrow ones.
+"""Dense path: one wide FFN for experts that every token visits, with no information passed between them.
 
 Shape suffixes: T tokens, D hidden width, H neurons per expert, R experts in the fused tensors.
 """
@@ -29,7 +29,7 @@ def run_all_visited(
     act_fn: Callable[[Tensor], Tensor],
     held: Sequence[int],
 ) -> Tensor:
-    """Weighted sum of all outputs, ``[T, D]``, as ``FusedExperts`` without links gives it."""
+    """Weighted sum of all experts' outputs, ``[T, D]``, equal to ``FusedExperts`` without links."""
     weights_TR = torch.stack([weights_TK.flatten()[visits.places[expert]] for expert in held], -1)
     gate_up_TRH = F.linear(x_TD, gate_up_RHD.flatten(0, 1)).unflatten(-1, gate_up_RHD.shape[:2])
     hidden_TRH = gated(act_fn, gate_up_TRH)

@@ -1,4 +1,4 @@
-"""The visits of all tokens sorted by expert, and the edges along which tokens pass information.
+"""Dispatch of tokens to experts: visits sorted by expert, and the edges along which tokens pass information.
 
 Shape suffixes: T tokens, E experts, K visits per token, N (token, visit) pairs, L edges.
 """
@@ -13,11 +13,11 @@ from torch import Tensor
 
 
 class Visits(NamedTuple):
-    """The visits of all tokens, sorted by expert.
+    """Visits of all tokens, sorted by expert.
 
     Attributes:
-        places: per expert, positions of its visits in the flattened ``[T, K]``, ascending.
-        token_indices: per expert, the tokens that visit it, ascending.
+        places: per expert, indices of its visits in the flattened ``[T, K]``, ascending.
+        token_indices: per expert, indices of the tokens that visit it, ascending.
     """
 
     places: Sequence[Tensor]
@@ -25,13 +25,13 @@ class Visits(NamedTuple):
 
 
 class Link(NamedTuple):
-    """An edge along which at least one token passes information.
+    """Edge along which at least one token passes information.
 
     Attributes:
         source: expert that passes its output.
         target: expert that receives it.
-        source_rows: rows among the source's tokens, of the tokens that visit both.
-        target_rows: rows of the same tokens among the target's.
+        source_rows: positions in the source's ``token_indices`` of the tokens that visit both.
+        target_rows: positions of the same tokens in the target's ``token_indices``.
     """
 
     source: int
@@ -41,7 +41,7 @@ class Link(NamedTuple):
 
 
 def dispatch(experts_TK: Tensor, num_experts: int) -> Visits:
-    """Sort visits by expert; ``-1`` in ``experts_TK`` marks a visit that is not made."""
+    """Sort visits ``[T, K]`` by expert; ``-1`` marks a visit that is not made."""
     flat = experts_TK.flatten() + 1
     unmade, *counts = torch.bincount(flat, minlength=num_experts + 1).tolist()
     places_N = flat.argsort(stable=True)[unmade:]
@@ -49,7 +49,7 @@ def dispatch(experts_TK: Tensor, num_experts: int) -> Visits:
 
 
 def find_links(visits: Visits, edges_EE: Tensor, num_tokens: int) -> list[Link]:
-    """The edges (bool, strictly upper-triangular) that join two experts of the same token, by source, then target."""
+    """Links of the edges (bool, strictly upper-triangular) whose ends share a token, by source, then target."""
     edges = edges_EE.nonzero()
     if not len(edges):
         return []
@@ -66,7 +66,7 @@ def find_links(visits: Visits, edges_EE: Tensor, num_tokens: int) -> list[Link]:
 
 
 def _rows_by_token(visits: Visits, num_experts: int, num_tokens: int) -> Tensor:
-    """Row of each token among those of each expert, ``[E, T]``; -1 where it does not visit the expert."""
+    """Position of each token in each expert's ``token_indices``, ``[E, T]``; -1 if it does not visit the expert."""
     tokens_N = torch.cat(list(visits.token_indices))
     counts_E = torch.tensor([len(tokens) for tokens in visits.token_indices])
     experts_N = torch.arange(num_experts).repeat_interleave(counts_E)

@@ -1,9 +1,9 @@
-"""Running the experts that tokens visit: each expert once, in index order, on the rows of its own tokens only.
+"""Execution of the visited experts: each runs once, in index order, on the rows of its tokens.
 
-Index order is a topological order of the graph: when an expert runs, all that could pass something to it have run.
+Index order is a topological order of the graph, so that all parents of an expert run before it.
 
 Shape suffixes: T tokens, D hidden width, E experts, K visits per token, H neurons per expert, N (token, visit) pairs,
-of which an expert has its own ``N_e``.
+of which expert e has ``N_e``.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ def run_visits(
     links: Sequence[Link],
     run: Callable[[int, Tensor], Tensor],
 ) -> Tensor:
-    """Weighted sum of the outputs of the visited experts, ``[T, D]``, whatever runs an expert.
+    """Weighted sum of the outputs of the visited experts, ``[T, D]``, for any function that runs an expert.
 
     Args:
         x_TD: input of the layer.
         weights_TK: output weight of each visit.
-        edge_gain_EE: what an edge passes of its source's output.
-        visits: as ``dispatch`` gives them.
-        links: as ``find_links`` gives them.
-        run: from an expert and its rows ``[N_e, D]`` to their outputs.
+        edge_gain_EE: share of its source's output that each edge passes.
+        visits: visits by expert, from ``dispatch``.
+        links: edges that pass information, from ``find_links``.
+        run: map from an expert and its rows ``[N_e, D]`` to their outputs.
     """
     outputs: dict[int, Tensor] = {}
     result_TD = torch.zeros_like(x_TD)
@@ -48,17 +48,17 @@ def run_visits(
             rows_ND = rows_ND.index_add(0, link.target_rows, passed_ND.to(rows_ND.dtype))
         outputs[expert] = run(expert, rows_ND)
         weighted_ND = weights_TK.flatten()[places, None] * outputs[expert]
-        # Each token is at most once among the rows of an expert, so that the sums have one order on every device.
+        # No token occurs twice among the rows of an expert, so that the sum has the same order on every device.
         result_TD = result_TD.index_add(0, tokens, weighted_ND.to(x_TD.dtype))
     return result_TD
 
 
 class FusedExperts(torch.autograd.Function):
-    """``run_visits`` for experts in fused tensors, with a backward pass of its own.
+    """``run_visits`` for experts in fused tensors, with a manual backward pass.
 
     Apply to ``(x_TD, weights_TK, edge_gain_EE, gate_up_RHD, down_RDH, visits, links, act_fn, held)``, where row r of
-    the fused tensors is expert ``held[r]``. No tensor of all ``[N, D]`` is ever moved, only the rows of one expert at a
-    time, and the gradients of the matrices are computed in place.
+    the fused tensors is expert ``held[r]``. Rows are gathered for one expert at a time, not as a tensor ``[N, D]``, and
+    the gradients of the matrices are computed in place.
     """
 
     @staticmethod
@@ -66,7 +66,7 @@ class FusedExperts(torch.autograd.Function):
         dtype, gains = _compute_dtype(x_TD), edge_gain_EE.tolist() if links else []
         result_TD, weights = torch.zeros_like(x_TD), weights_TK.flatten()
         runs: dict[int, _Run] = {}
-        # Reused for every expert: memory fresh from the system costs more than what is computed in it.
+        # One buffer for all experts: allocation takes longer than the products written to it.
         scratch = x_TD.new_empty(max(map(len, visits.token_indices)), x_TD.shape[-1])
         with torch.autocast(x_TD.device.type, enabled=False):
             inputs_TD, rows = x_TD.to(dtype), _visited(held, visits)
@@ -105,10 +105,10 @@ class FusedExperts(torch.autograd.Function):
 
 
 class _Run(NamedTuple):
-    """What the backward pass needs of an expert.
+    """Saved tensors of one expert for the backward pass.
 
     Its input ``[N_e, D]``, gate and up ``[N_e, 2H]`` and output ``[N_e, D]``, and its matrices in the dtype of the
-    products, to which they would have to be cast a second time.
+    products, so that they are cast only once.
     """
 
     rows: Tensor
@@ -119,9 +119,9 @@ class _Run(NamedTuple):
 
 
 class _BackwardPass:
-    """Gradients of ``FusedExperts`` while experts are gone through from the last to the first.
+    """Gradients of ``FusedExperts``, accumulated over experts in descending order.
 
-    ``d_weights``, ``d_gain``, ``d_gate_up`` and ``d_down`` are None where no gradient is asked for.
+    ``d_weights``, ``d_gain``, ``d_gate_up`` and ``d_down`` are None where no gradient is needed.
     """
 
     def __init__(self, ctx: Any, d_result_TD: Tensor) -> None:
@@ -141,7 +141,7 @@ class _BackwardPass:
         self.d_down = _empty_but(down, idle) if needed[4] else None
 
     def through_output_weight(self, expert: int) -> Tensor:
-        """Gradient of an expert's output, as far as the layer's result goes."""
+        """Gradient of an expert's output through its weight in the layer's result, ``[N_e, D]``."""
         places, output_ND = self._visits.places[expert], self._runs[expert].output
         d_weighted_ND = self._d_result.index_select(0, self._visits.token_indices[expert])
         if self.d_weights is not None:
@@ -150,7 +150,7 @@ class _BackwardPass:
         return torch.mul(d_weighted_ND, self._weights[places, None], out=d_output_ND)
 
     def through_link(self, link: Link, d_input_ND: Tensor, d_output_ND: Tensor) -> None:
-        """Add to the gradient of the source's output what comes back along a link from the target's input."""
+        """Add the gradient of the target's input, times the edge gain, to that of the source's output."""
         d_passed_ND = d_input_ND.index_select(0, link.target_rows)
         if self.d_gain is not None:
             passed_ND = self._runs[link.source].output.index_select(0, link.source_rows)
@@ -188,7 +188,7 @@ def _into(links: Iterable[Link], expert: int) -> list[Link]:
 
 
 def _visited(held: Sequence[int], visits: Visits) -> list[tuple[int, int]]:
-    """Row in the fused tensors and index of every expert that some token visits, by index."""
+    """Row in the fused tensors and index of every visited expert, sorted by index."""
     return sorted(
         ((row, expert) for row, expert in enumerate(held) if len(visits.token_indices[expert])),
         key=lambda pair: pair[1],
@@ -196,7 +196,7 @@ def _visited(held: Sequence[int], visits: Visits) -> list[tuple[int, int]]:
 
 
 def _compute_dtype(x_TD: Tensor) -> torch.dtype:
-    """Of the matrix products: that of autocast where it is on."""
+    """Dtype of the matrix products: that of autocast if enabled, else that of the input."""
     device = x_TD.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_TD.dtype
 
@@ -204,14 +204,14 @@ def _compute_dtype(x_TD: Tensor) -> torch.dtype:
 def _cast_rows(
     weight: Tensor, rows: Sequence[tuple[int, int]], dtype: torch.dtype
 ) -> Tensor | dict[int, Tensor]:
-    """The matrices of the visited experts in ``dtype``, by row; all at once where all are visited."""
+    """Matrices of the visited experts in ``dtype``, by row; the whole tensor if all are visited."""
     if len(rows) == len(weight):
         return weight.to(dtype)
     return {row: weight[row].to(dtype) for row, _ in rows}
 
 
 def _empty_but(weight: Tensor, zero_rows: list[int]) -> Tensor:
-    """An uninitialized tensor like ``weight``, with some rows of zeros."""
+    """Uninitialized tensor like ``weight`` whose rows ``zero_rows`` are zero."""
     empty = torch.empty_like(weight)
     for row in zero_rows:
         empty[row].zero_()
@@ -219,14 +219,14 @@ def _empty_but(weight: Tensor, zero_rows: list[int]) -> Tensor:
 
 
 def _inner_product(one: Tensor, other: Tensor) -> Tensor:
-    """Sum of the products of all entries; torch's own for 16 bits is many times slower than this sum."""
+    """Inner product of all entries; for 16 bits ``torch.dot`` is many times slower than this sum."""
     if one.element_size() == 2:
         return (one * other).sum(dtype=torch.float32)
     return torch.dot(one.flatten(), other.flatten())
 
 
 def _multiply_into(target: Tensor, left: Tensor, right: Tensor) -> None:
-    """``left @ right`` into ``target``, which may have another dtype."""
+    """Write ``left @ right`` into ``target``, which may have another dtype."""
     if target.dtype == left.dtype:
         torch.mm(left, right, out=target)
     else:

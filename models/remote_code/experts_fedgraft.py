@@ -75,18 +75,18 @@ class ExpertGraphMLP(LayerExperts):
 
     @property
     def num_experts(self) -> int:
-        """E of this layer."""
+        """Number of experts, E."""
         return self.router.weight.shape[0]
 
     def routing_parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters of router and graph by the names of ``ROUTING``, in that order."""
+        """Parameters of router and graph by the names of ``ROUTING``, in that order."""
         return {name: self.router.weight if name == "router" else getattr(self, name) for name in ROUTING}
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """``[..., D] -> [..., D]``.
 
         Raises:
-            FloatingPointError: a router score is not finite.
+            FloatingPointError: a router logit is not finite.
         """
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
         scores_TE = self.router(x_TD)
@@ -104,7 +104,7 @@ class ExpertGraphMLP(LayerExperts):
         return result_TD.view_as(hidden_states)
 
     def walk(self, scores_TE: Tensor) -> Walk:
-        """The experts that tokens with these scores visit."""
+        """Walk of tokens with the router logits ``[T, E]``."""
         return walk_graph(
             scores_TE=scores_TE,
             edges_EE=self.edges,
@@ -140,7 +140,7 @@ class ExpertGraphMLP(LayerExperts):
             observer(self, scores_TE, walk, weights_TK.detach())
 
     def output_weights(self, walk: Walk) -> Tensor:
-        """``w [T, K]``: one plus the expert's output gain times its share among the visited; 1 for visits not made."""
+        """Output weights ``[T, K]``: one plus output gain times softmax share; 1 for visits not made."""
         made_TK = walk.experts_TK >= 0
         lowest = torch.finfo(walk.scores_TK.dtype).min
         share_TK = torch.softmax(walk.scores_TK.masked_fill(~made_TK, lowest), -1) * made_TK
@@ -158,9 +158,9 @@ class ExpertGraphMLP(LayerExperts):
         return experts, weights * self.residency_gate[experts.clamp(min=0)]
 
     def _passing_edges(self) -> Tensor:
-        """The edges ``[E, E]`` that may pass something.
+        """Mask ``[E, E]`` of the edges that pass information.
 
-        Edges whose gain is zero count while gains are trained: otherwise they could never leave zero.
+        While gains are trained it includes edges of zero gain, which otherwise would receive no gradient.
         """
         edges_EE = self.edges.triu(1)
         if self.resident is not None:

@@ -1,4 +1,4 @@
-"""A Llama whose FFN layers are graphs of experts, for ``trust_remote_code``: needs torch and transformers only."""
+"""Llama whose FFN layers are expert graphs, for ``trust_remote_code``: imports torch and transformers only."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class FedGraftPreTrainedModel(LlamaPreTrainedModel):
     """Base of the two models: fresh weights, and tensor names of checkpoints (see ``router_fedgraft``)."""
 
     config_class = FedGraftConfig
-    # What decides where a token goes stays in fp32, whatever the dtype of the experts.
+    # Routing parameters stay in fp32 for experts of any dtype.
     _keep_in_fp32_modules_strict = list(ROUTING)
 
     @torch.no_grad()
@@ -46,7 +46,7 @@ class FedGraftPreTrainedModel(LlamaPreTrainedModel):
 
 
 class FedGraftModel(FedGraftPreTrainedModel, LlamaModel):
-    """The decoder stack: Llama's own attention, norms and embeddings around expert graphs."""
+    """Decoder stack with Llama's attention, norms and embeddings, and expert graphs as FFN layers."""
 
     def __init__(self, config: FedGraftConfig):
         super().__init__(config)
@@ -72,12 +72,12 @@ class FedGraftForCausalLM(FedGraftPreTrainedModel, LlamaForCausalLM):
         self.post_init()
 
     def expert_layers(self) -> list[ExpertGraphMLP]:
-        """The expert graphs, one a decoder layer, in order."""
+        """Expert graphs of the decoder layers, in order."""
         return [layer.mlp for layer in self.model.layers]
 
 
 def init_expert_graph(module, std: float) -> None:
-    """Fresh experts: normal weights, every expert a root, no edge, nothing passed, hard gates."""
+    """Initialize an expert layer: normal weights, every expert a root, no edges, zero gains."""
     if not isinstance(module, ExpertGraphMLP):
         return
     for weight in (module.gate_up_proj, module.down_proj, module.router.weight):

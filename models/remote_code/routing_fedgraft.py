@@ -1,4 +1,4 @@
-"""The walk: which k experts of a layer a token visits, in which order, and along which edges.
+"""Walk of tokens over an expert graph: the k experts that each token visits, their order and parents.
 
 Shape suffixes: T tokens, E experts of the layer, K visits per token. ``-1`` fills visits that a token does not
 make because fewer experts can be reached, and parents of visits entered from the router.
@@ -13,12 +13,12 @@ from torch import Tensor
 
 
 class Walk(NamedTuple):
-    """What the tokens of one layer visited.
+    """Visits of the tokens of one layer.
 
     Attributes:
-        experts_TK: visited experts in order of visit, int64, -1 where none is left to visit.
-        parents_TK: best-scoring visited parent at the time of the visit, int64, -1 if there is none.
-        scores_TK: effective scores, differentiable in router scores and affinities; -inf where nothing is visited.
+        experts_TK: visited experts in order of visit, int64; -1 if none is left to visit.
+        parents_TK: best-scoring visited parent at the time of the visit, int64; -1 if there is none.
+        scores_TK: effective scores, differentiable in router logits and affinities; -inf for visits not made.
     """
 
     experts_TK: Tensor
@@ -35,10 +35,10 @@ def walk_graph(
     num_visits: int,
     order: str = "best-first",
 ) -> Walk:
-    """Let every token visit up to ``num_visits`` experts of one layer.
+    """Choose up to ``num_visits`` experts of one layer for every token.
 
     Args:
-        scores_TE: router scores.
+        scores_TE: router logits.
         edges_EE: bool, upper-triangular; the diagonal marks experts that may be entered from the router.
         affinity_EE: added to the score of q when it is reached along p -> q (the best visited parent counts).
         resident_E: bool, the experts that may be visited; None for all.
@@ -64,12 +64,12 @@ def walk_graph(
 
 
 def _is_top_k(edges_EE: Tensor, resident_E: Tensor, along_EE: Tensor) -> bool:
-    """Whether edges cannot change what is visited: every resident is a root, and no edge adds to a score."""
+    """Whether the walk equals top-k: every resident is a root, and every affinity is zero."""
     return bool((edges_EE.diagonal() == resident_E).all() & ((along_EE == 0) | along_EE.isneginf()).all())
 
 
 def _top_k(raw_TE: Tensor, num_visits: int) -> tuple[Tensor, Tensor]:
-    """The best-scored experts, the lower one first on ties, and their scores; -1 and -inf where there are fewer."""
+    """Top-k experts, the lower index first on ties, and their scores; -1 and -inf if there are fewer."""
     scores_TE, experts_TE = raw_TE.sort(dim=-1, descending=True, stable=True)
     scores_TK = scores_TE[:, :num_visits]
     return experts_TE[:, :num_visits].where(scores_TK > float("-inf"), -1), scores_TK
@@ -78,9 +78,9 @@ def _top_k(raw_TE: Tensor, num_visits: int) -> tuple[Tensor, Tensor]:
 def _visit(
     raw_TE: Tensor, roots_E: Tensor, along_EE: Tensor, num_visits: int, order: str
 ) -> tuple[Tensor, Tensor]:
-    """Visit by visit: experts ``[T, K]`` and their effective scores at that time; -1 and -inf where there is none."""
+    """Sequential walk: experts ``[T, K]`` and their effective scores; -1 and -inf for visits not made."""
     unreached_E = torch.zeros_like(along_EE[0]).masked_fill(~roots_E, float("-inf"))
-    # Row -1, of a visit that is not made, opens nothing.
+    # The last row, index -1, belongs to visits that are not made and opens no child.
     opened_EE = torch.cat([along_EE, torch.full_like(along_EE[:1], float("-inf"))])
     bonus_TE = torch.full_like(raw_TE, float("-inf"))
     left_TE = raw_TE.clone()
@@ -100,9 +100,9 @@ def _visit(
 
 
 def _best_earlier(value_TKK: Tensor, children_EE: Tensor, visits_TK: Tensor) -> Tensor:
-    """For every visit the parent visited before it with the largest ``value[t, parent, visit]``, ``[T, K]``.
+    """Parent of every visit among the earlier ones, by largest ``value[t, parent, visit]``, ``[T, K]``.
 
-    The earlier parent on ties; -1 where no edge leads from an earlier visit to it.
+    The earlier parent on ties; -1 if no edge leads from an earlier visit to it.
     """
     joined_TKK = children_EE[visits_TK[:, :, None], visits_TK[:, None]]
     made_TK = visits_TK >= 0
@@ -112,10 +112,10 @@ def _best_earlier(value_TKK: Tensor, children_EE: Tensor, visits_TK: Tensor) -> 
 
 
 def _keep_latest_branch(effective_TE: Tensor, children_EE: Tensor, visits: list[Tensor]) -> Tensor:
-    """Leave only the children of the latest visit that still has one; tokens without any keep all (roots).
+    """Mask all candidates but the open children of the latest visit that has one; keep all if no visit has one.
 
-    Experts off the depth-first stack have no open child left, so the latest visit with an open child is the top of
-    the stack that is not exhausted.
+    Experts off the depth-first stack have no open child, so the latest visit with an open child is the top of the
+    stack.
     """
     visits_TK = torch.cat(visits, -1).flip(-1)
     open_TKE = children_EE[visits_TK] & (effective_TE > float("-inf"))[:, None]
@@ -130,7 +130,7 @@ def _keep_latest_branch(effective_TE: Tensor, children_EE: Tensor, visits: list[
 def _effective_scores(
     scores_TE: Tensor, affinity_EE: Tensor, visits_TK: Tensor, bonus_parents_TK: Tensor
 ) -> Tensor:
-    """``s_q``, plus the affinity of the edge along which q was reached; -inf where nothing was visited."""
+    """Router logit plus the affinity of the edge that reached the expert; -inf for visits not made."""
     visited = visits_TK.clamp(min=0)
     bonus = affinity_EE[bonus_parents_TK.clamp(min=0), visited].to(scores_TE.dtype)
     scores = scores_TE.gather(-1, visited) + bonus * (bonus_parents_TK >= 0)

@@ -1,4 +1,4 @@
-"""Text from a model."""
+"""Text generation from a prompt."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ def continue_prompt(
     temperature: float,
     streamer: Any = None,
 ) -> str:
-    """Continue ``prompt`` after a BOS token, which every document that FedGraft packs starts with.
+    """Generate text after BOS and ``prompt``; all packed training documents start with BOS, too.
 
     Args:
         model: any causal language model.
         tokenizer: its tokenizer.
         prompt: text to continue; may be empty.
-        max_new_tokens: at most; cut so that prompt and text fit the model's context.
+        max_new_tokens: most new tokens; fewer if prompt and text would exceed the model's context.
         temperature: 0 for greedy decoding.
-        streamer: a transformers streamer that receives prompt and tokens as they come.
+        streamer: transformers streamer of prompt and tokens.
 
     Returns:
         The text after the prompt.
@@ -36,15 +36,8 @@ def continue_prompt(
     Raises:
         UserError: the prompt alone fills the context.
     """
-    start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
-    ids = torch.tensor(
-        [start + tokenizer(prompt, add_special_tokens=False)["input_ids"]], device=model.device
-    )
+    ids = _prompt_ids(tokenizer, prompt, model.config.max_position_embeddings).to(model.device)
     room = model.config.max_position_embeddings - ids.shape[1]
-    if room < 1 or not ids.numel():
-        raise UserError(
-            f"expected a prompt of 1 to {model.config.max_position_embeddings - 1} tokens, got {ids.shape[1]}"
-        )
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     output = model.generate(
         ids,
@@ -55,3 +48,12 @@ def continue_prompt(
         **sampling,
     )
     return str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
+
+
+def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, context: int) -> torch.Tensor:
+    """Token ids ``[1, S]`` of BOS and prompt, with room for one more token in the context."""
+    start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+    ids = start + tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    if not 1 <= len(ids) < context:
+        raise UserError(f"expected a prompt of 1 to {context - 1} tokens, got {len(ids)}")
+    return torch.tensor([ids])

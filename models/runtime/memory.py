@@ -1,4 +1,4 @@
-"""Memory that this process has freed but not given back."""
+"""Return of freed heap memory to the operating system."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import ctypes
 
 
 def return_freed_memory() -> bool:
-    """Give freed memory back to the system, where the C library can (glibc); whether it could.
+    """Return freed heap memory to the operating system (glibc only); the result is whether that is possible.
 
-    Work in many small pieces leaves free space between what is kept, several times the size of the latter.
+    Many small allocations fragment the heap: the free space between live blocks reaches several times their size.
     """
     try:
         trim = ctypes.CDLL(None).malloc_trim

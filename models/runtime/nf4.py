@@ -14,27 +14,27 @@ from transformers import BitsAndBytesConfig
 
 from models.runtime.precision import bf16_is_faster
 
-# It warns twice of a kernel for inference that it cannot fetch and that nothing here uses.
+# Silences two warnings about an inference kernel that is not installed and not used here.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def compute_dtype(device: torch.device | str) -> torch.dtype:
-    """The dtype of matrix products with 4-bit weights: bf16 where the device gains from it, else fp32."""
+    """Dtype of matrix products with 4-bit weights: bf16 if it is faster on the device, else fp32."""
     return torch.bfloat16 if bf16_is_faster(torch.device(device).type) else torch.float32
 
 
 def quantized_linear(
     weight: Tensor, *, dtype: torch.dtype, device: torch.device | str, bias: Tensor | None = None
 ) -> nn.Linear:
-    """A frozen ``NF4Linear`` that holds ``weight [out, in]`` as NF4.
+    """Quantize ``weight [out, in]`` to a frozen ``NF4Linear``.
 
     Args:
-        weight: in any floating dtype, on any device; not kept.
-        dtype: of the matrix product.
-        device: where the layer lives.
-        bias: ``[out]``, not kept.
+        weight: any floating dtype, on any device; copied.
+        dtype: dtype of the matrix product.
+        device: device of the layer.
+        bias: ``[out]``, copied.
     """
-    # Imported here and below: it takes seconds, and most runs quantize nothing.
+    # Imported here and below: the import takes seconds, and most runs do not quantize.
     from bitsandbytes.nn import Params4bit
 
     from models.runtime.nf4_linear import NF4Linear
@@ -46,7 +46,7 @@ def quantized_linear(
 
 
 def weight_of(linear: nn.Module) -> Tensor:
-    """The weight ``[out, in]`` of a linear layer, under LoRA or not; dequantized where it is 4-bit."""
+    """Base weight ``[out, in]`` of a linear layer with or without LoRA; dequantized if it is 4-bit."""
     base = base_of(linear)
     return base.dequantized() if is_quantized(base) else base.weight.detach()
 
@@ -57,12 +57,12 @@ def is_quantized(linear: nn.Module) -> bool:
 
 
 def base_of(linear: nn.Module) -> Any:
-    """The linear layer under its LoRA factors, if it has any."""
+    """Linear layer without its LoRA factors."""
     return getattr(linear, "base_layer", linear)
 
 
 def quantization_config(dtype: torch.dtype) -> BitsAndBytesConfig:
-    """What transformers needs to load a dense model as NF4, its products in ``dtype``."""
+    """Configuration for transformers to load a dense model as NF4, with matrix products in ``dtype``."""
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -72,7 +72,7 @@ def quantization_config(dtype: torch.dtype) -> BitsAndBytesConfig:
 
 
 def replace_linear4bit(model: nn.Module) -> nn.Module:
-    """Turn the 4-bit layers that transformers loads into ``NF4Linear``, in place; the packed weights stay."""
+    """Replace the 4-bit layers that transformers loads by ``NF4Linear``, in place; the packed weights are shared."""
     from bitsandbytes.nn import Linear4bit
 
     from models.runtime.nf4_linear import NF4Linear

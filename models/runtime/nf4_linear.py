@@ -1,4 +1,4 @@
-"""A 4-bit linear layer that computes the same on every device: bitsandbytes' own, but for two faults on CPUs."""
+"""4-bit linear layer of bitsandbytes without two of its faults on CPUs, so that all devices compute the same."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class NF4Linear(Linear4bit):
 
     On a CPU, bitsandbytes 0.50 unpacks the weight with the wrong scales where 64 does not divide its input width (the
     scales belong to blocks of the flattened weight, its kernel starts a new block in every row); and, on CPUs with
-    AVX512-BF16, evaluation repacks the weight for good, after which no gradient reaches the layer's input. So there,
-    and wherever blocks and rows do not fit, this layer unpacks the flattened weight and multiplies itself.
+    AVX512-BF16, evaluation repacks the weight permanently, after which no gradient reaches the layer's input. On CPUs,
+    and for widths that 64 does not divide, this layer unpacks the flattened weight and multiplies it in torch.
 
     Args:
-        weight: quantized.
+        weight: quantized weight.
         shape: ``(out, in)`` of the weight.
-        dtype: of the matrix product.
+        dtype: dtype of the matrix product.
         bias: ``[out]``, or None.
     """
 
@@ -38,21 +38,21 @@ class NF4Linear(Linear4bit):
         weight.module = self
 
     def dequantized(self) -> Tensor:
-        """The weight ``[out, in]`` in the dtype of the matrix product."""
+        """Dequantized weight ``[out, in]`` in the dtype of the matrix product."""
         state = copy.copy(self.weight.quant_state)
         rows = state.shape.numel() // _BLOCK if state.shape.numel() % _BLOCK == 0 else 1
         state.shape, state.dtype = torch.Size([rows, state.shape.numel() // rows]), self.compute_dtype
         return dequantize_4bit(self.weight.data, state).view(self.out_features, self.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[..., in] -> [..., out]``, in the dtype of ``x``; gradients reach ``x`` alone."""
+        """``[..., in] -> [..., out]``, in the dtype of ``x``; only ``x`` receives a gradient."""
         if x.device.type != "cpu" and self.in_features % _BLOCK == 0:
             return super().forward(x)
         return _Product.apply(x.to(self.compute_dtype), self).to(x.dtype)
 
 
 class _Product(torch.autograd.Function):
-    """``x W^T + bias``, whose backward unpacks ``W`` again: between the passes only the packed weight is kept."""
+    """``x W^T + bias`` whose backward pass unpacks ``W`` again, so that only the packed weight is saved."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: NF4Linear) -> Tensor:

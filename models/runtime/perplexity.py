@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-# Label of a token that is not predicted, as Hugging Face models have it.
+# Label of tokens without a loss, as in Hugging Face models.
 IGNORED = -100
 
 
@@ -27,12 +27,12 @@ class LossSum:
 
     @property
     def mean(self) -> float:
-        """Nats per token; NaN without tokens."""
+        """Mean loss in nats per token; NaN without tokens."""
         return self.nll / self.tokens if self.tokens else math.nan
 
     @property
     def perplexity(self) -> float:
-        """``exp(mean)``; infinite where that overflows."""
+        """``exp(mean)``; infinite on overflow."""
         return math.exp(self.mean) if not self.mean > 700 else math.inf
 
 
@@ -43,9 +43,9 @@ def evaluate_loss(
     """Sum the loss of predicting each labeled token from those before it in its block.
 
     Args:
-        model: put into evaluation mode for the time of the call.
+        model: set to evaluation mode during the call.
         input_ids: int64 ``[N, S]``.
-        labels: int64 ``[N, S]``; -100 where nothing is predicted.
+        labels: int64 ``[N, S]``; -100 for tokens without a loss.
         batch_size: blocks per forward pass.
         autocast: run matrix products in bf16.
     """
@@ -64,6 +64,6 @@ def evaluate_loss(
 
 
 def batches_loss(model: PreTrainedModel, batches: Iterable[tuple[Tensor, Tensor]]) -> LossSum:
-    """The loss over batches ``(input_ids [B, S], counted [B, S] bool)``; see ``evaluate_loss``."""
-    losses = (evaluate_loss(model, ids, ids.masked_fill(~counted, IGNORED)) for ids, counted in batches)
+    """Sum the loss over batches ``(input_ids [B, S], token_mask [B, S] bool)``; see ``evaluate_loss``."""
+    losses = (evaluate_loss(model, ids, ids.masked_fill(~token_mask, IGNORED)) for ids, token_mask in batches)
     return sum(losses, LossSum())

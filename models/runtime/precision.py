@@ -1,4 +1,4 @@
-"""Which precision the matrix products of a run use."""
+"""Choice of device and of the precision of matrix products."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ DEVICES = ("auto", "cpu", "cuda")
 
 
 def choose_device(wanted: str) -> str:
-    """``cpu`` or ``cuda``; ``auto`` is CUDA where there is a device.
+    """Resolve a device name to ``cpu`` or ``cuda``; ``auto`` is CUDA if available.
 
     Raises:
-        UserError: another name, or CUDA where there is none.
+        UserError: another name, or CUDA on a machine without it.
     """
     if wanted not in DEVICES:
         raise UserError(f"expected device to be one of {', '.join(DEVICES)}, got {wanted!r}")
@@ -28,13 +28,13 @@ def choose_device(wanted: str) -> str:
 
 
 def autocast_to_bf16(precision: str, device: str = "cpu") -> bool:
-    """Whether to run under ``torch.autocast`` to bf16; ``auto`` does where the device gains from it."""
+    """Whether to run under ``torch.autocast`` to bf16; ``auto`` does if bf16 is faster on the device."""
     return bf16_is_faster(device) if precision == "auto" else precision == "bf16"
 
 
 @lru_cache
 def bf16_is_faster(device: str = "cpu", size: int = 256) -> bool:
-    """Whether the device multiplies matrices faster in bf16 than in fp32, measured in milliseconds.
+    """Whether the device multiplies matrices faster in bf16 than in fp32, by a measurement of a few milliseconds.
 
     Processors without bf16 instructions emulate them and take up to thirty times as long.
     """

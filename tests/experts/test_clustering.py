@@ -5,12 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from k_means_constrained import KMeansConstrained
-from scipy.optimize import linear_sum_assignment
 
 from configs.errors import UserError
 from experts.clustering import (
     CLUSTERINGS,
-    balanced_assignment,
     balanced_clusters,
     check_clustering,
     check_expert_count,
@@ -89,19 +87,6 @@ def test_the_inertia_is_near_that_of_the_reference_implementation(neurons, width
     members = np.stack([np.flatnonzero(labels == expert) for expert in range(experts)])
     found = balanced_clusters(features, experts, restarts=3).inertia
     assert found <= 1.02 * inertia_of(features.astype(np.float64), members)
-
-
-@given(st.sampled_from([(6, 2), (6, 3), (4, 4), (6, 1)]), st.integers(0, 99), st.booleans())
-@settings(deadline=None, max_examples=40)
-def test_a_balanced_assignment_costs_the_least_of_all(shape, seed, ties):
-    neurons, experts = shape
-    costs = np.random.default_rng(seed).normal(size=shape)
-    costs = np.round(costs) if ties else costs
-    labels = balanced_assignment(costs)
-    slots, columns = linear_sum_assignment(costs.repeat(neurons // experts, axis=1))
-    assert np.bincount(labels, minlength=experts).tolist() == [neurons // experts] * experts
-    found = costs[np.arange(neurons), labels].sum()
-    assert found == pytest.approx(costs.repeat(neurons // experts, axis=1)[slots, columns].sum(), abs=1e-2)
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-6, 1e6])
