@@ -438,7 +438,7 @@ def corrupted(reply: Message) -> Message:
     [
         (Error(code=2, reason="out of memory"), "out of memory"),
         (Drop(), "no answer within 0 s"),
-        (corrupted, "checksum mismatch in a packed update"),
+        (corrupted, "checksum mismatch"),
     ],
 )
 def test_a_client_that_fails_in_a_round_is_left_out_of_it_and_catches_up(graph, tmp_path, fault, reason):
