@@ -1,16 +1,45 @@
-"""Checkpoint of a model whose experts were merged in memory."""
+"""Checkpoints of models whose experts were merged in memory: fit of a compression trace, writing."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from transformers import PreTrainedModel
 
+from configs.errors import UserError
 from configs.output import new_directory
+from experts.selection.compression_trace import Step
 from models.checkpoints.load import load_tokenizer
 from models.checkpoints.save import save_graph
 from models.families.table import family_of
 from models.files.side_files import copy_side_files
+from models.moe.replay import check_steps
+from models.moe_files.layout import MoELayout
+
+
+def planned_keep_map(layout: MoELayout, steps: Sequence[Step]) -> dict[int, np.ndarray]:
+    """Keep map after the steps of a compression trace, checked against the checkpoint that they are to be executed on.
+
+    Raises:
+        UserError: as ``check_steps``; different numbers of experts per layer in a format that holds one.
+    """
+    check_steps(steps, list(zip(layout.decoder_layers, layout.experts_per_layer, strict=True)))
+    removed = [
+        {s.removal.expert for s in steps if s.removal.layer == layer.ordinal} for layer in layout.layers
+    ]
+    kept = {
+        layer.ordinal: np.setdiff1d(np.arange(layer.num_experts), sorted(removed[layer.ordinal]))
+        for layer in layout.layers
+    }
+    counts = [len(experts) for experts in kept.values()]
+    if len(set(counts)) > 1 and not layout.family.per_layer:
+        raise UserError(
+            "expected a plan that leaves equally many experts in every layer, since the configuration of "
+            f"{layout.model_type} holds one number, got {counts}; plan again with a minimum per layer that evens them"
+        )
+    return kept
 
 
 def save_merged(

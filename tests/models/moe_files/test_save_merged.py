@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from configs.errors import UserError
+from experts.selection.compression_trace import Removal, Step
 from models.checkpoints.load import load_causal_lm, load_tokenizer
 from models.moe.remove import keep_experts
 from models.moe_files.layout import read_moe_layout
-from models.moe_files.save_merged import save_merged
+from models.moe_files.save_merged import planned_keep_map, save_merged
 from tests.support.tiny_graphs import logit_difference, random_ids
 from tests.support.tiny_moes import FAMILIES, saved_moe
 
@@ -47,3 +48,20 @@ def test_a_folder_in_use_is_refused(tmp_path, tiny_graph_dir):
     with pytest.raises(UserError, match="--overwrite"):
         save_merged(graph, tiny_graph_dir, tmp_path / "out", graph_version=1, overwrite=False)
     assert (tmp_path / "out" / "mine").read_text() == "x"
+
+
+def steps_of(*removals: Removal) -> list[Step]:
+    return [Step(each, each.layer, None, None, 1, 1, 0) for each in removals]
+
+
+def test_the_keep_map_of_a_plan_is_what_its_steps_leave(tmp_path, tiny_graph_dir, tiny_tokenizer):
+    uneven = steps_of(Removal(0, 2), Removal(0, 0, 3))
+    kept = planned_keep_map(read_moe_layout(tiny_graph_dir), uneven)
+    assert {layer: experts.tolist() for layer, experts in kept.items()} == {0: [1, 3], 1: [0, 1, 2, 3]}
+    mixtral = read_moe_layout(saved_moe("mixtral", tmp_path, tiny_tokenizer))
+    with pytest.raises(UserError, match=r"configuration of mixtral holds one number, got \[2, 4\]"):
+        planned_keep_map(mixtral, uneven)
+    kept = planned_keep_map(mixtral, steps_of(Removal(0, 2), Removal(1, 1)))
+    assert {layer: experts.tolist() for layer, experts in kept.items()} == {0: [0, 1, 3], 1: [0, 2, 3]}
+    with pytest.raises(UserError, match="the plan is of another model"):
+        planned_keep_map(mixtral, steps_of(Removal(0, 4)))
