@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,14 +22,18 @@ from scripts.shared.options import (
     JsonFlag,
     ShrunkCheckpoints,
 )
-from scripts.shared.verb import verb
+from scripts.shared.verb import given_options, verb
 from scripts.verbs.experts.prune import as_result, joint_result, result_lines
 
 if TYPE_CHECKING:
     from experts.selection.choice import ExpertChoice
+    from experts.selection.compression_trace import Step
+    from federated.data.model_text import ModelText
     from models.moe.merge import MergeOptions
     from models.moe_files.layout import MoELayout
 
+# Relative difference of perplexities above which a plan was measured on something else.
+_PLAN_TOLERANCE = 1e-3
 _OURS = (
     "the experts of a graph are disjoint parts of one dense FFN and share nothing by construction: compare what "
     "merging costs with pruning the same experts"
@@ -73,6 +79,13 @@ class GroupOptions:
 def merge(
     model: ExpertModel,
     data: DataSources,
+    plan: Annotated[
+        Path | None,
+        typer.Option(
+            help="Compression plan (CSV) of `fedgraft experts plan`: executes exactly its measured steps, in place of "
+            "a choice of experts."
+        ),
+    ] = None,
     pick: ChoiceOptions = ChoiceOptions(),
     group: GroupOptions = GroupOptions(),
     blocks: BatchOptions = BatchOptions(max_blocks=64),
@@ -82,18 +95,24 @@ def merge(
 ) -> None:
     """Merge each removed expert into the most similar one that stays, and write the smaller checkpoint.
 
-    Calibrates on the training documents of --data, layer by layer, and measures perplexity on the held-out ones:
-    before, merged, and with the same experts pruned instead.
+    Calibrates on the training documents of --data, layer by layer, or executes the steps of --plan. Measures perplexity
+    on the held-out documents: before, merged, and with the same experts pruned instead.
     """
     from configs.output import check_output_directory
     from experts.selection.choice import output_directories
+    from experts.selection.trace_file import read_trace
     from models.files.side_files import local_checkpoint
     from models.moe_files.layout import read_moe_layout
 
     quiet_libraries()
     options = group.merge_options()
     layout = read_moe_layout(local_checkpoint(model))
-    choices = pick.choices(layout.experts_per_layer, equalize=write.equalize, as_json=as_json)
+    steps = None if plan is None else read_trace(plan)
+    choices = (
+        pick.choices(layout.experts_per_layer, equalize=write.equalize, as_json=as_json)
+        if steps is None
+        else [_planned(layout, steps)]
+    )
     targets: list[Path | None] = [None] * len(choices)
     if not write.preview:
         targets[:] = output_directories(choices, write.out)
@@ -101,55 +120,91 @@ def merge(
         check_output_directory(target, overwrite=write.overwrite)
     opening = {"precision": None, "device": device, **vars(blocks)}
     results = [
-        _merge(layout, choice, options, target, data, overwrite=write.overwrite, **opening)
+        _merge(layout, choice, target, data, options if steps is None else steps, write.overwrite, opening)
         for choice, target in zip(choices, targets, strict=True)
     ]
     lines = [line for each in results for line in _lines(each)]
     print_result(joint_result(results, write), as_json=as_json, lines=lines)
 
 
+def _planned(layout: MoELayout, steps: Sequence[Step]) -> ExpertChoice:
+    """Experts that a compression plan keeps; options of another choice or another merge are refused beside it."""
+    from configs.errors import UserError
+    from experts.selection.choice import ExpertChoice
+    from models.moe_files.save_merged import planned_keep_map
+
+    chosen = {field.name for kind in (ChoiceOptions, GroupOptions) for field in fields(kind)} | {"equalize"}
+    if others := sorted(f"--{name.replace('_', '-')}" for name in given_options() & chosen):
+        raise UserError(
+            f"expected --plan without {', '.join(others)}: the steps of a plan are executed as they were measured"
+        )
+    return ExpertChoice(planned_keep_map(layout, steps), {})
+
+
 def _merge(
     layout: MoELayout,
     choice: ExpertChoice,
-    plan: MergeOptions,
     out: Path | None,
     data: list[str],
-    *,
+    how: MergeOptions | Sequence[Step],
     overwrite: bool,
-    **opening: Any,
+    opening: dict[str, Any],
 ) -> dict[str, Any]:
-    """Merge the experts of one choice; without ``out`` only list the removed experts."""
-    from models.moe.merge import merge_experts
-    from models.moe.remove import keep_experts
+    """Merge the experts of one choice, or execute a plan; without ``out`` only list the removed experts."""
+    from models.moe.remove import experts_removed
     from models.moe_files.layout import read_moe_layout
     from models.moe_files.prune import preview_prune
     from models.moe_files.save_merged import save_merged
     from models.runtime.perplexity import batches_loss
 
-    report = preview_prune(layout.source, choice.keep_map)
-    result = as_result(report, layout)
+    result = as_result(preview_prune(layout.source, choice.keep_map), layout)
     if out is None:
         return result
     opened = open_model_text(str(layout.source), **opening)
-    calibration, held_out = (list(opened.batches(data, split)) for split in ("train", "valid"))
-    before = batches_loss(opened.model, held_out).perplexity
-    with progress() as on_step:
-        groups = merge_experts(opened.model, calibration, choice.keep_map, plan, on_step=on_step)
-    merged = batches_loss(opened.model, held_out).perplexity
+    held_out = list(opened.batches(data, "valid"))
+    perplexity = {"before": batches_loss(opened.model, held_out).perplexity}
+    with experts_removed(opened.model, choice.keep_map) as pruned:
+        pruned_perplexity = batches_loss(pruned, held_out).perplexity
+    groups = _execute(opened, data, choice, how)
+    perplexity |= {"merged": batches_loss(opened.model, held_out).perplexity, "pruned": pruned_perplexity}
     version = layout.config.get("graph_version", 0) + 1
     save_merged(opened.model, layout.source, out, graph_version=version, overwrite=overwrite)
-    pruned = keep_experts(open_model_text(str(layout.source), **opening).model, choice.keep_map)
     return result | {
         "out": str(out),
         "bytes_after": read_moe_layout(out).weight_bytes,
         "groups": {str(layer): list(each.values()) for layer, each in enumerate(groups)},
-        "perplexity": {
-            "before": before,
-            "merged": merged,
-            "pruned": batches_loss(pruned, held_out).perplexity,
-        },
-        "note": _OURS if layout.family.per_layer else None,
+        "perplexity": perplexity | _planned_perplexity(how, perplexity["merged"]),
+        "note": _OURS if layout.family.has_edges else None,
     }
+
+
+def _execute(
+    opened: ModelText, data: list[str], choice: ExpertChoice, how: MergeOptions | Sequence[Step]
+) -> list[dict[int, list[int]]]:
+    from models.moe.merge import MergeOptions, merge_experts
+    from models.moe.replay import replay_trace
+
+    with progress() as on_step:
+        if isinstance(how, MergeOptions):
+            calibration = list(opened.batches(data, "train"))
+            return merge_experts(opened.model, calibration, choice.keep_map, how, on_step=on_step)
+        return replay_trace(opened.model, how, on_step=on_step)
+
+
+def _planned_perplexity(how: MergeOptions | Sequence[Step], merged: float) -> dict[str, float]:
+    """Perplexity after the last step of a plan; warns where the merged model's differs by more than 0.1 %."""
+    from models.moe.merge import MergeOptions
+
+    if isinstance(how, MergeOptions) or not how:
+        return {}
+    planned = how[-1].perplexity
+    if not abs(merged - planned) <= _PLAN_TOLERANCE * planned:
+        warnings.warn(
+            f"the plan measured perplexity {planned:.4f}, the merged model has {merged:.4f}: on other text, blocks or "
+            "precision than the plan's",
+            stacklevel=1,
+        )
+    return {"planned": planned}
 
 
 def _lines(result: dict[str, Any]) -> list:

@@ -71,8 +71,8 @@ def plan(
     """Plan a smaller model step by step: prune the least salient expert, or merge the most similar pair.
 
     Each step tries both in memory and takes the one with the lower perplexity on the held-out documents. Saliency and
-    shared tokens come from the documents of --split. Writes compression_plan.csv and an expert list for `fedgraft
-    prune` and `fedgraft merge`.
+    shared tokens come from the documents of --split. Writes compression_plan.csv, whose steps `fedgraft merge
+    --plan` executes, and an expert list for `fedgraft prune` and `fedgraft merge`.
     """
     from configs.output import check_output_file
     from experts.selection.expert_list import CSV_FILE, JSON_FILE
@@ -188,7 +188,9 @@ def _lines(found: CompressionTrace, result: dict[str, Any]) -> list:
     change = f"perplexity {found.perplexity_before:.3f} -> {found.perplexity_after:.3f}"
     legend = ["other: loss of the candidate that was measured, too, and not taken"]
     if any(step.removal.into is not None for step in found.steps):
-        legend.append("`fedgraft merge` groups the experts that go by their outputs, not by these pairs")
+        legend.append(
+            "`fedgraft merge --plan` executes these steps; with the expert list it groups experts by outputs"
+        )
     wrote = f"wrote {result['plan']}, {result['csv']} and {result['json']}"
     return [table, *legend, f"{total}: {change}", wrote]
 

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from models.checkpoints import load
 from models.checkpoints.load import load_causal_lm
 from models.moe.views import moe_layers
 from tests.support.command import assert_refused, run, tree
@@ -102,6 +103,85 @@ def test_several_lists_make_several_outputs(tmp_path, tiny_tokenizer, text, list
     ]
     for name, count in (("even", 2), ("uneven", 3)):
         assert load_causal_lm(str(tmp_path / "out" / name)).config.num_local_experts == count
+
+
+def planned(capsys, source, text, out, *options):
+    """Result of `fedgraft experts plan` on 16-token blocks."""
+    return run(
+        capsys, "experts", "plan", "--model", source, "--data", text, "--out", out, "--block-size", 16, "--json",
+        *options,
+    ).json()  # fmt: skip
+
+
+def test_a_plan_is_executed_as_it_was_measured(tmp_path, tiny_tokenizer, text, capsys, monkeypatch):
+    source, out = saved_moe("mixtral", tmp_path, tiny_tokenizer), tmp_path / "merged"
+    plan = planned(capsys, source, text, tmp_path / "plan", "--n-prune", 4, "--min-experts-per-layer", 2)
+    assert any(step["action"] == "merge" for step in plan["steps"])
+    opened = []
+    monkeypatch.setattr(load, "load_causal_lm", lambda *a, **k: opened.append(a) or load_causal_lm(*a, **k))
+    outcome = run(
+        capsys, "merge", "--model", source, "--data", text, "--plan", plan["plan"], "--out", out, "--block-size", 16,
+        "--json",
+    )  # fmt: skip
+    result = outcome.json()
+    assert len(opened) == 1
+    perplexity = result["perplexity"]
+    assert list(perplexity) == ["before", "merged", "pruned", "planned"]
+    assert (
+        perplexity["planned"] == plan["perplexity_after"]
+        and perplexity["before"] == plan["perplexity_before"]
+    )
+    assert perplexity["merged"] == pytest.approx(plan["perplexity_after"], rel=1e-6)
+    removed = {(str(step["layer"]), step["expert"]) for step in plan["steps"]}
+    assert {(layer, expert) for layer, experts in result["removed"].items() for expert in experts} == removed
+    told = run(
+        capsys, "evaluate", "--model", out, "--data", text, "--block-size", 16, "--max-blocks", 64, "--json"
+    ).json()
+    assert told["perplexity"] == pytest.approx(plan["perplexity_after"], rel=1e-3)
+    assert "measured perplexity" not in outcome.err
+
+
+def test_a_plan_of_a_graph_is_executed_and_other_text_is_noticed(tmp_path, tiny_graph_dir, text, capsys):
+    plan = planned(capsys, tiny_graph_dir, text, tmp_path / "plan", "--n-prune", 3)
+    base = ["merge", "--model", tiny_graph_dir, "--data", text, "--plan", plan["plan"], "--json"]
+    result = run(capsys, *base, "--out", tmp_path / "out", "--block-size", 16).json()
+    assert result["perplexity"]["merged"] == pytest.approx(plan["perplexity_after"], rel=1e-6)
+    assert sum(load_causal_lm(str(tmp_path / "out")).config.num_experts) == 5
+    other = run(capsys, *base, "--out", tmp_path / "other", "--block-size", 8)
+    assert other.code == 0 and "on other text, blocks or precision than the plan's" in other.err
+    preview = run(capsys, *base, "--preview").json()
+    assert preview["out"] is None and preview["removed"] == result["removed"]
+
+
+def test_a_plan_beside_another_choice_or_of_uneven_layers_is_refused(
+    tmp_path, tiny_tokenizer, text, lists, capsys
+):
+    source = saved_moe("mixtral", tmp_path, tiny_tokenizer)
+    plan = planned(capsys, source, text, tmp_path / "plan", "--n-prune", 1)
+    before = tree(tmp_path)
+    base = ["merge", "--model", source, "--data", text, "--plan", plan["plan"], "--out", tmp_path / "out"]
+    assert_refused(run(capsys, *base), "holds one number", "minimum per layer", as_json=False)
+    for options in (["--expert-list", lists["even"]], ["--average", "plain"], ["--equalize"]):
+        refused = run(capsys, *base, *options)
+        assert_refused(refused, f"--plan without {options[0]}", as_json=False)
+    assert_refused(run(capsys, *base[:-3], lists["even"], *base[-2:]), "columns step, layer", as_json=False)
+    assert tree(tmp_path) == before
+
+
+def test_the_model_is_loaded_once(tmp_path, tiny_tokenizer, text, lists, capsys, monkeypatch):
+    source = saved_moe("mixtral", tmp_path, tiny_tokenizer)
+    opened = []
+    monkeypatch.setattr(load, "load_causal_lm", lambda *a, **k: opened.append(a) or load_causal_lm(*a, **k))
+    base = ["merge", "--model", source, "--data", text, "--expert-list", lists["even"], "--block-size", 16]
+    result = run(capsys, *base, "--out", tmp_path / "out", "--json").json()
+    assert len(opened) == 1
+    pruned = ["prune", "--model", source, "--expert-list", lists["even"], "--out", tmp_path / "pruned"]
+    assert run(capsys, *pruned).code == 0
+    told = run(
+        capsys, "evaluate", "--model", tmp_path / "pruned", "--data", text, "--block-size", 16, "--max-blocks", 64,
+        "--json",
+    ).json()  # fmt: skip
+    assert result["perplexity"]["pruned"] == pytest.approx(told["perplexity"], rel=1e-4)
 
 
 @pytest.mark.parametrize("as_json", [False, True])
