@@ -1,1 +1,1 @@
-"""The Flower ClientApp, its local trainer, and what a client keeps on its own disk."""
+"""Flower ClientApp: local training, choice of resident experts, and state on the client's disk."""

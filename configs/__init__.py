@@ -1,1 +1,1 @@
-"""Run configurations, the schema that validates them, prompt templates, and the error type for bad input."""
+"""Run and node configurations, their schemas, prompt templates, and the error type for bad input."""

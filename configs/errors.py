@@ -11,13 +11,13 @@ class UserError(ValueError):
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """Return ``" (did you mean X?)"`` for the known word closest to ``word``, else an empty string."""
+    """Hint ``" (did you mean X?)"`` with the known word closest to ``word``; empty without a close one."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def first_line(error: BaseException) -> str:
-    """Return the message of a library's error in one line.
+    """Message of a library's error in one line.
 
     The message of ``huggingface_hub``'s ``StrictDataclassError`` is joined: its cause stands after the first line.
     The class is known by name, so that configurations need not import the library.

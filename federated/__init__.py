@@ -1,1 +1,1 @@
-"""What client and server agree on: updates, codec, selection, aggregation, usage, data partitioning."""
+"""Code shared by client and server: updates, codec, selection, aggregation, protocol, data."""

@@ -19,7 +19,7 @@ def unit_name(unit: Unit) -> str:
 
 
 def parse_unit(name: str) -> Unit:
-    """Undo ``unit_name``; ValueError for another text."""
+    """Parse ``"layer.expert"``; ValueError for another text."""
     layer, expert = name.split(".")
     return int(layer), int(expert)
 

@@ -52,7 +52,7 @@ def read_columns(
     contents: str,
     names: Collection[str] | None = None,
 ) -> tuple[H, dict[str, bytes]]:
-    """Undo ``write_columns``.
+    """Parse and verify the bytes of ``write_columns``.
 
     Args:
         data: bytes of the container.

@@ -35,7 +35,7 @@ def write_container(header: Header, columns: Mapping[str, bytes]) -> bytes:
 
 
 def read_container(data: bytes) -> tuple[Header, dict[str, bytes]]:
-    """Undo ``write_container``; RefusedUpdate for other bytes."""
+    """Parse and verify the bytes of ``write_container``; RefusedUpdate for other bytes."""
     return read_columns(
         data, Header, _checksum, kind="a packed update", contents="four byte columns", names=COLUMNS
     )

@@ -66,7 +66,7 @@ def stats_of_columns(
 
 
 def indexed_entries(header: Header, units: Sequence[UnitRow]) -> int:
-    """Return the entries that the index column covers: all but those of matrices sent as factors.
+    """Number of entries that the index column covers: all but those of matrices sent as factors.
 
     Raises:
         RefusedUpdate: the header states more kept entries.
@@ -78,12 +78,12 @@ def indexed_entries(header: Header, units: Sequence[UnitRow]) -> int:
 
 
 def _order_0_bytes(values: QuantizedColumn) -> float:
-    """Return the bytes of codes and scales at their order-0 entropy."""
+    """Bytes of codes and scales at their order-0 entropy."""
     return sum(part.size * _entropy(np.bincount(part)) for part in (values.codes, values.scales)) / 8
 
 
 def _entropy(counts: np.ndarray) -> float:
-    """Return the entropy in bits of one draw with these counts (0.0 without any)."""
+    """Entropy in bits of one draw with these counts; 0.0 without any."""
     counts = counts[counts > 0]
     share = counts / counts.sum()
     return float(-(share * np.log2(share)).sum())

@@ -4,7 +4,6 @@ import tomllib
 
 import pytest
 
-from configs.default_toml import defaults_toml
 from configs.errors import UserError
 from configs.schema import RunConfig, load_run_config, run_config_defaults
 from configs.values import read_config_file
@@ -19,11 +18,6 @@ def test_flower_app_config_equals_the_defaults():
     assert {key: type(value) for key, value in table.items()} == {
         key: type(value) for key, value in run_config_defaults().items()
     }
-
-
-def test_default_toml_is_generated_from_the_schema():
-    assert (ROOT / "configs" / "default.toml").read_text() == defaults_toml()
-    assert tomllib.loads(defaults_toml()) == run_config_defaults()
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda path: path.name)
