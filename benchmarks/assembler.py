@@ -12,7 +12,6 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from statistics import fmean
 
 import torch
@@ -21,13 +20,12 @@ from torch import Tensor
 from benchmarks.support.material import bootstrapped, data_sources, domain_blocks, model_path
 from benchmarks.support.runner import Measured, OnStep, run_benchmark
 from benchmarks.support.statistics import interval
-from clients.residents.assembler import Assembler, choose_residents, most_used, train_assembler
-from clients.residents.expert_features import expert_features
-from clients.residents.trial_training import best_residents
+from clients.residents.assembler import Assembler, choose_residents
+from clients.residents.assembly import assemble
 from clients.training.trainer import LocalTraining, train_locally
 from configs.schema import RunConfig
-from federated.data.blocks import Blocks, batches, take
-from models.graph.runtime_settings import residents, scaled_visits, set_residents, visiting
+from federated.data.blocks import Blocks, batches
+from models.graph.runtime_settings import scaled_visits, set_residents, visiting
 from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 from models.runtime.perplexity import evaluate_loss
 
@@ -158,32 +156,25 @@ def choose_masks(
     model: FedGraftForCausalLM, train: Blocks, budget: int, seed: int, training: LocalTraining
 ) -> dict[str, list[Tensor]]:
     """The residents of a client by each rule, per layer bool ``[E]``."""
-    generator, config = torch.Generator().manual_seed(seed + 1), RunConfig()
-    visits, known = scaled_visits(model, budget), take(train, 16)
-    set_residents(model, [None] * len(model.expert_layers()))
-    features = expert_features(model, known.input_ids, known.labels, visits=visits)
+    layers, generator = model.expert_layers(), torch.Generator().manual_seed(seed + 1)
+    set_residents(model, [None] * len(layers))
     torch.manual_seed(seed)
-    assembler, used = Assembler([len(rows) for rows in features]), most_used(features, budget)
-    stream = batches(train, _BATCH, generator=generator)
-    with visiting(model, visits):
-        train_assembler(
-            assembler,
-            model,
-            features,
-            stream,
-            budget=budget,
-            steps=config.assembler_steps,
-            learning_rate=config.assembler_learning_rate,
-            autocast=False,
-        )
-        learned = residents(model)
-        tried = list(islice(stream, config.lookahead_steps))
-        learned = [learned, used][best_residents(model, [learned, used], tried, training)]
-    set_residents(model, [None] * len(learned))
+    learned, used = assemble(
+        Assembler([layer.num_experts for layer in layers]),
+        model,
+        train,
+        batches(train, _BATCH, generator=generator),
+        budget=budget,
+        visits=scaled_visits(model, budget),
+        config=RunConfig(),
+        training=training,
+    )
+    set_residents(model, [None] * len(layers))
+    scores = [torch.rand(layer.num_experts, generator=generator) for layer in layers]
     return {
         "learned": learned,
         "usage": used,
-        "random": [choose_residents(torch.rand(len(rows), generator=generator), budget) for rows in features],
+        "random": [choose_residents(scores_E, budget) for scores_E in scores],
     }
 
 

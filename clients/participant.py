@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
 
 import torch
 from flwr.app import Context
@@ -17,10 +16,8 @@ from clients.data_stream import (
     pack_client,
     round_generator,
 )
-from clients.residents.assembler import most_used, train_assembler
+from clients.residents.assembly import assemble
 from clients.residents.budget import client_budget
-from clients.residents.expert_features import expert_features
-from clients.residents.trial_training import best_residents
 from clients.shipment import carried_over, choose_shipment, drawn_with, shipped_in, with_own_limits
 from clients.state.local_copy import bring_to_version, client_folder
 from clients.state.local_graph import local_graph
@@ -43,7 +40,6 @@ from models.graph.graph_state import read_graph
 from models.graph.runtime_settings import (
     residents,
     scaled_visits,
-    set_residents,
     visiting,
     warn_where_fewer_reside,
 )
@@ -51,9 +47,6 @@ from models.graph.unit_vectors import Unit, unit_sizes
 from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 from models.runtime.perplexity import LossSum, evaluate_loss
 from models.runtime.precision import autocast_to_bf16, choose_device
-
-# Training blocks from which the features of the assembler are computed.
-_FEATURE_BLOCKS = 16
 
 
 @dataclass
@@ -167,25 +160,19 @@ class Participant:
 
     def _assemble(self, stream: Iterator[Batch], training: LocalTraining) -> None:
         """Train the assembler, then set the residents: its choice or the most used experts, by trial training."""
-        config, known = self.config, take(self.train, _FEATURE_BLOCKS)
+        config = self.config
         assembler = self.store.load_assembler(config.seed + self.partition, self.model.config.num_experts)
-        features = expert_features(self.model, known.input_ids, known.labels, visits=self.visits())
-        with visiting(self.model, self.visits()):
-            train_assembler(
-                assembler,
-                self.model,
-                features,
-                stream,
-                budget=self.budget,
-                steps=config.assembler_steps,
-                learning_rate=config.assembler_learning_rate,
-                autocast=self._autocast,
-            )
-            candidates = [residents(self.model), most_used(features, self.budget)]
-            # Trial training would have to attach and detach LoRA factors; with LoRA the assembler decides.
-            tried = [] if config.lora_rank else list(islice(stream, config.lookahead_steps))
-            best = best_residents(self.model, candidates, tried, training, hold=materialize)
-        set_residents(self.model, candidates[best])
+        assemble(
+            assembler,
+            self.model,
+            self.train,
+            stream,
+            budget=self.budget,
+            visits=self.visits(),
+            config=config,
+            training=training,
+            hold=materialize,
+        )
         self.store.save_assembler(assembler)
 
     def visits(self) -> list[int]:
