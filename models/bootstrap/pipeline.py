@@ -66,11 +66,8 @@ def bootstrap_checkpoint(
     dtype, base = dense.dtype, fingerprint(dense)
     if dense.num_parameters() <= _FP32_PARAMETERS:
         dense = dense.float()
-    on_step("calibration text", 0, 1)
-    if calibration_ids is None:
-        calibration_ids = sample_calibration(dense, calibration_tokens + evaluation_tokens, options.seed)
-    calibration, held_out = split_tokens(calibration_ids, calibration_tokens, evaluation_tokens)
-    on_step("calibration text", 1, 1)
+    sizes = calibration_tokens, evaluation_tokens
+    calibration, held_out = _texts(dense, calibration_ids, sizes, options.seed, on_step)
     measured = Calibration(dense, calibration)
     experts = _experts(measured, options, on_step)
     graph = build_graph(dense, experts, options.visits, base_fingerprint=base)
@@ -78,6 +75,18 @@ def bootstrap_checkpoint(
     with new_directory(out, overwrite=overwrite) as directory:
         _write(cast_weights(graph, dtype), tokenizer, experts, directory)
     return _summary(out, options, experts, report)
+
+
+def _texts(
+    dense: PreTrainedModel, ids: Tensor | None, sizes: tuple[int, int], seed: int, on_step: Step
+) -> tuple[Tensor, Tensor]:
+    """Calibration and held-out blocks of ``sizes`` tokens, sampled from the model if ``ids`` is None."""
+    on_step("calibration text", 0, 1)
+    if ids is None:
+        ids = sample_calibration(dense, sum(sizes), seed)
+    parts = split_tokens(ids, *sizes)
+    on_step("calibration text", 1, 1)
+    return parts
 
 
 def _experts(measured: Calibration, options: BootstrapOptions, on_step: Step) -> list[LayerExperts]:

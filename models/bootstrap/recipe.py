@@ -21,7 +21,7 @@ from transformers.utils.hub import cached_file
 
 from configs.errors import UserError
 from experts.graph.expert_graph import check_mask, check_reachable
-from models.files.config_file import check_is_dense, check_is_graph, read_config
+from models.files.config_file import check_is_graph, read_config
 from models.files.fingerprint import checkpoint_fingerprint, remembered_fingerprint
 from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 
@@ -184,27 +184,6 @@ def check_fits(recipe: Recipe, config: PreTrainedConfig, source: str) -> None:
                 f"expected a base with {name} = {value}, as the server's graph was made from, "
                 f"got {found.get(name)} in {source}; name that checkpoint in base"
             )
-
-
-def check_base(base: str, graph: str) -> None:
-    """Check that the graph in ``graph`` can be rebuilt from ``base``, without reading weights.
-
-    Args:
-        base: directory or hub id of a dense model.
-        graph: directory or hub id of a graph.
-
-    Raises:
-        UserError: no dense model, a graph without a recipe, or a recipe of another base.
-    """
-    config = read_config(base)
-    check_is_dense(config, base)
-    recipe = read_recipe_file(graph)
-    if not recipe:
-        raise UserError(
-            f"expected {RECIPE_NAME} in {graph}, from which clients build it, got none; run `fedgraft bootstrap` "
-            "again, or leave base empty and give the clients the graph folder"
-        )
-    check_fits(read_recipe(recipe), config, base)
 
 
 def _views(data: bytes) -> dict[str, dict]:

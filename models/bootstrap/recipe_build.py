@@ -14,7 +14,14 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from configs.errors import UserError
 from configs.output import new_directory, write_bytes, write_json
 from models.bootstrap.build import graph_config
-from models.bootstrap.recipe import RECIPE_NAME, Recipe, check_fits, write_recipe
+from models.bootstrap.recipe import (
+    RECIPE_NAME,
+    Recipe,
+    check_fits,
+    read_recipe,
+    read_recipe_file,
+    write_recipe,
+)
 from models.checkpoints.disk_experts import GraphFiles
 from models.checkpoints.load import load_tokenizer
 from models.checkpoints.save import save_graph
@@ -62,6 +69,27 @@ class DenseBase:
     def fingerprint(self) -> str:
         """Fingerprint of the loaded model, see ``models.files.fingerprint.fingerprint``."""
         return fingerprint_of((name, self.tensor(name)) for name in self.names)
+
+
+def check_base(base: str, graph: str) -> None:
+    """Check that the graph in ``graph`` can be rebuilt from ``base``, without reading weights.
+
+    Args:
+        base: directory or hub id of a dense model.
+        graph: directory or hub id of a graph.
+
+    Raises:
+        UserError: no dense model, a graph without a recipe, or a recipe of another base.
+    """
+    config = read_config(base)
+    check_is_dense(config, base)
+    recipe = read_recipe_file(graph)
+    if not recipe:
+        raise UserError(
+            f"expected {RECIPE_NAME} in {graph}, from which clients build it, got none; run `fedgraft bootstrap` "
+            "again, or leave base empty and give the clients the graph folder"
+        )
+    check_fits(read_recipe(recipe), config, base)
 
 
 def build_from_recipe(base: str, recipe: Recipe, out: Path, *, overwrite: bool = False) -> None:

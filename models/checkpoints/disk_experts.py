@@ -116,7 +116,9 @@ class MappedExperts:
             ValueError: the graph was opened read-only.
         """
         if self._moved is None:
-            raise ValueError("expected a graph opened with storage for moved experts, got a read-only one")
+            raise ValueError(
+                "expected a graph with storage for moved experts, got one opened for reading only"
+            )
         self._moved.write((self._layer, expert), flatten_weights(gate_up, down))
 
     def _run(self, expert: int, rows_ND: Tensor) -> Tensor:

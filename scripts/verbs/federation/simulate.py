@@ -142,7 +142,7 @@ def check_run(run) -> None:
     from clients.data_stream import all_clients
     from configs.output import check_output_directory
     from federated.data.documents import load_documents
-    from models.bootstrap.recipe import check_base
+    from models.bootstrap.recipe_build import check_base
     from models.checkpoints.load import check_weights
     from models.files.config_file import read_config
     from server.app import check_fit, graph_source

@@ -17,7 +17,6 @@ from models.bootstrap.recipe import (
     RECIPE_NAME,
     Recipe,
     base_facts,
-    check_base,
     check_fits,
     graph_fingerprint,
     read_recipe,
@@ -25,6 +24,7 @@ from models.bootstrap.recipe import (
     recipe_of,
     write_recipe,
 )
+from models.bootstrap.recipe_build import check_base
 from models.checkpoints.load import load_dense, load_graph
 from models.files.config_file import read_config
 from models.files.fingerprint import fingerprint
