@@ -12,6 +12,7 @@ from flwr.app import Error, Message
 
 from configs.errors import UserError
 from configs.schema import RunConfig
+from federated.protocol.messages import BAD_INPUT
 from models.checkpoints.load import load_graph
 from models.graph.graph_state import read_graph
 from server import app as server_app
@@ -132,7 +133,7 @@ def test_before_the_first_trained_round_nothing_is_saved(config):
 
 
 def test_bad_input_that_clients_report_is_not_repeated_and_stays_a_user_error(config):
-    fault = Error(code=100, reason="UserError: expected text, got none")
+    fault = Error(code=BAD_INPUT, reason="expected text, got none")
     for server_round in (1, 2):
         grid = TinyGrid(config, faults=in_round(server_round, fault))
         with pytest.raises(UserError, match="^expected text, got none$"):
