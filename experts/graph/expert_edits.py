@@ -69,41 +69,41 @@ def apply_expert_edits(graph: ExpertGraph, edits: Sequence[Edit]) -> EditedGraph
         UserError: an edit of edges, an unknown layer or expert, an expert removed twice or merged into a removed one, a
             layer without experts.
     """
-    goes: list[dict[int, int | None]] = [{} for _ in graph.masks]  # removed expert -> target of its merge
+    removed: list[dict[int, int | None]] = [{} for _ in graph.masks]  # removed expert -> target of its merge
     for edit in edits:
         if not isinstance(edit, RetireExpert | MergeExperts):
             raise UserError(f"expected an edit to be one of {', '.join(EXPERT_OPERATIONS)}, got {edit.op!r}")
         into = edit.into if isinstance(edit, MergeExperts) else None
-        if edit.layer >= len(goes) or max(edit.expert, into or 0) >= graph.num_experts[edit.layer]:
+        if edit.layer >= len(removed) or max(edit.expert, into or 0) >= graph.num_experts[edit.layer]:
             raise UserError(f"expected a known layer and known experts, got {edit}")
-        if edit.expert in goes[edit.layer]:
+        if edit.expert in removed[edit.layer]:
             raise UserError(f"expected expert {edit.layer}:{edit.expert} to be taken out once, got it twice")
-        goes[edit.layer][edit.expert] = into
-    layers = [remove_from_mask(mask, goes[layer], layer) for layer, mask in enumerate(graph.masks)]
+        removed[edit.layer][edit.expert] = into
+    layers = [remove_from_mask(mask, removed[layer], layer) for layer, mask in enumerate(graph.masks)]
     masks, kept, numbers, added = zip(*layers, strict=True) if layers else ((), (), (), ())
     return EditedGraph(ExpertGraph(masks, graph.version + 1), kept, numbers, added)
 
 
-def remove_from_mask(mask: np.ndarray, goes: Mapping[int, int | None], layer: int) -> EditedLayer:
+def remove_from_mask(mask: np.ndarray, removed: Mapping[int, int | None], layer: int) -> EditedLayer:
     """Remove experts from one layer, as ``apply_expert_edits`` does.
 
     Args:
         mask: bool ``[E, E]``.
-        goes: by removed expert, the expert that it is merged into, or None.
+        removed: by removed expert, the expert that it is merged into, or None.
         layer: index, for messages.
 
     Raises:
         UserError: no expert would stay, or one is merged into an expert that is removed itself.
     """
-    kept = np.array([expert for expert in range(len(mask)) if expert not in goes], dtype=np.int64)
+    kept = np.array([expert for expert in range(len(mask)) if expert not in removed], dtype=np.int64)
     if not len(kept):
         raise UserError(f"expected an expert to stay in layer {layer}, got all of them taken out")
     into = np.arange(len(mask))
-    for gone, target in goes.items():
-        if target in goes:
+    for gone, target in removed.items():
+        if target in removed:
             raise UserError(f"expected experts of layer {layer} to merge into one that stays, got {target}")
         into[gone] = gone if target is None else target
-    rewired = _move(_bridge(mask, [gone for gone, target in goes.items() if target is None]), into)
+    rewired = _move(_bridge(mask, [gone for gone, target in removed.items() if target is None]), into)
     after = rewired[np.ix_(kept, kept)]
     _open_roots(after)
     number = {int(old): new for new, old in enumerate(kept)}

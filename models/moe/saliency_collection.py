@@ -41,8 +41,7 @@ def collect_saliency(
 ) -> Saliency:
     """Collect the saliency sums of every expert of a model on text.
 
-    REAP (arXiv:2510.13999) is the mean over routed tokens of gate times output norm. One forward pass collects the sums
-    of all measures; experts run once.
+    One forward pass collects the sums of all measures of ``experts.saliency.measures``; experts run once.
 
     Args:
         model: any with experts (see ``models.moe.views``), put into evaluation mode.
@@ -77,13 +76,10 @@ def collect_saliency(
             done += 1
             on_batch(done)
             if partial is not None and monotonic() - saved > SAVE_SECONDS:
-                state = {_TOKENS: sums.tokens, _DONE: done}
-                save_saliency(_total(before, sums, layers, {**provenance, **state}), partial)
+                state = {**provenance, _TOKENS: sums.tokens, _DONE: done}
+                save_saliency(_total(before, sums, layers, state), partial)
                 saved = monotonic()
-    result = _total(before, sums, layers, {**provenance, _TOKENS: sums.tokens})
-    if not result.freq[result.present].any():
-        raise UserError("expected text to collect saliency on, got no token; check the data")
-    return result
+    return _checked(_total(before, sums, layers, {**provenance, _TOKENS: sums.tokens}))
 
 
 class SaliencySums:
@@ -147,6 +143,12 @@ def _total(before: Saliency | None, sums: SaliencySums, layers: list[MoELayer], 
     decoders = [layer.decoder for layer in layers]
     found = Saliency(reap, counts, ean, counts.copy(), gates, decoders, provenance)
     return found if before is None else replace(add_saliency([before, found]), provenance=provenance)
+
+
+def _checked(saliency: Saliency) -> Saliency:
+    if not saliency.freq[saliency.present].any():
+        raise UserError("expected text to collect saliency on, got no token; check the data")
+    return saliency
 
 
 def _resume(partial: Path | None, provenance: dict[str, Any]) -> tuple[Saliency | None, int, int]:

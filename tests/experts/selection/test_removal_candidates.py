@@ -1,4 +1,4 @@
-"""Which expert may go next."""
+"""Candidates for the next removal."""
 
 from __future__ import annotations
 

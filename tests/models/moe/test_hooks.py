@@ -1,4 +1,4 @@
-"""What experts receive and give, against a plain walk over transformers' own routers and experts."""
+"""Inputs and outputs of experts, against plain loops over transformers' own routers and experts."""
 
 from __future__ import annotations
 
