@@ -1,4 +1,4 @@
-"""The ``fedgraft`` command: one verb per task, each in ``scripts/``."""
+"""The ``fedgraft`` command: table of its verbs, and the exit codes and error lines of all of them."""
 
 from __future__ import annotations
 
@@ -6,38 +6,83 @@ import json
 import sys
 
 import click
-import typer
 
 from configs.errors import UserError
 from scripts.shared.console import warnings_as_lines
-from scripts.verbs.experts.merge import merge
-from scripts.verbs.experts.prune import prune
-from scripts.verbs.experts.saliency import saliency
-from scripts.verbs.experts.scan import domain_scan, safety_scan
-from scripts.verbs.experts.select import experts
-from scripts.verbs.federation.simulate import simulate
-from scripts.verbs.graph.bootstrap import bootstrap
-from scripts.verbs.graph.evaluate import evaluate
-from scripts.verbs.graph.export import export
-from scripts.verbs.graph.generate import generate
+from scripts.shared.verb_group import Verb, VerbGroup
 
-VERBS = (bootstrap, simulate, evaluate, generate, export, prune, merge, safety_scan, domain_scan)
+_GRAPH, _FEDERATION, _EXPERTS = "Expert graph", "Federated training", "Experts of any model"
+VERBS = {
+    "bootstrap": Verb(
+        "scripts.verbs.graph.bootstrap:bootstrap",
+        _GRAPH,
+        "Split the FFNs of a dense Llama into experts by balanced k-means, without training.",
+    ),
+    "evaluate": Verb(
+        "scripts.verbs.graph.evaluate:evaluate",
+        _GRAPH,
+        "Measure token-weighted perplexity on held-out text, per domain and over all of it.",
+    ),
+    "generate": Verb(
+        "scripts.verbs.graph.generate:generate",
+        _GRAPH,
+        "Generate a continuation of a prompt; the text streams to stdout.",
+    ),
+    "export": Verb(
+        "scripts.verbs.graph.export:export",
+        _GRAPH,
+        "Write an expert graph as a plain dense Llama that transformers loads without FedGraft.",
+    ),
+    "simulate": Verb(
+        "scripts.verbs.federation.simulate:simulate",
+        _FEDERATION,
+        "Train and rewire an expert graph with several clients, each with its own data.",
+    ),
+    "saliency": Verb(
+        "scripts.verbs.experts.saliency:saliency",
+        _EXPERTS,
+        "Measure the saliency of every expert of a model.",
+    ),
+    "experts": Verb(
+        "scripts.verbs.experts.select:experts",
+        _EXPERTS,
+        "Choose the experts that stay in a model.",
+    ),
+    "prune": Verb(
+        "scripts.verbs.experts.prune:prune",
+        _EXPERTS,
+        "Write a checkpoint without the experts that an expert list or the saliency removes.",
+    ),
+    "merge": Verb(
+        "scripts.verbs.experts.merge:merge",
+        _EXPERTS,
+        "Merge each removed expert into the most similar one that stays, and write the smaller checkpoint.",
+    ),
+    "safety-scan": Verb(
+        "scripts.verbs.experts.scan:safety_scan",
+        _EXPERTS,
+        "Flag the experts that are more active on harmful than on harmless prompts: the safety map of a selection.",
+    ),
+    "domain-scan": Verb(
+        "scripts.verbs.experts.scan:domain_scan",
+        _EXPERTS,
+        "Flag the experts that are more active on a domain than on general text: the domain map of a selection.",
+    ),
+}
 
-app = typer.Typer(
+app = VerbGroup(
+    VERBS,
     name="fedgraft",
     help="Turn a pretrained Llama into a graph of experts, train it federated, look into it, ship it.",
     no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
 )
-for verb in VERBS:
-    app.command(verb.__name__.replace("_", "-"))(verb)
-app.add_typer(saliency, name="saliency")
-app.add_typer(experts, name="experts")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one verb. Returns 0, 2 for bad input (one line says what to mend), or 1 for a failure."""
+    """Run one verb; returns its exit code: 0, 2 for bad input, 130 for an interruption, 1 for any other failure.
+
+    An error is one line on stderr and, with ``--json``, the object ``{"error"}`` on stdout.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         with warnings_as_lines():
@@ -51,9 +96,7 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(str(error), arguments, code=2)
     except (KeyboardInterrupt, click.Abort):
         return _fail("interrupted", arguments, code=130)
-    except (
-        Exception
-    ) as error:  # noqa: BLE001 - the boundary: a failure leaves as one line, not as a traceback
+    except Exception as error:  # noqa: BLE001 - the boundary: a failure is one line, not a traceback
         return _fail(f"{type(error).__name__}: {error}", arguments, code=1)
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -182,6 +183,32 @@ def test_every_verb_explains_itself(capsys):
         assert name in top.out
         outcome = run(capsys, name, "--help")
         assert outcome.code == 0 and "--json" in outcome.out and "Usage" in outcome.out
+
+
+@pytest.mark.parametrize("name", fedgraft.VERBS)
+def test_a_line_of_the_verb_table_is_the_first_sentence_of_the_verbs_help(name):
+    verb = fedgraft.VERBS[name]
+    text = verb.load(name).help or ""
+    assert re.split(r"(?<=\.)\s", " ".join(text.split()))[0] == verb.summary
+
+
+def test_the_help_lists_every_verb_under_its_panel(capsys):
+    lines = run(capsys, "--help").out.splitlines()
+    panels = [verb.panel for verb in fedgraft.VERBS.values()]
+    rows = {name: i for i, line in enumerate(lines) for name in fedgraft.VERBS if f" {name} " in line[:20]}
+    heads = {panel: i for i, line in enumerate(lines) for panel in panels if f"─ {panel} ─" in line}
+    assert set(rows) == set(fedgraft.VERBS) and set(heads) == set(panels)
+    for name, verb in fedgraft.VERBS.items():
+        assert max(head for head in heads.values() if head < rows[name]) == heads[verb.panel]
+
+
+def test_the_help_imports_no_verb():
+    code = (
+        "import sys, fedgraft; fedgraft.main(['--help']);"
+        "sys.exit(', '.join(name for name in sys.modules if name.startswith('scripts.verbs')) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
 
 
 def test_without_arguments_the_help_is_shown(capsys):

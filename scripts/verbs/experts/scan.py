@@ -50,7 +50,7 @@ def safety_scan(
     runtime: RuntimeOptions = RuntimeOptions(),
     as_json: JsonFlag = False,
 ) -> None:
-    """Flag the experts that are more active on harmful than on harmless prompts: the safety map of select and prune."""
+    """Flag the experts that are more active on harmful than on harmless prompts: the safety map of a selection."""
     sets = {"prompts": harmful, "others": harmless}
     _scan("safety", sets, write, score, as_json=as_json, source=model, **vars(blocks), **vars(runtime))
 
@@ -66,7 +66,7 @@ def domain_scan(
     runtime: RuntimeOptions = RuntimeOptions(),
     as_json: JsonFlag = False,
 ) -> None:
-    """Flag the experts that are more active on a domain than on general text: the domain map of select and prune."""
+    """Flag the experts that are more active on a domain than on general text: the domain map of a selection."""
     sets = {"prompts": domain, "others": general}
     _scan("domain", sets, write, score, as_json=as_json, source=model, **vars(blocks), **vars(runtime))
 
