@@ -8,7 +8,7 @@ import sys
 import click
 
 from configs.errors import UserError
-from scripts.shared.console import warnings_as_lines
+from scripts.shared.console import option_names, warnings_as_lines
 from scripts.shared.verb_group import Verb, VerbGroup
 
 _GRAPH, _FEDERATION, _EXPERTS = "Expert graph", "Federated training", "Experts of any model"
@@ -93,7 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
     except click.ClickException as error:
         return _fail(error.format_message(), arguments, code=2)
     except UserError as error:
-        return _fail(str(error), arguments, code=2)
+        return _fail(option_names(str(error)), arguments, code=2)
     except (KeyboardInterrupt, click.Abort):
         return _fail("interrupted", arguments, code=130)
     except Exception as error:  # noqa: BLE001 - the boundary: a failure is one line, not a traceback

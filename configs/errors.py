@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable
+
+_FIELD = re.compile(r"`([a-z][a-z0-9_]*)`")
 
 
 class UserError(ValueError):
-    """Bad user input; the message states the expected and the actual value and the remedy, in one line."""
+    """Bad user input; the message states the expected and the actual value and the remedy, in one line.
+
+    A setting is named by its field in backquotes, e.g. ``set `n_prune```; each interface shows its own name for it.
+    """
+
+
+def name_fields(message: str, shown: Callable[[str], str]) -> str:
+    """Replace every field in backquotes by ``shown(field)``, the name that an interface has for it."""
+    return _FIELD.sub(lambda match: shown(match[1]), message)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

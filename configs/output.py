@@ -1,4 +1,4 @@
-"""Writing results so that nothing is ever half written: a temporary name beside the target, then a rename."""
+"""Atomic output: files and directories are written under a temporary name next to the target, then renamed."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from configs.errors import UserError
 
 
 def check_output_directory(path: Path, *, overwrite: bool) -> None:
-    """Refuse an output directory that holds something, before any work is done.
+    """Check that an output directory can be written and is empty, or may be replaced.
 
     Raises:
-        UserError: the directory is not empty and ``overwrite`` is false, or it is the working or home directory or
-            holds one of them, which are never replaced; the path or a part of it is a file; nothing can be made there.
+        UserError: the directory is not empty and ``overwrite`` is false; it is or contains the working or home
+            directory, which are never replaced; the path or a part of it is a file; it is not writable.
     """
     path = path.absolute()
     parent = next(part for part in (path, *path.parents) if part.exists())
@@ -31,7 +31,7 @@ def check_output_directory(path: Path, *, overwrite: bool) -> None:
     if parent != path or not any(path.iterdir()):
         return
     if not overwrite:
-        raise UserError(f"expected an empty output directory, got {path} with files in it; pass --overwrite")
+        raise UserError(f"expected an empty output directory, got {path} with files in it; set `overwrite`")
     for kept in (Path.cwd(), Path.home()):
         if path.resolve() in (kept.resolve(), *kept.resolve().parents):
             raise UserError(
@@ -40,10 +40,10 @@ def check_output_directory(path: Path, *, overwrite: bool) -> None:
 
 
 def check_output_file(path: Path, *, overwrite: bool) -> None:
-    """Refuse an output file that is there already, before any work is done.
+    """Check that an output file can be written and does not exist, or may be replaced.
 
     Raises:
-        UserError: the file is there and ``overwrite`` is false; it is a directory; it cannot be made there.
+        UserError: the file exists and ``overwrite`` is false; it is a directory; its directory is not writable.
     """
     path = path.absolute()
     if path.is_dir():
@@ -52,12 +52,12 @@ def check_output_file(path: Path, *, overwrite: bool) -> None:
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise UserError(f"expected an output file that can be written, got {path}; choose another")
     if path.exists() and not overwrite:
-        raise UserError(f"expected an output file that is not there yet, got {path}; pass --overwrite")
+        raise UserError(f"expected an output file that does not exist, got {path}; set `overwrite`")
 
 
 @contextmanager
 def new_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Yield a temporary directory that takes the name ``path`` when the block ends without an error.
+    """Yield a temporary directory that is renamed to ``path`` when the block ends without an error.
 
     Raises:
         UserError: as ``check_output_directory``.
@@ -76,7 +76,7 @@ def new_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 
 def _replace_directory(new: Path, path: Path) -> None:
-    """Give ``new`` the name ``path``; what was there is deleted only when the new content is in its place."""
+    """Rename ``new`` to ``path``; a directory of that name is deleted after the rename, and restored if it fails."""
     if not path.exists():
         os.replace(new, path)
         return
@@ -94,7 +94,7 @@ def _replace_directory(new: Path, path: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Yield a file to write that takes the name ``path`` when the block ends without an error, in one step."""
+    """Yield a temporary file that is renamed to ``path`` when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
     try:
@@ -108,18 +108,18 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file in one step; readers see the old content or the new, never a part."""
+    """Write a file atomically: a reader sees the old content or the new, never a part."""
     with replacing(path) as file:
         file.write(data)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as indented JSON in one step; NaN and infinities are refused."""
+    """Write ``value`` as indented JSON atomically; NaN and infinities are refused."""
     write_bytes(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
 def finite(value: Any) -> Any:
-    """``value`` in types that JSON has: arrays as lists, scalars unwrapped, NaN and infinities as None."""
+    """Convert ``value`` to JSON types: arrays to lists, array scalars to numbers, NaN and infinities to None."""
     if isinstance(value, Mapping):
         return {str(key): finite(item) for key, item in value.items()}
     if hasattr(value, "tolist"):

@@ -156,6 +156,7 @@ def test_a_damaged_checkpoint_is_one_line_and_leaves_nothing(place, capsys, dama
     [
         (RuntimeError("first\nsecond"), 1, "RuntimeError: first second"),
         (UserError("expected a,\n got b"), 2, "expected a, got b"),
+        (UserError("expected `min_rank`"), 2, "expected --min-rank"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (click.Abort(), 130, "interrupted"),
         (MemoryError(), 1, "MemoryError"),

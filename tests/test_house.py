@@ -270,3 +270,30 @@ def test_paths_of_machines_are_recognized():
 )
 def test_every_module_says_what_it_is_for(path):
     assert ast.get_docstring(ast.parse(path.read_text())), f"{name_of(path)} has no docstring"
+
+
+OPTION = re.compile(r"(?<![\w-])--[a-z]")
+COMMAND = re.compile(r"`\w+ [^`]*`")
+
+
+def raised_options(source: str) -> list[str]:
+    """Messages of raised errors that name an option of the command line, outside of a command in backquotes."""
+    raised = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Raise)]
+    texts = [
+        "".join(str(part.value) for part in ast.walk(node) if isinstance(part, ast.Constant))
+        for node in raised
+    ]
+    return [text for text in texts if OPTION.search(COMMAND.sub("", text))]
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in HOUSE if path.relative_to(ROOT).parts[0] != "scripts"], ids=name_of
+)
+def test_libraries_name_fields_and_no_options(path):
+    assert raised_options(path.read_text()) == []
+
+
+def test_options_in_messages_are_recognized():
+    assert raised_options('raise UserError(f"got {path}; pass --overwrite")') == ["got ; pass --overwrite"]
+    assert raised_options('raise UserError("make one with `fedgraft bootstrap --out DIR`; a--b")') == []
+    assert raised_options('command = ["flwr", "--stream"]') == []

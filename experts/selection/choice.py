@@ -87,14 +87,16 @@ def choose_experts(
     """
     saliencies = [load_saliency(path) for path in saliency or []]
     if not expert_list and not saliencies:
-        raise UserError("expected --expert-list FILE, or --saliency FILE with --n-prune N, got neither")
+        raise UserError("expected `expert_list` FILE, or `saliency` FILE with `n_prune` N, got neither")
     if saliencies:
         check_same_model(saliencies)
         _check_model(saliencies[0], experts_per_layer)
     if expert_list:
         choices = [_from_list(path, experts_per_layer, saliencies, metric) for path in expert_list]
     elif n_prune is None:
-        raise UserError("expected --n-prune N with --saliency, got none; say how many experts go")
+        raise UserError(
+            "expected `n_prune` N with `saliency`, got none; give the number of experts to remove"
+        )
     else:
         files = [str(path) for path in saliency or []]
         chosen = select_experts(saliencies, metric, read_selection(n_prune=n_prune, **rules), files=files)
@@ -109,7 +111,7 @@ def output_directories(choices: Sequence[ExpertChoice], out: Path | None) -> lis
         UserError: no ``out``, or two lists of one name.
     """
     if out is None:
-        raise UserError("expected --out DIR, got none; name a directory, or pass --preview")
+        raise UserError("expected `out` DIR, got none; name a directory, or set `preview`")
     if len(choices) == 1:
         return [out]
     names = [choice.source.stem for choice in choices if choice.source]

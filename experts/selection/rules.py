@@ -55,23 +55,23 @@ class SelectionRules:
     domain_mode: str = "protect"
 
     def __post_init__(self):
-        _check_choice("--strategy", self.strategy, STRATEGIES)
-        _check_choice("--action", self.action, ACTION_MODES)
-        _check_choice("--safety-mode", self.safety_mode, SAFETY_MODES)
-        _check_choice("--domain-mode", self.domain_mode, DOMAIN_MODES)
-        _check_at_least("--n-prune", self.n_prune, 0)
-        _check_at_least("--min-experts-per-layer", self.min_experts_per_layer, 1)
+        _check_choice("strategy", self.strategy, STRATEGIES)
+        _check_choice("action", self.action, ACTION_MODES)
+        _check_choice("safety_mode", self.safety_mode, SAFETY_MODES)
+        _check_choice("domain_mode", self.domain_mode, DOMAIN_MODES)
+        _check_at_least("n_prune", self.n_prune, 0)
+        _check_at_least("min_experts_per_layer", self.min_experts_per_layer, 1)
         low, high = self.min_rank, self.max_rank
         if low is not None and high is not None and not low <= high:
-            raise UserError(f"expected --min-rank to be at most --max-rank, got {low} and {high}")
+            raise UserError(f"expected `min_rank` to be at most `max_rank`, got {low} and {high}")
         if self.safety_mode == "target" and self.safety is None:
             raise UserError(
-                "expected --safety-map with --safety-mode target, got none; name the map to target"
+                "expected `safety_map` with `safety_mode` target, got none; name the map to target"
             )
         for kind in ("safety", "domain"):
             given = getattr(self, kind)
             if given is not None and given.kind != kind:
-                raise UserError(f"expected a map of kind {kind} as --{kind}-map, got one of {given.kind}")
+                raise UserError(f"expected a map of kind {kind} as `{kind}_map`, got one of {given.kind}")
 
 
 def parse_expert_ids(text: str) -> frozenset[int]:
@@ -134,9 +134,9 @@ def _chosen(ranks: np.ndarray, selection: SelectionRules) -> list[tuple[int, int
     where, tightest = min(groups.items(), key=lambda group: len(group[1]))
     if selection.n_prune > len(tightest):
         raise UserError(
-            f"expected to remove at most {len(tightest)} experts {where}, got --n-prune {selection.n_prune}; "
+            f"expected to remove at most {len(tightest)} experts {where}, got `n_prune` {selection.n_prune}; "
             "protected and ignored experts, those outside the rank filter, the best of a layer if strided, and "
-            f"{selection.min_experts_per_layer} per layer stay: lower --n-prune or loosen those"
+            f"{selection.min_experts_per_layer} per layer stay: lower `n_prune` or loosen those"
         )
     targets = _targets(ranks.shape, selection)
     return [pair for group in groups.values() for pair in _take(group, selection, targets)]
@@ -205,7 +205,7 @@ def _check_fit(saliency: Saliency, selection: SelectionRules) -> None:
     beyond = [expert for expert in sorted(selection.ignored) if not 0 <= expert < saliency.num_experts]
     if beyond:
         raise UserError(
-            f"expected --ignore-experts to name experts 0 to {saliency.num_experts - 1}, got {beyond[0]}"
+            f"expected `ignore_experts` to name experts 0 to {saliency.num_experts - 1}, got {beyond[0]}"
         )
     for given in (selection.safety, selection.domain):
         if given is None:
@@ -220,11 +220,11 @@ def _check_fit(saliency: Saliency, selection: SelectionRules) -> None:
             )
 
 
-def _check_choice(option: str, value: str, known: Sequence[str]) -> None:
+def _check_choice(field: str, value: str, known: Sequence[str]) -> None:
     if value not in known:
-        raise UserError(f"expected {option} {' or '.join(known)}, got {value!r}{nearest(value, known)}")
+        raise UserError(f"expected `{field}` {' or '.join(known)}, got {value!r}{nearest(value, known)}")
 
 
-def _check_at_least(option: str, value: int, least: int) -> None:
+def _check_at_least(field: str, value: int, least: int) -> None:
     if value < least:
-        raise UserError(f"expected {option} of at least {least}, got {value}")
+        raise UserError(f"expected `{field}` of at least {least}, got {value}")

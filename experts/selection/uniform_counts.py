@@ -24,7 +24,7 @@ def check_uniform(keep_map: Mapping[int, np.ndarray], model_type: str) -> None:
         )
         raise UserError(
             f"expected equally many experts in every layer, since the configuration of {model_type} holds one number, "
-            f"got {found}; pass --equalize to take the best of those pruned back"
+            f"got {found}; set `equalize` to take the best of those pruned back"
         )
 
 
@@ -63,7 +63,7 @@ def _raised(layer: int, kept: np.ndarray, ranks: Mapping[int, float], number: in
     if unranked := [int(expert) for expert in pruned if expert not in ranks]:
         raise UserError(
             f"expected ranks to equalize layer {layer}, got none for {', '.join(map(str, unranked))}; "
-            "pass a CSV expert list or --saliency"
+            "give a CSV expert list or `saliency`"
         )
     best = sorted(pruned, key=lambda expert: (ranks[int(expert)], expert))[:missing]
     return np.sort(np.concatenate([kept, best]))

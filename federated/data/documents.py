@@ -53,7 +53,7 @@ def load_documents(
         else:
             rows += _source_rows(source, label, form, prefer_template)
     if not rows:
-        raise UserError("expected at least one data source, got none; name one, e.g. wikimix")
+        raise UserError("expected at least one data source, got none; set `data`, e.g. to wikimix")
     return _to_dataset(rows)
 
 

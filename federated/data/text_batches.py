@@ -22,7 +22,7 @@ def texts_by_domain(sources: Sequence[str], split: str) -> dict[str, list[str]]:
         UserError: an unknown split, a source that cannot be read.
     """
     if split not in SPLITS:
-        raise UserError(f"expected split to be {', '.join(SPLITS[:-1])} or {SPLITS[-1]}, got {split!r}")
+        raise UserError(f"expected `split` to be {', '.join(SPLITS[:-1])} or {SPLITS[-1]}, got {split!r}")
     texts: dict[str, list[str]] = {}
     for row in load_documents(absolute_sources(sources)):
         if split in ("all", row["split"]):

@@ -21,6 +21,7 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
+from configs.errors import name_fields
 from configs.output import finite
 
 stderr = Console(stderr=True)
@@ -107,6 +108,11 @@ def print_result(result: dict[str, Any], *, as_json: bool, lines: Iterable[Any])
     console = Console()
     for line in lines:
         console.print(line, highlight=False)
+
+
+def option_names(message: str) -> str:
+    """Name the options of the command line in place of fields in backquotes: ``n_prune`` becomes ``--n-prune``."""
+    return name_fields(message, lambda field: f"--{field.replace('_', '-')}")
 
 
 def quiet_libraries() -> None:

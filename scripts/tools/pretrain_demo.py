@@ -28,6 +28,7 @@ from configs.output import new_directory  # noqa: E402
 from federated.data import wikimix  # noqa: E402
 from federated.data.blocks import pack_blocks  # noqa: E402
 from models.runtime.perplexity import evaluate_loss  # noqa: E402
+from scripts.shared.console import option_names  # noqa: E402
 from scripts.tools.demo_training import BATCH_BLOCKS, train  # noqa: E402
 
 CONFIG = ROOT / "configs" / "llama_demo.json"
@@ -175,8 +176,9 @@ def main(arguments: list[str] | None = None) -> int:
         with new_directory(options.out, overwrite=options.overwrite) as partial:
             summary = pretrain(config, steps=steps, seed=options.seed, out=partial, console=console)
     except UserError as error:
+        message = option_names(str(error))
         print(
-            json.dumps({"error": str(error)}) if options.json else f"error: {error}",
+            json.dumps({"error": message}) if options.json else f"error: {message}",
             file=sys.stdout if options.json else sys.stderr,
         )
         return 2

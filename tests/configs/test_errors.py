@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from configs.errors import UserError, first_line, nearest
+from configs.errors import UserError, first_line, name_fields, nearest
 
 
 def test_the_closest_known_word_is_suggested():
@@ -27,3 +27,11 @@ def test_a_user_error_is_a_value_error_with_its_message():
 def test_a_library_s_error_in_one_line():
     assert first_line(ValueError("one\ntwo")) == "one"
     assert first_line(KeyError()) == "KeyError"
+
+
+def test_fields_in_backquotes_take_the_name_of_the_interface():
+    message = "expected `n_prune` with `saliency`; make one with `fedgraft bootstrap --out DIR` in `A B`"
+    assert name_fields(message, str.upper) == (
+        "expected N_PRUNE with SALIENCY; make one with `fedgraft bootstrap --out DIR` in `A B`"
+    )
+    assert name_fields("no field", str.upper) == "no field"

@@ -111,11 +111,11 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_work(tmp_path, mon
 def test_a_full_directory_is_refused_before_and_after_the_work(tmp_path):
     (tmp_path / "out").mkdir()
     check_output_directory(tmp_path / "out", overwrite=False)
-    with pytest.raises(UserError, match="--overwrite"), new_directory(tmp_path / "out") as directory:
+    with pytest.raises(UserError, match="`overwrite`"), new_directory(tmp_path / "out") as directory:
         (directory / "mine").touch()
         (tmp_path / "out" / "theirs").touch()
     assert names(tmp_path) == ["out"] and names(tmp_path / "out") == ["theirs"]
-    with pytest.raises(UserError, match="--overwrite"):
+    with pytest.raises(UserError, match="`overwrite`"):
         check_output_directory(tmp_path / "out", overwrite=False)
     check_output_directory(tmp_path / "out", overwrite=True)
 
@@ -165,7 +165,7 @@ def test_json_is_readable_and_strict(tmp_path):
 def test_an_output_file_may_be_new_or_replaced_when_asked(tmp_path):
     check_output_file(tmp_path / "new" / "deep" / "file", overwrite=False)
     (tmp_path / "file").write_text("old")
-    with pytest.raises(UserError, match="file; pass --overwrite"):
+    with pytest.raises(UserError, match="file; set `overwrite`"):
         check_output_file(tmp_path / "file", overwrite=False)
     check_output_file(tmp_path / "file", overwrite=True)
     with pytest.raises(UserError, match="can be written"):

@@ -72,7 +72,7 @@ def test_nothing_to_choose_by_is_refused(tmp_path, saliency):
     for files in (None, []):
         with pytest.raises(UserError, match="got neither"):
             choose_experts(EXPERTS, expert_list=files, saliency=files, n_prune=1)
-    with pytest.raises(UserError, match="--n-prune N with --saliency"):
+    with pytest.raises(UserError, match="`n_prune` N with `saliency`"):
         choose_experts(EXPERTS, expert_list=None, saliency=[saliency], n_prune=None)
     with pytest.raises(UserError, match=r"\[4, 4\] experts per layer, got \[4, 3\]"):
         choose_experts([4, 4], expert_list=None, saliency=[saliency], n_prune=1)
@@ -87,7 +87,7 @@ def test_outputs_bear_the_names_of_their_lists():
     assert output_directories([choice("x/a.csv"), choice("b.json")], out) == [out / "a", out / "b"]
     with pytest.raises(UserError, match="got a twice"):
         output_directories([choice("a.csv"), choice("a.json")], out)
-    with pytest.raises(UserError, match="expected --out DIR"):
+    with pytest.raises(UserError, match="expected `out` DIR"):
         output_directories([choice("a.csv")], None)
 
 
@@ -111,5 +111,5 @@ def test_nothing_asked_is_the_default_selection():
 
 
 def test_conflicts_are_refused():
-    with pytest.raises(UserError, match="--safety-map"):
+    with pytest.raises(UserError, match="`safety_map`"):
         read_selection(safety_mode="target")

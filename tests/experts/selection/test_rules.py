@@ -78,11 +78,11 @@ def test_model_wide_takes_more_where_a_layer_is_more_uneven():
 def test_the_minimum_per_layer_is_kept_and_not_only_warned_about():
     uneven = saliency_of_scores([[100, 1, 1, 1], [5, 5, 5, 5]])
     selection = SelectionRules(n_prune=3, model_wide=True, min_experts_per_layer=3)
-    with pytest.raises(UserError, match="at most 2 experts in the whole model, got --n-prune 3"):
+    with pytest.raises(UserError, match="at most 2 experts in the whole model, got `n_prune` 3"):
         select_experts([uneven], "freq", selection)
     allowed = SelectionRules(n_prune=2, model_wide=True, min_experts_per_layer=3)
     assert removed(select_experts([uneven], "freq", allowed)) == [[3], [3]]
-    with pytest.raises(UserError, match="at most 4 experts in layer 0, got --n-prune 5"):
+    with pytest.raises(UserError, match="at most 4 experts in layer 0, got `n_prune` 5"):
         select(n_prune=5, min_experts_per_layer=4)
     with pytest.raises(UserError, match="at most 0 experts"):
         select(n_prune=1, min_experts_per_layer=9)
@@ -94,7 +94,7 @@ def test_every_layer_has_its_own_count_and_not_that_of_the_first():
     experts = select_experts([unequal], "freq", SelectionRules(n_prune=1))
     assert removed(experts) == [[1], [4], [2]]
     assert (experts.actions == "").sum() == 15 - 10
-    with pytest.raises(UserError, match="at most 1 experts in layer 0, got --n-prune 2"):
+    with pytest.raises(UserError, match="at most 1 experts in layer 0, got `n_prune` 2"):
         select_experts([unequal], "freq", SelectionRules(n_prune=2))
     assert experts.statistics == {"num_layers": 3, "num_experts": 5, "total_kept": 7, "total_pruned": 3}
 
@@ -103,10 +103,10 @@ def test_protected_experts_are_never_pruned_silently_when_n_is_too_large():
     flagged = {0: [7, 6, 5, 4, 3]}
     safety = map_of("safety", SHAPE, flagged)
     assert select(n_prune=2, safety=safety) == [[1, 2], [6, 7]]
-    with pytest.raises(UserError, match="at most 3 experts in layer 0, got --n-prune 4.*protected"):
+    with pytest.raises(UserError, match="at most 3 experts in layer 0, got `n_prune` 4.*protected"):
         select(n_prune=4, safety=safety)
     domain = map_of("domain", SHAPE, {1: [0, 1, 2, 3, 4, 5, 6]})
-    with pytest.raises(UserError, match="at most 1 experts in layer 1, got --n-prune 2"):
+    with pytest.raises(UserError, match="at most 1 experts in layer 1, got `n_prune` 2"):
         select(n_prune=2, safety=safety, domain=domain)
 
 
@@ -275,17 +275,17 @@ def test_a_list_only_grows_with_n(seed, number):
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"strategy": "top"}, "--strategy bottom or strided, got 'top'"),
-        ({"action": "analyse"}, "--action .*did you mean 'analyze'"),
-        ({"safety_mode": "targets"}, "--safety-mode protect or target.*did you mean 'target'"),
-        ({"domain_mode": "target"}, "--domain-mode protect, got 'target'"),
-        ({"n_prune": -1}, "--n-prune of at least 0"),
-        ({"min_experts_per_layer": 0}, "--min-experts-per-layer of at least 1"),
-        ({"min_rank": 3, "max_rank": 2}, "--min-rank to be at most --max-rank"),
-        ({"min_rank": float("nan"), "max_rank": 2}, "--min-rank to be at most --max-rank"),
-        ({"safety_mode": "target"}, "--safety-map with --safety-mode target"),
-        ({"safety": map_of("domain", SHAPE, {})}, "kind safety as --safety-map, got one of domain"),
-        ({"domain": map_of("safety", SHAPE, {})}, "kind domain as --domain-map, got one of safety"),
+        ({"strategy": "top"}, "`strategy` bottom or strided, got 'top'"),
+        ({"action": "analyse"}, "`action` .*did you mean 'analyze'"),
+        ({"safety_mode": "targets"}, "`safety_mode` protect or target.*did you mean 'target'"),
+        ({"domain_mode": "target"}, "`domain_mode` protect, got 'target'"),
+        ({"n_prune": -1}, "`n_prune` of at least 0"),
+        ({"min_experts_per_layer": 0}, "`min_experts_per_layer` of at least 1"),
+        ({"min_rank": 3, "max_rank": 2}, "`min_rank` to be at most `max_rank`"),
+        ({"min_rank": float("nan"), "max_rank": 2}, "`min_rank` to be at most `max_rank`"),
+        ({"safety_mode": "target"}, "`safety_map` with `safety_mode` target"),
+        ({"safety": map_of("domain", SHAPE, {})}, "kind safety as `safety_map`, got one of domain"),
+        ({"domain": map_of("safety", SHAPE, {})}, "kind domain as `domain_map`, got one of safety"),
     ],
 )
 def test_conflicts_are_refused_at_construction(options, words):

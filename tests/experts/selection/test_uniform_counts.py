@@ -10,7 +10,7 @@ from experts.selection.uniform_counts import check_uniform, equalize
 def test_layers_of_different_numbers_are_refused_by_name():
     keep = {0: np.arange(3), 1: np.arange(2), 2: np.array([1, 4, 5])}
     with pytest.raises(
-        UserError, match="mixtral holds one number, got 3 in layers 0, 2; 2 in layers 1; pass --equal"
+        UserError, match="mixtral holds one number, got 3 in layers 0, 2; 2 in layers 1; set `equal"
     ):
         check_uniform(keep, "mixtral")
     check_uniform({0: np.array([0, 3]), 1: np.array([1, 2])}, "mixtral")

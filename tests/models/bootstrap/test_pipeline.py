@@ -133,7 +133,7 @@ def test_bad_input_is_refused_before_any_weight_is_opened(tmp_path, tiny_llama_d
         run(tiny_llama_dir, tmp_path / "graph", num_experts=5)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
-    with pytest.raises(UserError, match="--overwrite"):
+    with pytest.raises(UserError, match="`overwrite`"):
         run(tiny_llama_dir, tmp_path / "full")
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
 

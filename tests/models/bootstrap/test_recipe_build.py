@@ -182,7 +182,7 @@ def test_a_folder_is_replaced_only_on_request(tmp_path, tiny_llama_dir, tiny_gra
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").touch()
     recipe = recipe_in(tiny_graph_dir)
-    with pytest.raises(UserError, match="--overwrite"):
+    with pytest.raises(UserError, match="`overwrite`"):
         build_from_recipe(str(tiny_llama_dir), recipe, tmp_path / "out")
     build_from_recipe(str(tiny_llama_dir), recipe, tmp_path / "out", overwrite=True)
     assert_same_graph(tiny_graph_dir, tmp_path / "out")

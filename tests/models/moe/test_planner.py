@@ -244,7 +244,7 @@ def test_down_to_one_expert_a_layer_and_no_further():
     assert found.expert_list({}).statistics["total_kept"] == 2 and model.config.num_experts == 1
     assert found.perplexity_after == pytest.approx(perplexity(model))
     reads = []
-    with pytest.raises(UserError, match="at most 8 experts in the whole model, got --n-prune 9"):
+    with pytest.raises(UserError, match="at most 8 experts in the whole model, got `n_prune` 9"):
         plan(tiny_moe("olmoe"), 9, on_step=lambda *step: reads.append(step))
     assert not reads
 

@@ -273,7 +273,7 @@ def test_progress_reaches_its_end(tmp_path, tiny_tokenizer):
 @pytest.mark.parametrize(
     ("keep", "message"),
     [
-        ({0: np.array([0, 1]), 1: np.array([0, 1, 2])}, "2 in layers 0; 3 in layers 1; pass --equalize"),
+        ({0: np.array([0, 1]), 1: np.array([0, 1, 2])}, "2 in layers 0; 3 in layers 1; set `equalize`"),
         ({0: np.array([0, 1])}, "2 in layers 0; 4 in layers 1"),
         ({0: np.array([], dtype=int), 1: np.array([0])}, "at least one expert"),
         ({0: np.array([4]), 1: np.array([0])}, "experts 0 to 3, got 4"),
@@ -304,7 +304,7 @@ def test_a_failure_while_writing_leaves_nothing(tmp_path, tiny_tokenizer):
 
 def test_an_output_with_files_is_replaced_only_when_told_even_by_the_source_itself(tmp_path, tiny_tokenizer):
     source = saved_moe("mixtral", tmp_path, tiny_tokenizer)
-    with pytest.raises(UserError, match="--overwrite"):
+    with pytest.raises(UserError, match="`overwrite`"):
         prune_checkpoint(source, source, KEEP)
     prune_checkpoint(source, source, KEEP, overwrite=True)
     assert logit_difference(load(source), sliced("mixtral", KEEP), random_ids(load(source))) <= 1e-5

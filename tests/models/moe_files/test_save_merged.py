@@ -45,7 +45,7 @@ def test_a_folder_in_use_is_refused(tmp_path, tiny_graph_dir):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("x")
     graph = load_causal_lm(str(tiny_graph_dir))
-    with pytest.raises(UserError, match="--overwrite"):
+    with pytest.raises(UserError, match="`overwrite`"):
         save_merged(graph, tiny_graph_dir, tmp_path / "out", graph_version=1, overwrite=False)
     assert (tmp_path / "out" / "mine").read_text() == "x"
 

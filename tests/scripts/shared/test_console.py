@@ -10,7 +10,14 @@ from rich.console import Console
 from rich.table import Table
 
 from scripts.shared import console
-from scripts.shared.console import finite, print_result, progress, quiet_libraries, warnings_as_lines
+from scripts.shared.console import (
+    finite,
+    option_names,
+    print_result,
+    progress,
+    quiet_libraries,
+    warnings_as_lines,
+)
 
 
 def test_numbers_that_json_does_not_know_become_null():
@@ -88,3 +95,7 @@ def test_a_warning_is_one_line_on_stderr_and_the_old_way_returns(capsys):
         warnings.warn("first\nsecond", stacklevel=1)
     assert capsys.readouterr() == ("", "fedgraft: warning: first second\n")
     assert warnings.showwarning is before
+
+
+def test_fields_of_a_message_are_shown_as_options():
+    assert option_names("expected `n_prune` with `saliency`") == "expected --n-prune with --saliency"
