@@ -1,7 +1,7 @@
-"""What the server takes of memory and time to aggregate 64 clients' replies, against 2, and against dense FedAvg.
+"""Peak memory and time of the server's aggregation for 64 clients relative to 2, packed updates and dense FedAvg.
 
-Each server is a process of its own that loads the global model, pulls the replies of one round, checks them,
-aggregates them and makes its step.
+Each measurement is a server process that loads the global model, receives the replies of one round, checks them,
+aggregates them and packs its step.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 
 FEW, MANY = 2, 64
 METHODS = ("packed", "dense")
-DENSITIES = (0.05, 0.5)  # with the latter, all packed replies together are far larger than the model
+DENSITIES = (0.05, 0.5)  # at the latter, all packed replies together are far larger than the model
 VALUE_BITS = 4
 
 
 def measure(quick: bool, on_step: OnStep) -> Measured:
-    """Peak memory and seconds of both methods with 2 and with 64 clients, in turn, several times."""
+    """Peak memory and seconds of both methods with 2 and with 64 clients, interleaved and repeated."""
     many, repeats = (8, 1) if quick else (MANY, 3)
     peers: dict = {}
     ratios: dict[str, float] = {}
@@ -77,14 +77,14 @@ def measure(quick: bool, on_step: OnStep) -> Measured:
         figures={"rss_ratio_64_over_2": max(ratios[name] for name in ratios if name.startswith("packed"))},
         peers=peers,
         notes={
-            "rss_ratio_64_over_2": "peak of the server's process in a round, imports subtracted, "
-            "the worse of two densities"
+            "rss_ratio_64_over_2": "peak memory of the server process in a round minus that of imports, "
+            "maximum over two densities"
         },
     )
 
 
 def write_graph(source: str, directory: Path) -> FedGraftForCausalLM:
-    """Write the Llama of folder ``source`` as a graph of 16 experts a layer, calibrated on random tokens."""
+    """Write the Llama of folder ``source`` as a graph of 16 experts per layer, calibrated on random tokens."""
     dense = load_dense(source).float()
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(dense.config.vocab_size, (4, 128), generator=generator)
@@ -95,14 +95,14 @@ def write_graph(source: str, directory: Path) -> FedGraftForCausalLM:
 
 
 def write_tiny_graph(directory: Path) -> FedGraftForCausalLM:
-    """Write a graph of random weights that takes no time."""
+    """Write a small graph of random weights."""
     directory.mkdir()
     write_random_graph(directory, hidden_size=64, ffn_size=256, layers=2)
     return load_graph(str(directory))
 
 
 def write_replies(model: FedGraftForCausalLM, folder: Path, *, clients: int, density: float) -> int:
-    """Write a packed update of random entries of all experts per client; returns their bytes together."""
+    """Write one packed update per client with random entries of all experts; returns their total bytes."""
     folder.mkdir()
     graph, sizes, total = read_graph(model), unit_sizes(model), 0
     for client in range(clients):
@@ -119,7 +119,7 @@ def write_replies(model: FedGraftForCausalLM, folder: Path, *, clients: int, den
 
 
 def run_server(graph: Path, replies: Path, clients: int, method: str) -> dict[str, float]:
-    """The measurements of one server in a process of its own."""
+    """Measure one server in a process of its own, see ``benchmarks.support.aggregate_server``."""
     return measured_apart("aggregate_server", [str(graph), str(replies), str(clients), method])
 
 

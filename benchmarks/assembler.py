@@ -1,9 +1,9 @@
-"""Does the assembler learn? Masks of a client by four rules at the same budget, after the same local training.
+"""Perplexity of a client after local training with residents chosen by four rules, at the same budget.
 
-Clients hold one domain each. ``learned`` is what a client chooses: the assembler's experts after its steps, or the most
-used ones where these train better on trial. ``usage`` is the experts that the client's tokens select most often,
-``random`` any; all train the same number of steps on the same batches. The choice moves no expert; ``usage, more
-steps`` gives the most-used experts as many steps of training more as the assembler takes.
+Each client has the text of one domain. Residents are: ``learned``, the choice of a client (experts of the trained
+assembler, or the most used ones if these reach the lower loss in trial training); ``usage``, the experts that the
+client's tokens select most often; ``random``. All train the same number of steps on the same batches; ``usage, more
+steps`` trains the most-used experts for as many additional steps as the assembler takes.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ _BATCH = 8
 
 @dataclass(frozen=True)
 class Settings:
-    """How much is trained and measured.
+    """Amounts of training and measurement.
 
     Attributes:
-        domains: a client each.
+        domains: domain of each client.
         experts: E of each layer.
-        budgets: experts a layer that a client holds, with the seeds for which each is measured.
-        train_blocks: of a client.
-        valid_blocks: of a client.
-        block_size: tokens of a block.
-        calibration_tokens: sampled from the model, for the bootstrap.
-        training: of every arm.
+        budgets: seeds to measure, by number of residents per layer.
+        train_blocks: training blocks per client.
+        valid_blocks: held-out blocks per client.
+        block_size: tokens per block.
+        calibration_tokens: tokens sampled from the model for the bootstrap.
+        training: local training of every arm.
     """
 
     domains: Sequence[str]
@@ -66,7 +66,7 @@ FULL = Settings(
     24,
     256,
     8192,
-    # A rate that falls to zero: at a constant one the order of the text alone moves a client's perplexity by 5 %.
+    # Linear decay: at a constant learning rate the order of the text alone changes a client's perplexity by 5 %.
     LocalTraining.of(
         RunConfig(local_steps=20, learning_rate=1e-3, schedule="linear").training, autocast=False
     ),
@@ -75,7 +75,7 @@ QUICK = Settings(("a", "b"), 8, {2: (0, 1)}, 4, 2, 32, 256, replace(FULL.trainin
 
 
 def measure(quick: bool, on_step: OnStep) -> Measured:
-    """Perplexity of every arm on the clients' held-out text, and its ratios to that of the learned masks."""
+    """Held-out perplexity of every arm, and its ratio to that of the learned residents."""
     settings = QUICK if quick else FULL
     model = bootstrapped(model_path("mix7M", quick=quick), settings.experts, settings.calibration_tokens)
     runs = [(budget, seed) for budget, seeds in settings.budgets.items() for seed in seeds]
@@ -113,7 +113,7 @@ def measure(quick: bool, on_step: OnStep) -> Measured:
 
 
 def ratios(seeds: Sequence[dict], arm: str) -> list[float]:
-    """For each seed the geometric mean over clients of the perplexity of ``arm`` over that of the learned masks."""
+    """Perplexity of ``arm`` over that of the learned residents: per seed, the geometric mean over clients."""
     return [
         math.exp(
             fmean(
@@ -126,7 +126,7 @@ def ratios(seeds: Sequence[dict], arm: str) -> list[float]:
 
 
 def client_text(source: str, settings: Settings, seed: int, quick: bool) -> tuple[Blocks, Blocks]:
-    """Training and held-out blocks of a client, in an order of ``seed``."""
+    """Training and held-out blocks of a client; the order of training documents is drawn with ``seed``."""
     path, size = model_path("mix7M", quick=quick), settings.block_size
     train = domain_blocks(source, path, block_size=size, max_blocks=settings.train_blocks, seed=seed)
     valid = domain_blocks(source, path, split="valid", block_size=size, max_blocks=settings.valid_blocks)
@@ -136,7 +136,7 @@ def client_text(source: str, settings: Settings, seed: int, quick: bool) -> tupl
 def compare_arms(
     model: FedGraftForCausalLM, train: Blocks, valid: Blocks, budget: int, seed: int, training: LocalTraining
 ) -> dict[str, dict[str, float]]:
-    """Held-out perplexity of one client right after masking and after training, by arm."""
+    """Held-out perplexity of one client before and after local training, by arm."""
     masks = choose_masks(model, train, budget, seed, training)
     found = {}
     for arm in ARMS:
@@ -155,7 +155,7 @@ def compare_arms(
 def choose_masks(
     model: FedGraftForCausalLM, train: Blocks, budget: int, seed: int, training: LocalTraining
 ) -> dict[str, list[Tensor]]:
-    """The residents of a client by each rule, per layer bool ``[E]``."""
+    """Residents of a client by each rule, per layer bool ``[E]``."""
     layers, generator = model.expert_layers(), torch.Generator().manual_seed(seed + 1)
     set_residents(model, [None] * len(layers))
     torch.manual_seed(seed)

@@ -1,7 +1,7 @@
-"""What a client with a quarter of the experts takes of memory and time, against one with all of them.
+"""Peak memory and training time of a client with a quarter of the experts, relative to one with all of them.
 
-Each client is a process of its own that answers one round of training: it evaluates the graph, lets its assembler
-choose, holds its residents, trains and packs its update.
+Each client is a process of its own that answers one training request: it evaluates the graph, chooses its residents
+with the assembler, loads them, trains and packs its update.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ EXPERTS = 16
 
 
 def write_random_graph(directory: Path, *, hidden_size: int, ffn_size: int, layers: int) -> float:
-    """Write a graph of random weights with the demo model's tokenizer; returns the GB of its weights."""
+    """Write a graph of random weights with the demo model's tokenizer; returns the size of its weights in GB."""
     tokenizer = load_tokenizer(str(DEMO_MODEL))
     config = FedGraftConfig(
         vocab_size=len(tokenizer),
@@ -51,14 +51,14 @@ def write_random_graph(directory: Path, *, hidden_size: int, ffn_size: int, laye
 
 
 def run_client(graph: Path, budget: int, folder: Path, steps: int, settings: dict) -> dict[str, float]:
-    """The measurements of one client in a process of its own."""
+    """Measure one client in a process of its own, see ``benchmarks.support.budget_client``."""
     return measured_apart(
         "budget_client", [str(graph), str(budget), str(folder), str(steps), json.dumps(settings)]
     )
 
 
 def measure(quick: bool, on_step: OnStep) -> Measured:
-    """Memory and time of budget E/4 against E, one after the other, several times."""
+    """Memory and time at budgets E and E/4, interleaved and repeated."""
     shape = (
         {"hidden_size": 64, "ffn_size": 256, "layers": 2}
         if quick
@@ -91,7 +91,7 @@ def measure(quick: bool, on_step: OnStep) -> Measured:
     return Measured(
         figures={"rss_ratio_quarter": ratio("peak_mib"), "step_ratio_quarter": ratio("step_seconds")},
         peers={"gigabytes_of_weights": gigabytes, **medians, "settings": settings},
-        notes={"rss_ratio_quarter": "peak of a whole round, imports and data subtracted"},
+        notes={"rss_ratio_quarter": "peak memory of a whole round minus that of imports and data"},
     )
 
 

@@ -1,4 +1,4 @@
-"""Balanced clusters of neurons: the time of one layer of a 7B Llama, and how good they are.
+"""Balanced k-means of neurons: time for one layer of a 7B Llama, and inertia relative to ``k-means-constrained``.
 
 ``seconds_7b_layer`` is the median time of ``experts.clustering.balanced_clusters`` on 11008 x 4096 synthetic gate rows
 with 16 experts. ``objective_ratio`` is the inertia of its clusters over that of the package ``k-means-constrained`` run
@@ -25,8 +25,8 @@ def measure(quick: bool, on_step: OnStep) -> Measured:
     """Time one layer at several expert counts and compare the objective at two.
 
     Args:
-        quick: a small layer, and two layers of the embedded model.
-        on_step: called with the stage, the steps done and their total.
+        quick: use a small layer, and two layers of the embedded model.
+        on_step: called with the stage, the number of steps done and their total.
     """
     seconds = layer_seconds(
         shape=(512, 128) if quick else (11008, 4096),
@@ -51,7 +51,7 @@ def measure(quick: bool, on_step: OnStep) -> Measured:
         },
         notes={
             "seconds_7b_layer": "11008 x 4096, 16 experts",
-            "objective_ratio": f"one start against the best of {_INITIALIZATIONS}; highest layer {max(ratios):.4f}",
+            "objective_ratio": f"one initialization against the best of {_INITIALIZATIONS}; maximum {max(ratios):.4f}",
         },
     )
 
@@ -59,7 +59,7 @@ def measure(quick: bool, on_step: OnStep) -> Measured:
 def layer_seconds(
     *, shape: tuple[int, int], counts: tuple[int, ...], repeats: int, on_step: OnStep
 ) -> dict[int, list[float]]:
-    """Seconds of clustering synthetic gate rows of ``shape``, per expert count and repeat, in turn."""
+    """Seconds of clustering synthetic gate rows of ``shape`` by expert count, interleaved over ``repeats``."""
     features = synthetic_rows(*shape)
     seconds: dict[int, list[float]] = {count: [] for count in counts}
     for repeat in range(repeats):
@@ -72,7 +72,7 @@ def layer_seconds(
 
 
 def synthetic_rows(neurons: int, width: int, *, directions: int = 64) -> np.ndarray:
-    """Rows ``[neurons, width]`` fp32: a fifth of their variance in few directions, as in trained layers, else noise."""
+    """Rows ``[neurons, width]`` fp32 with a fifth of the variance in few directions, as in trained layers."""
     rng = np.random.default_rng(0)
     shared = rng.standard_normal((neurons, directions), np.float32) @ rng.standard_normal(
         (directions, width), np.float32
@@ -87,7 +87,7 @@ def gate_rows(model: str) -> list[np.ndarray]:
 
 
 def _compare(features: np.ndarray, count: int) -> dict[str, float]:
-    """Inertia and seconds of ``balanced_clusters`` and of the package, and the ratio of the inertias."""
+    """Inertia and seconds of ``balanced_clusters`` and of ``k-means-constrained``, and the ratio of inertias."""
     start = time.perf_counter()
     inertia = balanced_clusters(features, count).inertia
     middle = time.perf_counter()

@@ -1,8 +1,7 @@
-"""Does the graph earn its place? The same experts with edges and as a flat top-k mixture, trained alike."""
+"""Perplexity of an expert graph relative to a top-k MoE of the same experts, after the same training."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.support.material import data_sources, domain_blocks, model_path
+from benchmarks.support.material import data_sources, mixed_blocks, model_path
 from benchmarks.support.runner import Measured, OnStep, run_benchmark
 from benchmarks.support.statistics import interval
 from clients.training.trainer import LocalTraining, train_locally
@@ -31,18 +30,18 @@ ARMS = ("graph", "topk")
 
 @dataclass(frozen=True)
 class Settings:
-    """How much is trained and measured.
+    """Amounts of training and measurement.
 
     Attributes:
-        domains: whose text is mixed.
+        domains: domains of the text.
         experts: E of each layer.
-        visits: k.
-        train_blocks: of each domain.
-        valid_blocks: of each domain.
-        calibration_blocks: of the mixed training text, for clusters, routers and edges.
-        block_size: tokens of a block.
-        seeds: of clustering and of the order of the text; one pair of arms each.
-        training: of both arms.
+        visits: experts per token k.
+        train_blocks: training blocks per domain.
+        valid_blocks: held-out blocks per domain.
+        calibration_blocks: training blocks of all domains for clusters, routers and edges.
+        block_size: tokens per block.
+        seeds: seeds of clustering and of the order of the text; one pair of arms each.
+        training: local training of both arms.
     """
 
     domains: Sequence[str]
@@ -103,16 +102,16 @@ def measure(quick: bool, on_step: OnStep) -> Measured:
             },
         },
         notes={
-            "ppl_ratio_ci_high": "perplexity of the graph over that of the flat mixture after the same training, "
+            "ppl_ratio_ci_high": "perplexity of the graph over that of the top-k MoE after the same training, "
             "upper end of the 95 % interval over seeds; below 1 the graph is better",
-            "selection_changed_share": "held-out visits to an expert outside the top-k of the raw scores",
-            "mean_abs_gain": "mean |A[p, q]| over the edges after training",
+            "selection_changed_share": "share of held-out visits to experts outside the top-k of the router logits",
+            "mean_abs_gain": "mean |A[p, q]| over edges after training",
         },
     )
 
 
 def compare_arms(path: str, sources: Sequence[str], settings: Settings, seed: int) -> dict[str, Any]:
-    """Both arms from one bootstrap: perplexities before and after training, and how far the graph has learned."""
+    """Perplexities of both arms of one bootstrap before and after training, and size of the learned edge parameters."""
     train, valid = (_mixed(path, sources, settings, split, seed) for split in ("train", "valid"))
     dense = load_dense(path).float()
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
@@ -123,7 +122,7 @@ def compare_arms(path: str, sources: Sequence[str], settings: Settings, seed: in
         model = build_arm(dense, experts, settings.visits, arm)
         found["perplexity_before"] = _perplexity(
             model, valid
-        )  # equal in both arms: gains and affinities are zero
+        )  # equal in both arms: gains and affinities start at zero
         stream = batches(train, 8, generator=torch.Generator().manual_seed(seed))
         losses = train_locally(model, stream, settings.training).losses
         found[arm] = {"train_loss": fmean(losses[-10:]), **trained_figures(model, valid)}
@@ -131,7 +130,7 @@ def compare_arms(path: str, sources: Sequence[str], settings: Settings, seed: in
 
 
 def build_arm(dense: Any, experts: Sequence[LayerExperts], visits: int, arm: str) -> FedGraftForCausalLM:
-    """The graph as it was planned, or (``topk``) the same experts without an edge."""
+    """Graph of the planned experts; without edges for the arm ``topk``."""
     model = build_graph(dense, experts, visits)
     if arm == "topk":
         for layer in model.expert_layers():
@@ -140,7 +139,7 @@ def build_arm(dense: Any, experts: Sequence[LayerExperts], visits: int, arm: str
 
 
 def trained_figures(model: FedGraftForCausalLM, valid: Blocks) -> dict[str, float]:
-    """Held-out perplexity, how many visits the affinities changed, and the size of gains and affinities on edges."""
+    """Held-out perplexity, share of visits changed by affinities, and mean absolute gains and affinities of edges."""
     visits = torch.zeros(2, dtype=torch.int64)
     with observing_walks(model, lambda index: _count_changed(visits)):
         perplexity = _perplexity(model, valid)
@@ -160,7 +159,7 @@ def trained_figures(model: FedGraftForCausalLM, valid: Blocks) -> dict[str, floa
 
 
 def outside_top_k(scores_TE: Tensor, experts_TK: Tensor) -> tuple[int, int]:
-    """Visits to an expert that is not among the K best raw scores of its token, and all visits."""
+    """Number of visits to experts outside the top-k of their token's router logits, and number of all visits."""
     k = experts_TK.shape[-1]
     top_TE = torch.zeros_like(scores_TE, dtype=torch.bool).scatter(-1, scores_TE.topk(k, -1).indices, True)
     made_TK = experts_TK >= 0
@@ -176,23 +175,19 @@ def _count_changed(visits: Tensor) -> Observer:
 
 
 def _mixed(path: str, sources: Sequence[str], settings: Settings, split: str, seed: int) -> Blocks:
-    count = settings.train_blocks if split == "train" else settings.valid_blocks
-    parts = [
-        domain_blocks(
-            source,
-            path,
-            split=split,
-            block_size=settings.block_size,
-            max_blocks=count,
-            seed=seed if split == "train" else 0,  # all seeds are measured on one text
-        )
-        for source in sources
-    ]
-    return Blocks(torch.cat([part.input_ids for part in parts]), torch.cat([part.labels for part in parts]))
+    training = split == "train"
+    return mixed_blocks(
+        sources,
+        path,
+        split=split,
+        block_size=settings.block_size,
+        max_blocks=settings.train_blocks if training else settings.valid_blocks,
+        seed=seed if training else 0,  # the held-out text is the same for all seeds
+    )
 
 
 def _perplexity(model: Any, blocks: Blocks) -> float:
-    return math.exp(evaluate_loss(model, blocks.input_ids, blocks.labels).mean)
+    return evaluate_loss(model, blocks.input_ids, blocks.labels).perplexity
 
 
 def _mean_abs(values: Tensor) -> float:

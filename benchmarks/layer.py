@@ -1,7 +1,7 @@
-"""One layer of an expert graph against transformers' dense FFN of the same width: time of training and of decoding.
+"""Training and decoding time of one expert-graph layer relative to transformers' dense FFN of the same width.
 
-The graph has four edges an expert and non-zero gains and affinities. What else could run its experts is timed beside
-what does: automatic differentiation of the plain loop, and, where this build of torch has one, a grouped product.
+The graph has four edges per expert and non-zero gains and affinities. Two alternatives are timed too: automatic
+differentiation of the plain loop over experts and, where this build of torch has it, a grouped matrix product.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ EXPERTS, VISITS, DECODE_VISITS, EDGES = 16, 4, 8, 4
 
 @dataclass(frozen=True)
 class Shape:
-    """Width D, FFN width m, tokens T of one pass."""
+    """Hidden size D, FFN width m, tokens T of one pass."""
 
     hidden_size: int
     ffn_size: int
@@ -35,7 +35,7 @@ class Shape:
 
 
 def random_graph_layer(shape: Shape, visits: int) -> ExpertGraphMLP:
-    """A layer with random weights, gains and affinities, and ``EDGES`` edges an expert where so many are later."""
+    """Layer with random weights, gains and affinities, and ``EDGES`` edges per expert or all possible ones."""
     layer = ExpertGraphMLP(
         hidden_size=shape.hidden_size,
         expert_size=shape.ffn_size // EXPERTS,
@@ -54,7 +54,7 @@ def random_graph_layer(shape: Shape, visits: int) -> ExpertGraphMLP:
 
 
 def training_pass(module: nn.Module, x: Tensor, *, autocast: bool) -> Callable[[], None]:
-    """Forward and backward of ``module``, gradients of the input and of all parameters."""
+    """Function that runs ``module`` forward and backward, with gradients of the input and of all parameters."""
 
     def run() -> None:
         module.zero_grad(set_to_none=True)
@@ -67,7 +67,7 @@ def training_pass(module: nn.Module, x: Tensor, *, autocast: bool) -> Callable[[
 def measure_training(
     shape: Shape, *, autocast: bool, repeats: int, on_repeat: Callable[[int], None]
 ) -> dict[str, float]:
-    """Seconds of a training pass, dense and graph, and the median of their ratios."""
+    """Seconds of a training pass of the dense FFN and of the graph layer, and the median of their ratios."""
     dense = LlamaMLP(LlamaConfig(hidden_size=shape.hidden_size, intermediate_size=shape.ffn_size))
     layer, x = random_graph_layer(shape, VISITS), torch.randn(1, shape.tokens, shape.hidden_size)
     runs = {"dense": dense, "graph": layer, "loop": ComposedLoop(layer)}
@@ -80,7 +80,7 @@ def measure_training(
 
 
 class ComposedLoop(nn.Module):
-    """The same layer, run by ``run_visits`` under automatic differentiation."""
+    """A graph layer executed by ``run_visits`` under automatic differentiation."""
 
     def __init__(self, layer: ExpertGraphMLP) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ class ComposedLoop(nn.Module):
 
 
 def measure_walk_share(shape: Shape, *, repeats: int, on_repeat: Callable[[int], None]) -> float:
-    """Time of scoring and walking over that of the layer, forward and backward."""
+    """Time of router and walk over that of the whole layer, forward and backward."""
     layer, x = random_graph_layer(shape, VISITS), torch.randn(1, shape.tokens, shape.hidden_size)
 
     def route() -> None:
@@ -124,7 +124,7 @@ def measure_walk_share(shape: Shape, *, repeats: int, on_repeat: Callable[[int],
 def measure_decoding(
     shape: Shape, *, steps: int, repeats: int, on_repeat: Callable[[int], None]
 ) -> dict[str, float]:
-    """Time of one token after the other over that of the dense FFN, ``DECODE_VISITS`` of ``EXPERTS`` visited."""
+    """Time per decoded token over that of the dense FFN, with ``DECODE_VISITS`` of ``EXPERTS`` experts per token."""
     dense = LlamaMLP(LlamaConfig(hidden_size=shape.hidden_size, intermediate_size=shape.ffn_size))
     layer, tokens = random_graph_layer(shape, DECODE_VISITS), torch.randn(steps, 1, 1, shape.hidden_size)
     runs = {"dense": lambda: [dense(x) for x in tokens], "graph": lambda: [layer(x) for x in tokens]}
@@ -136,7 +136,7 @@ def measure_decoding(
 
 @torch.no_grad()
 def measure_grouped(shape: Shape, *, repeats: int, on_repeat: Callable[[int], None]) -> float | None:
-    """Time of the experts' products as grouped ones over a loop, without edges, in bf16; None where torch has none."""
+    """Time of a grouped matrix product over a loop over experts, bf16, without edges; None if torch has none."""
     grouped = getattr(nn.functional, "grouped_mm", None)
     if grouped is None:
         return None
@@ -158,7 +158,7 @@ def measure_grouped(shape: Shape, *, repeats: int, on_repeat: Callable[[int], No
 
 
 def measure(quick: bool, on_step: OnStep) -> Measured:
-    """All figures of the layer; each against a peer in the same run, in turn."""
+    """All figures of the layer, each relative to a peer whose timings are interleaved."""
     torch.manual_seed(0)
     threads, repeats = torch.get_num_threads(), 2 if quick else 9
     small = Shape(64, 256, 128) if quick else Shape(1024, 4096, 2048)
@@ -190,7 +190,7 @@ def measure(quick: bool, on_step: OnStep) -> Measured:
             "grouped_over_loop_bf16": grouped,
             "threads": THREADS,
         },
-        notes={"speedup_bf16_k4": "fp32 weights under autocast to bf16, as clients train"},
+        notes={"speedup_bf16_k4": "fp32 weights under autocast to bf16, as in clients"},
     )
 
 

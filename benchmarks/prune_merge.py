@@ -16,7 +16,7 @@ import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from benchmarks.support.expert_removal import Text, compare
-from benchmarks.support.material import bootstrapped, data_sources, domain_blocks, model_path
+from benchmarks.support.material import bootstrapped, data_sources, mixed_blocks, model_path
 from benchmarks.support.quality_runs import DOMAINS
 from benchmarks.support.runner import Measured, OnStep, measured_apart, run_benchmark
 from benchmarks.support.saliency_tools import tool_figures
@@ -126,11 +126,7 @@ def read_text(settings: Settings, seed: int, quick: bool) -> Text:
 
     def blocks(split: str, count: int) -> Blocks:
         size = settings.block_size
-        each = [
-            domain_blocks(source, path, split=split, block_size=size, max_blocks=count, seed=seed)
-            for source in sources
-        ]
-        return Blocks(torch.cat([b.input_ids for b in each]), torch.cat([b.labels for b in each]))
+        return mixed_blocks(sources, path, split=split, block_size=size, max_blocks=count, seed=seed)
 
     calibration = blocks("train", settings.calibration_blocks)
     batches = zip(

@@ -1,12 +1,12 @@
-"""What the first router keeps of the dense model's quality, beside other ways to choose as many neurons.
+"""Perplexity with the initial router, relative to other selections of equally many neurons.
 
-A trained Llama is cut into 16 experts a layer, and the router is fitted on text of domains that the model knows and
-does not know, or on text sampled from the model itself. Perplexity is that of held-out text of the same domains.
+A trained Llama is split into 16 experts per layer, and the router is fitted on text of domains inside and outside the
+model's training data, or on text sampled from the model. Perplexity is that of held-out text of the same domains.
 
 ``gap_closed`` is ``(log ppl centroid - log ppl router) / (log ppl centroid - log ppl oracle)``, and
 ``static_over_router`` a ratio of perplexities: both with half of the experts active and a router fitted on text,
-averaged over seeds (of the choice of documents, the sampled text and the clusters). The oracle knows what every expert
-contributes to the token at hand.
+averaged over seeds (of the choice of documents, the sampled text and the clusters). The oracle selects by the true
+contribution of every expert to each token.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from benchmarks.support.material import data_sources, domain_blocks, model_path
+from benchmarks.support.material import data_sources, mixed_blocks, model_path
 from benchmarks.support.runner import Measured, OnStep, run_benchmark
 from benchmarks.support.statistics import interval
 from models.bootstrap.build import BootstrapOptions, plan_experts
@@ -48,16 +48,16 @@ DOMAINS = (
 )
 _EXPERTS, _SEEDS, _BLOCK = 16, (0, 1, 2), 256
 
-# Perplexity by name, one a share ("75", "50", "25").
+# Perplexity by share of active experts ("75", "50", "25") and name of the selection.
 Table = dict[str, dict[str, float]]
 
 
 def measure(quick: bool, on_step: OnStep) -> Measured:
-    """Perplexity of every way to choose experts, at every share, for routers fitted on text and on sampled text.
+    """Perplexity of every selection of experts at every share, for routers fitted on text and on sampled text.
 
     Args:
-        quick: the embedded model, one seed, little text.
-        on_step: called with the stage, the steps done and their total.
+        quick: use the embedded model, one seed and little text.
+        on_step: called with the stage, the number of steps done and their total.
     """
     seeds = _SEEDS[:1] if quick else _SEEDS
     model = model_path("mix7M", quick=quick)
@@ -71,17 +71,19 @@ def measure(quick: bool, on_step: OnStep) -> Measured:
 
 
 def mixed_text(model: str, split: str, seed: int, *, quick: bool) -> tuple[Tensor, Tensor]:
-    """As many blocks of every domain: ``input_ids`` and ``labels``, each ``[N, S]``."""
+    """Equally many blocks of every domain: ``input_ids`` and ``labels``, each ``[N, S]``."""
     size, count = (64, 1) if quick else (_BLOCK, 4)
-    parts = [
-        domain_blocks(source, model, split=split, block_size=size, max_blocks=count, seed=seed)
-        for source in data_sources(DOMAINS, quick=quick)
-    ]
-    return torch.cat([part.input_ids for part in parts]), torch.cat([part.labels for part in parts])
+    sources = data_sources(DOMAINS, quick=quick)
+    blocks = mixed_blocks(sources, model, split=split, block_size=size, max_blocks=count, seed=seed)
+    return blocks.input_ids, blocks.labels
 
 
 def seed_tables(dense: PreTrainedModel, text: Tensor, held_out: tuple[Tensor, Tensor], seed: int) -> dict:
-    """``{"dense": perplexity, "text": Table, "sampled": Table}``: by what the routers were fitted on."""
+    """Perplexity of the dense model and tables of routers fitted on ``text`` and on sampled text.
+
+    Returns:
+        ``{"dense": perplexity, "text": Table, "sampled": Table}``.
+    """
     plan = BootstrapOptions(num_experts=_EXPERTS, seed=seed)
     tables: dict = {"dense": evaluate_loss(dense, *held_out).perplexity}
     for kind, ids in (("text", text), ("sampled", sample_calibration(dense, text.numel(), seed))):
@@ -98,7 +100,7 @@ def seed_tables(dense: PreTrainedModel, text: Tensor, held_out: tuple[Tensor, Te
 
 
 def elimination_selection(measured: Calibration, members: list[Tensor]) -> NeuronSelection:
-    """What the ridge router predicts, known exactly: the experts that are dropped last."""
+    """Selection by the exact target of the ridge router: the experts that backward elimination removes last."""
 
     def score(rows: Tensor, root: Tensor) -> Callable:
         return lambda mlp, x_TD: -elimination_places(mlp, x_TD, rows, root)
@@ -112,7 +114,7 @@ def elimination_selection(measured: Calibration, members: list[Tensor]) -> Neuro
 def perplexity_table(
     dense: PreTrainedModel, selections: Mapping[str, NeuronSelection], held_out: tuple[Tensor, Tensor]
 ) -> Table:
-    """Perplexity of ``held_out`` per share and selection."""
+    """Perplexity on ``held_out`` by share and selection."""
     table: Table = {}
     for share in SHARES:
         table[str(share)] = {}
@@ -123,13 +125,13 @@ def perplexity_table(
 
 
 def gap_closed(perplexity: Mapping[str, float]) -> float:
-    """Share of the way from the centroid router to the oracle, in log perplexity; above 1 is better than the oracle."""
+    """Share of the log-perplexity gap between centroid router and oracle; above 1 is better than the oracle."""
     router, centroid, oracle = (math.log(perplexity[name]) for name in ("router", "centroid", "oracle"))
     return (centroid - router) / (centroid - oracle)
 
 
 def summary(runs: list[dict]) -> Measured:
-    """Figures at half of the experts, and every table; intervals where there are several seeds."""
+    """Figures at half of the experts, all tables, and intervals if there are several seeds."""
     gaps = {kind: [gap_closed(run[kind]["50"]) for run in runs] for kind in ("text", "sampled")}
     statics = [run["text"]["50"]["static"] / run["text"]["50"]["router"] for run in runs]
     spread = {

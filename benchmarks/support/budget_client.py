@@ -1,4 +1,4 @@
-"""One client in a process of its own: what a round takes of memory, and a training step of time.
+"""Peak memory of one client's round and time of its training step, measured in a process of its own.
 
 ``python -m benchmarks.support.budget_client GRAPH BUDGET FOLDER STEPS SETTINGS`` prints one JSON object.
 """
@@ -32,7 +32,7 @@ _MIB = 2**20
 
 
 def open_client(graph: str, budget: int, folder: Path, settings: dict) -> tuple[Participant, Request]:
-    """A client with ``budget`` experts a layer before its first round, and the request for it."""
+    """Client with a budget of ``budget`` experts per layer before its first round, and the request of that round."""
     values = {
         "graph": graph,
         "log-dir": str(folder),
@@ -53,8 +53,16 @@ def open_client(graph: str, budget: int, folder: Path, settings: dict) -> tuple[
 
 
 def measure_client(graph: str, budget: int, folder: Path, steps: int, settings: dict) -> dict[str, float]:
-    """Peak MiB of a whole round beyond what imports and data take, and the median seconds of a training step."""
-    # Reading documents brings in libraries that a second message would not need.
+    """Peak memory of a whole round minus that of imports and data, in MiB, and median seconds of a training step.
+
+    Args:
+        graph: folder of the graph.
+        budget: residents per layer.
+        folder: log directory, with the client's files.
+        steps: optimizer steps to time.
+        settings: other keys of the run configuration.
+    """
+    # Reading documents imports libraries, whose memory is not part of the round.
     client_documents(load_run_config({"graph": graph, **settings}), 0)
     imported = psutil.Process().memory_info().rss / _MIB
     client, request = open_client(graph, budget, folder, settings)
@@ -73,7 +81,7 @@ def measure_client(graph: str, budget: int, folder: Path, steps: int, settings: 
 
 
 def step_seconds(client: Participant, request: Request, steps: int) -> list[float]:
-    """Seconds of single optimizer steps of a client that holds its residents."""
+    """Seconds of each of ``steps`` optimizer steps of a client with its residents in memory."""
     stream = batches(client.train, client.config.batch_size, generator=torch.Generator().manual_seed(0))
     training = replace(client.training(request), local_steps=1)
     seconds = []
@@ -86,7 +94,7 @@ def step_seconds(client: Participant, request: Request, steps: int) -> list[floa
 
 
 def main() -> None:
-    """Measure the client that the command line describes."""
+    """Measure the client of the command line."""
     graph, budget, folder, steps, settings = sys.argv[1:]
     values = json.loads(settings)
     torch.set_num_threads(values.get("num-threads", 1))

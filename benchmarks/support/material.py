@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from configs.errors import UserError
@@ -55,6 +56,23 @@ def domain_blocks(
     """
     texts = _texts(source, split, seed)
     return pack_blocks(texts, load_tokenizer(model), block_size=block_size, max_blocks=max_blocks)
+
+
+def mixed_blocks(
+    sources: Sequence[str],
+    model: str,
+    *,
+    split: str = "train",
+    block_size: int = 256,
+    max_blocks: int,
+    seed: int = 0,
+) -> Blocks:
+    """Token blocks of several data sources, one source after the other; arguments as of ``domain_blocks`` for each."""
+    parts = [
+        domain_blocks(source, model, split=split, block_size=block_size, max_blocks=max_blocks, seed=seed)
+        for source in sources
+    ]
+    return Blocks(torch.cat([part.input_ids for part in parts]), torch.cat([part.labels for part in parts]))
 
 
 def write_client_data(

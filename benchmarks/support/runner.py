@@ -1,6 +1,6 @@
-"""The command line of every benchmark, and the file that its full run leaves.
+"""Command line and result file of the benchmarks.
 
-A full run writes ``benchmarks/results/NAME.json``; ``--quick`` runs the same code on little and writes nothing.
+A full run writes ``benchmarks/results/NAME.json``; ``--quick`` runs the same code on little data and writes nothing.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ OnStep = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Measured:
-    """What a benchmark found.
+    """Result of a benchmark.
 
     Attributes:
-        figures: the headline numbers; None where one could not be measured, with the reason in ``notes``.
-        peers: what they are ratios against, and everything else worth keeping (any JSON).
-        notes: a sentence per figure that needs one.
-        seconds: time of the measurement, where parts of it were made in an earlier process; None: of this process.
+        figures: headline numbers; None for one that could not be measured, with the reason in ``notes``.
+        peers: measurements behind the figures: peers, settings, single runs (any JSON).
+        notes: explanation of a figure, by its name.
+        seconds: duration of the measurement if parts of it ran in an earlier process; None: that of this process.
     """
 
     figures: Mapping[str, float | None]
@@ -52,14 +52,14 @@ def run_benchmark(name: str, measure: Callable[[bool, OnStep], Measured]) -> Non
     """Parse the command line of benchmark ``name``, measure, print, and write the result of a full run.
 
     Args:
-        name: of the module under ``benchmarks``.
+        name: name of the module under ``benchmarks``.
         measure: called with ``quick`` and a progress callback (stage, steps done, their total).
 
-    Exits with 2 for bad input, e.g. where the data that a full run needs is absent.
+    Exits with 2 for bad input, e.g. if the data of a full run is absent.
     """
 
     def main(
-        quick: Annotated[bool, typer.Option(help="A smoke test under a minute; writes nothing.")] = False,
+        quick: Annotated[bool, typer.Option(help="Run a smoke test on little data; writes nothing.")] = False,
         as_json: JsonFlag = False,
     ) -> None:
         quiet_libraries()
@@ -98,10 +98,10 @@ def measured_result(name: str, measure: Callable[[bool, OnStep], Measured], *, q
 
 
 def measured_apart(module: str, arguments: Sequence[str]) -> dict[str, float]:
-    """What ``python -m benchmarks.support.MODULE ARGUMENTS`` prints as JSON in its last line, in a process of its own.
+    """Run ``python -m benchmarks.support.MODULE ARGUMENTS`` and parse the JSON object in its last line of output.
 
     Raises:
-        RuntimeError: it failed; the message holds the last line of its error.
+        RuntimeError: the process failed; the message holds the last line of its error.
     """
     command = [sys.executable, "-m", f"benchmarks.support.{module}", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -111,9 +111,9 @@ def measured_apart(module: str, arguments: Sequence[str]) -> dict[str, float]:
 
 
 def peak_bytes() -> int:
-    """The most memory that this process has held.
+    """Peak resident memory of this process, from ``/proc``.
 
-    Not ``getrusage``: what that counts passes on from the process that started this one, whose memory may be larger.
+    The peak of ``getrusage`` is inherited from the parent process, whose memory may be larger.
     """
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
@@ -122,7 +122,7 @@ def peak_bytes() -> int:
 
 
 def machine() -> dict[str, Any]:
-    """The machine of this run: processor, cores, memory in GiB, threads, and what it computes with."""
+    """Machine of this run: processor, cores, memory in GiB, matrix instructions, threads, accelerator, versions."""
     flags = _cpu_field("flags").split()
     return {
         "processor": _cpu_field("model name") or platform.processor(),
@@ -139,7 +139,7 @@ def machine() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The commit measured, with ``-dirty`` where tracked files other than results differ from it; empty without git."""
+    """Hash of the commit, with ``-dirty`` if tracked files other than results differ from it; empty without git."""
     head = _git("rev-parse", "HEAD")
     return head + (
         "-dirty" if _git("status", "--porcelain", "-uno", "--", ".", ":!benchmarks/results") else ""

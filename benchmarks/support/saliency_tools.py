@@ -1,4 +1,4 @@
-"""What collecting saliency takes, and how far it is from the published formula."""
+"""Relative time of saliency collection, and its deviation from the published REAP formula."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from models.moe.views import moe_layers
 
 
 def tool_figures(moe: PreTrainedModel, batches: Sequence[Batch], repeats: int) -> dict[str, float]:
-    """How far the collection is from the published formula, and its time over that of a plain forward pass."""
+    """Largest relative deviation from the published formula, and time of collection over that of a forward pass."""
     found, plain = collect_saliency(moe, batches).scores("reap"), plain_reap(moe, batches)
 
     @torch.no_grad()
@@ -31,7 +31,15 @@ def tool_figures(moe: PreTrainedModel, batches: Sequence[Batch], repeats: int) -
 
 @torch.no_grad()
 def plain_reap(moe: PreTrainedModel, batches: Sequence[Batch]) -> np.ndarray:
-    """REAP (arXiv:2510.13999), every expert run on every token: mean of gate x output norm where routed, ``[L, E]``."""
+    """REAP (arXiv:2510.13999) computed with every expert on every token: mean of gate x output norm where routed.
+
+    Args:
+        moe: MoE with plain top-k routing.
+        batches: token ids and token masks, ``[B, S]`` each.
+
+    Returns:
+        scores ``[L, E]``.
+    """
     layers = moe_layers(moe)
     total, count = (torch.zeros(len(layers), layers[0].num_experts, dtype=torch.float64) for _ in range(2))
     inputs: dict[int, torch.Tensor] = {}

@@ -1,7 +1,7 @@
-"""A small mixture of experts, grown on a trained Llama that stays as it is, and trained on text.
+"""Small MoE in Qwen2-MoE format: routed experts added to a frozen Llama and trained on text.
 
-In the manner of PESC (Wu et al. 2024, arXiv:2401.02731), which adds experts to a frozen dense model: each FFN becomes
-the shared expert of its layer, and routed experts beside it learn what it lacks. In the format of Qwen2-MoE.
+As in PESC (Wu et al. 2024, arXiv:2401.02731), each FFN becomes the frozen shared expert of its layer, and only routed
+experts and routers are trained.
 """
 
 from __future__ import annotations
@@ -21,15 +21,19 @@ from federated.data.blocks import Blocks, batches
 from models.checkpoints.load import load_dense
 from models.graph.router_losses import Routing, router_loss
 
-# Of the load-balance loss: strong, since training is short.
+# Weight of the load-balance loss; large because training is short.
 BALANCE_WEIGHT = 0.1
 
 
 def grow(path: str, *, experts: int, top_k: int, neurons: int, seed: int) -> Qwen2MoeForCausalLM:
-    """A Qwen2-MoE that starts as the Llama in ``path``, fp32.
+    """Qwen2-MoE that initially computes the same function as the Llama in ``path``, fp32.
 
-    Every routed expert starts with the gate and up rows of the same ``neurons`` of the FFN and gives nothing at first;
-    routers are random.
+    Args:
+        path: folder of the Llama.
+        experts: routed experts per layer. Their down projections are zero, their gate and up rows equal.
+        top_k: experts per token.
+        neurons: neurons of a routed expert, drawn from the FFN.
+        seed: seed of that draw and of the routers.
     """
     dense = load_dense(path).float()
     torch.manual_seed(seed)
@@ -42,7 +46,7 @@ def grow(path: str, *, experts: int, top_k: int, neurons: int, seed: int) -> Qwe
             shared, chosen = target.mlp.shared_expert, torch.randperm(len(gate))[:neurons]
             shared.gate_proj.weight.copy_(gate)
             shared.up_proj.weight.copy_(up)
-            # A shared expert passes through a sigmoid gate, which is one half here.
+            # The sigmoid gate of the shared expert is one half at zero weights.
             target.mlp.shared_expert_gate.weight.zero_()
             shared.down_proj.weight.copy_(2 * down)
             rows = torch.cat([gate[chosen], up[chosen]])
@@ -62,7 +66,18 @@ def train_moe(
     seed: int,
     on_step: Callable[[int], None] = lambda done: None,
 ) -> None:
-    """Train routed experts and routers with AdamW, the rate falling linearly, and a load-balance loss of each layer."""
+    """Train routed experts and routers with AdamW, linear decay of the learning rate and a load-balance loss per layer.
+
+    Args:
+        moe: trained in place.
+        text: training blocks.
+        steps: optimizer steps.
+        batch_size: blocks per step.
+        learning_rate: peak learning rate.
+        autocast: run matrix products in bf16.
+        seed: seed of the order of the blocks.
+        on_step: called with the number of steps done.
+    """
     for name, parameter in moe.named_parameters():
         parameter.requires_grad_(".mlp.experts." in name or ".mlp.gate." in name)
     trained = [parameter for parameter in moe.parameters() if parameter.requires_grad]
@@ -84,7 +99,7 @@ def train_moe(
 def _loss(moe: Qwen2MoeForCausalLM, input_ids: Tensor, labels: Tensor, autocast: bool) -> Tensor:
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         output = moe(input_ids=input_ids, labels=labels, use_cache=False, output_router_logits=True)
-    # transformers' own loss balances the load over all layers together, and leaves it uneven in each.
+    # The load-balance loss of transformers averages over layers, which leaves the load of each layer uneven.
     routings = [
         Routing(logits.float(), logits.topk(moe.config.num_experts_per_tok, -1).indices, None)
         for logits in output.router_logits

@@ -3,8 +3,9 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
-from benchmarks.support.material import model_path, write_client_data
+from benchmarks.support.material import domain_blocks, mixed_blocks, model_path, write_client_data
 from clients.data_stream import client_documents, pack_client
 from configs.schema import RunConfig
 from models.checkpoints.load import load_tokenizer
@@ -50,3 +51,13 @@ def test_a_source_with_too_few_tokens_is_taken_whole(source, tmp_path):
     write_client_data(tmp_path / "all", source, model, train_tokens=10**6, valid_tokens=10**6, seed=0)
     lines = (tmp_path / "all" / "train.jsonl").read_text().splitlines()
     assert sorted(json.loads(line)["text"] for line in lines) == sorted(DOCUMENTS[:20])
+
+
+def test_mixed_blocks_are_those_of_each_source_in_order():
+    sources, model = ["wikimix:json", "wikimix:prose"], model_path("any", quick=True)
+    mixed = mixed_blocks(sources, model, split="valid", block_size=16, max_blocks=3, seed=2)
+    assert mixed.input_ids.shape == (6, 16)
+    for number, source in enumerate(sources):
+        alone = domain_blocks(source, model, split="valid", block_size=16, max_blocks=3, seed=2)
+        assert torch.equal(mixed.input_ids[3 * number : 3 * number + 3], alone.input_ids)
+        assert torch.equal(mixed.labels[3 * number : 3 * number + 3], alone.labels)
