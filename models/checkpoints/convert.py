@@ -19,9 +19,6 @@ from configs.output import new_directory
 from configs.paths import cache_folder
 
 _GGUF = ".gguf"
-# What loading a damaged file, or a file of an unknown architecture or tokenizer, raises.
-_UNREADABLE = (OSError, ValueError, KeyError, TypeError, IndexError, RuntimeError, NotImplementedError)
-
 Opened = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 
@@ -126,7 +123,7 @@ def _open_gguf(file: Path) -> Opened:
         model = AutoModelForCausalLM.from_pretrained(
             folder, gguf_file=name, dtype=_gguf_dtype(file), quantization_config=GgufConfig(dequantize=True)
         )
-    except _UNREADABLE as error:
+    except Exception as error:  # noqa: BLE001 - the tokenizers library raises Exception itself
         raise UserError(
             f"expected a GGUF file of a known architecture in {file}, got: {first_line(error)}"
         ) from error
@@ -146,7 +143,7 @@ def _open_bin(folder: Path) -> Opened:
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
         return model, AutoTokenizer.from_pretrained(folder)
-    except (*_UNREADABLE, AttributeError) as error:
+    except Exception as error:  # noqa: BLE001 - unpickling a damaged file raises almost anything
         raise UserError(
             f"expected whole .bin weights and a tokenizer in {folder}, got: {first_line(error)}"
         ) from error
