@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Make .venv with FedGraft in it, or leave it alone if nothing changed since the last time.
 #
-#   scripts/install.sh [EXTRA]        EXTRA: test, clustering, gguf, plots or ui; several joined by commas
+#   scripts/install.sh [EXTRA]        EXTRA: test, clustering, gguf, plots, real or ui; several joined by commas
 #
 # Environment, all optional:
 #   PYTHON           interpreter to make the environment with (python3.11, else a python3 of that version)

@@ -14,7 +14,9 @@ from transformers import GPT2Config
 
 import fedgraft
 from configs.errors import UserError
+from tests.conftest import tiny_llama
 from tests.support.command import assert_refused, run, tree
+from tests.support.tiny_gguf import write_gguf
 
 VERBS = ("bootstrap", "evaluate", "generate", "export")
 ROOT = Path(fedgraft.__file__).parent
@@ -251,3 +253,25 @@ def test_help_needs_no_heavy_library():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_gguf_file_is_a_model(place, capsys):
+    write_gguf(tiny_llama(), place / "tiny.gguf")
+    outcome = run(
+        capsys,
+        "evaluate",
+        "--model",
+        "tiny.gguf",
+        "--data",
+        "text.txt",
+        "--split",
+        "all",
+        "--block-size",
+        16,
+        "--json",
+    )
+    assert outcome.code == 0 and outcome.json()["perplexity"] > 1
+    assert run(capsys, "generate", "--model", "tiny.gguf", "--prompt", "!", "--max-new-tokens", 2).code == 0
+    command = ("bootstrap", "--model", "tiny.gguf", "--experts", 4, "--out", "of-gguf", "--json")
+    report = run(capsys, *command, "--calibration-tokens", 512, "--evaluation-tokens", 256).json()
+    assert report["experts"] == 4 and (place / "of-gguf" / "config.json").is_file()

@@ -15,7 +15,7 @@ _OUT = ("--out", "--output")
 JsonFlag = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on stdout; everything else goes to stderr.")
 ]
-DenseModel = Annotated[str, typer.Option("--model", help="Directory or hub id of a dense Llama.")]
+DenseModel = Annotated[str, typer.Option("--model", help="Directory, GGUF file or hub id of a dense Llama.")]
 GraphModel = Annotated[str, typer.Option("--model", help="Directory of an expert graph.")]
 ExpertModel = Annotated[
     str,
@@ -26,7 +26,8 @@ ExpertModel = Annotated[
 CausalModel = Annotated[
     str,
     typer.Option(
-        "--model", help="Directory or hub id of an expert graph or any Hugging Face causal language model."
+        "--model",
+        help="Directory, GGUF file or hub id of an expert graph or any Hugging Face causal language model.",
     ),
 ]
 DATA = typer.Option(

@@ -83,9 +83,10 @@ def bootstrap(
     perplexity with 75, 50 and 25 % of the experts active, next to other selections of equally many neurons.
     """
     from models.bootstrap.pipeline import bootstrap_checkpoint
+    from models.checkpoints.convert import as_checkpoint
 
     quiet_libraries()
-    options = build.bootstrap_options(experts)
+    options, model = build.bootstrap_options(experts), as_checkpoint(model)
     tokens = text.calibration_tokens + text.evaluation_tokens
     with progress() as on_step:
         result = bootstrap_checkpoint(

@@ -36,13 +36,14 @@ def evaluate(
 ) -> None:
     """Measure token-weighted perplexity on held-out text, per domain and over all of it."""
     from federated.data.text_batches import texts_by_domain
+    from models.checkpoints.convert import as_checkpoint
     from models.checkpoints.load import load_causal_lm
     from models.graph.runtime_settings import set_visits
     from models.runtime.perplexity import LossSum
     from models.runtime.precision import choose_device
 
     quiet_libraries()
-    texts = texts_by_domain(data, split)
+    texts, model = texts_by_domain(data, split), as_checkpoint(model)
     lm = load_causal_lm(model, precision=runtime.precision, device=choose_device(runtime.device))
     if experts_per_token is not None:
         set_visits(lm, experts_per_token)

@@ -27,11 +27,13 @@ def generate(
     import torch
     from transformers import TextStreamer
 
+    from models.checkpoints.convert import as_checkpoint
     from models.checkpoints.load import load_causal_lm, load_tokenizer
     from models.runtime.generation import continue_prompt
     from models.runtime.precision import choose_device
 
     quiet_libraries()
+    model = as_checkpoint(model)
     lm = load_causal_lm(model, precision=runtime.precision, device=choose_device(runtime.device))
     tokenizer = load_tokenizer(model)
     streamer = None if as_json else TextStreamer(tokenizer, skip_special_tokens=True)
