@@ -24,7 +24,7 @@ def test_the_layer_measured_has_four_edges_an_expert_and_gains():
     assert (layer.edge_gain != 0).all() and (layer.edge_affinity != 0).all()
 
 
-def test_what_is_timed_beside_it_computes_the_same():
+def test_the_timed_alternatives_compute_the_same():
     layer, x = random_graph_layer(Shape(32, 64, 8), 4), torch.randn(2, 9, 32)
     torch.testing.assert_close(ComposedLoop(layer)(x), layer(x))
 

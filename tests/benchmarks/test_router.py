@@ -36,7 +36,7 @@ def test_a_quick_run_measures_every_figure():
         assert {share: set(row) for share, row in table.items()} == dict.fromkeys(("75", "50", "25"), NAMES)
 
 
-def test_the_gap_is_nothing_at_the_centroid_and_all_at_the_oracle():
+def test_gap_closed_is_0_at_the_centroid_and_1_at_the_oracle():
     assert gap_closed({"router": 90, "centroid": 90, "oracle": 80}) == 0
     assert gap_closed({"router": 80, "centroid": 90, "oracle": 80}) == 1
     assert gap_closed({"router": 10, "centroid": 100, "oracle": 1}) == pytest.approx(0.5)
@@ -71,7 +71,7 @@ def test_elimination_keeps_the_experts_dropped_last():
     assert torch.equal(elimination_selection(measured, MEMBERS).scores[1](mlp, x), -places)
 
 
-def test_a_table_has_a_row_per_share_and_the_model_is_given_back():
+def test_a_table_has_a_row_per_share_and_the_model_is_restored():
     dense, held_out = tiny_llama(), (random_ids(tiny_llama(), 2, 16),) * 2
     routers = [torch.randn(8, 32, generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
     before = evaluate_loss(dense, *held_out).nll

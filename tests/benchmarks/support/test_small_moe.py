@@ -17,7 +17,7 @@ def test_a_grown_mixture_starts_as_its_llama_and_learns(tiny_llama_dir):
         evaluate_loss(moe, ids, ids).mean,
         moe.model.layers[0].mlp.shared_expert.up_proj.weight.clone(),
     )
-    told: list[int] = []
+    reported: list[int] = []
     train_moe(
         moe,
         Blocks(ids, ids),
@@ -26,7 +26,7 @@ def test_a_grown_mixture_starts_as_its_llama_and_learns(tiny_llama_dir):
         learning_rate=1e-2,
         autocast=False,
         seed=0,
-        on_step=told.append,
+        on_step=reported.append,
     )
-    assert evaluate_loss(moe, ids, ids).mean < before and told[-1] == 20 and not moe.training
+    assert evaluate_loss(moe, ids, ids).mean < before and reported[-1] == 20 and not moe.training
     assert torch.equal(moe.model.layers[0].mlp.shared_expert.up_proj.weight, dense)
