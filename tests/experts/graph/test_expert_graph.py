@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs.errors import UserError
@@ -39,6 +39,7 @@ def test_only_upper_triangular_boolean_squares_are_masks(mask, message):
         ExpertGraph((np.eye(3, dtype=bool), mask))
 
 
+@settings(deadline=None)
 @given(masks(), st.data())
 def test_the_digest_changes_with_every_bit_and_with_the_version(mask, data):
     graph = ExpertGraph((mask, mask))
@@ -61,6 +62,7 @@ def test_the_digest_knows_how_bits_are_dealt_to_layers():
     assert ExpertGraph((empty[1], empty[2])).digest() != ExpertGraph((empty[2], empty[1])).digest()
 
 
+@settings(deadline=None)
 @given(masks(), st.integers(0, 99))
 def test_a_client_sees_only_roots_and_edges_between_its_residents(mask, seed):
     held = np.random.default_rng(seed).random(len(mask)) < 0.5
@@ -77,6 +79,7 @@ def test_restrict_wants_residents_of_every_layer():
         ExpertGraph((np.eye(2, dtype=bool),) * 2).restrict([np.ones(2, dtype=bool)])
 
 
+@settings(deadline=None)
 @given(masks())
 def test_reachable_is_what_a_depth_first_search_finds(mask):
     found, stack = set(), [expert for expert in range(len(mask)) if mask[expert, expert]]
@@ -88,6 +91,7 @@ def test_reachable_is_what_a_depth_first_search_finds(mask):
     assert set(np.flatnonzero(reachable(mask)).tolist()) == found
 
 
+@settings(deadline=None)
 @given(st.integers(1, 7), st.integers(0, 30), st.integers(0, 4), st.integers(0, 999))
 def test_edges_join_experts_selected_together_more_often_than_chance(num_experts, tokens, most, seed):
     selected = np.random.default_rng(seed).random((tokens, num_experts)) < 0.5
