@@ -7,9 +7,7 @@ from pathlib import Path
 import torch
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
-from transformers import PreTrainedConfig
 
-from configs.errors import UserError
 from configs.output import check_output_directory
 from configs.paths import cache_folder, graph_or_default
 from configs.schema import RunConfig, load_run_config
@@ -17,7 +15,7 @@ from federated.data.blocks import Blocks, pack_blocks
 from federated.data.documents import load_documents
 from federated.run_setup import override_routing, prepare_process
 from models.bootstrap.calibration import sample_text
-from models.files.config_file import check_is_graph, read_config
+from server.model.config_checks import check_fit
 from server.model.global_model import GlobalModel
 from server.reporting.call_trace import call_trace
 from server.reporting.failure import recording_failure
@@ -87,38 +85,11 @@ def open_global_model(config: RunConfig) -> GlobalModel:
     Raises:
         UserError: there is no graph, or the configuration does not fit it.
     """
-    source = graph_source(config)
-    check_fit(config, read_config(source))
+    source = graph_or_default(config.graph)
+    check_fit(config, source)
     global_model = GlobalModel(source)
     override_routing(global_model.model, config)
     return global_model
-
-
-def graph_source(config: RunConfig) -> str:
-    """Return the configured checkpoint folder, or the quick start's in the user cache.
-
-    Raises:
-        UserError: neither exists.
-    """
-    return graph_or_default(config.graph)
-
-
-def check_fit(config: RunConfig, graph: PreTrainedConfig) -> None:
-    """Check a run configuration against the graph's ``config.json``.
-
-    Raises:
-        UserError: the model is not an expert graph, budgets or experts per token exceed its experts per layer, or
-            block-size exceeds its context length.
-    """
-    check_is_graph(graph, graph_source(config))
-    experts, context = max(graph.num_experts), graph.max_position_embeddings
-    for key, value, most, what in (
-        ("budgets", max(config.client_budgets), experts, "experts per layer"),
-        ("experts-per-token", config.experts_per_token, experts, "experts per layer"),
-        ("block-size", config.block_size, context, "tokens of context"),
-    ):
-        if value > most:
-            raise UserError(f"expected {key} to be at most the graph's {most} {what}, got {value}")
 
 
 def server_text(config: RunConfig, global_model: GlobalModel) -> Blocks | None:

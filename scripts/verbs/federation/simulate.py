@@ -141,18 +141,19 @@ def check_run(run) -> None:
     """
     from clients.data_stream import all_clients
     from configs.output import check_output_directory
+    from configs.paths import graph_or_default
     from federated.data.documents import load_documents
     from models.bootstrap.recipe_build import check_base
     from models.checkpoints.load import check_weights
-    from models.files.config_file import read_config
-    from server.app import check_fit, graph_source
+    from server.model.config_checks import check_fit
 
     for folder in filter(None, (run.log_dir, run.out)):
         check_output_directory(Path(folder), overwrite=run.overwrite)
-    check_fit(run, read_config(graph_source(run)))
-    check_weights(graph_source(run))
+    graph = graph_or_default(run.graph)
+    check_fit(run, graph)
+    check_weights(graph)
     if run.base:
-        check_base(run.base, graph_source(run))
+        check_base(run.base, graph)
         check_weights(run.base)
     with stderr.status("reading the data"):
         all_clients(run)

@@ -1,0 +1,26 @@
+"""Checks of a run configuration against its graph, before the graph's weights are read."""
+
+from __future__ import annotations
+
+from configs.errors import UserError
+from configs.schema import RunConfig
+from models.files.config_file import check_is_graph, read_config
+
+
+def check_fit(config: RunConfig, graph: str) -> None:
+    """Check a run configuration against the ``config.json`` of ``graph``, a checkpoint folder.
+
+    Raises:
+        UserError: the model is not an expert graph, budgets or experts per token exceed its experts per layer, or
+            block-size exceeds its context length.
+    """
+    found = read_config(graph)
+    check_is_graph(found, graph)
+    experts, context = max(found.num_experts), found.max_position_embeddings
+    for key, value, most, what in (
+        ("budgets", max(config.client_budgets), experts, "experts per layer"),
+        ("experts-per-token", config.experts_per_token, experts, "experts per layer"),
+        ("block-size", config.block_size, context, "tokens of context"),
+    ):
+        if value > most:
+            raise UserError(f"expected {key} to be at most the graph's {most} {what}, got {value}")

@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+import pytest
+
+from configs.errors import UserError
+from server.model.config_checks import check_fit
+from tests.support.tiny_federation import tiny_config
+
+
+def test_what_fits_passes(tiny_graph_dir, tmp_path):
+    config = tiny_config(tiny_graph_dir, tmp_path)
+    check_fit(
+        config.model_copy(update={"budgets": "4,1", "experts_per_token": 1, "block_size": 128}),
+        str(tiny_graph_dir),
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"budgets": "5,1"}, "budgets to be at most the graph's 4 experts per layer, got 5"),
+        ({"experts_per_token": 5}, "experts-per-token to be at most the graph's 4 experts per layer, got 5"),
+        ({"block_size": 129}, "block-size to be at most the graph's 128 tokens of context, got 129"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_its_key(tiny_graph_dir, tmp_path, changes, words):
+    config = tiny_config(tiny_graph_dir, tmp_path).model_copy(update=changes)
+    with pytest.raises(UserError, match=words):
+        check_fit(config, str(tiny_graph_dir))
+
+
+def test_a_dense_model_is_no_graph(tiny_llama_dir, tiny_graph_dir, tmp_path):
+    with pytest.raises(UserError, match="expected an expert graph, got a model of type 'llama'"):
+        check_fit(tiny_config(tiny_graph_dir, tmp_path), str(tiny_llama_dir))
