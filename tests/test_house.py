@@ -9,8 +9,10 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import click
 import pytest
 
+import fedgraft
 from tests.support.paths import ROOT
 
 # Each folder may import itself and the folders of the ranks before its own; two folders of one rank never each other.
@@ -297,3 +299,47 @@ def test_options_in_messages_are_recognized():
     assert raised_options('raise UserError(f"got {path}; pass --overwrite")') == ["got ; pass --overwrite"]
     assert raised_options('raise UserError("make one with `fedgraft bootstrap --out DIR`; a--b")') == []
     assert raised_options('command = ["flwr", "--stream"]') == []
+
+
+def option_helps(source: str) -> list[str]:
+    """Help texts of the options that a module declares."""
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    options = [call for call in calls if ast.unparse(call.func) in ("typer.Option", "Option")]
+    return [
+        ast.unparse(keyword.value) for call in options for keyword in call.keywords if keyword.arg == "help"
+    ]
+
+
+def test_no_option_is_declared_twice():
+    helps = Counter(
+        text
+        for path in HOUSE
+        if path.is_relative_to(ROOT / "scripts")
+        for text in option_helps(path.read_text())
+    )
+    assert len(helps) > 40
+    assert [text for text, count in helps.items() if count > 1] == []
+
+
+def test_every_option_of_a_verb_is_explained():
+    for verb, command in loaded_commands(fedgraft.VERBS).items():
+        options = [each for each in command.params if isinstance(each, click.Option)]
+        assert [each.name for each in options if not each.help] == [], verb
+
+
+def loaded_commands(verbs) -> dict[str, click.Command]:
+    """Commands by their full name, sub-commands in place of groups."""
+    found: dict[str, click.Command] = {}
+    for name, verb in verbs.items():
+        command = verb.load(name)
+        inside = getattr(command, "commands", None)
+        found |= {f"{name} {each}": inside[each] for each in inside} if inside else {name: command}
+    return found
+
+
+def test_declarations_of_options_are_recognized():
+    source = (
+        'A = Annotated[int, typer.Option("--a", help="Some.")]\ndef f(b=typer.Option(help=f"{A} more.")): ...'
+    )
+    assert sorted(option_helps(source)) == ["'Some.'", "f'{A} more.'"]
+    assert option_helps("parser.add_argument('--a', help='Some.')") == []

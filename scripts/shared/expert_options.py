@@ -16,29 +16,39 @@ from scripts.shared.verb import given_options
 if TYPE_CHECKING:
     from experts.selection.choice import ExpertChoice
 
-_MAX_GROUP_HELP = "Most experts that are merged into one, itself included."
-
-MetricOption = Annotated[
-    Metric,
-    typer.Option(
-        "--metric",
-        help="Saliency measure: mean gate weight times output norm (reap), summed output L2 norm (ean), routing "
-        "frequency (freq), or summed gate weight (weighted_freq).",
-    ),
-]
 SaliencyFiles = Annotated[
     list[Path],
     typer.Option("--saliency", help="Saliency file (.npz); repeatable: the ranks of all files are summed."),
 ]
-AlignmentOption = Annotated[
-    Alignment,
-    typer.Option(
-        "--alignment",
-        help="Alignment of neurons before experts are compared and averaged: none, sign flips, or sign flips and "
-        "permutation (centroid).",
-    ),
-]
-MaxGroupSize = Annotated[int, typer.Option("--max-group-size", min=1, help=_MAX_GROUP_HELP)]
+
+
+@dataclass(frozen=True)
+class MetricOptions:
+    """Saliency measure that ranks experts."""
+
+    metric: Annotated[
+        Metric,
+        typer.Option(
+            help="Saliency measure: mean gate weight times output norm (reap), summed output L2 norm (ean), routing "
+            "frequency (freq), or summed gate weight (weighted_freq)."
+        ),
+    ] = Metric.REAP
+
+
+@dataclass(frozen=True)
+class AveragingOptions:
+    """Alignment and largest number of the experts that are averaged into one."""
+
+    alignment: Annotated[
+        Alignment,
+        typer.Option(
+            help="Alignment of neurons before experts are compared and averaged: none, sign flips, or sign flips and "
+            "permutation (centroid)."
+        ),
+    ] = Alignment.CENTROID
+    max_group_size: Annotated[
+        int, typer.Option(min=1, help="Most experts that are merged into one, itself included.")
+    ] = 4
 
 
 @dataclass(frozen=True)
@@ -77,7 +87,7 @@ class RuleOptions(ProtectionOptions):
 
 
 @dataclass(frozen=True)
-class ChoiceOptions(RuleOptions):
+class ChoiceOptions(MetricOptions, RuleOptions):
     """Experts to remove, by expert lists or by saliency."""
 
     expert_list: Annotated[
@@ -99,7 +109,6 @@ class ChoiceOptions(RuleOptions):
     model_wide: Annotated[
         bool, typer.Option("--model-wide", help="Rank and remove experts over all layers together.")
     ] = False
-    metric: MetricOption = Metric.REAP
 
     def choices(
         self, experts_per_layer: Sequence[int], *, equalize: bool, as_json: bool

@@ -75,12 +75,16 @@ class BatchOptions(BlockOptions):
     batch_size: Annotated[int, typer.Option(min=1, help="Blocks per forward pass.")] = 8
 
 
+CALIBRATION_BLOCKS = BatchOptions(max_blocks=64)
+OverwriteDirectory = Annotated[bool, typer.Option(help="Replace an output directory that is not empty.")]
+
+
 @dataclass(frozen=True)
 class NewCheckpoint:
     """Directory of the checkpoint that a verb writes."""
 
     out: Annotated[Path, typer.Option(*_OUT, help="Directory of the new checkpoint.")]
-    overwrite: Annotated[bool, typer.Option(help="Replace an output directory that is not empty.")] = False
+    overwrite: OverwriteDirectory = False
 
 
 @dataclass(frozen=True)
@@ -114,4 +118,4 @@ class ShrunkCheckpoints:
             help="Raise every layer to the largest number of experts kept, by restoring the best-ranked ones.",
         ),
     ] = False
-    overwrite: Annotated[bool, typer.Option(help="Replace an output directory that is not empty.")] = False
+    overwrite: OverwriteDirectory = False

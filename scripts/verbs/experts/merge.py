@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from configs.choices import Alignment, Average, Device, Similarity
+from configs.choices import Average, Device, Similarity
 from federated.data.model_text import open_model_text
 from scripts.shared.console import print_result, progress, quiet_libraries
-from scripts.shared.expert_options import AlignmentOption, ChoiceOptions, MaxGroupSize
+from scripts.shared.expert_options import AveragingOptions, ChoiceOptions
 from scripts.shared.options import (
+    CALIBRATION_BLOCKS,
     BatchOptions,
     DataSources,
     DeviceOption,
@@ -41,7 +42,7 @@ _OURS = (
 
 
 @dataclass(frozen=True)
-class GroupOptions:
+class GroupOptions(AveragingOptions):
     """Groups of experts that are merged, and the weights of the merged expert."""
 
     similarity_mode: Annotated[
@@ -50,8 +51,6 @@ class GroupOptions:
             help="Cosine similarity of experts by outputs times gate weights (gated) or by mean outputs."
         ),
     ] = Similarity.GATED
-    alignment: AlignmentOption = Alignment.CENTROID
-    max_group_size: MaxGroupSize = 4
     average: Annotated[
         Average,
         typer.Option(
@@ -88,7 +87,7 @@ def merge(
     ] = None,
     pick: ChoiceOptions = ChoiceOptions(),
     group: GroupOptions = GroupOptions(),
-    blocks: BatchOptions = BatchOptions(max_blocks=64),
+    blocks: BatchOptions = CALIBRATION_BLOCKS,
     device: DeviceOption = Device.AUTO,
     write: ShrunkCheckpoints = ShrunkCheckpoints(),
     as_json: JsonFlag = False,

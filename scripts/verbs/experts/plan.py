@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from configs.choices import Alignment, Metric, Precision, Split
+from configs.choices import Precision, Split
 from federated.data.model_text import open_model_text
 from scripts.shared.console import print_result, progress, quiet_libraries
-from scripts.shared.expert_options import AlignmentOption, MaxGroupSize, MetricOption, ProtectionOptions
+from scripts.shared.expert_options import AveragingOptions, MetricOptions, ProtectionOptions
 from scripts.shared.options import (
+    CALIBRATION_BLOCKS,
     BatchOptions,
     DataSources,
     ExpertModel,
@@ -36,12 +37,8 @@ _SOURCE = {"files": [], "selection_mode": "model_wide", "action_mode": "plan"}
 
 
 @dataclass(frozen=True)
-class StepOptions(ProtectionOptions):
+class StepOptions(AveragingOptions, MetricOptions, ProtectionOptions):
     """Candidates of a step and the number of steps."""
-
-    metric: MetricOption = Metric.REAP
-    alignment: AlignmentOption = Alignment.CENTROID
-    max_group_size: MaxGroupSize = 4
 
     def plan_options(self, n_prune: int) -> PlanOptions:
         """The options in the terms of the library."""
@@ -64,7 +61,7 @@ def plan(
     write: NewFiles,
     steps: StepOptions = StepOptions(),
     split: SplitOption = Split.TRAIN,
-    blocks: BatchOptions = BatchOptions(max_blocks=64),
+    blocks: BatchOptions = CALIBRATION_BLOCKS,
     runtime: RuntimeOptions = RuntimeOptions(),
     as_json: JsonFlag = False,
 ) -> None:

@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from configs.choices import Metric
 from scripts.shared.console import print_result
-from scripts.shared.expert_options import MetricOption
+from scripts.shared.expert_options import MetricOptions
 from scripts.shared.options import JsonFlag, NewFiles
 from scripts.shared.verb import verb
 from scripts.verbs.experts.saliency_collect import collect
 
-Top = Annotated[int, typer.Option("--top", min=1, help="Experts listed per layer.")]
-
 saliency = typer.Typer(help="Measure the saliency of every expert of a model.", no_args_is_help=True)
 saliency.command()(collect)
+
+
+@dataclass(frozen=True)
+class ReportOptions(MetricOptions):
+    """Saliency measure and length of a report on saliency files."""
+
+    top: Annotated[int, typer.Option(min=1, help="Experts listed per layer.")] = 4
 
 
 @saliency.command()
 @verb
 def show(
     file: Annotated[Path, typer.Argument(help="Saliency file.")],
-    metric: MetricOption = Metric.REAP,
-    top: Top = 4,
+    report: ReportOptions = ReportOptions(),
     as_json: JsonFlag = False,
 ) -> None:
     """Show the best, worst and never routed experts of each layer."""
@@ -33,10 +37,10 @@ def show(
     from experts.saliency.saliency_report import layer_summaries
 
     loaded = load_saliency(file)
-    layers = layer_summaries(loaded, metric, top=top)
+    layers = layer_summaries(loaded, report.metric, top=report.top)
     result = {
         "file": str(file),
-        "metric": metric,
+        "metric": report.metric,
         "num_layers": loaded.num_layers,
         "num_experts": loaded.num_experts,
         "layers": layers,
@@ -50,8 +54,7 @@ def show(
 def diff(
     before: Annotated[Path, typer.Argument(help="Saliency file.")],
     after: Annotated[Path, typer.Argument(help="Saliency file of the same layers and experts.")],
-    metric: MetricOption = Metric.REAP,
-    top: Top = 4,
+    report: ReportOptions = ReportOptions(),
     as_json: JsonFlag = False,
 ) -> None:
     """Compare the ranks of the experts of each layer in two saliency files.
@@ -61,13 +64,13 @@ def diff(
     from experts.saliency.measures import load_saliency
     from experts.saliency.saliency_report import compare_layers
 
-    layers = compare_layers(load_saliency(before), load_saliency(after), metric, top=top)
+    layers = compare_layers(load_saliency(before), load_saliency(after), report.metric, top=report.top)
     known = [layer["spearman"] for layer in layers if layer["spearman"] is not None]
     overlap = sum(layer["bottom_quarter_overlap"] for layer in layers) / len(layers)
     result = {
         "before": str(before),
         "after": str(after),
-        "metric": metric,
+        "metric": report.metric,
         "spearman": sum(known) / len(known) if known else None,
         "bottom_quarter_overlap": overlap,
         "layers": layers,

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from configs.choices import Action, Metric, SelectionMode
+from configs.choices import Action, SelectionMode
 from scripts.shared.console import print_result
-from scripts.shared.expert_options import MetricOption, RuleOptions, SaliencyFiles
+from scripts.shared.expert_options import MetricOptions, RuleOptions, SaliencyFiles
 from scripts.shared.options import JsonFlag, NewFiles
 from scripts.shared.verb import verb
 from scripts.verbs.experts.plan import plan
@@ -60,7 +60,7 @@ class SelectOptions(RuleOptions):
 def select(
     saliency: SaliencyFiles,
     write: NewFiles,
-    metric: MetricOption = Metric.REAP,
+    rank: MetricOptions = MetricOptions(),
     pick: SelectOptions = SelectOptions(),
     as_json: JsonFlag = False,
 ) -> None:
@@ -78,7 +78,7 @@ def select(
     selection = pick.selection()
     files = [str(path) for path in saliency]
     saliencies = [load_saliency(path) for path in saliency]
-    chosen = select_experts(saliencies, metric, selection, files=files)
+    chosen = select_experts(saliencies, rank.metric, selection, files=files)
     _warn(pick)
     csv_path, json_path = write_expert_list(chosen, write.out)
     result = {"csv": str(csv_path), "json": str(json_path), **chosen.statistics}

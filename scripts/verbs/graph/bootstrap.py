@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from configs.choices import Clustering, Features, RouterFit
+from federated.data.model_text import DEFAULT_BLOCK_SIZE
 from scripts.shared.console import print_result, progress, quiet_libraries, stderr
 from scripts.shared.options import DenseModel, JsonFlag, NewCheckpoint
 from scripts.shared.verb import verb
@@ -114,7 +115,7 @@ def _token_blocks(model: str, sources: list[str], tokens: int):
     from models.checkpoints.load import load_tokenizer
     from models.files.config_file import read_config
 
-    block_size = min(256, read_config(model).max_position_embeddings)
+    block_size = min(DEFAULT_BLOCK_SIZE, read_config(model).max_position_embeddings)
     rows = load_documents(absolute_sources(sources)).shuffle(seed=0)
     texts = (row["text"] for row in rows if row["split"] == "train")
     blocks = pack_blocks(

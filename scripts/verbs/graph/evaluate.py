@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from configs.choices import Split
+from federated.data.model_text import DEFAULT_BLOCK_SIZE
 from scripts.shared.console import print_result, progress, quiet_libraries
 from scripts.shared.options import (
     BlockOptions,
@@ -69,7 +70,7 @@ def _losses(model: str, lm: Any, texts: dict[str, list[str]], sizes: BlockOption
             blocks = pack_blocks(
                 documents,
                 tokenizer,
-                block_size=sizes.block_size or min(256, context),
+                block_size=sizes.block_size or min(DEFAULT_BLOCK_SIZE, context),
                 max_blocks=sizes.max_blocks,
                 max_position_embeddings=context,
             )
