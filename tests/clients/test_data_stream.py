@@ -6,7 +6,14 @@ import sys
 
 import pytest
 
-from clients.data_stream import all_clients, client_documents, pack_client
+from clients.data_stream import (
+    BATCH_ORDER,
+    UPLOAD_SELECTION,
+    all_clients,
+    client_documents,
+    pack_client,
+    round_generator,
+)
 from configs.errors import UserError
 from federated.data.partition import ClientDocuments
 from tests.support.paths import ROOT
@@ -74,3 +81,19 @@ def test_a_client_that_has_its_blocks_imports_nothing_that_reads_documents():
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.stdout == "set()\n", result.stderr
+
+
+def test_the_generator_of_a_round_has_a_known_seed():
+    generator = round_generator(2, 3, 1, purpose=BATCH_ORDER)
+    assert generator.initial_seed() == (2 * 1_000_003 + 3 * 1_009 + 1) * 7 + 1
+
+
+def test_rounds_clients_and_purposes_draw_independently():
+    seeds = {
+        round_generator(seed, server_round, partition, purpose=purpose).initial_seed()
+        for seed in (0, 1)
+        for server_round in range(1, 5)
+        for partition in range(8)
+        for purpose in (BATCH_ORDER, UPLOAD_SELECTION)
+    }
+    assert len(seeds) == 2 * 4 * 8 * 2

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from clients.training.starting_point import resident_units
-from clients.training.trainer import expert_parameters, train_locally
+from clients.training.trainer import expert_parameters, train_groups, train_locally
 from configs.errors import UserError
 from federated.aggregation.usage import UsageCounter
+from models.checkpoints.load import load_dense
 from models.graph.expert_modules import materialize_modules
 from models.graph.graph_state import read_graph
 from models.graph.lora import attach_lora
@@ -372,3 +373,27 @@ def test_lora_factors_train_in_place_of_the_matrices(ids):
     assert {name.partition(".mlp.")[2] for name in names} == ROUTING_NAMES
     expert_parameters(graph, "experts")
     assert all(".lora_" in name for name, p in graph.named_parameters() if p.requires_grad)
+
+
+def test_groups_of_a_dense_model_train_as_in_a_plain_loop(tiny_llama_dir):
+    trained, expected = (load_dense(str(tiny_llama_dir)).float() for _ in range(2))
+    chosen = dict(trained.requires_grad_(False).named_parameters())["model.layers.0.mlp.up_proj.weight"]
+    chosen.requires_grad_(True)
+    weight = dict(expected.requires_grad_(False).named_parameters())["model.layers.0.mlp.up_proj.weight"]
+    weight.requires_grad_(True)
+    batch = random_ids(trained, 2, 16)
+    training = local_training(
+        local_steps=2, optimizer="sgd", momentum=0.0, learning_rate=0.5, max_grad_norm=0.1
+    )
+    result = train_groups(trained, [{"params": [chosen], "lr": 0.5}], repeat((batch, batch)), training)
+    losses = []
+    for _ in range(2):
+        loss = expected(input_ids=batch, labels=batch).loss
+        losses.append(loss.item())
+        (gradient,) = torch.autograd.grad(loss, weight)
+        assert gradient.norm() > 0.1  # so that clipping shows
+        with torch.no_grad():
+            weight -= 0.5 * 0.1 * gradient / gradient.norm()
+    assert result.losses == pytest.approx(losses, rel=1e-5) and result.tokens == 2 * 2 * 15
+    torch.testing.assert_close(chosen, weight, rtol=0, atol=1e-5)
+    assert not trained.training
