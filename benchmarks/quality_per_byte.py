@@ -171,6 +171,8 @@ def _measured(settings: Settings, runs: Runs) -> Measured:
         "worst_client_ratio": _worst_ratios(ours, dense, goals),
     }
     complete = {name: values for name, values in found.items() if None not in values}
+    searched = any(len(rates) > 1 for rates in settings.learning_rates.values())
+    rates = "" if searched else "; learning rates of an earlier search"
     config = RunConfig().values()
     return Measured(
         figures={name: fmean(complete[name]) if name in complete else None for name in found},
@@ -184,7 +186,7 @@ def _measured(settings: Settings, runs: Runs) -> Measured:
         },
         notes={
             name: (
-                f"mean over seeds ({len(values)})"
+                f"mean over seeds ({len(values)}){rates}"
                 if name in complete
                 else "not reached on every seed within the rounds there are"
             )

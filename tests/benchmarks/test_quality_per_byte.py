@@ -43,6 +43,7 @@ def test_the_quick_run_measures_every_method(calls):
     assert set(measured.figures) == set(measured.notes) == FIGURES
     assert all(value is None or 0 < value < math.inf for value in measured.figures.values())
     assert steps[-1][0] == steps[-1][1]
+    assert measured.notes["worst_client_ratio"] == "mean over seeds (1); learning rates of an earlier search"
     runs = measured.peers["runs"]
     for method in METHODS:
         seeds = QUICK.half_seeds if method.startswith("half") else QUICK.seeds

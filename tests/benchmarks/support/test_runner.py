@@ -7,7 +7,7 @@ import sys
 import numpy as np
 
 from benchmarks.support.material import DEMO_MODEL, SHARED
-from benchmarks.support.runner import RESULTS, peak_bytes
+from benchmarks.support.runner import RESULTS, Measured, measured_result, peak_bytes
 from tests.support.paths import ROOT
 from tests.support.paths import SHARED as TEST_SHARED
 
@@ -30,3 +30,11 @@ def test_results_and_material_are_those_of_the_checkout():
     assert RESULTS == ROOT / "benchmarks" / "results" and (RESULTS / "wire.json").is_file()
     assert (DEMO_MODEL / "config.json").is_file()
     assert os.environ.get("FEDGRAFT_SHARED") or SHARED == TEST_SHARED
+
+
+def test_the_time_of_finished_runs_stands_in_place_of_that_of_the_process():
+    def measure(quick, on_step):
+        return Measured(figures={"a": 1.0}, seconds=4000.04 if quick else None)
+
+    assert measured_result("a", measure, quick=True)["seconds"] == 4000.0
+    assert measured_result("a", measure, quick=False)["seconds"] < 60
