@@ -1,1 +1,1 @@
-"""What opens a model: modeling code, bootstrap, assembler, perplexity, export."""
+"""Opened models and checkpoints: modeling code, bootstrap, graph state, MoE families, pruning, merging."""

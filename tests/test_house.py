@@ -48,6 +48,11 @@ ROOMS = {
     "scripts": ("shared", "verbs", "tools", "", "deploy"),
 }
 LARGEST_FOLDER = 16
+LONGEST_FUNCTION = 50  # lines, signature and docstring included
+QUESTION = re.compile(r"(What|Which|How|From|Who|Whose|Where|When)\b")
+IDIOMS = re.compile(
+    r"\b(nobody|anew|told|in vain|goes up into|as it pays|minds|says (?:little|nothing)|was counted|have had, had)\b"
+)
 CHECKPOINT_LIBRARIES = {"torch", "transformers", "huggingface_hub"}
 MACHINE_PATH = re.compile(r"""(?<![\w.~}$*<])/(?:work|root|Users)/[\w.-]+|(?<![\w.~}$*<])/tmp/w\b""")
 
@@ -162,6 +167,42 @@ def test_no_folder_holds_more_source_files_than_a_reader_can_survey():
     counts = Counter(path.parent for path in modules() if path.name != "__init__.py")
     assert len(counts) > 30
     assert {name_of(folder): count for folder, count in counts.items() if count > LARGEST_FOLDER} == {}
+
+
+def functions(path: Path) -> list[ast.FunctionDef]:
+    return [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
+
+
+SOURCES = [path for path in modules() if path.relative_to(ROOT).parts[0] != "tests"]
+
+
+def test_no_function_is_longer_than_a_screen():
+    lengths = {
+        f"{name_of(path)}:{function.name}": function.end_lineno - function.lineno + 1
+        for path in SOURCES
+        for function in functions(path)
+    }
+    assert len(lengths) > 1000
+    assert {name: length for name, length in lengths.items() if length > LONGEST_FUNCTION} == {}
+
+
+def docstrings(path: Path) -> list[str]:
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, kinds)]
+    return [text for node in nodes if (text := ast.get_docstring(node))]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_docstrings_name_operation_and_quantity(path):
+    module = ast.get_docstring(ast.parse(path.read_text())) or ""
+    assert not QUESTION.match(module), module
+    assert [text for text in docstrings(path) if IDIOMS.search(text)] == []
+
+
+def test_idioms_are_recognized():
+    assert QUESTION.match("What a client ships") and not QUESTION.match("Whether a graph is reachable")
+    assert IDIOMS.search("An expert nobody shipped") and IDIOMS.search("what was sent in vain was sent, too")
+    assert not IDIOMS.search("Routing frequency, summed gate weight, summed output L2 norm (EAN).")
 
 
 def test_every_folder_of_code_has_its_place():

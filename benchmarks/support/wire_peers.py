@@ -105,10 +105,6 @@ def speed_figures(
         repeats=repeats,
         warmup=1,
     )
-    whole = {
-        f"{packer}, {selector}": np.add(seconds[f"{selector}, select"], seconds[f"{packer}, pack"]).tolist()
-        for packer, selector in (("ours", "ours"), ("plain", "ours"), ("plain", "plain"))
-    }
     entries = sum(sizes.values())
     sizes_per_entry = {"ours": len(ours) / entries, "plain": len(plain) / entries}
     codings = {
@@ -123,14 +119,22 @@ def speed_figures(
         )
     }
     return {
-        "figures": {
-            "pack_speed_ratio": median_ratio(whole["plain, plain"], whole["ours, ours"]),
-            "pack_speed_ratio_same_selection": median_ratio(whole["plain, ours"], whole["ours, ours"]),
-            "pack_speed_ratio_without_selection": median_ratio(seconds["plain, pack"], seconds["ours, pack"]),
-            "unpack_speed_ratio": median_ratio(seconds["plain, unpack"], seconds["ours, unpack"]),
-            "size_ratio": len(ours) / len(plain),
-        },
+        "figures": {**_speed_ratios(seconds), "size_ratio": len(ours) / len(plain)},
         "peers": _speed_peers(seconds, processor, sizes_per_entry, codings),
+    }
+
+
+def _speed_ratios(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Median ratios of the seconds of plain coding over ours, with each selection of entries and without."""
+    whole = {
+        f"{packer}, {selector}": np.add(seconds[f"{selector}, select"], seconds[f"{packer}, pack"]).tolist()
+        for packer, selector in (("ours", "ours"), ("plain", "ours"), ("plain", "plain"))
+    }
+    return {
+        "pack_speed_ratio": median_ratio(whole["plain, plain"], whole["ours, ours"]),
+        "pack_speed_ratio_same_selection": median_ratio(whole["plain, ours"], whole["ours, ours"]),
+        "pack_speed_ratio_without_selection": median_ratio(seconds["plain, pack"], seconds["ours, pack"]),
+        "unpack_speed_ratio": median_ratio(seconds["plain, unpack"], seconds["ours, unpack"]),
     }
 
 

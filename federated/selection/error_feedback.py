@@ -1,4 +1,4 @@
-"""Error feedback: selection of what is shipped of a change; the rest is the residual of later rounds.
+"""Error feedback: selection of the shipped part of a change; the rest is the residual of later rounds.
 
 With experts drawn at random (``sample``) and weighted by 1/pi at the server (``unbiased``), a unit that was not drawn
 keeps only what it would not have shipped either: applied change and residual together equal, in expectation and to the
@@ -83,42 +83,37 @@ def choose_update(
 
     Args:
         deltas: change, float ``[size]`` per trained unit.
-        residual: residual of earlier rounds, likewise, of any units; those that did not train keep it, decayed.
+        residual: residual of earlier rounds, float ``[size]`` per unit; units that did not train keep it, decayed.
         limits: size limits.
         score: ranking of entries.
-        shapes: rows and columns of the matrix at the start of units that may be sent as low-rank factors, where these
-            hold more energy in as many bytes; None: no unit. Not with ``max_bytes`` or ``unbiased``.
+        shapes: matrix shape of units that may be sent as low-rank factors if these hold more energy in as many bytes;
+            None: no unit. Not with ``max_bytes`` or ``unbiased``.
         selection: rule for experts; ``sample`` needs a ``generator``.
         unbiased: whether the server weights shipped units by 1/pi (see the module's docstring).
-        value_bits: 2, 4, 8 or 16.
-        residual_decay: factor on the residual.
-        graph_version: version of the graph that trained.
-        graph_hash: digest of that graph.
+        value_bits, residual_decay: bits per value (2, 4, 8 or 16) and factor on the residual.
+        graph_version, graph_hash: version and digest of the trained graph.
         generator: random generator of the draw.
 
     Raises:
-        UserError: nothing to ship (no change and no residual of trained units), a change that is not finite, or
-            ``limits.max_bytes`` below the size of one entry.
+        UserError: no change and no residual to ship, values that are not finite, ``max_bytes`` below one entry.
     """
     totals = _totals(deltas, residual, residual_decay)
     inclusion = _select(totals, selection, limits.per_layer, generator)
     empty = SparseUpdate(graph_version, graph_hash, {})
-    vectors = _with_factors(
-        totals, _entries(totals, inclusion, limits, empty, value_bits, score), shapes or {}, value_bits
-    )
+    entries = _entries(totals, inclusion, limits, empty, value_bits, score)
+    vectors = _with_factors(totals, entries, shapes or {}, value_bits)
     update = quantize_update(replace(empty, vectors=vectors), value_bits)
     threshold = _threshold(totals, vectors, score) if unbiased else 0.0
 
     def left(unit: Unit) -> Tensor:
         if unit not in totals:
             return residual[unit].float() * residual_decay
-        total = totals[unit]
         if unbiased and unit not in inclusion:
-            return _below_cut(total, score(unit, total), limits, threshold)
-        return _subtract(total, update.vectors.get(unit))
+            return _below_cut(totals[unit], score(unit, totals[unit]), limits, threshold)
+        return _subtract(totals[unit], update.vectors.get(unit))
 
-    units = [*totals, *(unit for unit in residual if unit not in totals)]
-    return PreparedUpdate(update, LazyVectors(units, left), {unit: inclusion[unit] for unit in vectors})
+    rest = LazyVectors([*totals, *(unit for unit in residual if unit not in totals)], left)
+    return PreparedUpdate(update, rest, {unit: inclusion[unit] for unit in vectors})
 
 
 def prepare_update(

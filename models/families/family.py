@@ -40,12 +40,12 @@ class MoEFamily:
     """Names of everything that holds experts in the models of one type, stored and opened.
 
     Stored names are regular expressions on the tensor name within the block: each matches exactly one tensor of a MoE
-    layer. ``[E, ...]`` stands for one row an expert.
+    layer. ``[E, ...]``: one row per expert.
 
     Attributes:
         blocks: names of the FFN of a decoder layer, stored and opened.
         routers: attributes of the block that may be the router module.
-        kind: router kind; None where the configuration says (``scoring_func``, ``norm_topk_prob``).
+        kind: router kind; None where the configuration gives it (``scoring_func``, ``norm_topk_prob``).
         groups: group-limited routing; None for routers without groups.
         experts: attribute of the block that holds the experts; empty where it is the block itself.
         matrices: names of an expert's gate, up and down projection, where each expert has its own, stored (behind

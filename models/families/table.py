@@ -76,7 +76,7 @@ def router_kind(config: Any) -> RouterKind:
     """Router kind of the model with this configuration.
 
     Raises:
-        UserError: neither the table nor the configuration says.
+        UserError: neither the table nor the configuration gives it.
     """
     if kind := family_of(config).kind:
         return kind

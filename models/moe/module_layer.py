@@ -57,7 +57,7 @@ class ModuleLayer(RoutedLayer):
         """Context in which each forward pass calls ``on_rows`` for every visited expert, which runs a second time.
 
         Raises:
-            UserError: in the forward pass, where experts run on other numbers of tokens than the router kind says.
+            UserError: in the forward pass, where experts run on other numbers of tokens than the router kind implies.
         """
         unexplained = [0] * self.num_experts
 

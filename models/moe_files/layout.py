@@ -95,7 +95,7 @@ def read_moe_layout(source: Path) -> MoELayout:
 
     Raises:
         UserError: not a mixture of experts of a supported family, quantized weights, tensors that the family does not
-            have, experts missing, or other counts than the configuration says.
+            have, experts missing, or other counts than the configuration gives.
     """
     config = _read_config_values(source)
     family = FAMILIES[config["model_type"]]

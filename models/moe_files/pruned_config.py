@@ -14,7 +14,7 @@ from models.moe_files.layout import MoELayout
 def pruned_config(
     layout: MoELayout, kept: Mapping[int, np.ndarray], graph_version: int | None = None
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Build ``config.json`` of a pruned checkpoint, with a warning for each change beside the number of experts.
+    """Build ``config.json`` of a pruned checkpoint, with a warning for each change other than the number of experts.
 
     Args:
         layout: checkpoint before pruning.

@@ -28,7 +28,7 @@ class ExpertGraphMLP(LayerExperts):
         expert_size: H.
         num_experts: E.
         num_visits: experts that each token visits, K.
-        activation: name of the gate's activation, as Hugging Face knows it.
+        activation: name of the gate's activation, in Hugging Face's terms.
         order: ``best-first`` or ``depth-first`` (see ``walk_graph``).
         layer_index: index of the decoder layer, for messages.
 

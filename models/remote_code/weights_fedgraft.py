@@ -38,12 +38,12 @@ class LayerExperts(nn.Module):
         hidden_size: D.
         expert_size: H.
         num_experts: E.
-        activation: name of the gate's activation, as Hugging Face knows it.
+        activation: name of the gate's activation, in Hugging Face's terms.
         layer_index: index of the decoder layer, for messages.
 
     Attributes:
         neurons: int64 ``[E, H]``, neurons of the dense FFN that the experts came from; -1 for new ones.
-        held: experts in the fused tensors, one a row; all of them unless ``hold`` says otherwise.
+        held: experts in the fused tensors, one a row; all of them unless ``hold`` selects some.
         storage: holds and runs the experts in place of the fused tensors; None where those do.
     """
 

@@ -1,4 +1,4 @@
-"""What `local.sh` cannot say in shell: free ports, and one job submitted and followed to its true end."""
+"""Free ports for `local.sh`, and submission of one job that is followed to its true end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the commands share: results on stdout, everything else on stderr."""
+"""Console output of the commands: results on stdout, everything else on stderr."""
 
 from __future__ import annotations
 

@@ -15,8 +15,8 @@ _log = logging.getLogger(__name__)
 def save_interrupted(federation: Federation, error: BaseException) -> None:
     """Save model, state and summary of a run that ``error`` ends; nothing before the first trained round.
 
-    The model goes to ``out``, or to ``checkpoints/round-N`` of the log directory where ``out`` is not configured or
-    cannot be written. A failure to save is logged and does not replace ``error``.
+    The model is written to ``out``, or to ``checkpoints/round-N`` of the log directory where ``out`` is not
+    configured or cannot be written. A failure to save is logged and does not replace ``error``.
 
     Args:
         federation: interrupted run.

@@ -14,6 +14,7 @@ from configs.output import finite, write_json
 from experts.graph.expert_graph import ExpertGraph
 from federated.protocol.messages import Reply
 from federated.protocol.steps import step_stats
+from federated.wire.packed_stats import PackedStats
 from models.runtime.perplexity import LossSum
 from server.model.global_model import GlobalModel
 from server.reporting.run_log import ClientRecord, RewireRecord, RoundRecord, RunLog, pad_masks
@@ -70,12 +71,7 @@ class RunObserver:
             seconds: wall time.
             stopped: reason why this is the last round although more were planned.
         """
-        for accepted in replies.accepted:
-            self._note(accepted)
-            self._log.pack_sizes(server_round, accepted.reply.name, accepted.stats)
-        step = step_stats(self._global_model.steps[-1]) if self._global_model.steps else None
-        if step is not None:
-            self._log.pack_sizes(server_round, "server", step)
+        step = self._pack_sizes(server_round, replies)
         dense = self._global_model.dense_bytes() * len(answers)
         record = RoundRecord(
             round=server_round,
@@ -100,6 +96,17 @@ class RunObserver:
         self._log.round(record)
         self._tensorboard.round(record)
         self._pictures(server_round, replies, graph, usage)
+
+    def _pack_sizes(self, server_round: int, replies: RoundReplies) -> PackedStats | None:
+        """Write the sizes of all packed updates; returns those of the server's step, None without one."""
+        for accepted in replies.accepted:
+            self._note(accepted)
+            self._log.pack_sizes(server_round, accepted.reply.name, accepted.stats)
+        if not self._global_model.steps:
+            return None
+        step = step_stats(self._global_model.steps[-1])
+        self._log.pack_sizes(server_round, "server", step)
+        return step
 
     def rewire(self, record: RewireRecord) -> None:
         """Write the graph edits of a round."""

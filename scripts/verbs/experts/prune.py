@@ -64,7 +64,7 @@ def joint_result(results: list[dict], write: ShrunkCheckpoints) -> dict:
 
 
 def as_result(report: PruneReport, layout: MoELayout) -> dict:
-    """The report as plain values, with what went and the decoder index of each MoE layer beside it."""
+    """The report as plain values, with the removed experts and the decoder index of each MoE layer."""
     removed = {
         layer.ordinal: sorted(set(range(layer.num_experts)) - set(report.keep_map[layer.ordinal].tolist()))
         for layer in layout.layers

@@ -23,7 +23,7 @@ _START_SECONDS = 300.0  # for Flower's and Ray's processes to start and stop
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Keys of the run configuration that have an option of their own; what is not given is left to the file."""
+    """Keys of the run configuration that have an option of their own; options not given are left to the file."""
 
     graph: Annotated[str, typer.Option(help="Expert graph: directory that `fedgraft bootstrap` wrote.")] = ""
     clients: Annotated[int | None, typer.Option(help="Number of clients.")] = None
