@@ -47,7 +47,8 @@ def gradient_score(gradient_rms: Mapping[Unit, Tensor]) -> Score:
 
     ``|change| * gradient RMS`` estimates the first-order change of the loss (Molchanov et al., 2017, arXiv:1611.06440).
     Adam's changes are of nearly one magnitude, so that magnitude alone carries little information; the entries of
-    largest gradient are also those that raise the loss of other clients most. The square root was measured to be better than either.
+    largest gradient are also those that raise the loss of other clients most. The square root was measured to be
+    better than either.
 
     Args:
         gradient_rms: root mean square of each entry's gradient ``[size]``; 1 for units without.
