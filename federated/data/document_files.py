@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
 
 from configs.errors import UserError
+from federated.data.splits import assign_splits, split_word
 
 SUFFIXES = (".txt", ".jsonl", ".json")
 DOCUMENT_CHARACTERS = 2000
@@ -113,7 +115,7 @@ def _read_folder(folder: Path) -> dict[str, Iterable[Record]]:
     files = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES and path.is_file())
     if not files:
         return _dataset_records(str(folder), _load_from_hub(str(folder)))
-    splits = _by_split({path.stem: path for path in files})
+    splits = _by_split(str(folder), (((path.stem,), path) for path in files))
     return {split: _chain(paths) for split, paths in splits.items()}
 
 
@@ -122,21 +124,24 @@ def _chain(paths: Iterable[Path]) -> Iterator[Record]:
         yield from read_file(path)
 
 
-def _by_split(named: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """Group parts into ``train`` and ``valid`` by the words in their names; into ``""`` where one is missing."""
-    found = {
-        word: [part for name, part in named.items() if _has_word(name, word)]
-        for word in ("train", "valid", "test")
-    }
-    held_out = found["valid"] or found["test"]
-    if found["train"] and held_out:
-        return {"train": found["train"], "valid": held_out}
-    return {"": list(named.values())}
+def _by_split(source: str, parts: Iterable[tuple[Sequence[str], Any]]) -> dict[str, list[Any]]:
+    """Parts of a source by split; all of them under ``""`` where no training and held-out parts are named.
 
-
-def _has_word(name: str, word: str) -> bool:
-    """Whether a word of ``name`` starts with ``word``: ``train-0``, ``local_training_3``, ``validation``."""
-    return re.search(rf"(?<![a-z]){word}", name.lower()) is not None
+    Args:
+        source: name of the source, for messages.
+        parts: per part its names from the most to the least specific, and the part.
+    """
+    named = list(parts)
+    words = [split_word(*names) for names, _ in named]
+    grouped: dict[str, list[Any]] = {}
+    for (names, part), word, split in zip(named, words, assign_splits(words), strict=True):
+        if split is not None:
+            grouped.setdefault(split, []).append(part)
+        elif not word:
+            warnings.warn(
+                f"no split word in the name {names[0]!r}: it is left out of {source!r}", stacklevel=2
+            )
+    return dict(sorted(grouped.items()))  # train before valid
 
 
 def _load_from_hub(source: str) -> Any:
@@ -157,5 +162,5 @@ def _dataset_records(source: str, dataset: Any) -> dict[str, Iterable[Record]]:
     named = dict(dataset) if isinstance(dataset, dict) else {"all": dataset}
     return {
         split: ((source, record) for part in parts for record in part)
-        for split, parts in _by_split(named).items()
+        for split, parts in _by_split(source, (((name,), part) for name, part in named.items())).items()
     }

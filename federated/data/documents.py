@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain, count
 from pathlib import Path
@@ -21,10 +21,11 @@ from configs.prompt_templates import (
 )
 from configs.values import split_list
 from federated.data.document_files import Record, read_source
+from federated.data.splits import HELD_OUT, assign_splits, hold_out, split_word
 
-HELD_OUT = 0.1
 _GENERIC_NAMES = ("train", "data", "all")
 _CONSUMED = {"text", "split", *INSTRUCTION_COLUMNS, *CONTEXT_COLUMNS, *RESPONSE_COLUMNS}
+_OWN_SPLIT = "split word"
 
 Row = dict[str, Any]
 
@@ -40,7 +41,8 @@ def load_documents(
 
     Columns: ``text``; ``domain`` (that of the records where all records of a source have one, else derived from the
     source's name); ``split``, ``train`` or ``valid``; and the records' scalar fields, nested ones with dotted names.
-    For a source without separate held-out documents, the last 10 % of each domain are ``valid``.
+    Splits come from the names of files, folders or splits, else from the records' column ``split`` (see ``splits``).
+    For a source without both splits, the last 10 % of each domain are ``valid``, which a warning says.
 
     Raises :class:`UserError` for a source that does not exist, cannot be read or has no document.
     """
@@ -115,13 +117,38 @@ def _source_rows(source: str, label: str, form: PromptTemplate, prefer_template:
     own_domains = all(isinstance(row.get("domain"), str) and row["domain"] for row in rows)
     for row in rows:
         row["domain"] = row["domain"] if own_domains else label
-    return _hold_out(rows)
+    return _split(source, rows)
+
+
+def _split(source: str, rows: list[Row]) -> list[Row]:
+    """Rows with their split: that of the source, else of the records' own column, else the last 10 % held out."""
+    words = [row.pop(_OWN_SPLIT) for row in rows]
+    if all(row["split"] for row in rows):
+        return rows
+    splits = assign_splits(words)
+    if splits[0] == "":
+        hold_out(rows)
+        held_out = sum(row["split"] == "valid" for row in rows)
+        warnings.warn(
+            f"no training and held-out split in {source!r}: the last 10 % of each domain "
+            f"({held_out} of {len(rows)} documents) are held out",
+            stacklevel=2,
+        )
+        return rows
+    if unnamed := words.count(""):
+        warnings.warn(
+            f"no split word in the column 'split' of {unnamed} of {len(rows)} records: "
+            f"they are left out of {source!r}",
+            stacklevel=2,
+        )
+    return [row | {"split": split} for row, split in zip(rows, splits, strict=True) if split]
 
 
 def _row(located: Record, split: str, form: PromptTemplate, prefer_template: bool) -> Row:
     where, record = located
     row = {name: value for name, value in _flat(record) if name not in _CONSUMED}
-    return {"text": _text(where, record, form, prefer_template), "split": split, **row}
+    own = split_word(record.get("split"))
+    return {"text": _text(where, record, form, prefer_template), "split": split, _OWN_SPLIT: own, **row}
 
 
 def _text(where: str, record: Mapping[str, Any], form: PromptTemplate, prefer_template: bool) -> str:
@@ -142,24 +169,6 @@ def _flat(record: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, An
             yield from _flat(value, f"{prefix}{name}.")
         elif value is None or isinstance(value, bool | int | float | str):
             yield prefix + name, value
-
-
-def _hold_out(rows: list[Row]) -> list[Row]:
-    """Mark the last 10 % of each domain (at least one of two) as held out, among rows without a split."""
-    by_domain = defaultdict(list)
-    for row in rows:
-        if not row["split"]:
-            by_domain[row["domain"]].append(row)
-    for members in by_domain.values():
-        kept = len(members) - held_out_count(len(members))
-        for position, row in enumerate(members):
-            row["split"] = "train" if position < kept else "valid"
-    return rows
-
-
-def held_out_count(documents: int) -> int:
-    """Number of held-out documents: 10 %, at least one, but never the only one."""
-    return min(max(1, int(documents * HELD_OUT)), max(0, documents - 1))
 
 
 def _to_dataset(rows: list[Row]) -> datasets.Dataset:

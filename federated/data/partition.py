@@ -18,7 +18,7 @@ from flwr_datasets.partitioner import (
 
 from configs.errors import UserError, nearest
 from configs.values import parse_partition
-from federated.data.documents import held_out_count
+from federated.data.splits import held_out_count
 
 _LABEL_COLUMNS = ("domain", "sub", "category")
 _KEY = "partition key"

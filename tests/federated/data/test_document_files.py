@@ -97,6 +97,24 @@ def test_test_files_are_held_out_only_where_there_is_no_valid_file(tmp_path):
     assert texts(tmp_path) == {"train": ["a"], "valid": ["c"]}
 
 
+@pytest.mark.parametrize(
+    ("train", "held_out"), [("train", "val"), ("training", "dev"), ("Train", "TEST"), ("train.a", "eval_0")]
+)
+def test_split_words_of_file_names(tmp_path, train, held_out):
+    write(tmp_path / f"{train}.jsonl", {"text": "a"})
+    write(tmp_path / f"{held_out}.jsonl", {"text": "b"})
+    assert texts(tmp_path) == {"train": ["a"], "valid": ["b"]}
+
+
+def test_files_of_one_stem_are_all_read_and_one_without_a_split_word_is_left_out_aloud(tmp_path):
+    write(tmp_path / "train.jsonl", {"text": "a"})
+    write(tmp_path / "train.json", {"text": "b"})
+    write(tmp_path / "dev.jsonl", {"text": "c"})
+    write(tmp_path / "more.jsonl", {"text": "d"})
+    with pytest.warns(UserWarning, match="'more': it is left out of"):
+        assert texts(tmp_path) == {"train": ["b", "a"], "valid": ["c"]}
+
+
 def test_a_folder_without_a_split_is_one_whole(tmp_path):
     write(tmp_path / "latest.jsonl", {"text": "a"})
     write(tmp_path / "constrained.jsonl", {"text": "b"})
@@ -108,8 +126,10 @@ def test_datasets_saved_to_disk(tmp_path):
     part = Dataset.from_dict({"text": ["a", "b"]})
     part.save_to_disk(str(tmp_path / "one"))
     DatasetDict({"train": part, "test": part.select([1])}).save_to_disk(str(tmp_path / "two"))
+    DatasetDict({"training": part, "dev": part.select([0])}).save_to_disk(str(tmp_path / "three"))
     assert texts(tmp_path / "one") == {"": ["a", "b"]}
     assert texts(tmp_path / "two") == {"train": ["a", "b"], "valid": ["b"]}
+    assert texts(tmp_path / "three") == {"train": ["a", "b"], "valid": ["a"]}
 
 
 def test_a_folder_that_load_dataset_takes(tmp_path, monkeypatch):

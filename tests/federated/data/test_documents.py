@@ -12,11 +12,11 @@ from datasets import Dataset
 from configs.errors import UserError
 from federated.data.documents import (
     absolute_sources,
-    held_out_count,
     is_wikimix,
     load_documents,
     source_labels,
 )
+from tests.conftest import shared_path
 from tests.support.paths import SHARED
 
 
@@ -55,17 +55,51 @@ def test_the_last_tenth_of_each_domain_is_held_out(tmp_path):
     assert held_out == ["text 23", "text 24", "text 2"]
 
 
-@pytest.mark.parametrize(("count", "held_out"), [(0, 0), (1, 0), (2, 1), (9, 1), (19, 1), (20, 2), (100, 10)])
-def test_held_out_count(count, held_out):
-    assert held_out_count(count) == held_out
-
-
 def test_a_folder_keeps_its_split_and_gives_the_domain_its_name(tmp_path):
     write(tmp_path / "cooking" / "train.jsonl", *numbered(4))
     write(tmp_path / "cooking" / "valid.jsonl", {"text": "held out"})
     documents = load_documents([str(tmp_path / "cooking")])
     assert splits(documents) == {("cooking", "train"): 4, ("cooking", "valid"): 1}
     assert documents[4]["text"] == "held out"
+
+
+def test_the_column_split_of_records_holds_out_and_what_has_no_split_is_said(tmp_path, recwarn):
+    names = ["training", "dev", "Test", None, "train", "eval", "development"]
+    rows = [{"text": f"text {number}", "split": name} for number, name in enumerate(names)]
+    documents = load_documents([write(tmp_path / "a.jsonl", *rows)])
+    assert list(zip(documents["text"], documents["split"], strict=True)) == [
+        ("text 0", "train"),
+        ("text 1", "valid"),
+        ("text 4", "train"),
+    ]
+    assert "split word" not in documents.column_names
+    assert ["2 of 7 records" in str(note.message) for note in recwarn] == [True]
+
+
+def test_test_records_are_held_out_where_none_is_valid(tmp_path, recwarn):
+    rows = [{"text": name, "split": name} for name in ("train", "test", "evaluation")]
+    documents = load_documents([write(tmp_path / "a.jsonl", *rows)])
+    assert documents["split"][:] == ["train", "valid", "valid"] and not recwarn.list
+
+
+def test_files_decide_before_the_column_split(tmp_path, recwarn):
+    write(tmp_path / "a" / "train.jsonl", {"text": "x", "split": "valid"}, {"text": "y", "split": "train"})
+    write(tmp_path / "a" / "dev.jsonl", {"text": "z", "split": "train"})
+    documents = load_documents([str(tmp_path / "a")])
+    assert documents["split"][:] == ["train", "train", "valid"] and not recwarn.list
+
+
+def test_a_source_read_as_one_whole_is_said(tmp_path):
+    with pytest.warns(UserWarning, match=r"a.jsonl': the last 10 % .*\(2 of 20 documents\)") as notes:
+        load_documents([write(tmp_path / "a.jsonl", *numbered(20, split="train"))])
+    assert len(notes) == 1 and "\n" not in str(notes[0].message)
+
+
+def test_val_beside_train_is_held_out():
+    documents = load_documents([str(shared_path("data/awkward/split_val"))])
+    for split, first in {"train": "TRAIN ", "valid": "VAL "}.items():
+        texts = [row["text"] for row in documents if row["split"] == split]
+        assert texts and all(text.startswith(first) for text in texts)
 
 
 def test_own_domains_count_only_where_all_records_have_one(tmp_path):
