@@ -1,4 +1,4 @@
-"""FedGraft's own folders on a user's disk."""
+"""FedGraft's folders in the user's cache, and the default graph in it."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def default_graph() -> Path:
 
 
 def graph_or_default(graph: str) -> str:
-    """The graph that a configuration names, or the quick start's where it names none.
+    """Graph of a configuration, or that of the quick start for a configuration without one.
 
     Raises:
-        UserError: no graph is named, and the quick start has not written one.
+        UserError: no graph is set, and the quick start has not written one.
     """
     if graph:
         return graph

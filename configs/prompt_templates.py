@@ -1,4 +1,4 @@
-"""Prompt templates: how an instruction record becomes one text."""
+"""Prompt templates, which render an instruction record (instruction, context, response) as one text."""
 
 from __future__ import annotations
 
@@ -25,17 +25,19 @@ _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """Two texts with ``{instruction}``, ``{context}`` and ``{response}`` in them."""
+    """Texts with and without a context, with placeholders ``{instruction}``, ``{context}`` and ``{response}``."""
 
     name: str
     with_context: str
     without_context: str
 
     def render(self, record: Mapping[str, Any]) -> str:
-        """The text of ``record`` (instruction, context or input, response or output).
+        """Render ``record`` (instruction, context or input, response or output) as one text.
 
-        A context that is missing or blank selects the form without one; a record without an instruction or a
-        response is a :class:`UserError`.
+        A context that is missing or blank selects the text without one.
+
+        Raises:
+            UserError: a record without an instruction or a response.
         """
         fields = {
             "instruction": _first(record, INSTRUCTION_COLUMNS),
@@ -57,14 +59,15 @@ def takes(record: Mapping[str, Any]) -> bool:
 
 
 def template_names() -> list[str]:
-    """The templates that come with the project."""
+    """Names of the built-in templates."""
     return sorted(path.stem for path in FOLDER.glob("*.json"))
 
 
 def load_template(name: str = "auto") -> PromptTemplate:
-    """A template by name, by the path of a JSON file, or the default one for ``auto``.
+    """Load a template by name, by the path of a JSON file, or the default one for ``auto``.
 
-    Raises :class:`UserError` where there is none, or where the file lacks a form or names unknown fields.
+    Raises:
+        UserError: no such template, or a file that lacks a text or has other placeholders.
     """
     known = template_names()
     name = DEFAULT if name == "auto" else name

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Make .venv with FedGraft in it, or leave it alone if nothing changed since the last time.
+# Create .venv and install FedGraft in it; do nothing if requirements and extras are unchanged.
 #
 #   scripts/install.sh [EXTRA]        EXTRA: test, clustering, gguf, plots, real or ui; several joined by commas
 #
 # Environment, all optional:
-#   PYTHON           interpreter to make the environment with (python3.11, else a python3 of that version)
-#   FEDGRAFT_TORCH   what pip is told to install as torch (torch==2.13.0), e.g. a wheel of another build,
+#   PYTHON           interpreter that creates the environment (python3.11, else a python3 of that version)
+#   FEDGRAFT_TORCH   requirement by which pip installs torch (torch==2.13.0), e.g. a wheel of another build,
 #                    or the same requirement followed by pip options that point to an index of such builds
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -1,6 +1,6 @@
-"""The quick start after the installation: the whole job on the embedded model, a stage at a time.
+"""Quick start: bootstrap, federated training, export and samples on the embedded model, one stage at a time.
 
-Each stage is a ``fedgraft`` command; its result is kept, so that a second run only does what is missing.
+Each stage is a ``fedgraft`` command whose result is stored; a second run repeats only stages without a result.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ PROMPT = "# "
 
 
 class QuickStart:
-    """The stages and where their results lie.
+    """Stages of the quick start and the folders of their results.
 
     Args:
-        folder: of logs, models and results.
+        folder: folder of logs, models and results.
         graph: folder of the bootstrapped graph.
     """
 
@@ -42,7 +42,7 @@ class QuickStart:
         """Run ``fedgraft ARGUMENTS --json`` unless its result from the same inputs is there; returns the result.
 
         Raises:
-            SystemExit: the command failed; it has said why.
+            SystemExit: the command failed; its error is on stderr.
         """
         kept = self.folder / f"{name}.json"
         if (result := self._read(kept, arguments)) is not None and (output is None or output.exists()):
@@ -65,7 +65,7 @@ class QuickStart:
 
 
 def run(quick: QuickStart) -> dict[str, Any]:
-    """All stages in order; returns their results by name."""
+    """Run all stages in order; returns their results by name."""
     graph, run_logs = str(quick.graph), str(quick.folder / "run")
     trained, dense = str(quick.folder / "model"), str(quick.folder / "dense")
     results = {
@@ -94,7 +94,7 @@ def run(quick: QuickStart) -> dict[str, Any]:
 
 
 def lines(results: dict[str, Any], quick: QuickStart) -> list[Any]:
-    """The summary for a reader."""
+    """Lines of the summary, for ``rich``."""
     half = results["bootstrap"]["perplexity"]["50"]
     emergent = (
         f"half of the {EXPERTS} experts active, before training: k-means experts {half['router']:.2f}, "
@@ -116,9 +116,9 @@ def lines(results: dict[str, Any], quick: QuickStart) -> list[Any]:
 
 
 def main() -> None:
-    """Parse, run, print."""
+    """Run the quick start and print its summary."""
     parser = argparse.ArgumentParser(description="Run the whole job once on the embedded model.")
-    parser.add_argument("--fresh", action="store_true", help="do again what an earlier run has done already")
+    parser.add_argument("--fresh", action="store_true", help="repeat the stages that have results")
     arguments = parser.parse_args()
     folder = PROJECT / "logs" / "quickstart"
     if arguments.fresh:
@@ -137,7 +137,7 @@ def _digest(paths: list[Path]) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text that rich prints as it is."""
+    """Escape rich's markup in a text."""
     from rich.markup import escape
 
     return escape(text.strip())

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Install, then run the whole job once on the embedded model: bootstrap, federate, export, look.
+# Install, then run all stages once on the embedded model: bootstrap, federated training, export, samples.
 #
-#   scripts/quickstart.sh [--fresh]       --fresh: do again what an earlier run has done already
+#   scripts/quickstart.sh [--fresh]       --fresh: repeat the stages that have results
 #
-# Results go to logs/quickstart, the graph also to the user-cache folder (FEDGRAFT_CACHE), from where runs without
-# a named graph take it. Environment: see scripts/install.sh.
+# Results go to logs/quickstart, the graph to the user-cache folder (FEDGRAFT_CACHE), as default of runs that
+# name no graph. Environment: see scripts/install.sh.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/install.sh

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Install the test extra and run everything that must hold: format, lint, types, and the whole suite.
+# Install the test extra and run all checks: format, lint, types and the test suite.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/install.sh test
@@ -10,5 +10,5 @@ mapfile -t SOURCES < <(git ls-files '*.py')
 "$BIN/isort" --check-only "${SOURCES[@]}"
 "$BIN/ruff" check "${SOURCES[@]}"
 "$BIN/mypy" --no-error-summary "${SOURCES[@]}"
-# One process per core; a file stays in one process, so that its fixtures are made once.
+# One process per core; a file stays in one process, so that its fixtures are built once.
 exec "$BIN/python" -m pytest --numprocesses 2 --dist loadfile "$@"

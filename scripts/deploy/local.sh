@@ -10,10 +10,10 @@
 #
 # Environment, all optional:
 #   FEDGRAFT_DATA   data sources separated by ';', shared by the clients, each taking its part
-#   DATA_DIR_0/_1   private data of client 0 / 1 instead: only that SuperNode is told the folder
+#   DATA_DIR_0/_1   private data of client 0 / 1 instead: only that SuperNode gets the folder
 #   LOG_DIR         logs of the run (logs/local)          OUT      folder for the trained graph (none)
-#   CACHE_DIR       what the clients keep on disk, one folder each (removed at the end unless named here)
-#   TIMEOUT         seconds the job may take (3600)       APP_DIR  another Flower app to run (this one)
+#   CACHE_DIR       state of the clients on disk, one folder each (removed at the end unless set)
+#   TIMEOUT         time limit of the job in seconds (3600)  APP_DIR  another Flower app to run (this one)
 #   PYTHON          interpreter that has flwr (.venv/bin/python)
 set -euo pipefail
 

@@ -1,4 +1,4 @@
-"""Free ports for `local.sh`, and submission of one job that is followed to its true end."""
+"""Free TCP ports, submission of one job to a SuperLink, and the end of its processes, for `local.sh`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from server.flower.flower_run import run_and_wait
 
 
 def main() -> int:
-    """Parse, call one function, print; returns the exit status (2: bad input, 1: the run failed)."""
+    """Run one sub-command; returns the exit status: 0, 2 for bad input, 1 for a failed run."""
     options = _parser().parse_args()
     try:
         if options.verb == "ports":
@@ -66,7 +66,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--app", type=Path, required=True, help="folder of the Flower app")
     run.add_argument("--port", type=int, required=True, help="port of the SuperLink")
     run.add_argument("--log", type=Path, required=True, help="file that receives the log of the run")
-    run.add_argument("--timeout", type=float, default=3600.0, help="seconds the run may take (%(default)s)")
+    run.add_argument(
+        "--timeout", type=float, default=3600.0, help="time limit of the run in seconds (%(default)s)"
+    )
     run.add_argument("assignments", nargs="*", metavar="KEY=VALUE", help="run configuration")
     return parser
 

@@ -1,4 +1,4 @@
-"""Console output of the commands: results on stdout, everything else on stderr."""
+"""Console output of the verbs: results on stdout; progress, warnings and errors on stderr."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def _lines() -> Iterator[OnStep]:
 
 @contextmanager
 def warnings_as_lines() -> Iterator[None]:
-    """Warnings inside the block are shown as one line each on stderr, without the place in the code."""
+    """Print each warning inside the block as one line on stderr, without its place in the code."""
 
     def show(message: Warning | str, *place: Any, **more: Any) -> None:
         print(f"fedgraft: warning: {' '.join(str(message).split())}", file=sys.stderr)
@@ -116,7 +116,7 @@ def option_names(message: str) -> str:
 
 
 def quiet_libraries() -> None:
-    """Silence progress bars and notices of libraries, which would run across our own."""
+    """Disable the progress bars and notices of datasets and transformers, which would interleave with ours."""
     import datasets
     from transformers.utils import logging
 

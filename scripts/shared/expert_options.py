@@ -1,4 +1,4 @@
-"""Options of the verbs that choose experts, and the choice that they give."""
+"""Options of the verbs that choose experts: saliency measure, selection rules, expert lists, averaging."""
 
 from __future__ import annotations
 

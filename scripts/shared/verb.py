@@ -59,7 +59,7 @@ def verb(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def given_options() -> set[str]:
-    """Names of the parameters that the command line or the configuration file sets, whatever their value."""
+    """Names of the parameters that the command line or the configuration file sets, even to their default."""
     context = click.get_current_context(silent=True)
     if context is None:
         return set()

@@ -155,13 +155,18 @@ def load_config(path: Path) -> LlamaConfig:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Options of the command line; ``arguments`` default to those of the process."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--out", "--output", type=Path, required=True, help="folder for the checkpoint")
+    parser.add_argument("--out", "--output", type=Path, required=True, help="directory of the checkpoint")
     parser.add_argument(
-        "--minutes", type=float, default=25.0, help="training time on two cores, sets the number of steps"
+        "--minutes",
+        type=float,
+        default=25.0,
+        help="training time on two cores, which sets the number of steps",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of initialization, text and order")
     parser.add_argument("--config", type=Path, default=CONFIG, help="Llama configuration (JSON)")
-    parser.add_argument("--overwrite", action="store_true", help="replace what is in the folder")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace an output directory that is not empty"
+    )
     parser.add_argument("--json", action="store_true", help="print the summary as one JSON object on stdout")
     return parser.parse_args(arguments)
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from models.moe.merge import MergeOptions
     from models.moe_files.layout import MoELayout
 
-# Relative difference of perplexities above which a plan was measured on something else.
+# Relative difference of the plan's and the measured perplexity above which a warning is given.
 _PLAN_TOLERANCE = 1e-3
 _OURS = (
     "the experts of a graph are disjoint parts of one dense FFN and share nothing by construction: compare what "

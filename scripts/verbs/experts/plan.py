@@ -84,7 +84,7 @@ def plan(
     found = _plan(opened, data, split, options)
     experts = found.expert_list({**_SOURCE, "metric": steps.metric, "model": model, "datasets": list(data)})
     result = _write(found, experts, write.out) | _figures(found) | experts.statistics
-    # A spelling that results have had from the start.
+    # The key keeps the spelling of stored results.
     result["equalise"] = needs_equalizing(opened.model)
     if result["equalise"]:
         warnings.warn(

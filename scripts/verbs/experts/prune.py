@@ -38,7 +38,7 @@ def prune(
     source = local_checkpoint(model)
     layout = read_moe_layout(source)
     choices = pick.choices(layout.experts_per_layer, equalize=write.equalize, as_json=as_json)
-    # All are checked before the first is written.
+    # All targets are checked before the first checkpoint is written.
     targets = [] if write.preview else output_directories(choices, write.out)
     for target in targets:
         check_output_directory(target, overwrite=write.overwrite)
@@ -64,7 +64,7 @@ def joint_result(results: list[dict], write: ShrunkCheckpoints) -> dict:
 
 
 def as_result(report: PruneReport, layout: MoELayout) -> dict:
-    """The report as plain values, with the removed experts and the decoder index of each MoE layer."""
+    """The report as JSON values, with the removed experts and the decoder index of each MoE layer."""
     removed = {
         layer.ordinal: sorted(set(range(layer.num_experts)) - set(report.keep_map[layer.ordinal].tolist()))
         for layer in layout.layers
