@@ -21,6 +21,7 @@ from configs.prompt_templates import (
 )
 from configs.values import split_list
 from federated.data.document_files import Record, read_source
+from federated.data.field_text import field_text, is_nan, text_fields
 from federated.data.splits import HELD_OUT, assign_splits, hold_out, split_word
 
 _GENERIC_NAMES = ("train", "data", "all")
@@ -111,13 +112,24 @@ def _source_rows(source: str, label: str, form: PromptTemplate, prefer_template:
         for split, records in read_source(source).items()
         for record in records
     ]
-    rows = [row for row in rows if row["text"].strip()]
+    rows = _without_empty(source, rows)
     if not any(row["split"] != "valid" for row in rows):
         raise UserError(f"expected documents in {source!r}, got none that holds any text")
     own_domains = all(isinstance(row.get("domain"), str) and row["domain"] for row in rows)
     for row in rows:
         row["domain"] = row["domain"] if own_domains else label
     return _split(source, rows)
+
+
+def _without_empty(source: str, rows: list[Row]) -> list[Row]:
+    kept = [row for row in rows if row["text"].strip()]
+    if kept and len(kept) < len(rows):
+        dropped = len(rows) - len(kept)
+        warnings.warn(
+            f"{dropped} of {len(rows)} records of {source!r} have no text or no answer: they are left out",
+            stacklevel=2,
+        )
+    return kept
 
 
 def _split(source: str, rows: list[Row]) -> list[Row]:
@@ -152,23 +164,29 @@ def _row(located: Record, split: str, form: PromptTemplate, prefer_template: boo
 
 
 def _text(where: str, record: Mapping[str, Any], form: PromptTemplate, prefer_template: bool) -> str:
+    """Text of a record; empty without text, or without a response where a template renders it."""
     if takes(record) and (prefer_template or "text" not in record):
-        return form.render(record)
-    text = record.get("text") or ""
-    if "text" not in record or not isinstance(text, str):
+        fields = text_fields(record, INSTRUCTION_COLUMNS + CONTEXT_COLUMNS + RESPONSE_COLUMNS, where)
+        answered = any(fields.get(column, "").strip() for column in RESPONSE_COLUMNS)
+        return form.render(fields) if answered else ""
+    if "text" not in record:
         came = ", ".join(record) or "no columns"
         wanted = "'text', or instruction[, context], response (or instruction[, input], output)"
         raise UserError(f"expected the columns {wanted}, got {came} in {where}")
-    return text
+    if is_nan(record["text"]):
+        raise UserError(
+            f"expected text in the column 'text', got NaN in {where}; fill it or remove the record"
+        )
+    return field_text(record["text"], "text", where)
 
 
 def _flat(record: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    """Scalar fields of a record; nested names are joined with dots, lists are left out."""
+    """Scalar fields of a record, NaN as None; nested names are joined with dots, lists are left out."""
     for name, value in record.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{name}.")
         elif value is None or isinstance(value, bool | int | float | str):
-            yield prefix + name, value
+            yield prefix + name, None if is_nan(value) else value
 
 
 def _to_dataset(rows: list[Row]) -> datasets.Dataset:

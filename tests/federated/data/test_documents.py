@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import types
 from collections import Counter
@@ -16,6 +17,7 @@ from federated.data.documents import (
     load_documents,
     source_labels,
 )
+from federated.data.field_text import is_nan
 from tests.conftest import shared_path
 from tests.support.paths import SHARED
 
@@ -117,7 +119,8 @@ def test_blank_documents_are_dropped(tmp_path):
     source = write(
         tmp_path / "a.jsonl", {"text": "a"}, {"text": ""}, {"text": " \n\t"}, {"text": None}, {"text": "b"}
     )
-    assert load_documents([source])["text"][:] == ["a", "b"]
+    with pytest.warns(UserWarning, match="3 of 5 records of .*a.jsonl' have no text or no answer"):
+        assert load_documents([source])["text"][:] == ["a", "b"]
 
 
 def test_scalar_columns_are_kept_and_nested_ones_flattened(tmp_path):
@@ -168,6 +171,76 @@ def test_instruction_records_go_through_the_template(tmp_path):
     assert documents["text"][:] == ["Ask\n\nAnswer", "Ask\n\nGiven\n\nAnswer"]
     assert documents.column_names == ["text", "domain", "split", "category"]
     assert "### Response:\nAnswer" in load_documents([source])["text"][0]
+
+
+def test_answers_of_any_scalar_and_missing_contexts(tmp_path):
+    rows = [{"instruction": "Ask", "input": math.nan, "output": value} for value in (0, False, 1.5, "yes")]
+    rows += [{"instruction": 7, "input": 0, "output": "", "response": 0}]
+    documents = load_documents([write(tmp_path / "a.jsonl", *rows)], template="plain")
+    assert documents["text"][:] == ["Ask\n\n0", "Ask\n\nfalse", "Ask\n\n1.5", "Ask\n\nyes", "7\n\n0\n\n0"]
+
+
+def test_nan_is_a_missing_value_of_every_column(tmp_path):
+    rows = [{"text": "a", "score": math.nan, "domain": "x"}, {"text": "b", "score": "high", "domain": "x"}]
+    assert load_documents([write(tmp_path / "a.jsonl", *rows)])["score"][:] == [None, "high"]
+
+
+@pytest.mark.parametrize("empty", ["", "  ", None, math.nan])
+def test_records_without_an_answer_are_dropped_and_counted(tmp_path, empty):
+    rows = [{"instruction": "Ask", "output": value} for value in ("yes", empty, "no", empty)]
+    source = write(tmp_path / "a.jsonl", *rows)
+    with pytest.warns(UserWarning, match="2 of 4 records of .*a.jsonl' have no text or no answer"):
+        assert load_documents([source], template="plain")["text"][:] == ["Ask\n\nyes", "Ask\n\nno"]
+
+
+def awkward(name: str) -> tuple[str, list[dict]]:
+    """A file of awkward records and its records."""
+    path = shared_path(f"data/awkward/{name}")
+    return str(path), [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("name", ["int", "bool"])
+def test_awkward_labels_are_text(name):
+    source, records = awkward(f"labels/{name}.jsonl")
+    texts = load_documents([source], template="plain")["text"][:]
+    assert texts == [f"{record['instruction']}\n\n{json.dumps(record['output'])}" for record in records]
+
+
+def test_awkward_integers_as_text():
+    source, records = awkward("labels/textint.jsonl")
+    numbers = [record["text"] for record in records if isinstance(record["text"], int)]
+    texts = load_documents([source])["text"][:]
+    assert numbers and len(texts) == len(records) and {str(number) for number in numbers} <= set(texts)
+
+
+def test_awkward_empty_answers():
+    source, records = awkward("labels/empty_out.jsonl")
+    with pytest.warns(UserWarning, match="10 of 20 records"):
+        texts = load_documents([source], template="plain")["text"][:]
+    assert texts == [f"{each['instruction']}\n\n{each['output']}" for each in records if each["output"]]
+
+
+def test_awkward_nan_is_no_context():
+    source, records = awkward("nan/alpaca_nan.jsonl")
+    texts = load_documents([source], template="plain")["text"][:]
+    missing = [(text, record) for text, record in zip(texts, records, strict=True) if is_nan(record["input"])]
+    assert missing
+    assert all(text == f"{record['instruction']}\n\n{record['output']}" for text, record in missing)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("labels/list.jsonl", "column 'output', got output with a list in .*list.jsonl, line 1"),
+        ("nan/text_nan.jsonl", "column 'text', got NaN in .*text_nan.jsonl, line {line}"),
+    ],
+)
+def test_awkward_values_that_are_no_text_name_column_and_line(name, message):
+    source, records = awkward(name)
+    line = next((number for number, row in enumerate(records, 1) if is_nan(row.get("text"))), 0)
+    with pytest.raises(UserError, match=message.format(line=line)) as caught:
+        load_documents([source])
+    assert "\n" not in str(caught.value)
 
 
 def test_text_wins_over_a_template_unless_one_is_asked_for(tmp_path):
@@ -222,6 +295,10 @@ def test_absolute_sources(tmp_path, monkeypatch):
         ({"prompt": "a", "answer": "b"}, "got prompt, answer in .*a.jsonl, line 1"),
         ({}, "got no columns"),
         ({"text": ["a"]}, "got text"),
+        ({"text": {"a": 1}}, "column 'text', got text with an object in .*a.jsonl, line 1"),
+        ({"text": math.nan}, "column 'text', got NaN in .*a.jsonl, line 1"),
+        ({"instruction": ["a"], "output": "b"}, "column 'instruction', .* line 1"),
+        ({"instruction": "a", "input": {}, "output": "b"}, "column 'input', .* line 1"),
         ({"text": "  "}, "expected documents in .*a.jsonl.*, got none"),
     ],
 )
