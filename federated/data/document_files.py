@@ -1,26 +1,25 @@
-"""Readers of text records: ``.txt``, ``.jsonl`` and ``.json`` files, folders, hub and disk datasets."""
+"""Readers of data sources: files and folders of records, datasets on disk and of the hub."""
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
 
 from configs.errors import UserError
+from federated.data.record_files import SUFFIXES, Record, read_file, record_stem, record_suffix
 from federated.data.splits import assign_splits, split_word
 
-SUFFIXES = (".txt", ".jsonl", ".json")
-DOCUMENT_CHARACTERS = 2000
-_SEPARATOR = re.compile(r"\f|<\|endoftext\|>")
+_NO_DATA_STEMS = {"readme", "license", "licence", "copying", "citation", "changelog", "requirements"}
+_NO_DATA_NAMES = {"dataset_infos.json", "dataset_info.json", "_success"}
+_NO_DATA_SUFFIXES = set(
+    ".md .rst .py .ipynb .sh .html .pdf .png .jpg .svg .yaml .yml .toml .cff .bib .lock .log".split()
+)
 _HUB_ID = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<config>[\w.-]+))?")
-
-Record = tuple[str, Mapping[str, Any]]
-"""Location of a record (for messages) and its fields."""
 
 
 def read_source(source: str) -> dict[str, Iterable[Record]]:
@@ -36,87 +35,33 @@ def read_source(source: str) -> dict[str, Iterable[Record]]:
         return {"": read_file(path)}
     if path.is_dir():
         return _read_folder(path)
-    if Path(source).suffix in SUFFIXES or not _HUB_ID.fullmatch(source):
+    if record_suffix(Path(source)) or not _HUB_ID.fullmatch(source):
         raise UserError(f"expected an existing file or folder or a hub dataset id, got {source!r}")
     return _dataset_records(source, _load_from_hub(source))
-
-
-def read_file(path: Path) -> Iterator[Record]:
-    """Records of one file; those of a ``.txt`` are ``{"text"}``."""
-    if path.suffix not in SUFFIXES:
-        raise UserError(f"expected a {', '.join(SUFFIXES)} file, got {str(path)!r}")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"expected UTF-8 text in {str(path)!r}, got {error.reason} at byte {error.start}; convert it"
-        ) from None
-    except OSError as error:
-        raise UserError(f"expected a readable file, got {str(path)!r}: {error.strerror}") from None
-    if path.suffix == ".txt":
-        return ((str(path), {"text": document}) for document in split_text(text))
-    return _json_list(path, text) if text.lstrip()[:1] == "[" else _json_lines(path, text)
-
-
-def split_text(text: str) -> list[str]:
-    """Split a plain text into documents.
-
-    Form feeds or ``<|endoftext|>`` separate documents. A text without separators is split into documents of about
-    ``DOCUMENT_CHARACTERS`` characters, at blank lines where possible, so that some can be held out.
-    """
-    documents = _SEPARATOR.split(text)
-    return documents if len(documents) > 1 else list(_cut(text, DOCUMENT_CHARACTERS))
-
-
-def _cut(text: str, size: int) -> Iterator[str]:
-    """Consecutive pieces of ``text`` of ``size / 2`` to ``3 size / 2`` characters."""
-    start = 0
-    while len(text) - start > 3 * size // 2:
-        earliest = start + size // 2
-        for mark in ("\n\n", "\n", " ", ""):
-            at = text.rfind(mark, earliest, start + size)
-            if at >= 0:
-                break
-        end = at + len(mark)
-        yield text[start:end]
-        start = end
-    yield text[start:]
-
-
-def _json_lines(path: Path, text: str) -> Iterator[Record]:
-    # Not splitlines(): JSON strings may contain line separators such as U+2028.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            yield _located(f"{path}, line {number}", _parse_json(line, path, first_line=number))
-
-
-def _json_list(path: Path, text: str) -> Iterator[Record]:
-    for number, record in enumerate(_parse_json(text, path, first_line=1), start=1):
-        yield _located(f"{path}, record {number}", record)
-
-
-def _parse_json(text: str, path: Path, *, first_line: int) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        line = first_line + error.lineno - 1
-        raise UserError(f"expected JSON in {str(path)!r}, got an error at line {line}: {error.msg}") from None
-
-
-def _located(where: str, record: Any) -> Record:
-    if not isinstance(record, dict):
-        raise UserError(f"expected a JSON object in {where}, got {type(record).__name__}")
-    return where, record
 
 
 def _read_folder(folder: Path) -> dict[str, Iterable[Record]]:
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         return _dataset_records(str(folder), datasets.load_from_disk(str(folder)))
-    files = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES and path.is_file())
-    if not files:
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not _no_data(path, folder)]
+    readable = [path for path in files if record_suffix(path)]
+    if not readable:
         return _dataset_records(str(folder), _load_from_hub(str(folder)))
-    splits = _by_split(str(folder), (((path.stem,), path) for path in files))
-    return {split: _chain(paths) for split, paths in splits.items()}
+    if unknown := [path for path in files if not record_suffix(path)]:
+        raise UserError(
+            f"expected only {', '.join(SUFFIXES)} files in {str(folder)!r}, got {str(unknown[0])!r}; "
+            "convert it or move it out of the folder"
+        )
+    named = (((record_stem(path), *reversed(path.relative_to(folder).parts[:-1])), path) for path in readable)
+    return {split: _chain(paths) for split, paths in _by_split(str(folder), named).items()}
+
+
+def _no_data(path: Path, folder: Path) -> bool:
+    """Whether a file of a folder is hidden, or a description, licence, script or picture beside the data."""
+    name = path.name.lower()
+    hidden = any(part.startswith((".", "__")) for part in path.relative_to(folder).parts)
+    described = name.partition(".")[0] in _NO_DATA_STEMS or name in _NO_DATA_NAMES
+    return hidden or described or Path(name).suffix in _NO_DATA_SUFFIXES
 
 
 def _chain(paths: Iterable[Path]) -> Iterator[Record]:

@@ -20,8 +20,9 @@ from configs.prompt_templates import (
     takes,
 )
 from configs.values import split_list
-from federated.data.document_files import Record, read_source
+from federated.data.document_files import read_source
 from federated.data.field_text import field_text, is_nan, text_fields
+from federated.data.record_files import Record, record_stem
 from federated.data.splits import HELD_OUT, assign_splits, hold_out, split_word
 
 _GENERIC_NAMES = ("train", "data", "all")
@@ -36,9 +37,9 @@ def load_documents(
 ) -> datasets.Dataset:
     """Load all ``sources`` into one dataset, one document per row, in the order of the sources.
 
-    A source is ``wikimix``, ``wikimix:DOMAIN,...``, a ``.txt``, ``.jsonl`` or ``.json`` file, a folder or the id of a
-    hub dataset (``owner/name[:config]``). ``template`` renders instruction records as text; ``wikimix_documents`` is
-    the number of training documents generated per wikimix domain, with ``seed``.
+    A source is ``wikimix``, ``wikimix:DOMAIN,...``, a file (see ``record_files``), a folder of files, also in
+    sub-folders, or the id of a hub dataset (``owner/name[:config]``). ``template`` renders instruction records as text;
+    ``wikimix_documents`` is the number of training documents generated per wikimix domain, with ``seed``.
 
     Columns: ``text``; ``domain`` (that of the records where all records of a source have one, else derived from the
     source's name); ``split``, ``train`` or ``valid``; and the records' scalar fields, nested ones with dotted names.
@@ -65,7 +66,7 @@ def source_labels(sources: Sequence[str]) -> list[str]:
     labels: list[str] = []
     for source in sources:
         path = Path(source).expanduser().resolve()
-        name = path.stem if path.is_file() else path.name
+        name = record_stem(path) if path.is_file() else path.name
         short = path.parent.name if path.is_file() and name in _GENERIC_NAMES else name
         longer = f"{path.parent.name}-{name}"
         numbered = (f"{longer}-{number}" for number in count(2))

@@ -5,12 +5,11 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset, DatasetDict
-from hypothesis import given
-from hypothesis import strategies as st
 
 from configs.errors import UserError
 from federated.data import document_files
-from federated.data.document_files import DOCUMENT_CHARACTERS, read_file, read_source, split_text
+from federated.data.document_files import read_source
+from tests.conftest import shared_path
 
 
 def write(path: Path, *records: object) -> Path:
@@ -21,65 +20,6 @@ def write(path: Path, *records: object) -> Path:
 
 def texts(source: Path | str) -> dict[str, list[str]]:
     return {split: [record["text"] for _, record in part] for split, part in read_source(str(source)).items()}
-
-
-@given(st.text(alphabet="ab \n", max_size=9000), st.integers(0, 3))
-def test_splitting_a_plain_text_loses_nothing(text, repeats):
-    text = text * 2**repeats
-    pieces = split_text(text)
-    assert "".join(pieces) == text
-    assert all(len(piece) <= 1.5 * DOCUMENT_CHARACTERS for piece in pieces)
-    assert all(len(piece) > DOCUMENT_CHARACTERS / 2 for piece in pieces[:-1])
-
-
-def test_a_text_is_cut_at_blank_lines_before_lines_before_words():
-    paragraph = "word " * 60 + "\nline\n"
-    pieces = split_text((paragraph + "\n") * 50)
-    assert len(pieces) > 5 and all(piece.endswith("\n\n") for piece in pieces)
-    pieces = split_text(paragraph * 50)
-    assert len(pieces) > 5 and all(piece.endswith("\n") for piece in pieces)
-    assert all(piece.endswith(" ") for piece in split_text("word " * 5000)[:-1])
-    assert [len(piece) for piece in split_text("x" * 4500)] == [2000, 2500]
-
-
-def test_separators_in_a_plain_text_are_documents():
-    assert split_text("one\n\nstill one<|endoftext|>two\fthree") == ["one\n\nstill one", "two", "three"]
-    assert split_text("short") == ["short"] and split_text("") == [""]
-
-
-def test_json_lines_and_lists(tmp_path):
-    records = [{"text": "a\u2028b"}, {"text": "c"}]
-    lines = tmp_path / "a.jsonl"
-    lines.write_text(json.dumps(records[0], ensure_ascii=False) + "\n\n" + json.dumps(records[1]))
-    (tmp_path / "b.json").write_text(json.dumps(records, indent=1))
-    assert [record for _, record in read_file(lines)] == records
-    assert [record for _, record in read_file(tmp_path / "b.json")] == records
-    lines.rename(tmp_path / "c.json")
-    assert [record for _, record in read_file(tmp_path / "c.json")] == records
-    assert [where for where, _ in read_file(tmp_path / "c.json")][1].endswith("c.json, line 3")
-
-
-def test_a_byte_order_mark_is_not_text(tmp_path):
-    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfabc\r\nd")
-    assert texts(tmp_path / "a.txt") == {"": ["abc\nd"]}
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.jsonl", b'{"text": "a"}\n\n{"text": \n', "at line 3"),
-        ("a.jsonl", b'{"text": "a"}\n[1]\n', "expected a JSON object in .*line 2, got list"),
-        ("a.json", b'[{"text": "a"},\n {"text" "b"}]', "at line 2"),
-        ("a.json", b'[{"text": "a"}, 3]', "record 2, got int"),
-        ("a.txt", b"abc\xff", "invalid start byte at byte 3"),
-        ("a.csv", b"a,b", "expected a .txt, .jsonl, .json file"),
-    ],
-)
-def test_malformed_files_are_one_line(tmp_path, name, content, message):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=message) as caught:
-        list(read_source(str(tmp_path / name))[""])
-    assert "\n" not in str(caught.value) and name in str(caught.value)
 
 
 def test_a_folder_keeps_train_and_valid_apart(tmp_path):
@@ -173,3 +113,46 @@ def test_an_empty_folder_is_one_line(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="empty") as caught:
         read_source(str(tmp_path / "empty"))
     assert "\n" not in str(caught.value)
+
+
+def test_sub_folders_are_read_and_name_splits_after_the_file(tmp_path):
+    write(tmp_path / "train" / "deep" / "part-0.JSONL", {"text": "a"})
+    write(tmp_path / "train" / "part-1.ndjson", {"text": "b"})
+    write(tmp_path / "validation" / "part-0.jsonl", {"text": "c"})
+    write(tmp_path / "train" / "test.jsonl", {"text": "d"})
+    assert texts(tmp_path) == {"train": ["a", "b"], "valid": ["c"]}
+
+
+def test_a_downloaded_dataset_repository(tmp_path):
+    for name in ("README.md", "LICENSE", "LICENSE.txt", "readme.txt", ".gitattributes", "load.py", "a.png"):
+        (tmp_path / name).write_text("text: no data")
+    (tmp_path / "dataset_infos.json").write_text("{}")
+    write(tmp_path / ".cache" / "huggingface" / "x.jsonl", {"text": "hidden"})
+    (tmp_path / "data").mkdir()
+    for part, values in {
+        "train-00000-of-00002": ["a"],
+        "train-00001-of-00002": ["b"],
+        "test-0": ["c"],
+    }.items():
+        Dataset.from_dict({"text": values}).to_parquet(str(tmp_path / "data" / f"{part}.parquet"))
+    assert texts(tmp_path) == {"train": ["a", "b"], "valid": ["c"]}
+
+
+def test_an_unknown_file_beside_data_is_one_clear_error(tmp_path):
+    write(tmp_path / "train.jsonl", {"text": "a"})
+    (tmp_path / "more.docx").write_bytes(b"x")
+    with pytest.raises(
+        UserError, match="expected only .txt, .* files in .*, got .*more.docx'; convert it"
+    ) as caught:
+        read_source(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def test_the_awkward_snapshot():
+    pyarrow = pytest.importorskip("pyarrow.parquet")
+    folder = shared_path("data/awkward/snapshot")
+    expected = {
+        split: pyarrow.read_table(folder / "data" / f"{name}-00000-of-00001.parquet")["text"].to_pylist()
+        for split, name in {"train": "train", "valid": "validation"}.items()
+    }
+    assert texts(folder) == expected and [len(part) for part in expected.values()] == [40, 10]
