@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -19,15 +20,27 @@ def texts_by_domain(sources: Sequence[str], split: str) -> dict[str, list[str]]:
     """Documents of one split of ``sources`` (see ``load_documents``) by domain.
 
     Raises:
-        UserError: an unknown split, a source that cannot be read.
+        UserError: an unknown split, a split without documents, a source that cannot be read.
     """
     if split not in SPLITS:
         raise UserError(f"expected `split` to be {', '.join(SPLITS[:-1])} or {SPLITS[-1]}, got {split!r}")
     texts: dict[str, list[str]] = {}
     for row in load_documents(absolute_sources(sources)):
+        members = texts.setdefault(row["domain"], [])
         if split in ("all", row["split"]):
-            texts.setdefault(row["domain"], []).append(row["text"])
-    return texts
+            members.append(row["text"])
+    empty = [domain for domain, members in texts.items() if not members]
+    if len(empty) == len(texts):
+        raise UserError(
+            f"expected documents in the {split} split of {', '.join(sources)}, got none; add a file with "
+            f"{split!r} in its name, or use the split {'train' if split == 'valid' else 'valid'} or all"
+        )
+    if empty:
+        warnings.warn(
+            f"no documents in the {split} split of {', '.join(empty)}: these domains are left out",
+            stacklevel=2,
+        )
+    return {domain: members for domain, members in texts.items() if members}
 
 
 def text_batches(

@@ -26,6 +26,22 @@ def test_texts_are_those_of_the_split_by_domain(tmp_path):
         texts_by_domain(sources, "test")
 
 
+def test_a_split_without_documents_is_an_error_that_names_source_and_way_out(tmp_path):
+    (tmp_path / "one.jsonl").write_text(json.dumps({"text": "only"}))
+    source = str(tmp_path / "one.jsonl")
+    with pytest.raises(UserError, match="in the valid split of .*one.jsonl, got none; .* split train or all"):
+        texts_by_domain([source], "valid")
+    assert texts_by_domain([source], "train") == {"one": ["only"]}
+
+
+def test_a_domain_without_documents_in_the_split_is_left_out_aloud(tmp_path):
+    for name, count in {"one": 1, "two": 2}.items():
+        (tmp_path / f"{name}.jsonl").write_text(f"{json.dumps({'text': name})}\n" * count)
+    sources = [str(tmp_path / "one.jsonl"), str(tmp_path / "two.jsonl")]
+    with pytest.warns(UserWarning, match="valid split of one: these domains are left out"):
+        assert texts_by_domain(sources, "valid") == {"two": ["two"]}
+
+
 @pytest.mark.parametrize("max_blocks", [0, 2])
 def test_batches_hold_the_blocks_of_every_domain_and_leave_the_padding_out(tiny_tokenizer, max_blocks):
     domains = [["hello", "world again"], ["x"] * 9]
