@@ -33,7 +33,7 @@ def texts_by_domain(sources: Sequence[str], split: str) -> dict[str, list[str]]:
     if len(empty) == len(texts):
         raise UserError(
             f"expected documents in the {split} split of {', '.join(sources)}, got none; add a file with "
-            f"{split!r} in its name, or use the split {'train' if split == 'valid' else 'valid'} or all"
+            f"'{split}' in its name, or use the split {'train' if split == 'valid' else 'valid'} or all"
         )
     if empty:
         warnings.warn(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from enum import StrEnum
 
 import pytest
 import torch
@@ -31,6 +32,8 @@ def test_a_split_without_documents_is_an_error_that_names_source_and_way_out(tmp
     source = str(tmp_path / "one.jsonl")
     with pytest.raises(UserError, match="in the valid split of .*one.jsonl, got none; .* split train or all"):
         texts_by_domain([source], "valid")
+    with pytest.raises(UserError, match="with 'valid' in its name"):
+        texts_by_domain([source], StrEnum("Split", {"VALID": "valid"})("valid"))
     assert texts_by_domain([source], "train") == {"one": ["only"]}
 
 
