@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import fedgraft
 
+SPLIT_WARNING = "fedgraft: warning: no training and held-out split in "
+
 
 class Outcome(NamedTuple):
     """Exit code and output of one command."""
@@ -31,14 +33,18 @@ def run(capsys, *arguments: object) -> Outcome:
 
 
 def assert_refused(outcome: Outcome, *words: str, as_json: bool) -> None:
-    """Bad input: exit code 2, one line on stderr, and on stdout ``{"error"}`` with ``--json``, else nothing."""
+    """Bad input: exit code 2, one error line on stderr, and on stdout ``{"error"}`` with ``--json``, else nothing.
+
+    The only lines before the error are warnings that data without a split are divided.
+    """
     assert outcome.code == 2, outcome
-    lines = outcome.err.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("fedgraft: error: "), outcome.err
+    *warned, line = outcome.err.splitlines()
+    assert line.startswith("fedgraft: error: "), outcome.err
+    assert [each for each in warned if not each.startswith(SPLIT_WARNING)] == []
     for word in words:
-        assert word in lines[0]
+        assert word in line
     if as_json:
-        assert outcome.json() == {"error": lines[0].removeprefix("fedgraft: error: ")}
+        assert outcome.json() == {"error": line.removeprefix("fedgraft: error: ")}
     else:
         assert outcome.out == ""
 
