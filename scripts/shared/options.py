@@ -33,7 +33,7 @@ CausalModel = Annotated[
 DATA = typer.Option(
     "--data",
     "--dataset",
-    help="wikimix, wikimix:DOMAIN[,DOMAIN], a .txt or .jsonl file, a folder, or a hub dataset; repeatable.",
+    help="wikimix, wikimix:DOMAIN[,DOMAIN], a text, JSON, CSV or Parquet file, a folder, or a hub dataset; repeatable.",
 )
 DataSources = Annotated[list[str], DATA]
 SplitOption = Annotated[

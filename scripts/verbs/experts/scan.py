@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from experts.saliency.expert_scan import ExpertScan
     from experts.saliency.measures import Saliency
 
-_SOURCES = "a .txt or .jsonl file, a folder, wikimix:DOMAIN, or a hub dataset; repeatable."
+_SOURCES = "a text, JSON, CSV or Parquet file, a folder, wikimix:DOMAIN, or a hub dataset; repeatable."
 
 
 @dataclass(frozen=True)
