@@ -37,7 +37,8 @@ from benchmarks.support.runner import Measured, OnStep, report
 from benchmarks.support.statistics import interval
 from configs.paths import cache_folder
 from configs.schema import RunConfig
-from scripts.shared.console import JsonFlag, quiet_libraries, stderr
+from scripts.shared.console import quiet_libraries, stderr
+from scripts.shared.options import JsonFlag
 
 # Share of the log-perplexity gain of dense FedAvg over all its rounds that is the target.
 GAIN_SHARE = 0.9

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from flwr.app import RecordDict
 
-from federated.protocol.messages import Request, read_request
+from federated.protocol.messages import NEEDS_RECIPE, Request, read_request
 from server.rounds import node_requests
 from server.rounds.exchange import Answer
 from server.rounds.node_requests import NodeRequests, add_retries
@@ -90,7 +90,7 @@ def test_a_node_that_asks_for_steps_twice_is_given_up(ask):
 
 def test_a_node_without_the_graph_receives_the_recipe_and_then_the_steps(ask):
     sessions = {1: NodeSession(held_version=4)}
-    exchanges = [{1: failed(needs_recipe=True)}, {1: failed(held_version=0)}, {1: REPLY}]
+    exchanges = [{1: failed(error_code=NEEDS_RECIPE)}, {1: failed(held_version=0)}, {1: REPLY}]
     answers, sent = ask(exchanges, sessions)
     assert [each[1].recipe for each in sent] == [b"", RECIPE, b""]
     assert sent[2][1].graph_hash == "held 0"
@@ -98,7 +98,7 @@ def test_a_node_without_the_graph_receives_the_recipe_and_then_the_steps(ask):
 
 
 def test_without_a_recipe_the_error_stays(ask):
-    lacking = failed("no graph", needs_recipe=True)
+    lacking = failed("no graph", error_code=NEEDS_RECIPE)
     answers, sent = ask([{1: lacking}], {1: NodeSession()}, Model(recipe_bytes=b""))
     assert answers == {1: lacking} and len(sent) == 1
 
