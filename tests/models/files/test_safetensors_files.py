@@ -6,28 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
-from configs.errors import UserError
 from models.files import safetensors_files as module
 from models.files.fingerprint import (
     checkpoint_fingerprint,
 )
 from models.files.safetensors_files import check_file, checkpoint_files
 from tests.conftest import tiny_llama
-
-
-def saved(directory: Path, **tensors: torch.Tensor) -> str:
-    directory.mkdir(parents=True)
-    save_file(tensors, directory / "model.safetensors")
-    return str(directory)
-
-
-def refusal(call, source) -> str:
-    with pytest.raises(UserError) as error:
-        call(source)
-    assert "\n" not in str(error.value)
-    return str(error.value)
+from tests.models.files.test_fingerprint import refusal, saved
 
 
 @pytest.fixture
