@@ -15,6 +15,7 @@ from experts.clustering import check_expert_count
 from models.bootstrap.build import BootstrapOptions, LayerExperts, build_graph, plan_experts
 from models.bootstrap.calibration import Calibration, sample_text
 from models.bootstrap.cluster_table import cluster_table
+from models.bootstrap.equality_check import check_equality
 from models.bootstrap.recipe import RECIPE_NAME, recipe_of, write_recipe
 from models.bootstrap.selection_report import SHARES, selection_report
 from models.checkpoints.load import load_dense, load_tokenizer
@@ -54,10 +55,11 @@ def bootstrap_checkpoint(
 
     Returns:
         ``{"out", "experts", "experts_per_token", "clustering", "layers": [{"sizes", "inertia", "seconds"}],
-        "perplexity"}``.
+        "perplexity", "logit_difference"}``; the last as ``check_equality`` returns it.
 
     Raises:
-        UserError: a checkpoint that cannot be used, an E that does not divide the FFN width, too little text.
+        UserError: a checkpoint that cannot be used, an E that does not divide the FFN width, too little text, a graph
+            that does not equal the dense model.
     """
     check_output_directory(out, overwrite=overwrite)
     width = getattr(read_config(source), "intermediate_size", 0)
@@ -71,10 +73,11 @@ def bootstrap_checkpoint(
     measured = Calibration(dense, calibration)
     experts = _experts(measured, options, on_step)
     graph = build_graph(dense, experts, options.visits, base_fingerprint=base)
+    difference = check_equality(dense, graph, held_out)
     report = _report(measured, graph, experts, held_out, on_step)
     with new_directory(out, overwrite=overwrite) as directory:
         _write(cast_weights(graph, dtype), tokenizer, experts, directory)
-    return _summary(out, options, experts, report)
+    return _summary(out, options, experts, report) | {"logit_difference": difference}
 
 
 def _texts(

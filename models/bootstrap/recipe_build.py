@@ -25,9 +25,10 @@ from models.bootstrap.recipe import (
 from models.checkpoints.disk_experts import GraphFiles
 from models.checkpoints.load import load_tokenizer
 from models.checkpoints.save import save_graph
-from models.files.config_file import check_is_dense, read_config
+from models.files.config_file import check_is_dense
 from models.files.fingerprint import fingerprint_of
 from models.files.safetensors_files import check_file, checkpoint_files
+from models.files.tied_head import stored_config
 from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 
 
@@ -47,7 +48,7 @@ class DenseBase:
     """
 
     def __init__(self, source: str, dtype: torch.dtype) -> None:
-        config = read_config(source)
+        config = stored_config(source)
         check_is_dense(config, source)
         for path in checkpoint_files(source):
             check_file(path)
@@ -72,7 +73,7 @@ class DenseBase:
 
 
 def check_base(base: str, graph: str) -> None:
-    """Check that the graph in ``graph`` can be rebuilt from ``base``, without reading weights.
+    """Check that the graph in ``graph`` can be rebuilt from ``base``, without reading the weights of its layers.
 
     Args:
         base: directory or hub id of a dense model.
@@ -81,7 +82,7 @@ def check_base(base: str, graph: str) -> None:
     Raises:
         UserError: no dense model, a graph without a recipe, or a recipe of another base.
     """
-    config = read_config(base)
+    config = stored_config(base)
     check_is_dense(config, base)
     recipe = read_recipe_file(graph)
     if not recipe:
@@ -112,7 +113,7 @@ def build_from_recipe(base: str, recipe: Recipe, out: Path, *, overwrite: bool =
 
 def build_into(base: str, recipe: Recipe, directory: Path) -> None:
     """Write the checkpoint of ``build_from_recipe`` into an existing directory."""
-    config = read_config(base)
+    config = stored_config(base)
     check_is_dense(config, base)
     check_fits(recipe, config, base)
     dense = DenseBase(base, getattr(torch, recipe.facts.dtype))

@@ -17,6 +17,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGH
 from configs.errors import UserError, first_line
 from configs.output import new_directory
 from configs.paths import cache_folder
+from models.files.tied_head import record_own_head
 
 _GGUF = ".gguf"
 Opened = tuple[PreTrainedModel, PreTrainedTokenizerBase]
@@ -83,6 +84,7 @@ def _foreign(path: Path) -> _Foreign | None:
 
 def _write(found: _Foreign, out: Path) -> None:
     model, tokenizer = found.open(found.path)
+    record_own_head(model)
     with new_directory(out) as directory:
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)

@@ -14,8 +14,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig
 
 from configs.errors import UserError
-from models.files.config_file import check_is_graph, read_config
+from models.files.config_file import check_is_graph
 from models.files.safetensors_files import checkpoint_files
+from models.files.tied_head import stored_config
 from models.graph.graph_state import check_graph
 from models.graph.runtime_settings import held_experts
 from models.graph.unit_vectors import flatten_weights, unflatten_weights
@@ -136,7 +137,7 @@ def open_mapped(source: str, moved: MovedExperts | None = None) -> FedGraftForCa
     Raises:
         UserError: no such checkpoint, not an expert graph, weights missing or of other shapes than the configuration's.
     """
-    config = read_config(source)
+    config = stored_config(source)
     check_is_graph(config, source)
     config.dtype = torch.float32
     files = GraphFiles(source)

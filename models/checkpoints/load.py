@@ -19,6 +19,7 @@ from models.checkpoints.disk_experts import open_mapped
 from models.checkpoints.save import cast_weights
 from models.files.config_file import check_is_dense, check_is_graph, read_config
 from models.files.safetensors_files import check_file, checkpoint_files
+from models.files.tied_head import record_own_head
 from models.graph.expert_modules import materialize_modules
 from models.graph.graph_state import check_graph
 from models.remote_code.configuration_fedgraft import FedGraftConfig
@@ -143,6 +144,7 @@ def _load(
             f"expected every weight that config.json describes in {source}, got none or another shape for {named}; "
             "the checkpoint is incomplete"
         )
+    record_own_head(model)
     return (replace_linear4bit(model) if precision == "nf4" else model.to(device)).eval()
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from configs.errors import UserError
+from models.files.tied_head import has_own_head
 from models.moe_files.layout import MoELayout
 
 
@@ -37,6 +38,8 @@ def pruned_config(
     if layout.beyond:
         config["num_nextn_predict_layers"] = 0
         warnings.append(f"{len(layout.beyond)} tensors of layers that predict further tokens are left out")
+    if config.get("tie_word_embeddings") and has_own_head(layout.tensors):
+        config["tie_word_embeddings"] = False
     if graph_version is not None:
         config["graph_version"] = graph_version
     return config, (*warnings, *groups_warning)

@@ -100,7 +100,10 @@ def bootstrap(
             overwrite=write.overwrite,
             on_step=on_step,
         )
-    lines = [report_table(result["perplexity"]), f"wrote {result['out']}"]
+    difference = (
+        f"relative logit difference to the dense model, all experts active: {result['logit_difference']:.1e}"
+    )
+    lines = [report_table(result["perplexity"]), difference, f"wrote {result['out']}"]
     print_result(result, as_json=as_json, lines=lines)
     if not as_json:
         stderr.print(

@@ -35,7 +35,10 @@ def run(source: Path, out: Path, *, num_experts: int = 4, plan: dict | None = No
 def test_the_report_has_the_agreed_keys_and_its_files_are_there(tmp_path, tiny_llama_dir):
     stages = []
     report = run(tiny_llama_dir, tmp_path / "graph", on_step=lambda *step: stages.append(step))
-    assert set(report) == {"out", "experts", "experts_per_token", "clustering", "layers", "perplexity"}
+    assert set(report) == {
+        "out", "experts", "experts_per_token", "clustering", "layers", "perplexity", "logit_difference",
+    }  # fmt: skip
+    assert 0 <= report["logit_difference"] < 1e-5
     assert report["clustering"] == "flow"
     assert (report["out"], report["experts"], report["experts_per_token"]) == (str(tmp_path / "graph"), 4, 2)
     assert [set(layer) for layer in report["layers"]] == [{"sizes", "inertia", "seconds"}] * 2
