@@ -107,8 +107,9 @@ class Split(StrEnum):
 
 
 class Precision(StrEnum):
-    """Precision in which weights are held."""
+    """Precision in which weights are held; auto: as stored, or fp32 where that is faster than 16 bits."""
 
+    AUTO = "auto"
     FP32 = "fp32"
     BF16 = "bf16"
     NF4 = "nf4"

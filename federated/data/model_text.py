@@ -71,7 +71,7 @@ class ModelText:
 def open_model_text(
     source: str,
     *,
-    precision: str | None,
+    precision: str,
     device: str,
     block_size: int | None,
     batch_size: int,
@@ -81,7 +81,7 @@ def open_model_text(
 
     Args:
         source: directory or hub id.
-        precision: of the weights, as ``load_causal_lm`` takes it; None: as stored.
+        precision: of the weights, as ``load_causal_lm`` takes it.
         device: ``auto``, ``cpu`` or ``cuda``.
         block_size: tokens per block; None: ``DEFAULT_BLOCK_SIZE``, or the model's context where that is smaller.
         batch_size: blocks per forward pass.

@@ -25,8 +25,9 @@ from models.graph.graph_state import check_graph
 from models.remote_code.configuration_fedgraft import FedGraftConfig
 from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 from models.runtime.nf4 import compute_dtype, quantization_config, replace_linear4bit
+from models.runtime.precision import faster_dtype
 
-WEIGHT_PRECISIONS = ("fp32", "bf16", "nf4")
+WEIGHT_PRECISIONS = ("auto", "fp32", "bf16", "nf4")
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 # Graphs open with these classes and not with the modeling code in the checkpoint.
@@ -46,7 +47,8 @@ def load_dense(
         source: directory or hub id.
         dtype: dtype of the weights; ``auto`` for that of the checkpoint. With ``nf4``: dtype of the matrix products and
             of unquantized weights; ``auto`` for bf16 if it is faster on the device, else fp32.
-        precision: ``fp32``, ``bf16`` or ``nf4`` (4-bit linear layers except the output head); None to use ``dtype``.
+        precision: ``fp32``, ``bf16``, ``nf4`` (4-bit linear layers except the output head), or ``auto``: as stored, but
+            fp32 in place of 16 bits where the device is faster with it (see ``faster_dtype``); None to use ``dtype``.
         device: device of the model.
 
     Raises:
@@ -145,7 +147,17 @@ def _load(
             "the checkpoint is incomplete"
         )
     record_own_head(model)
+    if precision == "auto":
+        _widen_if_faster(model, torch.device(device))
     return (replace_linear4bit(model) if precision == "nf4" else model.to(device)).eval()
+
+
+def _widen_if_faster(model: PreTrainedModel, device: torch.device) -> None:
+    """Cast 16-bit weights to fp32 if the device is faster with it; ``config.dtype`` keeps the stored dtype."""
+    stored = model.dtype
+    if not getattr(model, "is_quantized", False) and faster_dtype(stored, device.type) != stored:
+        cast_weights(model, torch.float32)
+        model.config.dtype = stored
 
 
 def _dtype_options(
@@ -161,7 +173,7 @@ def _dtype_options(
             "quantization_config": quantization_config(products),
             "device_map": {"": device},
         }
-    return {"dtype": _DTYPES[precision] if precision else dtype}
+    return {"dtype": _DTYPES.get(precision or "", dtype)}
 
 
 def _product_dtype(dtype: torch.dtype | str, device: torch.device | str) -> torch.dtype:

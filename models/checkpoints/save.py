@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from models.remote_code.configuration_fedgraft import FedGraftConfig
 from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
+
+Model = TypeVar("Model", bound=PreTrainedModel)
 
 
 def save_graph(
@@ -34,9 +37,11 @@ def save_graph(
     tokenizer.save_pretrained(directory)
 
 
-def cast_weights(model: FedGraftForCausalLM, dtype: torch.dtype) -> FedGraftForCausalLM:
-    """Cast the weights of a model in place; routers and gains become fp32 for any dtype."""
-    exact = set(model._keep_in_fp32_modules_strict)
+def cast_weights(model: Model, dtype: torch.dtype) -> Model:
+    """Cast the weights of a model in place, one at a time; modules that stay in fp32 become fp32 for any dtype."""
+    exact = set(model._keep_in_fp32_modules_strict or [])
+    if dtype == torch.float16:  # the rule of transformers
+        exact |= set(model._keep_in_fp32_modules or [])
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(torch.float32 if exact & set(name.split(".")) else dtype)
     model.config.dtype = dtype

@@ -12,7 +12,7 @@ from configs.errors import UserError
 from configs.output import new_directory
 from experts.selection.compression_trace import Step
 from models.checkpoints.load import load_tokenizer
-from models.checkpoints.save import save_graph
+from models.checkpoints.save import cast_weights, save_graph
 from models.families.table import family_of
 from models.files.side_files import copy_side_files
 from models.moe.replay import check_steps
@@ -45,7 +45,7 @@ def planned_keep_map(layout: MoELayout, steps: Sequence[Step]) -> dict[int, np.n
 def save_merged(
     model: PreTrainedModel, source: Path, out: Path, *, graph_version: int, overwrite: bool
 ) -> None:
-    """Write a model with the side files of its source checkpoint.
+    """Write a model in the dtype of its configuration, with the side files of its source checkpoint.
 
     Args:
         model: model with equally many experts per layer where its format holds one number.
@@ -54,6 +54,7 @@ def save_merged(
         graph_version: graph version after the merge, for an expert graph.
         overwrite: whether ``out`` may be replaced.
     """
+    cast_weights(model, model.config.dtype)
     with new_directory(out, overwrite=overwrite) as directory:
         copy_side_files(source, directory)
         if family_of(model.config).has_edges:

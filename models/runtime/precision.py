@@ -6,10 +6,12 @@ import time
 from functools import lru_cache
 
 import torch
+from transformers import PreTrainedModel
 
 from configs.errors import UserError
 
 PRECISIONS = ("auto", "bf16", "fp32")
+_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 DEVICES = ("auto", "cpu", "cuda")
 
 
@@ -32,15 +34,37 @@ def autocast_to_bf16(precision: str, device: str = "cpu") -> bool:
     return bf16_is_faster(device) if precision == "auto" else precision == "bf16"
 
 
-@lru_cache
-def bf16_is_faster(device: str = "cpu", size: int = 256) -> bool:
-    """Whether the device multiplies matrices faster in bf16 than in fp32, by a measurement of a few milliseconds.
+def bf16_is_faster(device: str = "cpu") -> bool:
+    """Whether the device multiplies matrices faster in bf16 than in fp32; see ``beats_fp32``."""
+    return beats_fp32(torch.bfloat16, device)
 
-    Processors without bf16 instructions emulate them and take up to thirty times as long.
+
+@lru_cache
+def beats_fp32(dtype: torch.dtype, device: str = "cpu", size: int = 256) -> bool:
+    """Whether the device multiplies matrices faster in a 16-bit dtype than in fp32.
+
+    Measured once per process, in a few milliseconds. Processors without instructions for the dtype emulate them and
+    take up to thirty times as long.
     """
     if device != "cpu":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return _seconds(torch.bfloat16, size) < _seconds(torch.float32, size)
+        return dtype == torch.float16 or torch.cuda.is_bf16_supported(including_emulation=False)
+    return _seconds(dtype, size) < _seconds(torch.float32, size)
+
+
+def faster_dtype(stored: torch.dtype, device: str = "cpu") -> torch.dtype:
+    """Dtype to compute with weights stored in ``stored``: fp32 for 16 bits if the device is faster with it.
+
+    Weights of other dtypes keep theirs, so that none are rounded.
+    """
+    half = stored in (torch.bfloat16, torch.float16)
+    return torch.float32 if half and not beats_fp32(stored, device) else stored
+
+
+def precision_name(model: PreTrainedModel) -> str:
+    """Precision of the weights of an opened model: ``fp32``, ``bf16``, ``fp16``, ``nf4`` or torch's name."""
+    if any(parameter.dtype == torch.uint8 for parameter in model.parameters()):
+        return "nf4"
+    return _NAMES.get(model.dtype, str(model.dtype).removeprefix("torch."))
 
 
 def _seconds(dtype: torch.dtype, size: int) -> float:

@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import (
@@ -23,6 +23,9 @@ from rich.progress import (
 
 from configs.errors import name_fields
 from configs.output import finite
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 stderr = Console(stderr=True)
 
@@ -108,6 +111,15 @@ def print_result(result: dict[str, Any], *, as_json: bool, lines: Iterable[Any])
     console = Console()
     for line in lines:
         console.print(line, highlight=False)
+
+
+def say_precision(model: PreTrainedModel) -> str:
+    """Print the precision of the weights of an opened model as a line on stderr, and return its name."""
+    from models.runtime.precision import precision_name
+
+    name = precision_name(model)
+    print(f"computing with {name} weights", file=sys.stderr, flush=True)
+    return name
 
 
 def option_names(message: str) -> str:

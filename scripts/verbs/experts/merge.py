@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from configs.choices import Average, Device, Similarity
+from configs.choices import Average, Device, Precision, Similarity
 from federated.data.model_text import open_model_text
-from scripts.shared.console import print_result, progress, quiet_libraries
+from scripts.shared.console import print_result, progress, quiet_libraries, say_precision
 from scripts.shared.expert_options import AveragingOptions, ChoiceOptions
 from scripts.shared.options import (
     CALIBRATION_BLOCKS,
@@ -117,7 +117,7 @@ def merge(
         targets[:] = output_directories(choices, write.out)
     for target in filter(None, targets):
         check_output_directory(target, overwrite=write.overwrite)
-    opening = {"precision": None, "device": device, **vars(blocks)}
+    opening = {"precision": Precision.AUTO, "device": device, **vars(blocks)}
     results = [
         _merge(layout, choice, target, data, options if steps is None else steps, write.overwrite, opening)
         for choice, target in zip(choices, targets, strict=True)
@@ -160,6 +160,7 @@ def _merge(
     if out is None:
         return result
     opened = open_model_text(str(layout.source), **opening)
+    precision = say_precision(opened.model)
     held_out = list(opened.batches(data, "valid"))
     perplexity = {"before": batches_loss(opened.model, held_out).perplexity}
     with experts_removed(opened.model, choice.keep_map) as pruned:
@@ -172,6 +173,7 @@ def _merge(
         "out": str(out),
         "bytes_after": read_moe_layout(out).weight_bytes,
         "groups": {str(layer): list(each.values()) for layer, each in enumerate(groups)},
+        "precision": precision,
         "perplexity": perplexity | _planned_perplexity(how, perplexity["merged"]),
         "note": _OURS if layout.family.has_edges else None,
     }

@@ -11,7 +11,7 @@ import typer
 
 from configs.choices import Precision, Split
 from federated.data.model_text import open_model_text
-from scripts.shared.console import print_result, progress, quiet_libraries
+from scripts.shared.console import print_result, progress, quiet_libraries, say_precision
 from scripts.shared.expert_options import AveragingOptions, MetricOptions, ProtectionOptions
 from scripts.shared.options import (
     CALIBRATION_BLOCKS,
@@ -81,9 +81,12 @@ def plan(
     _check(runtime, split, n_prune)
     options = steps.plan_options(n_prune)
     opened = open_model_text(model, **vars(runtime), **vars(blocks))
+    precision = say_precision(opened.model)
     found = _plan(opened, data, split, options)
     experts = found.expert_list({**_SOURCE, "metric": steps.metric, "model": model, "datasets": list(data)})
-    result = _write(found, experts, write.out) | _figures(found) | experts.statistics
+    result = (
+        _write(found, experts, write.out) | _figures(found) | experts.statistics | {"precision": precision}
+    )
     # The key keeps the spelling of stored results.
     result["equalise"] = needs_equalizing(opened.model)
     if result["equalise"]:
@@ -101,7 +104,7 @@ def _check(runtime: RuntimeOptions, split: Split, n_prune: int) -> None:
 
     if runtime.precision == Precision.NF4:
         raise UserError(
-            "expected --precision fp32 or bf16, got nf4; experts are averaged, which 4-bit weights do not allow"
+            "expected --precision auto, fp32 or bf16, got nf4; experts are averaged, which 4-bit weights do not allow"
         )
     if split != Split.TRAIN:
         warnings.warn(

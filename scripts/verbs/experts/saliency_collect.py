@@ -6,7 +6,7 @@ from time import monotonic
 
 from configs.choices import Split
 from federated.data.model_text import open_model_text
-from scripts.shared.console import print_result, progress, quiet_libraries
+from scripts.shared.console import print_result, progress, quiet_libraries, say_precision
 from scripts.shared.options import (
     BatchOptions,
     DataSources,
@@ -41,6 +41,7 @@ def collect(
     out = write.out
     check_output_file(out, overwrite=write.overwrite)
     opened = open_model_text(model, **vars(runtime), **vars(blocks))
+    precision = say_precision(opened.model)
     batches = opened.batches(data, split)
     start, partial = monotonic(), out.with_name(out.name + ".partial")
     with progress() as on_step:
@@ -54,7 +55,8 @@ def collect(
     seconds = monotonic() - start
     save_saliency(saliency, out)
     partial.unlink(missing_ok=True)
-    result = {"out": str(out), "tokens": saliency.provenance["tokens"], "seconds": seconds}
+    tokens = saliency.provenance["tokens"]
+    result = {"out": str(out), "tokens": tokens, "seconds": seconds, "precision": precision}
     print_result(result, as_json=as_json, lines=[_line(result)])
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from federated.data.model_text import ModelText, open_model_text
-from scripts.shared.console import print_result, progress, quiet_libraries
+from scripts.shared.console import print_result, progress, quiet_libraries, say_precision
 from scripts.shared.options import BatchOptions, ExpertModel, JsonFlag, NewFiles, RuntimeOptions
 from scripts.shared.verb import verb
 
@@ -98,6 +98,7 @@ def _scan(
     check_scan_options(**vars(score))
     check_output_file(write.out, overwrite=write.overwrite)
     opened = open_model_text(**opening)
+    precision = say_precision(opened.model)
     found = _saliency_of_each(opened, sets)
     scan = scan_experts(found["prompts"], found["others"], frequency_weight=score.frequency_weight)
     tokens = {name: each.provenance["tokens"] for name, each in found.items()}
@@ -113,6 +114,7 @@ def _scan(
         "tokens": tokens,
         "flagged": flagged,
         "decoder_layers": decoders,
+        "precision": precision,
     }
     print_result(result, as_json=as_json, lines=_lines(result, scan, expert_map.thresholds))
 

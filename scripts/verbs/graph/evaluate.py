@@ -8,7 +8,7 @@ import typer
 
 from configs.choices import Split
 from federated.data.model_text import DEFAULT_BLOCK_SIZE
-from scripts.shared.console import print_result, progress, quiet_libraries
+from scripts.shared.console import print_result, progress, quiet_libraries, say_precision
 from scripts.shared.options import (
     BlockOptions,
     CausalModel,
@@ -46,12 +46,18 @@ def evaluate(
     quiet_libraries()
     texts, model = texts_by_domain(data, split), as_checkpoint(model)
     lm = load_causal_lm(model, precision=runtime.precision, device=choose_device(runtime.device))
+    precision = say_precision(lm)
     if experts_per_token is not None:
         set_visits(lm, experts_per_token)
     losses = _losses(model, lm, texts, blocks)
     total = sum(losses.values(), LossSum())
     domains = {name: {"perplexity": loss.perplexity, "tokens": loss.tokens} for name, loss in losses.items()}
-    result = {"perplexity": total.perplexity, "tokens": total.tokens, "domains": domains}
+    result = {
+        "perplexity": total.perplexity,
+        "tokens": total.tokens,
+        "domains": domains,
+        "precision": precision,
+    }
     print_result(result, as_json=as_json, lines=[_table(result)])
 
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from scripts.shared.console import print_result, quiet_libraries
+from scripts.shared.console import print_result, quiet_libraries, say_precision
 from scripts.shared.options import CausalModel, JsonFlag, RuntimeOptions
 from scripts.shared.verb import verb
 
@@ -35,10 +35,10 @@ def generate(
     quiet_libraries()
     model = as_checkpoint(model)
     lm = load_causal_lm(model, precision=runtime.precision, device=choose_device(runtime.device))
-    tokenizer = load_tokenizer(model)
+    precision, tokenizer = say_precision(lm), load_tokenizer(model)
     streamer = None if as_json else TextStreamer(tokenizer, skip_special_tokens=True)
     torch.manual_seed(seed)
     text = continue_prompt(
         lm, tokenizer, prompt, max_new_tokens=max_new_tokens, temperature=temperature, streamer=streamer
     )
-    print_result({"prompt": prompt, "text": text}, as_json=as_json, lines=[])
+    print_result({"prompt": prompt, "text": text, "precision": precision}, as_json=as_json, lines=[])

@@ -23,7 +23,7 @@ def sources(tmp_path) -> list[str]:
 
 
 def opened(directory, **changes):
-    options = {"precision": None, "device": "cpu", "block_size": 16, "batch_size": 3, "max_blocks": 0}
+    options = {"precision": "auto", "device": "cpu", "block_size": 16, "batch_size": 3, "max_blocks": 0}
     return open_model_text(str(directory), **{**options, **changes})
 
 

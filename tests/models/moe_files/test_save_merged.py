@@ -6,10 +6,12 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from configs.errors import UserError
 from experts.selection.compression_trace import Removal, Step
 from models.checkpoints.load import load_causal_lm, load_tokenizer
+from models.checkpoints.save import cast_weights, save_graph
 from models.moe.remove import keep_experts
 from models.moe_files.layout import read_moe_layout
 from models.moe_files.save_merged import planned_keep_map, save_merged
@@ -39,6 +41,18 @@ def test_a_graph_keeps_its_code_and_tokenizer_and_counts_its_version(tmp_path, t
     assert load_tokenizer(str(tmp_path / "out")).vocab_size == 64
     saved = load_causal_lm(str(tmp_path / "out"))
     assert logit_difference(saved, graph, random_ids(graph, 1, 12)) < 1e-5
+
+
+def test_widened_weights_are_saved_in_the_dtype_they_were_stored_in(monkeypatch, tmp_path, tiny_graph_dir):
+    half = cast_weights(load_causal_lm(str(tiny_graph_dir)), torch.bfloat16)
+    save_graph(half, load_tokenizer(str(tiny_graph_dir)), tmp_path)
+    monkeypatch.setattr("models.runtime.precision.beats_fp32", lambda dtype, device: False)
+    opened = load_causal_lm(str(tmp_path), precision="auto")
+    assert opened.dtype == torch.float32
+    save_merged(opened, tmp_path, tmp_path / "out", graph_version=1, overwrite=False)
+    saved = load_causal_lm(str(tmp_path / "out"))
+    for (name, parameter), stored in zip(saved.named_parameters(), half.parameters(), strict=True):
+        assert parameter.dtype == stored.dtype and torch.equal(parameter, stored), name
 
 
 def test_a_folder_in_use_is_refused(tmp_path, tiny_graph_dir):

@@ -16,8 +16,10 @@ from scripts.shared.console import (
     print_result,
     progress,
     quiet_libraries,
+    say_precision,
     warnings_as_lines,
 )
+from tests.conftest import tiny_llama
 
 
 def test_numbers_that_json_does_not_know_become_null():
@@ -71,6 +73,11 @@ def test_on_a_terminal_stages_are_bars(monkeypatch):
         on_step("writing", 1, 4)
         raise RuntimeError
     assert terminal.getvalue().endswith("\x1b[1A\x1b[2K")
+
+
+def test_the_precision_of_a_model_is_a_line_on_stderr(capsys):
+    assert say_precision(tiny_llama().bfloat16()) == "bf16"
+    assert capsys.readouterr() == ("", "computing with bf16 weights\n")
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])

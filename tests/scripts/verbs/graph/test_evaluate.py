@@ -4,10 +4,13 @@ import json
 import math
 
 import pytest
+import torch
 
 from federated.data.blocks import pack_blocks
 from models.checkpoints.load import load_causal_lm, load_tokenizer
+from models.checkpoints.save import cast_weights, save_graph
 from models.runtime.perplexity import evaluate_loss
+from models.runtime.precision import beats_fp32
 from tests.support.command import run
 
 PROSE = [
@@ -92,6 +95,27 @@ def test_a_text_that_is_all_one_token_gives_no_number_and_valid_json(tmp_path, c
     assert outcome.code == 0 and outcome.json()["tokens"] == 1
 
 
+@pytest.mark.parametrize("half_is_faster, expected", [(True, "bf16"), (False, "fp32")])
+def test_the_faster_precision_is_taken_and_told(
+    monkeypatch, texts, capsys, tiny_graph_dir, half_is_faster, expected
+):
+    seconds = {torch.bfloat16: 1.0 if half_is_faster else 3.0, torch.float32: 2.0}
+    monkeypatch.setattr("models.runtime.precision._seconds", lambda dtype, size: seconds[dtype])
+    beats_fp32.cache_clear()
+    half = cast_weights(load_causal_lm(str(tiny_graph_dir)), torch.bfloat16)
+    save_graph(half, load_tokenizer(str(tiny_graph_dir)), texts / "half")
+    command = ("evaluate", "--model", texts / "half", "--data", texts / "prose.jsonl", "--json")
+    for options, name in (
+        ((), expected),
+        (("--precision", "fp32"), "fp32"),
+        (("--precision", "bf16"), "bf16"),
+    ):
+        outcome = run(capsys, *command, *options)
+        assert outcome.json()["precision"] == name
+        assert f"computing with {name} weights" in outcome.err.splitlines()
+    beats_fp32.cache_clear()
+
+
 def test_weights_are_read_in_the_precision_asked_for(texts, capsys, tiny_graph_dir):
     command = ("evaluate", "--model", tiny_graph_dir, "--data", texts / "prose.jsonl", "--json")
 
@@ -99,7 +123,7 @@ def test_weights_are_read_in_the_precision_asked_for(texts, capsys, tiny_graph_d
         return run(capsys, *command, *options).json()["perplexity"]
 
     stored, exact, rough = perplexity(), perplexity("--precision", "fp32"), perplexity("--precision", "nf4")
-    assert exact == stored and rough != exact
+    assert exact == stored and rough != exact  # weights stored in fp32 are not rounded
     assert rough == pytest.approx(exact, rel=0.2)
     for options, words in ((("--precision", "int3"), "precision"), (("--device", "tpu"), "device")):
         refused = run(capsys, *command, *options)

@@ -24,7 +24,11 @@ def test_the_text_is_that_of_the_model_as_json_and_streamed(capsys, tiny_graph_d
     lm, tokenizer = load_causal_lm(str(model)), load_tokenizer(str(model))
     text = continue_prompt(lm, tokenizer, "the cat", max_new_tokens=12, temperature=0)
     outcome = run(capsys, *command, "--json")
-    assert outcome.code == 0 and outcome.json() == {"prompt": "the cat", "text": text}
+    assert outcome.code == 0 and outcome.json() == {
+        "prompt": "the cat",
+        "text": text,
+        "precision": "fp32",
+    }
     streamed = run(capsys, *command)
     assert streamed.code == 0 and streamed.out.rstrip("\n") == ("the cat" + text).rstrip("\n")
 
