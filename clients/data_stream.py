@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,9 @@ from transformers import PreTrainedTokenizerBase
 from configs.errors import UserError
 from configs.schema import RunConfig
 from federated.data.blocks import Blocks, pack_blocks
+from models.checkpoints.load import load_tokenizer
+from models.files.config_file import read_config
+from models.runtime.token_ids import may_exceed
 
 # Purposes of ``round_generator``.
 BATCH_ORDER, UPLOAD_SELECTION = 1, 2
@@ -65,14 +69,38 @@ def all_clients(config: RunConfig) -> list[ClientDocuments]:
 
 
 def pack_client(
-    documents: ClientDocuments, tokenizer: PreTrainedTokenizerBase, block_size: int, context: int
+    documents: ClientDocuments,
+    tokenizer: PreTrainedTokenizerBase,
+    block_size: int,
+    context: int,
+    vocab_size: int | None = None,
 ) -> tuple[Blocks, Blocks]:
-    """Training and held-out blocks of a client, of ``block_size`` tokens, at most ``context``."""
+    """Training and held-out blocks of a client: ``block_size <= context`` tokens, ids below ``vocab_size``."""
     train, valid = (
-        pack_blocks(texts, tokenizer, block_size=block_size, max_position_embeddings=context)
+        pack_blocks(
+            texts,
+            tokenizer,
+            block_size=block_size,
+            max_position_embeddings=context,
+            vocab_size=vocab_size,
+        )
         for texts in (documents.train, documents.valid)
     )
     return train, valid
+
+
+def check_tokens(clients: Sequence[ClientDocuments], graph: str, block_size: int) -> None:
+    """Check that the tokens of all clients are in the embedding of a graph.
+
+    Documents are tokenized only where the tokenizer is larger than the embedding.
+
+    Raises:
+        UserError: names the token.
+    """
+    config, tokenizer = read_config(graph), load_tokenizer(graph)
+    if may_exceed(tokenizer, config.vocab_size):
+        for client in clients:
+            pack_client(client, tokenizer, block_size, config.max_position_embeddings, config.vocab_size)
 
 
 def round_generator(seed: int, server_round: int, partition: int, *, purpose: int) -> torch.Generator:

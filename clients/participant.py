@@ -223,7 +223,11 @@ def _make_blocks(
 ) -> tuple[str, Blocks, Blocks]:
     documents = client_documents(config, node.partition_id, data_dir=node.data_dir)
     train, valid = pack_client(
-        documents, load_tokenizer(graph), config.block_size, model.config.max_position_embeddings
+        documents,
+        load_tokenizer(graph),
+        config.block_size,
+        model.config.max_position_embeddings,
+        model.config.vocab_size,
     )
     return documents.name, train, valid
 

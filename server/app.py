@@ -104,7 +104,11 @@ def server_text(config: RunConfig, global_model: GlobalModel) -> Blocks | None:
     ).shuffle(seed=config.seed)
     texts = (row["text"] for row in documents if row["split"] == "valid")
     return pack_blocks(
-        texts, global_model.tokenizer, block_size=config.block_size, max_blocks=config.eval_blocks
+        texts,
+        global_model.tokenizer,
+        block_size=config.block_size,
+        max_blocks=config.eval_blocks,
+        vocab_size=global_model.model.config.vocab_size,
     )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from configs.errors import UserError
 from models.runtime.perplexity import IGNORED
+from models.runtime.token_ids import check_token_ids
 
 _DOCUMENTS_AT_ONCE = 256
 
@@ -43,6 +44,7 @@ def pack_blocks(
     block_size: int,
     max_blocks: int | None = None,
     max_position_embeddings: int | None = None,
+    vocab_size: int | None = None,
 ) -> Blocks:
     """Concatenate BOS and the tokens of each text, and split the stream into blocks of ``block_size`` tokens.
 
@@ -51,7 +53,7 @@ def pack_blocks(
     without BOS uses its EOS.
 
     Raises :class:`UserError` for a ``block_size`` above ``max_position_embeddings``, a tokenizer without BOS and EOS,
-    or ``texts`` without tokens.
+    ``texts`` without tokens, or a token id beyond the ``vocab_size`` rows of the model's embedding.
     """
     parts = list(
         stream_blocks(
@@ -60,6 +62,7 @@ def pack_blocks(
             block_size=block_size,
             max_blocks=max_blocks,
             max_position_embeddings=max_position_embeddings,
+            vocab_size=vocab_size,
         )
     )
     input_ids, labels = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
@@ -74,6 +77,7 @@ def stream_blocks(
     batch_size: int = 1024,
     max_blocks: int | None = None,
     max_position_embeddings: int | None = None,
+    vocab_size: int | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Blocks of ``pack_blocks`` in batches of at most ``batch_size``: ``(input_ids, labels)``, ``[B, S]`` each.
 
@@ -89,7 +93,10 @@ def stream_blocks(
         if len(tokens) % block_size == 1 and made + len(tokens) > 1:
             tokens.pop()
         if tokens:
-            yield _cut(tokens, block_size)
+            ids, labels = _cut(tokens, block_size)
+            if vocab_size is not None:
+                check_token_ids(ids, vocab_size, tokenizer)
+            yield ids, labels
         made += len(tokens)
     if not made:
         raise UserError("expected documents with text, got none; check the data")

@@ -38,17 +38,36 @@ class ModelText:
         """Batches ``(input_ids [B, S], token_mask [B, S] bool)`` of data sources, one domain after the other.
 
         Raises:
-            UserError: as ``texts_by_domain``, at once, and as ``text_batches``, at the first batch.
+            UserError: as ``texts_by_domain`` and for a token id beyond the embedding, at once; as ``text_batches``, at
+                the first batch.
         """
-        from federated.data.text_batches import text_batches, texts_by_domain
+        from federated.data.text_batches import texts_by_domain
+        from models.runtime.token_ids import may_exceed
+
+        domains = list(texts_by_domain(data, split).values())
+        if may_exceed(self.tokenizer, self.vocab_size):
+            for _ in self._batches(domains):  # a measurement may take long before it reaches the token
+                pass
+        return self._batches(domains)
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the model's embedding."""
+        from models.runtime.token_ids import embedding_rows
+
+        return embedding_rows(self.model)
+
+    def _batches(self, domains: Sequence[Sequence[str]]) -> Iterator[tuple[Tensor, Tensor]]:
+        from federated.data.text_batches import text_batches
 
         return text_batches(
-            texts_by_domain(data, split).values(),
+            domains,
             self.tokenizer,
             block_size=self.block_size,
             batch_size=self.batch_size,
             max_blocks=self.max_blocks,
             max_position_embeddings=self.model.config.max_position_embeddings,
+            vocab_size=self.vocab_size,
         )
 
     def provenance(self, data: Sequence[str], split: str) -> dict[str, Any]:

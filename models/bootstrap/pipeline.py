@@ -23,6 +23,7 @@ from models.checkpoints.save import cast_weights, save_graph
 from models.files.config_file import read_config
 from models.files.fingerprint import fingerprint
 from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
+from models.runtime.token_ids import check_token_ids
 
 Step = Callable[[str, int, int], None]
 
@@ -65,6 +66,8 @@ def bootstrap_checkpoint(
     width = getattr(read_config(source), "intermediate_size", 0)
     check_expert_count(width or options.num_experts, options.num_experts)
     dense, tokenizer = load_dense(source), load_tokenizer(source)
+    if calibration_ids is not None:
+        check_token_ids(calibration_ids, dense.config.vocab_size, tokenizer)
     dtype, base = dense.dtype, fingerprint(dense)
     if dense.num_parameters() <= _FP32_PARAMETERS:
         dense = dense.float()

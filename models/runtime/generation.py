@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from configs.errors import UserError
+from models.runtime.token_ids import check_token_ids, embedding_rows
 
 
 @torch.no_grad()
@@ -34,9 +35,10 @@ def continue_prompt(
         The text after the prompt.
 
     Raises:
-        UserError: the prompt alone fills the context.
+        UserError: the prompt alone fills the context, or has a token id beyond the embedding.
     """
     ids = _prompt_ids(tokenizer, prompt, model.config.max_position_embeddings).to(model.device)
+    check_token_ids(ids, embedding_rows(model), tokenizer)
     room = model.config.max_position_embeddings - ids.shape[1]
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     output = model.generate(

@@ -10,12 +10,14 @@ from clients.data_stream import (
     BATCH_ORDER,
     UPLOAD_SELECTION,
     all_clients,
+    check_tokens,
     client_documents,
     pack_client,
     round_generator,
 )
 from configs.errors import UserError
 from federated.data.partition import ClientDocuments
+from tests.conftest import tiny_llama
 from tests.support.paths import ROOT
 from tests.support.tiny_federation import TEXTS, tiny_config
 
@@ -47,6 +49,15 @@ def test_private_data_is_all_the_clients_own(config, tmp_path):
     assert len(client.valid) == 3
     # Neither its folder nor its text names a client with private data; its number does, and no two are alike.
     assert client.name == "client-1"
+
+
+def test_tokens_of_all_clients_are_checked_against_the_embedding(config, tmp_path, tiny_tokenizer):
+    tiny_llama(vocab_size=30).save_pretrained(tmp_path / "small")
+    tiny_tokenizer.save_pretrained(tmp_path / "small")
+    letters, digits = all_clients(config)
+    check_tokens([ClientDocuments("a", ["abc"], ["cab"])], str(tmp_path / "small"), 16)
+    with pytest.raises(UserError, match="token ids below 30"):
+        check_tokens([letters, digits], str(tmp_path / "small"), 16)
 
 
 @pytest.mark.parametrize("partition", [-1, 2, 10])

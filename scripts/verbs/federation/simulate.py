@@ -139,7 +139,7 @@ def check_run(run) -> None:
     Raises:
         UserError: the first problem, in one line.
     """
-    from clients.data_stream import all_clients
+    from clients.data_stream import all_clients, check_tokens
     from configs.output import check_output_directory
     from configs.paths import graph_or_default
     from federated.data.documents import load_documents
@@ -156,7 +156,7 @@ def check_run(run) -> None:
         check_base(run.base, graph)
         check_weights(run.base)
     with stderr.status("reading the data"):
-        all_clients(run)
+        check_tokens(all_clients(run), graph, run.block_size)
         if run.server_sources:
             load_documents(run.server_sources, template=run.template, wikimix_documents=1)
 

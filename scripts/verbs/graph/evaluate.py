@@ -67,6 +67,7 @@ def _losses(model: str, lm: Any, texts: dict[str, list[str]], sizes: BlockOption
     from models.checkpoints.load import load_tokenizer
     from models.files.config_file import read_config
     from models.runtime.perplexity import evaluate_loss
+    from models.runtime.token_ids import embedding_rows
 
     tokenizer, context = load_tokenizer(model), read_config(model).max_position_embeddings
     losses = {}
@@ -79,6 +80,7 @@ def _losses(model: str, lm: Any, texts: dict[str, list[str]], sizes: BlockOption
                 block_size=sizes.block_size or min(DEFAULT_BLOCK_SIZE, context),
                 max_blocks=sizes.max_blocks,
                 max_position_embeddings=context,
+                vocab_size=embedding_rows(lm),
             )
             losses[domain] = evaluate_loss(lm, blocks.input_ids, blocks.labels)
         on_step("evaluating domains", len(texts), len(texts))

@@ -96,6 +96,10 @@ def test_empty_input_and_too_long_blocks_are_refused():
     with pytest.raises(UserError, match="max_position_embeddings 3, got 4"):
         pack_blocks(["ab"], TOKENIZER, block_size=4, max_position_embeddings=3)
     assert len(pack_blocks(["abc"], TOKENIZER, block_size=4, max_position_embeddings=4)) == 1
+    largest = int(pack_blocks(["abc"], TOKENIZER, block_size=4).input_ids.max())
+    with pytest.raises(UserError, match=f"token ids below {largest}"):
+        pack_blocks(["abc"], TOKENIZER, block_size=4, vocab_size=largest)
+    assert len(pack_blocks(["abc"], TOKENIZER, block_size=4, vocab_size=largest + 1)) == 1
 
 
 def numbered(count: int) -> Blocks:
