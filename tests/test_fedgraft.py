@@ -16,6 +16,7 @@ import fedgraft
 from configs.errors import UserError
 from tests.conftest import tiny_llama
 from tests.support.command import assert_refused, run, tree
+from tests.support.documents import write_documents
 from tests.support.tiny_gguf import write_gguf
 
 VERBS = ("bootstrap", "evaluate", "generate", "export")
@@ -29,7 +30,7 @@ def place(tmp_path, monkeypatch, tiny_llama_dir, tiny_graph_dir) -> Path:
     shutil.copytree(tiny_graph_dir, tmp_path / "graph")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "precious.txt").write_text("precious")
-    (tmp_path / "text.txt").write_text("\f".join(f"a dog and {count} cats." for count in range(40)))
+    write_documents(tmp_path / "text.jsonl", [f"a dog and {count} cats." for count in range(40)])
     (tmp_path / "empty.txt").write_text(" \n")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -58,7 +59,7 @@ def spoil(name: str) -> None:
 
 
 BOOTSTRAP = ("bootstrap", "--model", "dense", "--experts", "4", "--out", "new")
-EVALUATE = ("evaluate", "--model", "graph", "--data", "text.txt")
+EVALUATE = ("evaluate", "--model", "graph", "--data", "text.jsonl")
 BAD_INPUT = {
     "E that does not divide": ((*BOOTSTRAP, "--experts", "5"), ["64", "got 5", "4", "8"]),
     "E of zero": ((*BOOTSTRAP, "--experts", "0"), ["64", "got 0", "1, 2"]),
@@ -67,8 +68,11 @@ BAD_INPUT = {
     "unknown features": ((*BOOTSTRAP, "--features", "gats"), ["gate+up", "'gats'"]),
     "unknown router": ((*BOOTSTRAP, "--router", "oracle"), ["ridge", "'oracle'"]),
     "a full output directory": ((*BOOTSTRAP, "--out", "full"), ["full", "--overwrite"]),
-    "a file as output directory": ((*BOOTSTRAP, "--out", "text.txt"), ["text.txt", "directory"]),
-    "a file above the output directory": ((*BOOTSTRAP, "--out", "text.txt/new"), ["text.txt", "directory"]),
+    "a file as output directory": ((*BOOTSTRAP, "--out", "text.jsonl"), ["text.jsonl", "directory"]),
+    "a file above the output directory": (
+        (*BOOTSTRAP, "--out", "text.jsonl/new"),
+        ["text.jsonl", "directory"],
+    ),
     "no model there": ((*BOOTSTRAP, "--model", "absent"), ["absent", "config.json"]),
     "a graph as dense model": ((*BOOTSTRAP, "--model", "graph"), ["llama", "'fedgraft'"]),
     "calibration text that is not there": ((*BOOTSTRAP, "--calibration", "absent.txt"), ["absent.txt"]),
@@ -86,12 +90,12 @@ BAD_INPUT = {
     "evaluate: no data named": (EVALUATE[:3], ["--data"]),
     "evaluate: k beyond E": ((*EVALUATE, "--experts-per-token", "5"), ["between 1 and 4", "got 5"]),
     "evaluate: k of a dense model": (
-        ("evaluate", "--model", "dense", "--data", "text.txt", "--experts-per-token", "2"),
+        ("evaluate", "--model", "dense", "--data", "text.jsonl", "--experts-per-token", "2"),
         ["dense model"],
     ),
     "evaluate: an unknown split": ((*EVALUATE, "--split", "tests"), ["valid", "'tests'"]),
     "evaluate: blocks beyond the context": ((*EVALUATE, "--block-size", "129"), ["128", "129"]),
-    "evaluate: no model there": (("evaluate", "--model", "absent", "--data", "text.txt"), ["absent"]),
+    "evaluate: no model there": (("evaluate", "--model", "absent", "--data", "text.jsonl"), ["absent"]),
     "generate: no model there": (("generate", "--model", "absent", "--prompt", "a"), ["absent"]),
     "generate: a prompt beyond the context": (
         ("generate", "--model", "graph", "--prompt", "a" * 200),
@@ -138,7 +142,7 @@ def test_bad_input_is_one_line_and_exit_code_2_and_leaves_nothing(place, capsys,
     "command",
     [
         ("bootstrap", "--model", "spoiled", "--experts", "4", "--out", "new"),
-        ("evaluate", "--model", "spoiled", "--data", "text.txt"),
+        ("evaluate", "--model", "spoiled", "--data", "text.jsonl"),
         ("generate", "--model", "spoiled", "--prompt", "a"),
     ],
     ids=lambda command: command[0],
@@ -263,7 +267,7 @@ def test_a_gguf_file_is_a_model(place, capsys):
         "--model",
         "tiny.gguf",
         "--data",
-        "text.txt",
+        "text.jsonl",
         "--split",
         "all",
         "--block-size",

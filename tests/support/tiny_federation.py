@@ -33,6 +33,7 @@ from server.rounds.loop import Federation
 from server.rounds.run_observer import RunObserver
 from server.strategies.sam_v2 import sam_v2
 from server.strategies.strategy import Strategy
+from tests.support.documents import write_documents
 from tests.support.tiny_graphs import graph_of
 
 # Each client repeats itself, so that a few steps of training show.
@@ -47,11 +48,11 @@ def save_tiny_graph(directory: Path, tokenizer: PreTrainedTokenizerBase, **plan:
 
 
 def write_texts(folder: Path, names: Sequence[str] = tuple(TEXTS)) -> str:
-    """One file of 20 documents per name; returns the data sources as a run configuration names them."""
+    """One file of 18 training and 2 held-out documents per name; returns the data sources of a run configuration."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
-        rows = [json.dumps({"text": TEXTS[name][start:] + TEXTS[name] * 5}) for start in range(20)]
-        (folder / f"{name}.jsonl").write_text("\n".join(rows))
+        texts = [TEXTS[name][start:] + TEXTS[name] * 5 for start in range(20)]
+        write_documents(folder / f"{name}.jsonl", texts)
     return ";".join(str(folder / f"{name}.jsonl") for name in names)
 
 

@@ -13,6 +13,7 @@ from experts.saliency.expert_map import save_expert_map
 from experts.selection.expert_list import load_expert_list
 from experts.selection.trace_file import COLUMNS
 from tests.support.command import assert_refused, run, tree
+from tests.support.documents import write_documents
 from tests.support.saliency_samples import map_of
 from tests.support.tiny_moes import saved_moe
 
@@ -28,8 +29,10 @@ def checkpoint(tmp_path_factory, tiny_tokenizer: PreTrainedTokenizerFast) -> Pat
 @pytest.fixture
 def place(tmp_path, monkeypatch, checkpoint):
     """A working directory with text, maps and a tiny Mixtral of 4 experts in each of 2 layers."""
-    rows = [{"text": f"the {word} of a {word} is {word}s, said the cat."} for word in "abcdefghijklmnopqrst"]
-    (tmp_path / "text.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    words = "abcdefghijklmnopqrst"
+    write_documents(
+        tmp_path / "text.jsonl", [f"the {word} of a {word} is {word}s, said the cat." for word in words]
+    )
     (tmp_path / "moe").symlink_to(checkpoint)
     save_expert_map(map_of("safety", [4, 4], {0: [0, 1, 2]}), tmp_path / "safety.json")
     save_expert_map(map_of("domain", [4, 4], {1: [3]}), tmp_path / "domain.json")

@@ -13,6 +13,7 @@ from server.flower.flower_process import job_processes, stop_job
 from tests.support.command import assert_refused, run, tree
 from tests.support.tiny_federation import assert_run_succeeded, run_values, save_tiny_graph, write_texts
 
+ALONE = (("one", "train"), ("pair", "train"), ("pair", "valid"))
 SUMMARY = {
     "rounds": 2, "stopped": None,
     "clients": [
@@ -39,7 +40,8 @@ def place(tmp_path, monkeypatch, graph, tiny_llama_dir) -> Path:
     weights.write_bytes(weights.read_bytes()[:-10])
     write_texts(tmp_path / "texts")
     (tmp_path / "empty.txt").write_text(" \n")
-    (tmp_path / "one.txt").write_text("a single document")
+    alone = [{"domain": name, "split": split, "text": "a cat"} for name, split in ALONE]
+    (tmp_path / "alone.jsonl").write_text("\n".join(map(json.dumps, alone)))
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "precious").write_text("precious")
     monkeypatch.chdir(tmp_path)
@@ -69,7 +71,7 @@ BAD_INPUT = {
     "no client": (("--clients", "0"), ["num-clients", "1", "got 0"]),
     "no round": (("--rounds", "0"), ["num-rounds", "1", "got 0"]),
     "more clients than domains": (("--clients", "3"), ["clients", "domains (2)", "got 3"]),
-    "a client without documents": (("--data", "one.txt", "--clients", "3"), ["client 'one'", "got 1 and 0"]),
+    "a client without documents": (("--data", "alone.jsonl", "--clients", "4"), ["client 'one'", "got 1 and 0"]),
     "too few documents": (("--partition", "iid", "--clients", "21"), ["two documents a client", "got 40"]),
     "empty data": (("--data", "empty.txt"), ["empty.txt", "none that holds any text"]),
     "no such data": (("--data", "nowhere.txt"), ["nowhere.txt"]),
