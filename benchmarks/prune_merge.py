@@ -17,7 +17,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from benchmarks.support.expert_removal import Text, compare
 from benchmarks.support.material import bootstrapped, data_sources, mixed_blocks, model_path
-from benchmarks.support.quality_runs import DOMAINS
+from benchmarks.support.quality.settings import DOMAINS
 from benchmarks.support.runner import Measured, OnStep, measured_apart, run_benchmark
 from benchmarks.support.saliency_tools import tool_figures
 from benchmarks.support.small_moe import grow, train_moe

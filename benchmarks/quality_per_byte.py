@@ -22,17 +22,9 @@ from typing import Annotated, Any
 import typer
 from joblib import Parallel, delayed
 
-from benchmarks.support.quality_runs import (
-    FULL,
-    QUICK,
-    Job,
-    Rate,
-    Run,
-    Settings,
-    bootstrapped_graph,
-    mean_loss,
-    stored_run,
-)
+from benchmarks.support.quality.result import Run, mean_loss
+from benchmarks.support.quality.runs import bootstrapped_graph, stored_run
+from benchmarks.support.quality.settings import FULL, QUICK, Job, Rate, Settings
 from benchmarks.support.runner import Measured, OnStep, report
 from benchmarks.support.statistics import interval
 from configs.paths import cache_folder

@@ -6,7 +6,8 @@ import pytest
 
 from benchmarks.quality_per_byte import measure, target
 from benchmarks.support import federation_run
-from benchmarks.support.quality_runs import QUICK, Run
+from benchmarks.support.quality.result import Run
+from benchmarks.support.quality.settings import QUICK
 from clients.client_app import app
 from server.app import run_federation
 
@@ -62,30 +63,6 @@ def test_the_quick_run_measures_every_method(calls):
     assert measured.seconds == pytest.approx(sum(run["seconds"] for name in METHODS for run in runs[name]))
 
 
-def _run(*losses: float) -> Run:
-    entries = [
-        {"round": i, "up": 10 * i, "down": 0, "losses": {"a": each, "b": each - 1}}
-        for i, each in enumerate(losses)
-    ]
-    return Run("ours", 0, 1e-3, entries)
-
-
 def test_the_target_is_most_of_the_gain():
-    assert target(_run(5.0, 4.0, 3.0)) == pytest.approx(4.5 - 0.9 * 2)
-
-
-def test_the_first_round_that_is_good_enough_counts():
-    run = _run(5.0, 4.0, 3.0, 2.0)
-    assert run.reached(2.6)["up"] == 20
-    assert run.reached(4.5)["up"] == 0
-    assert run.reached(1.0) is None
-
-
-def test_the_worst_change_is_that_of_the_client_that_gained_least_at_the_target():
-    run = _run(5.0, 4.0)
-    run.trajectory[1]["losses"]["b"] = 3.8
-    assert run.worst_change(3.9) == pytest.approx(math.exp(-0.2))
-    # Half way between the start, 4.5, and the only round.
-    assert run.worst_change(4.2) == pytest.approx(math.exp(-0.1))
-    assert run.worst_change(4.5) == pytest.approx(1)
-    assert run.worst_change(3.0) is None
+    entries = [{"losses": {"a": each, "b": each - 1}} for each in (5.0, 4.0, 3.0)]
+    assert target(Run("ours", 0, (1e-3, "linear"), entries)) == pytest.approx(4.5 - 0.9 * 2)

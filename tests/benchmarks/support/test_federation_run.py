@@ -7,7 +7,7 @@ import pytest
 from benchmarks.support.averaging import Averaging
 from benchmarks.support.federated_methods import Schedule
 from benchmarks.support.federation_run import run_in_process
-from benchmarks.support.quality_runs import packed_clients
+from benchmarks.support.quality.runs import packed_clients
 from clients.state.store import ClientStore
 from clients.training.trainer import LocalTraining
 from models.checkpoints.load import load_graph

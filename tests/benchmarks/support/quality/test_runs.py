@@ -4,8 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.support import quality_runs
-from benchmarks.support.quality_runs import QUICK, Job, Run, stored_run
+from benchmarks.support.quality import runs
+from benchmarks.support.quality.result import Run
+from benchmarks.support.quality.runs import stored_run
+from benchmarks.support.quality.settings import QUICK, Job
 
 RATE = (1e-3, "linear")
 ENTRY = {"round": 0, "up": 0, "down": 0, "losses": {"a": 1.5}}
@@ -20,7 +22,7 @@ def made(monkeypatch) -> list[Job]:
         jobs.append(job)
         return Run(job.method, job.seed, job.learning_rate, [ENTRY], seconds=2.5, edits=len(jobs))
 
-    monkeypatch.setattr(quality_runs, "_run_job", run)
+    monkeypatch.setattr(runs, "_run_job", run)
     return jobs
 
 

@@ -1,15 +1,12 @@
-"""Runs of ``benchmarks.quality_per_byte``: settings, one method with one seed, and its stored result."""
+"""Training of one job of ``benchmarks.quality_per_byte``, with a stored result."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from statistics import fmean
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -20,6 +17,8 @@ from benchmarks.support.averaging import Averaging
 from benchmarks.support.federated_methods import Client, Method, Schedule
 from benchmarks.support.federation_run import run_in_process
 from benchmarks.support.material import data_sources, model_path, write_client_data
+from benchmarks.support.quality.result import Run
+from benchmarks.support.quality.settings import Job, Settings
 from clients.data_stream import client_documents, pack_client
 from clients.training.trainer import LocalTraining
 from configs.output import write_json
@@ -31,131 +30,6 @@ from models.checkpoints.load import load_dense, load_graph, load_tokenizer
 from models.graph.runtime_settings import set_visits
 from models.runtime.precision import autocast_to_bf16
 from scripts.shared.console import quiet_libraries
-
-DOMAINS = ("stories", "shakespeare", "law_dc", "medical_qa", "math_gsm8k", "code_algos", "recipes")
-
-
-Rate = tuple[float, str]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Amount of training and of measurement.
-
-    Attributes:
-        domains: text of one client each; one more client has wikimix.
-        experts: E of each layer.
-        rounds: rounds of the baselines.
-        most_rounds: rounds of ours; its bytes count up to the round that reaches a baseline's loss.
-        train_blocks: training blocks of a client.
-        valid_blocks: held-out blocks of a client.
-        block_size: tokens per block.
-        batch_size: blocks per batch.
-        local_steps: optimizer steps of a client per round.
-        seeds: seeds of the data order, the clusters and the batches.
-        half_seeds: seeds of the runs with half of the experts active, in which routers and gains train, too.
-        learning_rates: candidate learning rates and schedules of each method; with half of the experts active, the
-            chosen ones of all active are taken.
-        calibration_tokens: tokens sampled from the model for the bootstrap.
-        jobs: runs side by side, one thread each.
-    """
-
-    domains: Sequence[str]
-    experts: int
-    rounds: int
-    most_rounds: int
-    train_blocks: int
-    valid_blocks: int
-    block_size: int
-    batch_size: int
-    local_steps: int
-    seeds: Sequence[int]
-    half_seeds: Sequence[int]
-    learning_rates: Mapping[str, Sequence[Rate]]
-    calibration_tokens: int
-    jobs: int
-
-
-# The best of each method in an earlier search on the same model, domains and rounds: dense 1e-3 and 2e-3 constant, 2e-3
-# linear; fedit 2e-3, 5e-3 and 1e-2 constant, 5e-3 linear; ours 5e-4, 7e-4 and 1e-3 linear.
-RATES: dict[str, Sequence[Rate]] = {
-    "dense": ((2e-3, "linear"),),
-    "ours": ((5e-4, "linear"),),
-    "fedit": ((5e-3, "constant"),),
-}
-FULL = Settings(DOMAINS, 16, 12, 20, 400, 24, 128, 4, 10, (0, 1, 2), (0, 1, 2), RATES, 8192, 2)
-QUICK = replace(
-    FULL,
-    domains=("a",),
-    experts=4,
-    rounds=1,
-    most_rounds=2,
-    train_blocks=4,
-    valid_blocks=2,
-    block_size=32,
-    local_steps=1,
-    seeds=(0,),
-    half_seeds=(0,),
-    calibration_tokens=256,
-    jobs=1,
-)
-
-
-@dataclass(frozen=True)
-class Job:
-    """One method with one seed at one learning rate and schedule."""
-
-    method: str
-    seed: int
-    learning_rate: Rate
-
-
-@dataclass(frozen=True)
-class Run:
-    """Result of a job.
-
-    Attributes:
-        method: see ``Job``.
-        seed: see ``Job``.
-        learning_rate: see ``Job``.
-        trajectory: ``round``, bytes so far ``up`` and ``down``, and ``losses`` by client, at the start and after each
-            round.
-        seconds: wall time.
-        edits: graph edits of a run of ours.
-    """
-
-    method: str
-    seed: int
-    learning_rate: Rate
-    trajectory: list[dict[str, Any]]
-    seconds: float = 0.0
-    edits: int = 0
-
-    @property
-    def loss(self) -> float:
-        """Mean over clients of the final loss, nats per token."""
-        return mean_loss(self.trajectory[-1])
-
-    def worst_change(self, target: float) -> float | None:
-        """Largest ratio over clients of perplexity to initial perplexity at mean loss ``target``; None if not reached.
-
-        Client losses are interpolated between the rounds before and after: runs cross the target by different amounts,
-        and a run that goes further below it would have a better worst client.
-        """
-        after = self.reached(target)
-        if after is None:
-            return None
-        start, before = self.trajectory[0], self.trajectory[max(self.trajectory.index(after) - 1, 0)]
-        passed = mean_loss(before) - mean_loss(after)
-        share = (mean_loss(before) - target) / passed if passed > 0 else 0.0
-        return max(
-            math.exp((1 - share) * before["losses"][name] + share * loss - start["losses"][name])
-            for name, loss in after["losses"].items()
-        )
-
-    def reached(self, target: float) -> dict[str, Any] | None:
-        """First entry of the trajectory with a mean loss of at most ``target``; None if there is none."""
-        return next((entry for entry in self.trajectory if mean_loss(entry) <= target), None)
 
 
 def stored_run(job: Job, settings: Settings, quick: bool, work: Path) -> Run:
@@ -198,11 +72,6 @@ def bootstrapped_graph(seed: int, settings: Settings, quick: bool, work: Path) -
             evaluation_tokens=settings.calibration_tokens // 4,
         )
     return out
-
-
-def mean_loss(entry: Mapping[str, Any]) -> float:
-    """Mean over clients of the loss in an entry of a trajectory, i.e. the log of the geometric mean perplexity."""
-    return fmean(entry["losses"].values())
 
 
 def _key(job: Job, settings: Settings, quick: bool) -> str:

@@ -1,0 +1,1 @@
+"""Runs of ``benchmarks.quality_per_byte``: settings, results and training."""
