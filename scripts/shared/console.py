@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -24,9 +24,6 @@ from rich.progress import (
 from configs.errors import name_fields
 from configs.output import finite
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 stderr = Console(stderr=True)
 
 
@@ -35,12 +32,22 @@ LINE_SECONDS = 10.0  # between two lines of a stage where stderr is no terminal
 
 
 @contextmanager
-def progress() -> Iterator[OnStep]:
+def progress(precision: str = "") -> Iterator[OnStep]:
     """Progress of stages on stderr: bars on a terminal, else a line per stage every ``LINE_SECONDS``.
 
     Yields a function of a stage's name, its steps done and their total (None: unknown).
+
+    Args:
+        precision: precision of the weights, a line of its own at the first step; empty: none.
     """
-    with _bars() if stderr.is_terminal else _lines() as on_step:
+    pending = [precision] if precision else []
+    with _bars() if stderr.is_terminal else _lines() as show:
+
+        def on_step(stage: str, done: int, total: int | None) -> None:
+            while pending:
+                stderr.print(f"computing with {pending.pop()} weights", highlight=False)
+            show(stage, done, total)
+
         yield on_step
 
 
@@ -111,15 +118,6 @@ def print_result(result: dict[str, Any], *, as_json: bool, lines: Iterable[Any])
     console = Console()
     for line in lines:
         console.print(line, highlight=False)
-
-
-def say_precision(model: PreTrainedModel) -> str:
-    """Print the precision of the weights of an opened model as a line on stderr, and return its name."""
-    from models.runtime.precision import precision_name
-
-    name = precision_name(model)
-    print(f"computing with {name} weights", file=sys.stderr, flush=True)
-    return name
 
 
 def option_names(message: str) -> str:

@@ -12,7 +12,7 @@ import typer
 
 from configs.choices import Average, Device, Precision, Similarity
 from federated.data.model_text import open_model_text
-from scripts.shared.console import print_result, progress, quiet_libraries, say_precision
+from scripts.shared.console import print_result, progress, quiet_libraries
 from scripts.shared.expert_options import AveragingOptions, ChoiceOptions
 from scripts.shared.options import (
     CALIBRATION_BLOCKS,
@@ -155,12 +155,12 @@ def _merge(
     from models.moe_files.prune import preview_prune
     from models.moe_files.save_merged import save_merged
     from models.runtime.perplexity import batches_loss
+    from models.runtime.precision import precision_name
 
     result = as_result(preview_prune(layout.source, choice.keep_map), layout)
     if out is None:
         return result
     opened = open_model_text(str(layout.source), **opening)
-    precision = say_precision(opened.model)
     held_out = list(opened.batches(data, "valid"))
     perplexity = {"before": batches_loss(opened.model, held_out).perplexity}
     with experts_removed(opened.model, choice.keep_map) as pruned:
@@ -173,7 +173,7 @@ def _merge(
         "out": str(out),
         "bytes_after": read_moe_layout(out).weight_bytes,
         "groups": {str(layer): list(each.values()) for layer, each in enumerate(groups)},
-        "precision": precision,
+        "precision": precision_name(opened.model),
         "perplexity": perplexity | _planned_perplexity(how, perplexity["merged"]),
         "note": _OURS if layout.family.has_edges else None,
     }
@@ -184,8 +184,9 @@ def _execute(
 ) -> list[dict[int, list[int]]]:
     from models.moe.merge import MergeOptions, merge_experts
     from models.moe.replay import replay_trace
+    from models.runtime.precision import precision_name
 
-    with progress() as on_step:
+    with progress(precision_name(opened.model)) as on_step:
         if isinstance(how, MergeOptions):
             calibration = list(opened.batches(data, "train"))
             return merge_experts(opened.model, calibration, choice.keep_map, how, on_step=on_step)

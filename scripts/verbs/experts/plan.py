@@ -11,7 +11,7 @@ import typer
 
 from configs.choices import Precision, Split
 from federated.data.model_text import open_model_text
-from scripts.shared.console import print_result, progress, quiet_libraries, say_precision
+from scripts.shared.console import print_result, progress, quiet_libraries
 from scripts.shared.expert_options import AveragingOptions, MetricOptions, ProtectionOptions
 from scripts.shared.options import (
     CALIBRATION_BLOCKS,
@@ -74,6 +74,7 @@ def plan(
     from configs.output import check_output_file
     from experts.selection.expert_list import CSV_FILE, JSON_FILE
     from experts.selection.trace_file import PLAN_FILE
+    from models.runtime.precision import precision_name
 
     quiet_libraries()
     for name in (PLAN_FILE, CSV_FILE, JSON_FILE):
@@ -81,8 +82,8 @@ def plan(
     _check(runtime, split, n_prune)
     options = steps.plan_options(n_prune)
     opened = open_model_text(model, **vars(runtime), **vars(blocks))
-    precision = say_precision(opened.model)
-    found = _plan(opened, data, split, options)
+    precision = precision_name(opened.model)
+    found = _plan(opened, data, split, options, precision)
     experts = found.expert_list({**_SOURCE, "metric": steps.metric, "model": model, "datasets": list(data)})
     result = (
         _write(found, experts, write.out) | _figures(found) | experts.statistics | {"precision": precision}
@@ -114,12 +115,14 @@ def _check(runtime: RuntimeOptions, split: Split, n_prune: int) -> None:
         warnings.warn("nothing to plan with --n-prune 0: all experts stay", stacklevel=1)
 
 
-def _plan(opened: ModelText, data: list[str], split: Split, options: PlanOptions) -> CompressionTrace:
+def _plan(
+    opened: ModelText, data: list[str], split: Split, options: PlanOptions, precision: str
+) -> CompressionTrace:
     from models.moe.planner import plan_compression
     from models.runtime.perplexity import batches_loss
 
     calibration, held_out = opened.batches(data, split), list(opened.batches(data, "valid"))
-    with progress() as on_step:
+    with progress(precision) as on_step:
         return plan_compression(
             opened.model,
             calibration,

@@ -6,7 +6,7 @@ from time import monotonic
 
 from configs.choices import Split
 from federated.data.model_text import open_model_text
-from scripts.shared.console import print_result, progress, quiet_libraries, say_precision
+from scripts.shared.console import print_result, progress, quiet_libraries
 from scripts.shared.options import (
     BatchOptions,
     DataSources,
@@ -36,15 +36,16 @@ def collect(
     from configs.output import check_output_file
     from experts.saliency.measures import save_saliency
     from models.moe.saliency_collection import collect_saliency
+    from models.runtime.precision import precision_name
 
     quiet_libraries()
     out = write.out
     check_output_file(out, overwrite=write.overwrite)
     opened = open_model_text(model, **vars(runtime), **vars(blocks))
-    precision = say_precision(opened.model)
+    precision = precision_name(opened.model)
     batches = opened.batches(data, split)
     start, partial = monotonic(), out.with_name(out.name + ".partial")
-    with progress() as on_step:
+    with progress(precision) as on_step:
         saliency = collect_saliency(
             opened.model,
             batches,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from federated.data.model_text import ModelText, open_model_text
-from scripts.shared.console import print_result, progress, quiet_libraries, say_precision
+from scripts.shared.console import print_result, progress, quiet_libraries
 from scripts.shared.options import BatchOptions, ExpertModel, JsonFlag, NewFiles, RuntimeOptions
 from scripts.shared.verb import verb
 
@@ -93,13 +93,14 @@ def _scan(
     from configs.output import check_output_file
     from experts.saliency.expert_map import save_expert_map
     from experts.saliency.expert_scan import check_scan_options, map_of_scan, scan_experts
+    from models.runtime.precision import precision_name
 
     quiet_libraries()
     check_scan_options(**vars(score))
     check_output_file(write.out, overwrite=write.overwrite)
     opened = open_model_text(**opening)
-    precision = say_precision(opened.model)
-    found = _saliency_of_each(opened, sets)
+    precision = precision_name(opened.model)
+    found = _saliency_of_each(opened, sets, precision)
     scan = scan_experts(found["prompts"], found["others"], frequency_weight=score.frequency_weight)
     tokens = {name: each.provenance["tokens"] for name, each in found.items()}
     provenance = opened.provenance([], "all") | {"datasets": sets, "tokens": tokens} | vars(score)
@@ -119,12 +120,12 @@ def _scan(
     print_result(result, as_json=as_json, lines=_lines(result, scan, expert_map.thresholds))
 
 
-def _saliency_of_each(opened: ModelText, sets: dict[str, list[str]]) -> dict[str, Saliency]:
+def _saliency_of_each(opened: ModelText, sets: dict[str, list[str]], precision: str) -> dict[str, Saliency]:
     from models.moe.saliency_collection import collect_saliency
 
     batches = {name: opened.batches(sources, "all") for name, sources in sets.items()}
     found = {}
-    with progress() as on_step:
+    with progress(precision) as on_step:
         for name in sets:
             stage = f"reading {name}, batches"
             tell = partial(_tell, on_step, stage)

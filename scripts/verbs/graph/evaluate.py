@@ -8,7 +8,7 @@ import typer
 
 from configs.choices import Split
 from federated.data.model_text import DEFAULT_BLOCK_SIZE
-from scripts.shared.console import print_result, progress, quiet_libraries, say_precision
+from scripts.shared.console import print_result, progress, quiet_libraries
 from scripts.shared.options import (
     BlockOptions,
     CausalModel,
@@ -41,12 +41,11 @@ def evaluate(
     from models.checkpoints.load import load_causal_lm
     from models.graph.runtime_settings import set_visits
     from models.runtime.perplexity import LossSum
-    from models.runtime.precision import choose_device
+    from models.runtime.precision import choose_device, precision_name
 
     quiet_libraries()
     texts, model = texts_by_domain(data, split), as_checkpoint(model)
     lm = load_causal_lm(model, precision=runtime.precision, device=choose_device(runtime.device))
-    precision = say_precision(lm)
     if experts_per_token is not None:
         set_visits(lm, experts_per_token)
     losses = _losses(model, lm, texts, blocks)
@@ -56,7 +55,7 @@ def evaluate(
         "perplexity": total.perplexity,
         "tokens": total.tokens,
         "domains": domains,
-        "precision": precision,
+        "precision": precision_name(lm),
     }
     print_result(result, as_json=as_json, lines=[_table(result)])
 
@@ -67,13 +66,13 @@ def _losses(model: str, lm: Any, texts: dict[str, list[str]], sizes: BlockOption
     from models.checkpoints.load import load_tokenizer
     from models.files.config_file import read_config
     from models.runtime.perplexity import evaluate_loss
+    from models.runtime.precision import precision_name
     from models.runtime.token_ids import embedding_rows
 
     tokenizer, context = load_tokenizer(model), read_config(model).max_position_embeddings
     losses = {}
-    with progress() as on_step:
+    with progress(precision_name(lm)) as on_step:
         for done, (domain, documents) in enumerate(texts.items()):
-            on_step("evaluating domains", done, len(texts))
             blocks = pack_blocks(
                 documents,
                 tokenizer,
@@ -82,6 +81,7 @@ def _losses(model: str, lm: Any, texts: dict[str, list[str]], sizes: BlockOption
                 max_position_embeddings=context,
                 vocab_size=embedding_rows(lm),
             )
+            on_step("evaluating domains", done, len(texts))
             losses[domain] = evaluate_loss(lm, blocks.input_ids, blocks.labels)
         on_step("evaluating domains", len(texts), len(texts))
     return losses

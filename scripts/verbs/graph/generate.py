@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from scripts.shared.console import print_result, quiet_libraries, say_precision
+from scripts.shared.console import print_result, quiet_libraries
 from scripts.shared.options import CausalModel, JsonFlag, RuntimeOptions
 from scripts.shared.verb import verb
 
@@ -30,15 +30,15 @@ def generate(
     from models.checkpoints.convert import as_checkpoint
     from models.checkpoints.load import load_causal_lm, load_tokenizer
     from models.runtime.generation import continue_prompt
-    from models.runtime.precision import choose_device
+    from models.runtime.precision import choose_device, precision_name
 
     quiet_libraries()
     model = as_checkpoint(model)
     lm = load_causal_lm(model, precision=runtime.precision, device=choose_device(runtime.device))
-    precision, tokenizer = say_precision(lm), load_tokenizer(model)
+    tokenizer = load_tokenizer(model)
     streamer = None if as_json else TextStreamer(tokenizer, skip_special_tokens=True)
     torch.manual_seed(seed)
     text = continue_prompt(
         lm, tokenizer, prompt, max_new_tokens=max_new_tokens, temperature=temperature, streamer=streamer
     )
-    print_result({"prompt": prompt, "text": text, "precision": precision}, as_json=as_json, lines=[])
+    print_result({"prompt": prompt, "text": text, "precision": precision_name(lm)}, as_json=as_json, lines=[])

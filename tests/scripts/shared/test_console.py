@@ -16,10 +16,8 @@ from scripts.shared.console import (
     print_result,
     progress,
     quiet_libraries,
-    say_precision,
     warnings_as_lines,
 )
-from tests.conftest import tiny_llama
 
 
 def test_numbers_that_json_does_not_know_become_null():
@@ -75,9 +73,16 @@ def test_on_a_terminal_stages_are_bars(monkeypatch):
     assert terminal.getvalue().endswith("\x1b[1A\x1b[2K")
 
 
-def test_the_precision_of_a_model_is_a_line_on_stderr(capsys):
-    assert say_precision(tiny_llama().bfloat16()) == "bf16"
-    assert capsys.readouterr() == ("", "computing with bf16 weights\n")
+def test_the_precision_is_a_line_before_the_first_step_and_absent_without_one(capsys):
+    with progress("bf16") as on_step:
+        assert capsys.readouterr() == ("", "")
+        on_step("reading", 0, 1)
+        assert capsys.readouterr() == ("", "computing with bf16 weights\n")
+        on_step("reading", 1, 1)
+    assert capsys.readouterr() == ("", "reading 1/1, 0 s\n")
+    with progress("bf16"):
+        pass
+    assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
