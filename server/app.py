@@ -19,6 +19,7 @@ from server.model.config_checks import check_fit
 from server.model.global_model import GlobalModel
 from server.reporting.call_trace import call_trace
 from server.reporting.failure import recording_failure
+from server.reporting.unused_clients import check_all_used
 from server.rounds.interruption import save_interrupted
 from server.rounds.loop import Federation
 from server.rounds.run_observer import RunObserver
@@ -33,10 +34,11 @@ def main(grid: Grid, context: Context) -> None:
 
     Raises:
         UserError: bad input of any kind.
+        UnusedClients: no update of a client was used; the model is saved.
     """
     log_dir = context.run_config.get("log-dir")
     with recording_failure(Path(str(log_dir)) if log_dir else None):
-        run_federation(grid, load_run_config(context.run_config), run_id=context.run_id)
+        check_all_used(run_federation(grid, load_run_config(context.run_config), run_id=context.run_id))
 
 
 def run_federation(grid: Grid, config: RunConfig, *, run_id: int) -> dict:

@@ -25,6 +25,15 @@ from server.state.checkpoint import CHECKPOINTS
 from server.strategies.strategy import Accepted
 
 SUMMARY_FILE = "summary.json"
+# Keys of a client in the summary, beside the reason where no update of it was used.
+_CLIENT_KEYS = (
+    "name",
+    "budget",
+    "perplexity_before",
+    "perplexity_after",
+    "perplexity_after_personal",
+    "graph_hash",
+)
 
 
 class RunObserver:
@@ -46,6 +55,9 @@ class RunObserver:
         self._tensorboard = TensorBoardLog(log_dir)
         self._clients: dict[int, dict[str, Any]] = {}
         self._names: dict[int, str] = {}
+        self._partitions: dict[int, int] = {}
+        self._unused: dict[int, str] = {}  # reason of the last refusal, of nodes without an accepted update
+        self._used: set[int] = set()
         self._bytes = dict.fromkeys(("bytes_up", "bytes_down", "bytes_up_dense", "bytes_down_dense"), 0)
         self._edits = self._rounds = 0
 
@@ -91,6 +103,7 @@ class RunObserver:
             step_floor_bytes=step.entropy_floor_bytes if step else None,
         )
         self._rounds = server_round
+        self._note_refusals(replies)
         for name in self._bytes:
             self._bytes[name] += getattr(record, name)
         self._log.round(record)
@@ -149,7 +162,7 @@ class RunObserver:
         summary = {
             "rounds": self._rounds,
             "stopped": stopped,
-            "clients": [self._clients[partition] for partition in sorted(self._clients)],
+            "clients": self._client_summaries(),
             **self._bytes,
             "edits": self._edits,
             "graph_hash": self._global_model.graph.digest(),
@@ -170,16 +183,27 @@ class RunObserver:
             client["perplexity_after_personal"] = reply_loss(reply, "personal").perplexity
 
     def _client(self, node: int, reply: Reply) -> dict[str, Any]:
-        self._names[node] = reply.name
-        fresh = {
+        self._names[node], self._partitions[node] = reply.name, reply.partition
+        fresh = dict.fromkeys(_CLIENT_KEYS) | {
             "name": reply.name,
             "budget": reply.budget or max(self._global_model.graph.num_experts),
-            "perplexity_before": None,
-            "perplexity_after": None,
-            "perplexity_after_personal": None,
             "graph_hash": reply.graph_hash,
         }
         return self._clients.setdefault(reply.partition, fresh)
+
+    def _note_refusals(self, replies: RoundReplies) -> None:
+        self._used |= {accepted.node for accepted in replies.accepted}
+        self._unused |= replies.refused
+        self._unused = {node: reason for node, reason in self._unused.items() if node not in self._used}
+
+    def _client_summaries(self) -> list[dict[str, Any]]:
+        """Clients in order of their index, then the nodes without any valid reply; ``refused`` where none was used."""
+        reasons = {self._partitions.get(node): reason for node, reason in self._unused.items()}
+        found = [self._clients[index] | {"refused": reasons.get(index)} for index in sorted(self._clients)]
+        for node, reason in sorted(self._unused.items()):
+            if node not in self._partitions:
+                found.append(dict.fromkeys(_CLIENT_KEYS) | {"name": f"node-{node}", "refused": reason})
+        return found
 
     def _order(self, answers: Mapping[int, Answer]) -> list[int]:
         """Sort nodes by client name, so that a client keeps its position from round to round."""

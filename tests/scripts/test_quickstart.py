@@ -29,6 +29,7 @@ RESULTS = {
                 "perplexity_after": 20.0,
                 "perplexity_after_personal": None,
                 "graph_hash": "ab" * 32,
+                "refused": None,
             }
         ],
         "bytes_up": 1000,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from flwr.app import Context, RecordDict
+from flwr.app import Context, Error, RecordDict
 
 from configs.errors import UserError
 from configs.paths import graph_or_default
@@ -15,6 +15,7 @@ from models.graph.graph_state import read_graph
 from server import app as server_app
 from server.app import main, open_global_model, run_federation, server_text
 from server.flower.in_process_grid import RUN_ID
+from server.reporting.unused_clients import UnusedClients
 from tests.support.tiny_federation import TinyGrid, tiny_config
 
 LOGS = {
@@ -65,6 +66,19 @@ def test_the_trace_is_that_of_the_final_model_on_sampled_text_or_the_servers(con
     none = with_(config, trace_tokens=0)
     run_federation(TinyGrid(none), none, run_id=RUN_ID)
     assert json.loads(path.read_text()) == []
+
+
+def test_a_client_without_a_usable_update_fails_the_run_after_its_model_is_saved(config, tmp_path):
+    config = with_(config, out=str(tmp_path / "out"))
+    context = Context(
+        run_id=RUN_ID, node_id=0, node_config={}, state=RecordDict(), run_config=config.values()
+    )
+    with pytest.raises(UnusedClients, match="none of letters: disk full; the model without them is in"):
+        main(TinyGrid(config, faults={(0, "1"): Error(code=2, reason="disk full")}), context)
+    read_graph(load_graph(config.out))
+    summary = json.loads((Path(config.log_dir) / "summary.json").read_text())
+    assert sorted(str(client["refused"]) for client in summary["clients"]) == ["None", "disk full"]
+    assert json.loads((Path(config.log_dir) / "failure.json").read_text())["type"] == "UnusedClients"
 
 
 def test_the_server_app_reads_its_configuration_from_flower(config):

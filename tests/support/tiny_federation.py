@@ -215,8 +215,10 @@ def assert_run_succeeded(summary: dict[str, Any], *, logs: Path, out: Path, name
     assert [client["name"] for client in summary["clients"]] == list(names)
     for client in summary["clients"]:
         assert set(client) == {
-            "name", "budget", "perplexity_before", "perplexity_after", "perplexity_after_personal", "graph_hash"
+            "name", "budget", "perplexity_before", "perplexity_after", "perplexity_after_personal", "graph_hash",
+            "refused",
         }  # fmt: skip
+        assert client["refused"] is None
         assert client["perplexity_after"] < client["perplexity_before"]
         assert client["graph_hash"] == summary["graph_hash"]
     rounds = [json.loads(line) for line in (logs / "rounds.jsonl").read_text().splitlines()]

@@ -81,30 +81,47 @@ def simulate(
     quiet_libraries()
     run = read_run_config(config, options.values(), settings or [])
     check_run(run)
-    _run(run, client_cpus)
+    failure = _run(run, client_cpus)
     summary = read_summary(Path(run.log_dir))
     print_result(summary, as_json=as_json, lines=summary_lines(summary))
+    if failure:
+        stderr.print(f"fedgraft: error: {failure}", soft_wrap=True, markup=False, highlight=False)
+        raise typer.Exit(1)
 
 
-def _run(run: RunConfig, client_cpus: int) -> None:
-    """Run the federation in Flower's simulation engine, with a live table on stderr."""
+def _run(run: RunConfig, client_cpus: int) -> str:
+    """Run the federation in Flower's simulation engine, with a live table on stderr.
+
+    Returns:
+        The failure of a completed run in which no update of a client was used; else an empty text.
+    """
+    from server.flower.flower_process import RunFailed
     from server.flower.simulation import run_simulation
+    from server.reporting.failure import read_failure
     from server.reporting.live_table import following
     from server.reporting.run_log import clear_run
+    from server.reporting.unused_clients import UnusedClients
     from server.rounds.loop import ROUND_ATTEMPTS
 
     folder = Path(run.log_dir)
     clear_run(folder)  # the live table would show the rounds of an earlier run
     shutil.rmtree(folder / "clients", ignore_errors=True)
-    with following(folder, num_rounds=run.num_rounds, console=stderr):
-        run_simulation(
-            PROJECT,
-            run_config=run.values(),
-            num_supernodes=run.num_clients,
-            log_dir=folder,
-            client_cpus=client_cpus,
-            timeout=_START_SECONDS + (run.num_rounds * ROUND_ATTEMPTS + 1) * run.reply_timeout,
-        )
+    try:
+        with following(folder, num_rounds=run.num_rounds, console=stderr):
+            run_simulation(
+                PROJECT,
+                run_config=run.values(),
+                num_supernodes=run.num_clients,
+                log_dir=folder,
+                client_cpus=client_cpus,
+                timeout=_START_SECONDS + (run.num_rounds * ROUND_ATTEMPTS + 1) * run.reply_timeout,
+            )
+    except RunFailed:
+        name, message = read_failure(folder) or ("", "")
+        if name != UnusedClients.__name__:
+            raise
+        return message
+    return ""
 
 
 def read_run_config(config: Path | None, given: dict[str, Any], assignments: list[str]):
@@ -169,11 +186,15 @@ def summary_lines(summary: dict[str, Any]) -> list:
     table = Table("client", "budget", title="held-out perplexity of the global model")
     for column in ("before", "after", "after, personal"):
         table.add_column(column, justify="right")
-    for client in summary["clients"]:
+    clients = summary["clients"]
+    for client in clients:
         names = ("perplexity_before", "perplexity_after", "perplexity_after_personal")
         cells = ["-" if client[name] is None else f"{client[name]:.2f}" for name in names]
-        table.add_row(client["name"], str(client["budget"]), *cells)
+        table.add_row(client["name"], "-" if client["budget"] is None else str(client["budget"]), *cells)
     lines: list = [table]
+    lines += [
+        f"no update of {each['name']} was used: {each['refused']}" for each in clients if each["refused"]
+    ]
     if summary["stopped"]:
         lines.append(f"stopped after round {summary['rounds']}: {summary['stopped']}")
     for way in ("up", "down"):

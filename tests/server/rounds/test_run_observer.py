@@ -31,6 +31,7 @@ CLIENT_KEYS = {
     "perplexity_after",
     "perplexity_after_personal",
     "graph_hash",
+    "refused",
 }
 
 
@@ -228,6 +229,25 @@ def test_a_run_that_stops_early_says_why_and_counts_the_rounds_done(observer, gl
     summary = observer.close(out="", stopped="no better")
     assert (summary["rounds"], summary["stopped"]) == (2, "no better")
     assert summary["clients"][0]["perplexity_after_personal"] is None
+
+
+def test_a_client_whose_every_update_was_refused_is_in_the_summary_with_its_last_reason(
+    observer, global_model
+):
+    good, away = answer_of(global_model, 0), Answer(None, "away", None, 0, 30)
+    full = Answer(None, "disk full", None, 9, 30)
+    once = answer_of(global_model, 2)
+    observe(observer, global_model, {3: full, 5: full, 7: once, 9: good})
+    observe(observer, global_model, {3: away, 5: full, 7: away, 9: good}, 2)
+    finish(observer, global_model, {5: evaluated(global_model, 1, 4.0), 9: evaluated(global_model, 0, 3.0)})
+    clients = observer.close(out="")["clients"]
+    assert [(client["name"], client["refused"]) for client in clients] == [
+        ("client-0", None), ("client-1", "disk full"), ("client-2", None), ("node-3", "away"),
+    ]  # fmt: skip
+    assert all(set(client) == CLIENT_KEYS for client in clients)
+    assert clients[1]["perplexity_after"] == pytest.approx(math.exp(0.4))
+    unknown = dict.fromkeys(CLIENT_KEYS) | {"name": "node-3", "refused": "away"}
+    assert clients[3] == unknown
 
 
 def test_an_answer_to_the_evaluation_that_is_no_good_is_left_out(observer, global_model):

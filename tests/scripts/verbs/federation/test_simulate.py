@@ -9,7 +9,7 @@ import pytest
 
 from configs.errors import UserError
 from scripts.verbs.federation.simulate import PROJECT, read_run_config, summary_lines
-from server.flower.flower_process import job_processes, stop_job
+from server.flower.flower_process import RunFailed, job_processes, stop_job
 from tests.support.command import assert_refused, run, tree
 from tests.support.tiny_federation import assert_run_succeeded, run_values, save_tiny_graph, write_texts
 
@@ -18,7 +18,7 @@ SUMMARY = {
     "rounds": 2, "stopped": None,
     "clients": [
         {"name": "letters", "budget": 4, "perplexity_before": 9.5, "perplexity_after": 4.25,
-         "perplexity_after_personal": None, "graph_hash": "ab" * 32},
+         "perplexity_after_personal": None, "graph_hash": "ab" * 32, "refused": None},
     ],
     "bytes_up": 2000, "bytes_down": 0, "bytes_up_dense": 10_000, "bytes_down_dense": 10_000,
     "edits": 3, "graph_hash": "ab" * 32, "out": "/out", "log_dir": "/logs",
@@ -175,6 +175,39 @@ def test_a_failed_run_is_a_failure_of_one_line(place, capsys, monkeypatch):
 
     monkeypatch.setattr("server.flower.simulation.run_simulation", fail)
     assert_refused(run(capsys, *COMMAND, "--json"), "expected better data, got worse", as_json=True)
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_client_that_was_never_used_is_in_the_table_and_the_run_exits_with_1(
+    place, capsys, monkeypatch, as_json
+):
+    unused = dict.fromkeys(SUMMARY["clients"][0]) | {"name": "node-7", "refused": "disk full"}
+    summary = SUMMARY | {"clients": [*SUMMARY["clients"], unused]}
+
+    def simulate(project: Path, *, log_dir: Path, **options) -> None:
+        log_dir.mkdir(parents=True)
+        (log_dir / "summary.json").write_text(json.dumps(summary))
+        failure = {"type": "UnusedClients", "message": "got none of node-7: disk full"}
+        (log_dir / "failure.json").write_text(json.dumps(failure))
+        raise RunFailed("finished:failed")
+
+    monkeypatch.setattr("server.flower.simulation.run_simulation", simulate)
+    outcome = run(capsys, *COMMAND, *(["--json"] if as_json else []))
+    assert outcome.code == 1
+    assert outcome.err.splitlines()[-1] == "fedgraft: error: got none of node-7: disk full"
+    if as_json:
+        assert outcome.json() == summary
+    else:
+        assert "no update of node-7 was used: disk full" in outcome.out
+
+
+def test_any_other_failure_of_a_run_is_a_failure_of_one_line(place, capsys, monkeypatch):
+    def fail(*_, **__):
+        raise RunFailed("the run ended as finished:failed: RuntimeError: no memory")
+
+    monkeypatch.setattr("server.flower.simulation.run_simulation", fail)
+    outcome = run(capsys, *COMMAND)
+    assert (outcome.code, outcome.out) == (1, "") and "no memory" in outcome.err
 
 
 def configured(place: Path, text: str, given: dict, assignments: list[str]):
