@@ -1,8 +1,27 @@
-"""Choices of the commands' options, as enumerations: the command line checks them while it parses."""
+"""Choices of settings as enumerations, from which the command line and the libraries check values."""
 
 from __future__ import annotations
 
 from enum import StrEnum
+
+from configs.errors import UserError, nearest
+
+
+def check_choice(setting: str, value: str, choices: type[StrEnum]) -> None:
+    """Check that a setting has a value of an enumeration.
+
+    Args:
+        setting: name of the setting in the message, a field in backquotes.
+        value: value of the setting.
+        choices: enumeration of the known values.
+
+    Raises:
+        UserError: names the known values, and the one nearest to ``value``.
+    """
+    known = [choice.value for choice in choices]
+    if value not in known:
+        listed = " or ".join(filter(None, (", ".join(known[:-1]), known[-1])))
+        raise UserError(f"expected {setting} to be {listed}, got {value!r}{nearest(str(value), known)}")
 
 
 class Metric(StrEnum):

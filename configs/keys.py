@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from enum import StrEnum
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo
 
+from configs.choices import check_choice
 from configs.errors import UserError, nearest
 
 Value = bool | int | float | str
@@ -53,6 +55,16 @@ def validate_keys(schema: type[K], values: Mapping[str, Any]) -> K:
         return schema.model_validate(dict(values))
     except ValidationError as error:
         raise UserError(_explain(error)) from None
+
+
+def one_of(choices: type[StrEnum]) -> AfterValidator:
+    """Validator of a text key that accepts the values of an enumeration."""
+
+    def check(value: str, info: ValidationInfo) -> str:
+        check_choice(str(info.field_name).replace("_", "-"), value, choices)
+        return value
+
+    return AfterValidator(check)
 
 
 def check_known(values: Iterable[str], known: Iterable[str], *, kind: str, listing: str) -> None:

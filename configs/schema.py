@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from configs.choices import Device
 from configs.conflicts import check_conflicts
 from configs.keys import (
     Count,
@@ -24,6 +25,7 @@ from configs.keys import (
     check_known,
     integer_as_text,
     keys_of,
+    one_of,
     validate_keys,
 )
 from configs.run_views import (
@@ -171,7 +173,7 @@ class RunConfig(Views, Keys):
     """Validation text of the server, sources as in data; empty: none."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Precision of the clients' matrix products: bf16, fp32, or auto (bf16 where the device is faster with it)."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Annotated[str, one_of(Device)] = "auto"
     """Device of the clients: cpu, cuda, or auto (CUDA if there is a device)."""
     num_threads: Count = 1
     """Torch threads per client process."""

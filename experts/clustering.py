@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
+from configs.choices import Clustering, check_choice
 from configs.errors import UserError
 from experts.flow_kmeans import flow_labels
-
-# Solvers of the balanced assignments: OR-Tools called once per step, or the package k-means-constrained.
-CLUSTERINGS = ("flow", "k-means-constrained")
 
 # Mean distance to which features are scaled for k-means-constrained, which rounds distances to a thousandth.
 _PACKAGE_DISTANCE = 10.0
@@ -67,9 +66,11 @@ def check_clustering(clustering: str) -> None:
     Raises:
         UserError: lists the choices, or names the extra to install.
     """
-    if clustering not in CLUSTERINGS:
-        raise UserError(f"expected clustering to be one of {', '.join(CLUSTERINGS)}, got {clustering!r}")
-    if clustering == "k-means-constrained" and importlib.util.find_spec("k_means_constrained") is None:
+    check_choice("`clustering`", clustering, Clustering)
+    if (
+        clustering == Clustering.K_MEANS_CONSTRAINED
+        and importlib.util.find_spec("k_means_constrained") is None
+    ):
         raise UserError(
             "expected the package k-means-constrained for this clustering, found none; "
             "install the extra: bash scripts/install.sh clustering"
@@ -94,7 +95,7 @@ def balanced_clusters(
     Args:
         features: ``[m, F]``, one row a neuron.
         num_experts: E; must divide m.
-        clustering: one of ``CLUSTERINGS``.
+        clustering: see ``configs.choices.Clustering``.
         seed: seed of the sketch and the k-means++ initialization.
         restarts: independent initializations, of which the best is kept; None for 1 (flow) or 10.
         max_iterations: most balanced steps of one run; None for 30 (flow) or 300.
@@ -170,4 +171,7 @@ def _describe(features: np.ndarray, labels: np.ndarray, num_experts: int) -> Clu
 
 
 # By clustering: the function from features to labels, and its default restarts and iterations.
-_SOLVERS = {"flow": (flow_labels, (1, 30)), "k-means-constrained": (_package_labels, (10, 300))}
+_SOLVERS: dict[str, tuple[Callable[..., np.ndarray], tuple[int, int]]] = {
+    Clustering.FLOW: (flow_labels, (1, 30)),
+    Clustering.K_MEANS_CONSTRAINED: (_package_labels, (10, 300)),
+}

@@ -7,12 +7,14 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from enum import StrEnum
 from pathlib import Path
 
 import click
 import pytest
 
 import fedgraft
+from configs import choices
 from tests.support.paths import ROOT
 
 # Each folder may import itself and the folders of the ranks before its own; two folders of one rank never each other.
@@ -227,6 +229,33 @@ def test_no_two_modules_import_each_other_in_a_circle():
     while ready := {name for name, targets in edges.items() if name not in done and targets <= done}:
         done |= ready
     assert set(edges) - done == set()
+
+
+CHOICES = {
+    name: {choice.value for choice in found}
+    for name, found in vars(choices).items()
+    if isinstance(found, type) and issubclass(found, StrEnum) and len(found) > 1
+}
+
+
+def repeated_choices(source: str) -> list[str]:
+    """Enumerations of ``configs.choices`` of which a tuple, list or set in a module has all values as literals."""
+    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Tuple | ast.List | ast.Set)]
+    literals = [{each.value for each in node.elts if isinstance(each, ast.Constant)} for node in nodes]
+    return sorted({name for name, values in CHOICES.items() if any(values <= found for found in literals)})
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_choices_are_listed_in_their_enumeration_only(path):
+    assert repeated_choices(path.read_text()) == []
+
+
+def test_repeated_choices_are_recognized():
+    assert len(CHOICES) > 10
+    assert repeated_choices('METRICS = ("reap", "ean", "freq", "weighted_freq")') == ["Metric"]
+    assert repeated_choices('device: Literal["auto", "cpu", "cuda"] = "auto"') == ["Device"]
+    assert repeated_choices('KNOWN = ["all", "train", None, "valid"]') == ["Split"]
+    assert repeated_choices('PARTS = ("train", "valid")\nf(device in ("cpu", "cuda"))') == []
 
 
 FAMILY_TABLE = ROOT / "models/families/table.py"

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
-from experts.saliency.measures import METRICS, Saliency
+from configs.choices import Metric
+from experts.saliency.measures import Saliency
 from experts.selection.rules import SelectionRules, select_experts
 from federated.data.blocks import Blocks
 from models.moe.merge import Batch, MergeOptions, merge_experts
@@ -61,7 +62,7 @@ def compare(model: PreTrainedModel, text: Text, seed: int) -> dict[str, Any]:
     rng = np.random.default_rng(seed)
     result: dict[str, Any] = {"all": perplexity(model, text)}
     for share, name in ((4, "quarter"), (2, "half")):
-        kept = {metric: kept_by(saliency, metric, share) for metric in METRICS}
+        kept = {metric: kept_by(saliency, metric, share) for metric in Metric}
         arms = {metric: pruned_perplexity(model, text, keep_map) for metric, keep_map in kept.items()}
         draws = [
             pruned_perplexity(model, text, random_experts(saliency, share, rng)) for _ in range(RANDOM_DRAWS)

@@ -12,9 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
+from configs.choices import Alignment, check_choice
 from configs.errors import UserError
-
-ALIGNMENTS = ("none", "sign", "centroid")
 
 
 def group_experts(
@@ -66,12 +65,12 @@ def align_neurons(
         down: weights ``[D, H]`` of the expert.
         to_gate_up: weights of the other expert.
         to_down: weights of the other expert.
-        alignment: one of ``ALIGNMENTS``.
+        alignment: see ``configs.choices.Alignment``.
 
     Returns:
         Aligned ``gate_up`` and ``down``.
     """
-    check_alignment(alignment)
+    check_choice("`alignment`", alignment, Alignment)
     if alignment == "none":
         return gate_up, down
     (gate, up), (to_gate, to_up) = np.split(gate_up, 2), np.split(to_gate_up, 2)
@@ -102,9 +101,3 @@ def average_experts(
         for parts in zip(*experts, strict=True)
     )
     return gate_up, down
-
-
-def check_alignment(alignment: str) -> None:
-    """Refuse an unknown alignment."""
-    if alignment not in ALIGNMENTS:
-        raise UserError(f"expected an alignment of {', '.join(ALIGNMENTS)}, got {alignment!r}")

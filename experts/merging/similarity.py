@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from experts.merging.alignment import align_neurons, check_alignment
+from configs.choices import Alignment, check_choice
+from experts.merging.alignment import align_neurons
 
 # gate_up [2H, D] and down [D, H] of an expert.
 Matrices = tuple[np.ndarray, np.ndarray]
@@ -79,7 +80,7 @@ def weight_cosines(experts: Sequence[Matrices], alignment: str) -> np.ndarray:
         alignment: alignment of one expert's neurons to the other's before comparison (see
             ``experts.merging.alignment.align_neurons``); ``centroid`` solves an assignment for each pair.
     """
-    check_alignment(alignment)
+    check_choice("`alignment`", alignment, Alignment)
     if alignment == "none":
         flat = np.stack([_unit(expert) for expert in experts])
         return (flat @ flat.T).astype(np.float64)

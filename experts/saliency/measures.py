@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from configs.errors import UserError, nearest
+from configs.choices import Metric, check_choice
+from configs.errors import UserError
 from configs.output import finite, replacing
 from experts.saliency.saliency_file import read_arrays
 
-METRICS = ("reap", "ean", "freq", "weighted_freq")
 ARRAYS = ("reap_sum", "reap_count", "ean_sum", "freq", "weighted_freq_sum")
 _COUNTS = ("reap_count", "freq")
 
@@ -80,20 +80,12 @@ class Saliency:
         Raises:
             UserError: an unknown metric.
         """
-        check_metric(metric)
+        check_choice("`metric`", metric, Metric)
         if metric == "reap":
             return self.reap_sum / np.where(self.reap_count == 0, 1.0, self.reap_count)
         return {"ean": self.ean_sum, "freq": self.freq, "weighted_freq": self.weighted_freq_sum}[
             metric
         ].copy()
-
-
-def check_metric(metric: str) -> None:
-    """Refuse an unknown metric."""
-    if metric not in METRICS:
-        raise UserError(
-            f"expected a metric of {', '.join(METRICS)}, got {metric!r}{nearest(metric, METRICS)}"
-        )
 
 
 def save_saliency(saliency: Saliency, path: Path) -> None:

@@ -7,17 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from configs.errors import UserError, nearest
+from configs.choices import Action, DomainMode, SafetyMode, Strategy, check_choice
+from configs.errors import UserError
 from configs.values import split_list
 from experts.saliency.expert_map import ExpertMap
 from experts.saliency.measures import Saliency
 from experts.saliency.ranks import rank_sums
 from experts.selection.expert_list import ExpertList
 
-STRATEGIES = ("bottom", "strided")
-ACTION_MODES = ("analyze", "prune", "merge")
-SAFETY_MODES = ("protect", "target")
-DOMAIN_MODES = ("protect",)
 _MOST_EXPERTS = 2**16
 
 
@@ -55,10 +52,10 @@ class SelectionRules:
     domain_mode: str = "protect"
 
     def __post_init__(self):
-        _check_choice("strategy", self.strategy, STRATEGIES)
-        _check_choice("action", self.action, ACTION_MODES)
-        _check_choice("safety_mode", self.safety_mode, SAFETY_MODES)
-        _check_choice("domain_mode", self.domain_mode, DOMAIN_MODES)
+        check_choice("`strategy`", self.strategy, Strategy)
+        check_choice("`action`", self.action, Action)
+        check_choice("`safety_mode`", self.safety_mode, SafetyMode)
+        check_choice("`domain_mode`", self.domain_mode, DomainMode)
         _check_at_least("n_prune", self.n_prune, 0)
         _check_at_least("min_experts_per_layer", self.min_experts_per_layer, 1)
         low, high = self.min_rank, self.max_rank
@@ -99,7 +96,7 @@ def select_experts(
 
     Args:
         saliencies: saliencies of one model on one or several texts; their ranks are summed.
-        metric: one of ``experts.saliency.measures.METRICS``.
+        metric: one of ``configs.choices.Metric``.
         selection: number of experts to remove, and exemptions.
         files: names of the saliency files, recorded as the source.
 
@@ -218,11 +215,6 @@ def _check_fit(saliency: Saliency, selection: SelectionRules) -> None:
                 f"expected a {given.kind} map of the model that the saliency is of, got one of another "
                 f"({given.experts_per_layer} experts per layer against {saliency.experts_per_layer}); scan this model"
             )
-
-
-def _check_choice(field: str, value: str, known: Sequence[str]) -> None:
-    if value not in known:
-        raise UserError(f"expected `{field}` {' or '.join(known)}, got {value!r}{nearest(value, known)}")
 
 
 def _check_at_least(field: str, value: int, least: int) -> None:

@@ -8,12 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
+from configs.choices import Split, check_choice
 from configs.errors import UserError
 from federated.data.blocks import stream_blocks
 from federated.data.documents import absolute_sources, load_documents
 from models.runtime.perplexity import IGNORED
-
-SPLITS = ("valid", "train", "all")
 
 
 def texts_by_domain(sources: Sequence[str], split: str) -> dict[str, list[str]]:
@@ -22,8 +21,7 @@ def texts_by_domain(sources: Sequence[str], split: str) -> dict[str, list[str]]:
     Raises:
         UserError: an unknown split, a split without documents, a source that cannot be read.
     """
-    if split not in SPLITS:
-        raise UserError(f"expected `split` to be {', '.join(SPLITS[:-1])} or {SPLITS[-1]}, got {split!r}")
+    check_choice("`split`", split, Split)
     texts: dict[str, list[str]] = {}
     for row in load_documents(absolute_sources(sources)):
         members = texts.setdefault(row["domain"], [])

@@ -15,19 +15,18 @@ from joblib import Parallel, cpu_count, delayed
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from configs.choices import Features, RouterFit, check_choice
 from configs.errors import UserError
 from experts.clustering import Clusters, check_clustering, check_expert_count, timed_clusters
 from experts.graph.expert_graph import edges_by_lift
 from models.bootstrap.calibration import Calibration, NeuronStatistics, visit_ffn_inputs
-from models.bootstrap.router_init import ROUTERS, centroid_router, ridge_routers
+from models.bootstrap.router_init import centroid_router, ridge_routers
 from models.checkpoints.save import cast_weights
 from models.remote_code.configuration_fedgraft import FedGraftConfig
 from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 
 # Fewest weights of a projection for which the clustering of a layer takes longer than the start of a process.
 _PARALLEL_WEIGHTS = 16_000_000
-
-FEATURES = ("gate", "up", "down", "gate+up", "joint", "activation")
 
 
 @dataclass(frozen=True)
@@ -36,8 +35,8 @@ class BootstrapOptions:
 
     Attributes:
         num_experts: experts per layer; must divide the FFN width.
-        features: features of a neuron for k-means, one of ``FEATURES``.
-        clustering: balanced k-means, one of ``experts.clustering.CLUSTERINGS``.
+        features: features of a neuron for k-means, see ``configs.choices.Features``.
+        clustering: balanced k-means, see ``configs.choices.Clustering``.
         router: ``ridge`` or ``centroid``.
         experts_per_token: k; None for half of the experts.
         edges_per_expert: most edges that leave an expert.
@@ -55,11 +54,9 @@ class BootstrapOptions:
     jobs: int | None = None
 
     def __post_init__(self):
-        if self.features not in FEATURES:
-            raise UserError(f"expected features to be one of {', '.join(FEATURES)}, got {self.features!r}")
+        check_choice("`features`", self.features, Features)
         check_clustering(self.clustering)
-        if self.router not in ROUTERS:
-            raise UserError(f"expected router to be one of {', '.join(ROUTERS)}, got {self.router!r}")
+        check_choice("`router`", self.router, RouterFit)
         # Counts below one are refused by check_expert_count, which knows the FFN width and lists the valid ones.
         if self.num_experts >= 1 and not 1 <= self.visits <= self.num_experts:
             raise UserError(

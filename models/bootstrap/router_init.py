@@ -11,8 +11,6 @@ from transformers import PreTrainedModel
 from models.bootstrap.calibration import contributions, hidden_activations, visit_ffn_inputs
 from models.bootstrap.fisher import output_metrics
 
-ROUTERS = ("ridge", "centroid")
-
 # Most values of experts' outputs in memory at once, 64 MiB.
 _OUTPUT_VALUES = 2**24
 

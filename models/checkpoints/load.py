@@ -14,7 +14,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from configs.errors import UserError, first_line, nearest
+from configs.choices import Precision, check_choice
+from configs.errors import UserError, first_line
 from models.checkpoints.disk_experts import open_mapped
 from models.checkpoints.save import cast_weights
 from models.files.config_file import check_is_dense, check_is_graph, read_config
@@ -27,7 +28,6 @@ from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 from models.runtime.nf4 import compute_dtype, quantization_config, replace_linear4bit
 from models.runtime.precision import faster_dtype
 
-WEIGHT_PRECISIONS = ("auto", "fp32", "bf16", "nf4")
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 # Graphs open with these classes and not with the modeling code in the checkpoint.
@@ -163,9 +163,8 @@ def _widen_if_faster(model: PreTrainedModel, device: torch.device) -> None:
 def _dtype_options(
     dtype: torch.dtype | str, precision: str | None, device: torch.device | str
 ) -> dict[str, Any]:
-    if precision not in (None, *WEIGHT_PRECISIONS):
-        hint = nearest(str(precision), WEIGHT_PRECISIONS)
-        raise UserError(f"expected a precision of {', '.join(WEIGHT_PRECISIONS)}, got {precision!r}{hint}")
+    if precision is not None:
+        check_choice("`precision`", precision, Precision)
     if precision == "nf4":
         products = _product_dtype(dtype, device)
         return {

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from configs.choices import Alignment, Average, Similarity, check_choice
 from configs.errors import UserError
-from experts.merging.alignment import align_neurons, average_experts, check_alignment, group_experts
+from experts.merging.alignment import align_neurons, average_experts, group_experts
 from experts.selection.expert_list import check_keep_map
 from models.moe.hooks import observing_experts
 from models.moe.layers import ExpertRows, MoELayer
@@ -27,8 +28,6 @@ from models.moe.routers import all_gates, router_logits
 from models.moe.saliency_collection import SaliencySums, attention_mask_kwargs
 from models.moe.views import moe_layers
 
-SIMILARITIES = ("gated", "average")
-WEIGHTS = ("centroid", "saliency", "mean-saliency", "plain")
 Batch = tuple[Tensor, Tensor]
 
 # Tokens per chunk: the outputs of all experts on a chunk are in memory.
@@ -61,13 +60,9 @@ class MergeOptions:
     refit_tokens: int = 16384
 
     def __post_init__(self) -> None:
-        check_alignment(self.alignment)
-        if self.similarity not in SIMILARITIES:
-            raise UserError(
-                f"expected a similarity mode of {' or '.join(SIMILARITIES)}, got {self.similarity!r}"
-            )
-        if self.weights not in WEIGHTS:
-            raise UserError(f"expected an average by one of {', '.join(WEIGHTS)}, got {self.weights!r}")
+        check_choice("`alignment`", self.alignment, Alignment)
+        check_choice("`similarity`", self.similarity, Similarity)
+        check_choice("`weights`", self.weights, Average)
         if self.weights == "centroid" and not self.refit:
             raise UserError(
                 "expected a refit or weights other than centroid, got neither; that is pruning: enable the refit or "
@@ -130,7 +125,7 @@ def output_similarity(layer: MoELayer, x_TD: Tensor, mode: str) -> np.ndarray:
     Args:
         layer: layer of the experts; edges of a graph are ignored.
         x_TD: inputs of the layer.
-        mode: one of ``SIMILARITIES``.
+        mode: see ``configs.choices.Similarity``.
     """
     gram_EE = torch.zeros(layer.num_experts, layer.num_experts, dtype=torch.float64)
     sum_ED = torch.zeros(layer.num_experts, x_TD.shape[-1], dtype=torch.float64)
@@ -182,7 +177,7 @@ def merge_group(layer: MoELayer, group: Sequence[int], shares: Sequence[float], 
         layer: layer of the experts.
         group: expert numbers; neurons of the others are aligned to those of the first.
         shares: averaging weight of each, not normalized.
-        alignment: one of ``experts.merging.alignment.ALIGNMENTS``.
+        alignment: see ``configs.choices.Alignment``.
     """
     first, *others = (layer.read_numpy(expert) for expert in group)
     aligned = [first, *(align_neurons(*other, *first, alignment) for other in others)]

@@ -18,10 +18,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from configs.choices import Alignment, Metric, check_choice
 from configs.errors import UserError
-from experts.merging.alignment import check_alignment
 from experts.merging.similarity import PairLikeness, weight_cosine, weight_cosines
-from experts.saliency.measures import Saliency, check_metric
+from experts.saliency.measures import Saliency
 from experts.saliency.ranks import rank_sums
 from experts.selection.compression_trace import Averaging, CompressionTrace, Removal, Step
 from experts.selection.removal_candidates import RemovalCandidates
@@ -54,8 +54,8 @@ class PlanOptions:
     max_group_size: int = 4
 
     def __post_init__(self) -> None:
-        check_metric(self.metric)
-        check_alignment(self.alignment)
+        check_choice("`metric`", self.metric, Metric)
+        check_choice("`alignment`", self.alignment, Alignment)
         if not self.selection.model_wide or self.selection.action != "prune":
             raise UserError("expected a selection that prunes over the whole model, got another")
         if self.max_group_size < 1:

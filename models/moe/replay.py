@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from transformers import PreTrainedModel
 
+from configs.choices import Alignment, check_choice
 from configs.errors import UserError
-from experts.merging.alignment import check_alignment
 from experts.selection.compression_trace import Averaging, Removal, Step
 from models.moe.layers import MoELayer
 from models.moe.merge import merge_group
@@ -92,7 +92,7 @@ def check_steps(steps: Sequence[Step], layers: Sequence[tuple[int, int]]) -> Non
                 f"{step.decoder_layer}; the plan is of another model"
             )
         if step.averaging is not None:
-            check_alignment(step.averaging.alignment)
+            check_choice("`alignment`", step.averaging.alignment, Alignment)
         left[layer] -= 1
         if not left[layer]:
             raise UserError(f"step {number}: expected an expert to stay in MoE layer {layer}, got none")

@@ -8,11 +8,10 @@ from functools import lru_cache
 import torch
 from transformers import PreTrainedModel
 
+from configs.choices import Device, check_choice
 from configs.errors import UserError
 
-PRECISIONS = ("auto", "bf16", "fp32")
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-DEVICES = ("auto", "cpu", "cuda")
 
 
 def choose_device(wanted: str) -> str:
@@ -21,8 +20,7 @@ def choose_device(wanted: str) -> str:
     Raises:
         UserError: another name, or CUDA on a machine without it.
     """
-    if wanted not in DEVICES:
-        raise UserError(f"expected device to be one of {', '.join(DEVICES)}, got {wanted!r}")
+    check_choice("`device`", wanted, Device)
     available = torch.cuda.is_available()
     if wanted == "cuda" and not available:
         raise UserError("expected a CUDA device, got none on this machine; set device to cpu or auto")

@@ -3,7 +3,7 @@ from __future__ import annotations
 import math
 
 from benchmarks.prune_merge import measure
-from experts.saliency.measures import METRICS
+from configs.choices import Metric
 
 
 def test_a_quick_run_gives_every_figure():
@@ -21,4 +21,4 @@ def test_a_quick_run_gives_every_figure():
     for kind in ("mixture", "graph"):
         for run in measured.peers["runs"][kind]:
             for share in ("quarter", "half"):
-                assert {*METRICS, "random", "merge"} <= set(run[share])
+                assert {*Metric, "random", "merge"} <= set(run[share])

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from k_means_constrained import KMeansConstrained
 
+from configs.choices import Clustering
 from configs.errors import UserError
 from experts.clustering import (
-    CLUSTERINGS,
     balanced_clusters,
     check_clustering,
     check_expert_count,
@@ -40,7 +40,7 @@ def inertia_of(features: np.ndarray, members: np.ndarray) -> float:
     st.sampled_from([(12, 1), (12, 3), (12, 4), (12, 12), (30, 5), (1, 1), (7, 7)]),
     st.integers(0, 99),
     st.booleans(),
-    st.sampled_from(CLUSTERINGS),
+    st.sampled_from(list(Clustering)),
 )
 def test_every_neuron_is_in_exactly_one_expert_and_all_experts_are_equal(shape, seed, constant, clustering):
     neurons, experts = shape
@@ -109,7 +109,7 @@ def test_clusters_of_the_package_that_are_not_balanced_are_refused(monkeypatch):
 
 
 def test_an_unknown_clustering_and_a_package_that_is_missing_are_refused(monkeypatch):
-    with pytest.raises(UserError, match="flow, k-means-constrained, got 'k-means'"):
+    with pytest.raises(UserError, match="flow or k-means-constrained, got 'k-means'"):
         balanced_clusters(np.zeros((4, 2)), 2, clustering="k-means")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     check_clustering("flow")
@@ -140,7 +140,7 @@ def test_the_seed_decides():
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-@pytest.mark.parametrize("clustering", CLUSTERINGS)
+@pytest.mark.parametrize("clustering", Clustering)
 def test_features_that_are_not_finite_are_refused(bad, clustering):
     features = np.zeros((4, 2))
     features[2, 1] = bad

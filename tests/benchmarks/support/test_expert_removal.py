@@ -17,7 +17,7 @@ from benchmarks.support.expert_removal import (
     pruned_perplexity,
     random_experts,
 )
-from experts.saliency.measures import METRICS
+from configs.choices import Metric
 from federated.data.blocks import Blocks
 from models.moe.saliency_collection import collect_saliency
 from tests.support.tiny_graphs import random_ids
@@ -55,5 +55,5 @@ def test_comparison_has_every_arm_and_leaves_the_model_unchanged():
     before = {name: value.clone() for name, value in moe.state_dict().items()}
     found = compare(moe, text_for(moe), seed=0)
     assert set(found) == {"all", "quarter", "half"}
-    assert set(found["half"]) == {*METRICS, "random", *PLANS}
+    assert set(found["half"]) == {*Metric, "random", *PLANS}
     assert all(torch.equal(value, before[name]) for name, value in moe.state_dict().items())

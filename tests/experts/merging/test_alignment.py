@@ -7,8 +7,9 @@ from itertools import product
 import numpy as np
 import pytest
 
+from configs.choices import Alignment
 from configs.errors import UserError
-from experts.merging.alignment import ALIGNMENTS, align_neurons, average_experts, group_experts
+from experts.merging.alignment import align_neurons, average_experts, group_experts
 
 
 def gated_ffn(gate_up, down, x):
@@ -48,7 +49,7 @@ def test_groups_that_are_too_small_are_refused_with_the_size_that_would_do():
         group_experts(np.eye(6), np.array([0, 1]), 2)
 
 
-@pytest.mark.parametrize("alignment", ALIGNMENTS)
+@pytest.mark.parametrize("alignment", Alignment)
 def test_an_aligned_expert_computes_what_it_did(alignment):
     rng = np.random.default_rng(0)
     one, other, x = expert(rng), expert(rng), rng.normal(size=(20, 5))

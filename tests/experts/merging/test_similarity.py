@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
+from configs.choices import Alignment
 from configs.errors import UserError
-from experts.merging.alignment import ALIGNMENTS
 from experts.merging.similarity import (
     PairLikeness,
     jaccard,
@@ -67,7 +67,7 @@ def test_weight_cosine_is_that_of_all_weights():
     assert weight_cosine(experts[0], experts[1], "none") == pytest.approx(expected[0][1])
 
 
-@pytest.mark.parametrize("alignment", ALIGNMENTS)
+@pytest.mark.parametrize("alignment", Alignment)
 def test_cosines_of_pairs_are_those_of_the_matrix(alignment):
     experts = [expert(seed) for seed in range(4)]
     matrix = weight_cosines(experts, alignment)
@@ -83,14 +83,12 @@ def test_alignment_finds_a_twin_with_flipped_neurons_in_another_order():
     order, sign = np.array([3, 1, 0, 5, 2, 4]), np.array([1, -1, 1, 1, -1, -1])
     flipped = np.concatenate([gate, up * sign[:, None]]), down * sign
     twin = np.concatenate([gate[order], (up * sign[:, None])[order]]), (down * sign)[:, order]
-    found = [
-        [weight_cosine(other, (gate_up, down), each) for each in ALIGNMENTS] for other in (flipped, twin)
-    ]
+    found = [[weight_cosine(other, (gate_up, down), each) for each in Alignment] for other in (flipped, twin)]
     assert found[0][0] < 0.9 and found[0][1:] == pytest.approx([1, 1])
     assert max(found[1][:2]) < 0.9 and found[1][2] == pytest.approx(1)
 
 
-@pytest.mark.parametrize("alignment", ALIGNMENTS)
+@pytest.mark.parametrize("alignment", Alignment)
 def test_an_expert_of_zeros_is_like_no_other(alignment):
     zero = np.zeros((12, 4)), np.zeros((4, 6))
     assert weight_cosine(zero, expert(0), alignment) == 0 == weight_cosine(expert(0), zero, alignment)

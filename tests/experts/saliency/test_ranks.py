@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from configs.choices import Metric
 from configs.errors import UserError
-from experts.saliency.measures import METRICS, add_saliency
+from experts.saliency.measures import add_saliency
 from experts.saliency.ranks import over_layer_mean, rank_sums
 from tests.support.saliency_samples import padded, random_saliency, saliency_of_scores
 
@@ -28,7 +29,7 @@ def test_the_ranks_of_several_files_are_summed():
 @given(
     experts=st.lists(st.integers(1, 6), min_size=1, max_size=4),
     files=st.integers(1, 3),
-    metric=st.sampled_from(METRICS),
+    metric=st.sampled_from(list(Metric)),
     model_wide=st.booleans(),
     seed=st.integers(0, 99),
 )

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from configs.choices import Metric
 from configs.errors import UserError
 from experts.saliency.expert_map import ExpertMap
-from experts.saliency.measures import METRICS
 from experts.selection.expert_list import ExpertList, load_expert_list, write_expert_list
 from experts.selection.rules import SelectionRules, parse_expert_ids, select_experts, strided
 from tests.support.saliency_samples import map_of, random_saliency, saliency_of_scores
@@ -33,7 +33,7 @@ def test_the_worst_of_each_layer_go():
     assert select(n_prune=7) == [[1, 2, 3, 4, 5, 6, 7]] * 2
 
 
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("metric", Metric)
 def test_the_metric_decides(metric):
     saliency = random_saliency([6, 6], 3)
     chosen = removed(select_experts([saliency], metric, SelectionRules(n_prune=2)))
@@ -213,7 +213,7 @@ def cases(draw):
         safety_mode=draw(st.sampled_from(["protect", "target"])) if maps["safety"] else "protect",
         domain=maps["domain"],
     )
-    return saliencies, draw(st.sampled_from(METRICS)), selection
+    return saliencies, draw(st.sampled_from(list(Metric))), selection
 
 
 @settings(max_examples=200, deadline=None)
@@ -275,10 +275,10 @@ def test_a_list_only_grows_with_n(seed, number):
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"strategy": "top"}, "`strategy` bottom or strided, got 'top'"),
+        ({"strategy": "top"}, "`strategy` to be bottom or strided, got 'top'"),
         ({"action": "analyse"}, "`action` .*did you mean 'analyze'"),
-        ({"safety_mode": "targets"}, "`safety_mode` protect or target.*did you mean 'target'"),
-        ({"domain_mode": "target"}, "`domain_mode` protect, got 'target'"),
+        ({"safety_mode": "targets"}, "`safety_mode` to be protect or target.*did you mean 'target'"),
+        ({"domain_mode": "target"}, "`domain_mode` to be protect, got 'target'"),
         ({"n_prune": -1}, "`n_prune` of at least 0"),
         ({"min_experts_per_layer": 0}, "`min_experts_per_layer` of at least 1"),
         ({"min_rank": 3, "max_rank": 2}, "`min_rank` to be at most `max_rank`"),

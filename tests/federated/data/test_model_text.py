@@ -53,7 +53,7 @@ def test_batches_are_those_of_the_documents_of_the_split(tiny_graph_dir, sources
 
 
 def test_an_unknown_split_is_refused_before_the_first_batch(tiny_graph_dir, sources):
-    with pytest.raises(UserError, match="valid, train or all"):
+    with pytest.raises(UserError, match="train, valid or all"):
         opened(tiny_graph_dir).batches(sources, "tset")
 
 

@@ -23,7 +23,7 @@ def test_texts_are_those_of_the_split_by_domain(tmp_path):
     assert set(train) == set(valid) == {"a", "b"}
     assert valid["a"] == ["a18", "a19"] and len(train["b"]) == 18
     assert both["a"] == train["a"] + valid["a"]
-    with pytest.raises(UserError, match="valid, train or all"):
+    with pytest.raises(UserError, match="train, valid or all"):
         texts_by_domain(sources, "test")
 
 

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from configs.choices import Features
 from configs.errors import UserError
 from experts.clustering import Clusters, balanced_clusters
 from experts.graph.expert_graph import edges_by_lift
 from models.bootstrap.build import (
-    FEATURES,
     BootstrapOptions,
     build_graph,
     first_edges,
@@ -98,7 +98,7 @@ def test_features_have_a_row_per_neuron(dense, kind, width):
         np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1, rtol=1e-5)
 
 
-@pytest.mark.parametrize("features", FEATURES)
+@pytest.mark.parametrize("features", Features)
 def test_every_kind_of_feature_gives_a_graph_equal_to_the_dense_model(dense, ids, features):
     graph = graph_of(dense, features=features)
     with torch.no_grad():
@@ -188,9 +188,9 @@ def test_settings_for_generation_come_along(dense, experts):
 @pytest.mark.parametrize(
     "wrong, message",
     [
-        ({"features": "gates"}, "gate, up, down, gate\\+up, joint, activation.*'gates'"),
-        ({"clustering": "k-means"}, "flow, k-means-constrained.*'k-means'"),
-        ({"router": "riddle"}, "ridge, centroid.*'riddle'"),
+        ({"features": "gates"}, "gate, up, down, gate\\+up, joint or activation.*'gates'"),
+        ({"clustering": "k-means"}, "flow or k-means-constrained.*'k-means'"),
+        ({"router": "riddle"}, "ridge or centroid.*'riddle'"),
         ({"experts_per_token": 9}, "between 1 and the 8 experts, got 9"),
         ({"experts_per_token": 0}, "between 1 and the 8 experts, got 0"),
         ({"edges_per_expert": -1}, "edges per expert.*-1"),

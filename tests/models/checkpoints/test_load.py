@@ -266,4 +266,4 @@ def test_auto_widens_16_bits_where_fp32_is_faster(monkeypatch, tmp_path, tiny_gr
 @pytest.mark.parametrize("precision", ["int8", "nf", ""])
 def test_a_precision_that_is_not_known(tiny_llama_dir, tiny_graph_dir, precision):
     for load, source in ((load_dense, tiny_llama_dir), (load_graph, tiny_graph_dir)):
-        assert "fp32, bf16, nf4" in refusal(lambda s, load=load: load(s, precision=precision), source)
+        assert "auto, fp32, bf16 or nf4" in refusal(lambda s, load=load: load(s, precision=precision), source)

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from configs.choices import Average
 from configs.errors import UserError
-from models.moe.merge import WEIGHTS, MergeOptions, merge_experts, output_similarity
+from models.moe.merge import MergeOptions, merge_experts, output_similarity
 from models.moe.refit import block_output
 from models.moe.remove import keep_experts
 from models.moe.routers import all_gates, router_logits
@@ -76,7 +77,7 @@ def test_without_alignment_twins_in_another_order_spoil_each_other():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("weights", [weights for weights in WEIGHTS if weights != "centroid"])
+@pytest.mark.parametrize("weights", [weights for weights in Average if weights != "centroid"])
 def test_the_first_layer_is_the_average_with_the_weights_asked_for(weights):
     model = tiny_moe("olmoe")
     expected = tiny_moe("olmoe")
@@ -148,7 +149,7 @@ def test_a_graph_merges_into_a_graph():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("weights", Average)
 @pytest.mark.parametrize("family", ["mixtral", "graph"])
 def test_a_refit_comes_closer_to_the_layer_that_was_there(family, weights):
     """Than the same merge without it, and than pruning."""

@@ -83,5 +83,5 @@ def test_a_device_is_chosen_by_name_or_by_what_there_is(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(UserError, match="expected a CUDA device, got none"):
         choose_device("cuda")
-    with pytest.raises(UserError, match="expected device to be one of auto, cpu, cuda, got 'tpu'"):
+    with pytest.raises(UserError, match="expected `device` to be auto, cpu or cuda, got 'tpu'"):
         choose_device("tpu")
