@@ -15,6 +15,10 @@ from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
+# ``save_pretrained`` of a graph writes the modeling code, too.
+FedGraftConfig.register_for_auto_class()
+FedGraftForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+
 
 def save_graph(
     graph: FedGraftForCausalLM,
@@ -31,8 +35,6 @@ def save_graph(
         directory: directory of the checkpoint.
         weights: weights to write, by name; None for all weights of ``graph``.
     """
-    FedGraftConfig.register_for_auto_class()
-    FedGraftForCausalLM.register_for_auto_class("AutoModelForCausalLM")
     graph.save_pretrained(directory, state_dict=None if weights is None else dict(weights))
     tokenizer.save_pretrained(directory)
 

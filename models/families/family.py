@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -59,6 +60,8 @@ class MoEFamily:
         top_k_key: configuration key of the experts per token.
         top_k_names: attributes of the opened router, or else of the block, that may hold it.
         per_layer: whether the configuration holds E as a list, one entry a layer.
+        version_key: configuration key of the number of edits of the model's graph; empty without edges.
+        merge_note: note on the result of merging such experts; empty for none.
         next_token_layers: whether layers behind the last may be stored that predict further tokens, which transformers
             does not read.
     """
@@ -78,14 +81,19 @@ class MoEFamily:
     top_k_key: str = "num_experts_per_tok"
     top_k_names: tuple[str, ...] = ("top_k", "num_experts_per_tok")
     per_layer: bool = False
+    version_key: str = ""
+    merge_note: str = ""
     next_token_layers: bool = False
-
-    @property
-    def has_edges(self) -> bool:
-        """Whether experts pass outputs along the edges of a graph, which has a version."""
-        return bool(self.pairs)
 
     @property
     def own(self) -> tuple[str, ...]:
         """Stored gate, up and down of one expert, behind ``experts.NUMBER.``; empty where experts are fused."""
         return tuple(rf"(?:{'|'.join(names)})\.weight" for names in zip(*self.matrices, strict=True))
+
+    def holds(self, counts: Sequence[int]) -> bool:
+        """Whether the configuration can hold these numbers of experts, one per MoE layer."""
+        return self.per_layer or len(set(counts)) <= 1
+
+    def count_value(self, counts: Sequence[int]) -> int | list[int]:
+        """Value of the keys of E for numbers of experts that the configuration ``holds``."""
+        return list(counts) if self.per_layer else counts[0]

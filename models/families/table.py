@@ -40,6 +40,9 @@ FAMILIES: dict[str, MoEFamily] = {
         count_keys=("num_experts",),
         top_k_key="experts_per_token",
         per_layer=True,
+        version_key="graph_version",
+        merge_note="the experts of a graph are disjoint parts of one dense FFN and share nothing by construction: "
+        "compare what merging costs with pruning the same experts",
     ),
     "mixtral": MoEFamily(
         blocks=("block_sparse_moe", "mlp"),

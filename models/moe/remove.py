@@ -88,10 +88,10 @@ def set_counts(model: PreTrainedModel) -> None:
     """
     layers = moe_layers(model)
     family, counts = layers[0].family, [layer.num_experts for layer in layers]
-    if len(set(counts)) > 1 and not family.per_layer:
+    if not family.holds(counts):
         return
     for key in family.count_keys:
         if hasattr(model.config, key):
-            setattr(model.config, key, counts if family.per_layer else counts[0])
+            setattr(model.config, key, family.count_value(counts))
     top_k = min(getattr(model.config, family.top_k_key), max(counts))
     setattr(model.config, family.top_k_key, top_k)

@@ -217,8 +217,7 @@ def _check_counts(layout: MoELayout) -> None:
     found = layout.experts_per_layer
     for key in layout.family.count_keys:
         said = layout.config.get(key)
-        wanted = said if layout.family.per_layer else [said] * len(found)
-        if said is not None and wanted != found:
+        if said is not None and not (layout.family.holds(found) and said == layout.family.count_value(found)):
             raise UserError(
                 f"expected {key} of config.json to be the experts in the weights, {found}, got {said}"
             )

@@ -17,7 +17,7 @@ from experts.selection.uniform_counts import check_uniform
 from models.files.side_files import copy_side_files
 from models.files.tensor_stream import NewTensor, count_parameters, file_bytes, write_tensors
 from models.moe_files.layout import LayerLayout, MoELayout, read_moe_layout
-from models.moe_files.prune_graph import edited_pairs, retire_stored_experts
+from models.moe_files.prune_graph import pruned_pairs
 from models.moe_files.pruned_config import pruned_config
 
 _STAGE = "writing weights (MiB)"
@@ -106,13 +106,9 @@ def _output_layout(source: Path, keep_map: Mapping[int, np.ndarray]) -> _OutputL
         layer.ordinal: np.sort(np.asarray(keep_map.get(layer.ordinal, np.arange(layer.num_experts))))
         for layer in layout.layers
     }
-    pairs: dict[str, Tensor] = {}
-    version = None
-    if layout.family.has_edges:
-        edited = retire_stored_experts(layout, kept)
-        pairs, version = edited_pairs(layout, edited), edited.graph.version
-    else:
+    if not layout.family.holds([len(experts) for experts in kept.values()]):
         check_uniform(kept, layout.model_type)
+    pairs, version = pruned_pairs(layout, kept)
     config, warnings = pruned_config(layout, kept, version)
     return _OutputLayout(layout, kept, _new_files(layout, kept, pairs), config, warnings)
 

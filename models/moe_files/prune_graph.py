@@ -24,7 +24,24 @@ def read_stored_graph(layout: MoELayout) -> ExpertGraph:
     """
     names = [name for layer in layout.layers for name in layer.pairs if name.endswith(MASK)]
     masks = tuple(_read(layout, name).numpy() for name in names)
-    return ExpertGraph(masks, layout.config.get("graph_version", 0))
+    return ExpertGraph(masks, layout.config.get(layout.family.version_key, 0))
+
+
+def pruned_pairs(
+    layout: MoELayout, keep_map: Mapping[int, np.ndarray]
+) -> tuple[dict[str, Tensor], int | None]:
+    """Tensors ``[E', E']`` of the kept experts by name, and the version of their graph.
+
+    Returns:
+        see ``edited_pairs``; no tensor and no version for a family without edges.
+
+    Raises:
+        UserError: as ``retire_stored_experts``.
+    """
+    if not layout.family.pairs:
+        return {}, None
+    edited = retire_stored_experts(layout, keep_map)
+    return edited_pairs(layout, edited), edited.graph.version
 
 
 def retire_stored_experts(layout: MoELayout, keep_map: Mapping[int, np.ndarray]) -> EditedGraph:

@@ -28,7 +28,7 @@ def pruned_config(
     family, config = layout.family, dict(layout.config)
     counts = [len(kept[layer]) for layer in range(len(layout.layers))]
     keys = [key for key in family.count_keys if config.get(key) is not None] or [family.count_keys[0]]
-    config |= dict.fromkeys(keys, counts if family.per_layer else counts[0])
+    config |= dict.fromkeys(keys, family.count_value(counts))
     warnings = []
     most, groups_warning = _selectable(config, layout, kept, max(counts))
     top_k = config.get(family.top_k_key)
@@ -41,7 +41,7 @@ def pruned_config(
     if config.get("tie_word_embeddings") and has_own_head(layout.tensors):
         config["tie_word_embeddings"] = False
     if graph_version is not None:
-        config["graph_version"] = graph_version
+        config[family.version_key] = graph_version
     return config, (*warnings, *groups_warning)
 
 

@@ -11,8 +11,7 @@ from transformers import PreTrainedModel
 from configs.errors import UserError
 from configs.output import new_directory
 from experts.selection.compression_trace import Step
-from models.checkpoints.load import load_tokenizer
-from models.checkpoints.save import cast_weights, save_graph
+from models.checkpoints.save import cast_weights
 from models.families.table import family_of
 from models.files.side_files import copy_side_files
 from models.moe.replay import check_steps
@@ -34,7 +33,7 @@ def planned_keep_map(layout: MoELayout, steps: Sequence[Step]) -> dict[int, np.n
         for layer in layout.layers
     }
     counts = [len(experts) for experts in kept.values()]
-    if len(set(counts)) > 1 and not layout.family.per_layer:
+    if not layout.family.holds(counts):
         raise UserError(
             "expected a plan that leaves equally many experts in every layer, since the configuration of "
             f"{layout.model_type} holds one number, got {counts}; plan again with a minimum per layer that evens them"
@@ -42,23 +41,20 @@ def planned_keep_map(layout: MoELayout, steps: Sequence[Step]) -> dict[int, np.n
     return kept
 
 
-def save_merged(
-    model: PreTrainedModel, source: Path, out: Path, *, graph_version: int, overwrite: bool
-) -> None:
+def save_merged(model: PreTrainedModel, source: Path, out: Path, *, overwrite: bool) -> None:
     """Write a model in the dtype of its configuration, with the side files of its source checkpoint.
+
+    The version of an expert graph becomes one more than that of ``model``.
 
     Args:
         model: model with equally many experts per layer where its format holds one number.
         source: folder that the model was opened from.
         out: new folder; nothing is left there on a failure.
-        graph_version: graph version after the merge, for an expert graph.
         overwrite: whether ``out`` may be replaced.
     """
     cast_weights(model, model.config.dtype)
     with new_directory(out, overwrite=overwrite) as directory:
         copy_side_files(source, directory)
-        if family_of(model.config).has_edges:
-            model.config.graph_version = graph_version
-            save_graph(model, load_tokenizer(str(source)), directory)
-        else:
-            model.save_pretrained(directory)
+        if key := family_of(model.config).version_key:
+            setattr(model.config, key, getattr(model.config, key) + 1)
+        model.save_pretrained(directory)

@@ -35,10 +35,6 @@ if TYPE_CHECKING:
 
 # Relative difference of the plan's and the measured perplexity above which a warning is given.
 _PLAN_TOLERANCE = 1e-3
-_OURS = (
-    "the experts of a graph are disjoint parts of one dense FFN and share nothing by construction: compare what "
-    "merging costs with pruning the same experts"
-)
 
 
 @dataclass(frozen=True)
@@ -167,15 +163,14 @@ def _merge(
         pruned_perplexity = batches_loss(pruned, held_out).perplexity
     groups = _execute(opened, data, choice, how)
     perplexity |= {"merged": batches_loss(opened.model, held_out).perplexity, "pruned": pruned_perplexity}
-    version = layout.config.get("graph_version", 0) + 1
-    save_merged(opened.model, layout.source, out, graph_version=version, overwrite=overwrite)
+    save_merged(opened.model, layout.source, out, overwrite=overwrite)
     return result | {
         "out": str(out),
         "bytes_after": read_moe_layout(out).weight_bytes,
         "groups": {str(layer): list(each.values()) for layer, each in enumerate(groups)},
         "precision": precision_name(opened.model),
         "perplexity": perplexity | _planned_perplexity(how, perplexity["merged"]),
-        "note": _OURS if layout.family.has_edges else None,
+        "note": layout.family.merge_note or None,
     }
 
 

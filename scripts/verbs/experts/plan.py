@@ -147,7 +147,7 @@ def needs_equalizing(model: PreTrainedModel) -> bool:
     from models.moe.views import moe_layers
 
     layers = moe_layers(model)
-    return not layers[0].family.per_layer and len({layer.num_experts for layer in layers}) > 1
+    return not layers[0].family.holds([layer.num_experts for layer in layers])
 
 
 def _even(found: CompressionTrace) -> str:

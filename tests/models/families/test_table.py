@@ -78,7 +78,7 @@ def test_counts_and_router_kind(saved):
     assert {layer.kind for layer in layers} == {KINDS[name]}
     counts = [layer.num_experts for layer in layers]
     found = [values[key] for key in family.count_keys if key in values]
-    assert found and all(value == (counts if family.per_layer else counts[0]) for value in found)
+    assert found and all(value == family.count_value(counts) for value in found)
     assert values[family.top_k_key] == layers[0].top_k == 2
     assert (layers[0].selection_bias is not None) == (KINDS[name] is RouterKind.SIGMOID_BIASED)
     assert family.groups is None or {family.groups.count_key, family.groups.selected_key} <= set(values)

@@ -87,7 +87,7 @@ def test_the_written_checkpoint_has_the_perplexity_of_the_trace(name, experts, t
     write_trace(trace, tmp_path / "plan.csv")
     model = load_causal_lm(str(source))
     replay_trace(model, read_trace(tmp_path / "plan.csv"))
-    save_merged(model, source, tmp_path / "out", graph_version=1, overwrite=False)
+    save_merged(model, source, tmp_path / "out", overwrite=False)
     written = perplexity(load_causal_lm(str(tmp_path / "out")))
     assert written == pytest.approx(trace.perplexity_after, rel=1e-6)
     assert abs(written - trace.perplexity_before) > 1e-3

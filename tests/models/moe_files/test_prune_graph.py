@@ -8,8 +8,9 @@ from configs.errors import UserError
 from models.checkpoints.save import save_graph
 from models.graph.graph_state import read_graph
 from models.moe_files.layout import read_moe_layout
-from models.moe_files.prune_graph import edited_pairs, read_stored_graph, retire_stored_experts
+from models.moe_files.prune_graph import edited_pairs, pruned_pairs, read_stored_graph, retire_stored_experts
 from tests.support.tiny_graphs import graph_of, with_random_gains
+from tests.support.tiny_moes import saved_moe
 
 
 def stored(model, tokenizer, directory):
@@ -37,7 +38,9 @@ def test_edges_keep_what_they_pass_and_new_ones_pass_nothing(tmp_path, tiny_toke
     first.edges[0, 3] = False  # through 1 there is a way
     layout = stored(model, tiny_tokenizer, tmp_path)
     edited = retire_stored_experts(layout, {0: np.array([0, 2, 3]), 1: np.array([1, 3])})
-    pairs = edited_pairs(layout, edited)
+    pairs, version = pruned_pairs(layout, {0: np.array([0, 2, 3]), 1: np.array([1, 3])})
+    assert version == edited.graph.version == layout.config["graph_version"] + 1
+    assert all(torch.equal(pairs[name], each) for name, each in edited_pairs(layout, edited).items())
     prefix = "model.layers.{}.mlp.{}"
     kept = torch.tensor([0, 2, 3])
     for name in ("edge_gain", "edge_affinity"):
@@ -48,3 +51,8 @@ def test_edges_keep_what_they_pass_and_new_ones_pass_nothing(tmp_path, tiny_toke
         assert torch.equal(pairs[prefix.format(1, name)], getattr(second, name).detach()[1::2, 1::2])
     assert torch.equal(pairs[prefix.format(0, "edges")], torch.ones(3, 3, dtype=torch.bool).triu())
     assert len(pairs) == 6
+
+
+def test_a_family_without_edges_has_no_pairs(tmp_path, tiny_tokenizer):
+    layout = read_moe_layout(saved_moe("mixtral", tmp_path, tiny_tokenizer))
+    assert pruned_pairs(layout, {0: np.array([0, 1]), 1: np.array([0, 1])}) == ({}, None)
