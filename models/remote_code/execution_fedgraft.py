@@ -63,7 +63,7 @@ class FusedExperts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_TD, weights_TK, edge_gain_EE, gate_up_RHD, down_RDH, visits, links, act_fn, held):
-        dtype, gains = _compute_dtype(x_TD), edge_gain_EE.tolist() if links else []
+        dtype, gains = compute_dtype(x_TD), edge_gain_EE.tolist() if links else []
         result_TD, weights = torch.zeros_like(x_TD), weights_TK.flatten()
         runs: dict[int, _Run] = {}
         # One buffer for all experts: allocation takes longer than the products written to it.
@@ -195,7 +195,7 @@ def _visited(held: Sequence[int], visits: Visits) -> list[tuple[int, int]]:
     )
 
 
-def _compute_dtype(x_TD: Tensor) -> torch.dtype:
+def compute_dtype(x_TD: Tensor) -> torch.dtype:
     """Dtype of the matrix products: that of autocast if enabled, else that of the input."""
     device = x_TD.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_TD.dtype

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from .decode_fedgraft import run_one_token, walk_one_token
-from .dispatch_fedgraft import dispatch, find_links
 from .router_fedgraft import GraphRouter
-from .routing_fedgraft import Walk, walk_graph
+from .routing_fedgraft import Walk, is_top_k, walk_graph
 from .weights_fedgraft import LayerExperts
 
 # Names of the parameters that decide where a token goes and what passes along edges, see ``routing_parameters``.
@@ -90,17 +89,15 @@ class ExpertGraphMLP(LayerExperts):
         """
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
         scores_TE = self.router(x_TD)
-        if len(x_TD) == 1 and self._walks_plainly():
-            return self._one_token(x_TD, scores_TE).view_as(hidden_states)
-        walk = self.walk(scores_TE)
-        weights_TK = self.output_weights(walk)
+        edges_EE, one = self._passing_edges(), len(x_TD) == 1 and self._walks_plainly()
+        walk = self._walk_one_token(scores_TE) if one else self.walk(scores_TE)
+        weights_TK, experts_TK = self.output_weights(walk), walk.experts_TK
         self._observe(scores_TE, walk, weights_TK)
-        experts_TK = walk.experts_TK
+        if one and not self.runs_wide(x_TD, experts_TK.shape[1], edges_EE):
+            return self._run_one_token(x_TD, weights_TK, experts_TK, edges_EE).view_as(hidden_states)
         if self.residency_gate is not None:
             experts_TK, weights_TK = self._with_runner_up(scores_TE, experts_TK, weights_TK)
-        visits = dispatch(experts_TK, self.num_experts)
-        links = find_links(visits, self._passing_edges(), len(x_TD))
-        result_TD = self.run_experts(x_TD, weights_TK, self.edge_gain, visits, links)
+        result_TD = self.run_experts(x_TD, weights_TK, experts_TK, self.edge_gain, edges_EE)
         return result_TD.view_as(hidden_states)
 
     def walk(self, scores_TE: Tensor) -> Walk:
@@ -117,21 +114,25 @@ class ExpertGraphMLP(LayerExperts):
     def _walks_plainly(self) -> bool:
         return self.order == "best-first" and self.residency_gate is None and not torch.is_grad_enabled()
 
-    def _one_token(self, x_TD: Tensor, scores_TE: Tensor) -> Tensor:
-        walk = walk_one_token(
+    def _walk_one_token(self, scores_TE: Tensor) -> Walk:
+        if is_top_k(self.edges, self.edge_affinity, self.resident):
+            return self.walk(scores_TE)
+        return walk_one_token(
             scores_E=scores_TE[0],
             edges_EE=self.edges,
             affinity_EE=self.edge_affinity,
             resident_E=self.resident,
             num_visits=self.num_visits,
         )
-        weights_TK = self.output_weights(walk)
-        self._observe(scores_TE, walk, weights_TK)
+
+    def _run_one_token(
+        self, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, edges_EE: Tensor
+    ) -> Tensor:
         return run_one_token(
             x_TD[0],
             weights_TK[0].tolist(),
-            walk.experts_TK[0].tolist(),
-            (self.edge_gain * self._passing_edges()).tolist(),
+            experts_TK[0].tolist(),
+            (self.edge_gain * edges_EE).tolist(),
             self.run_expert,
         )[None]
 

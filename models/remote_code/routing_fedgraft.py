@@ -47,32 +47,56 @@ def walk_graph(
             visit that has one, backtracks when a branch is exhausted, and enters the next root when all are.
     """
     with torch.no_grad():
+        top_k = order == "best-first" and is_top_k(edges_EE, affinity_EE, resident_E)
         resident_E = torch.ones_like(edges_EE[0]) if resident_E is None else resident_E
         raw_TE = scores_TE.detach().masked_fill(~resident_E, float("-inf"))
         edges_EE = edges_EE & resident_E & resident_E[:, None]
         children_EE = edges_EE.triu(1)
         along_EE = affinity_EE.detach().to(raw_TE.dtype).masked_fill(~children_EE, float("-inf"))
         num_visits = min(num_visits, scores_TE.shape[-1])
-        if order == "best-first" and _is_top_k(edges_EE, resident_E, along_EE):
-            visits_TK, made_TK = _top_k(raw_TE, num_visits)
+        if top_k:
+            visits_TK = _top_k(raw_TE, num_visits)
+            # In the order of scores and with equal affinities the earliest parent is the best by both.
+            parents_TK = openers_TK = _earliest_parent(children_EE, visits_TK)
         else:
             visits_TK, made_TK = _visit(raw_TE, edges_EE.diagonal(), along_EE, num_visits, order)
-        parents_TK = _best_earlier(made_TK[:, :, None].expand(-1, -1, num_visits), children_EE, visits_TK)
-        offered_TKK = along_EE[visits_TK[:, :, None], visits_TK[:, None]]
-        openers_TK = _best_earlier(offered_TKK, children_EE, visits_TK)
+            parents_TK = _best_earlier(made_TK[:, :, None].expand(-1, -1, num_visits), children_EE, visits_TK)
+            offered_TKK = along_EE[visits_TK[:, :, None], visits_TK[:, None]]
+            openers_TK = _best_earlier(offered_TKK, children_EE, visits_TK)
     return Walk(visits_TK, parents_TK, _effective_scores(scores_TE, affinity_EE, visits_TK, openers_TK))
 
 
-def _is_top_k(edges_EE: Tensor, resident_E: Tensor, along_EE: Tensor) -> bool:
-    """Whether the walk equals top-k: every resident is a root, and every affinity is zero."""
-    return bool((edges_EE.diagonal() == resident_E).all() & ((along_EE == 0) | along_EE.isneginf()).all())
+def is_top_k(edges_EE: Tensor, affinity_EE: Tensor, resident_E: Tensor | None) -> bool:
+    """Whether a best-first walk equals top-k: every resident is a root, and no edge has an affinity."""
+    counts_EE, roots_E = edges_EE.triu(1) & (affinity_EE != 0), edges_EE.diagonal()
+    if resident_E is None:
+        return bool(roots_E.all() & ~counts_EE.any())
+    counts_EE &= resident_E & resident_E[:, None]
+    return bool((roots_E | ~resident_E).all() & ~counts_EE.any())
 
 
-def _top_k(raw_TE: Tensor, num_visits: int) -> tuple[Tensor, Tensor]:
-    """Top-k experts, the lower index first on ties, and their scores; -1 and -inf if there are fewer."""
+def _top_k(raw_TE: Tensor, num_visits: int) -> Tensor:
+    """Top-k experts in descending order of score, the lower index first on ties; -1 if there are fewer."""
     scores_TE, experts_TE = raw_TE.sort(dim=-1, descending=True, stable=True)
-    scores_TK = scores_TE[:, :num_visits]
-    return experts_TE[:, :num_visits].where(scores_TK > float("-inf"), -1), scores_TK
+    return experts_TE[:, :num_visits].where(scores_TE[:, :num_visits] > float("-inf"), -1)
+
+
+def _earliest_parent(children_EE: Tensor, visits_TK: Tensor) -> Tensor:
+    """Parent of every visit that was visited first, ``[T, K]``; -1 if no edge leads from an earlier visit to it."""
+    (tokens, visits), experts = visits_TK.shape, len(children_EE)
+    columns_TK = torch.where(visits_TK < 0, experts, visits_TK)
+    order_TK = torch.arange(visits, device=visits_TK.device).expand(tokens, -1)
+    # Position of each expert among the visits; the last column belongs to visits that are not made.
+    position_TE = (
+        torch.full_like(visits_TK[:, :1], visits).repeat(1, experts + 1).scatter(1, columns_TK, order_TK)
+    )
+    sources_L, targets_L = children_EE.nonzero().unbind(-1)
+    first_TE = torch.full_like(position_TE, visits).scatter_reduce(
+        1, targets_L.expand(tokens, -1), position_TE[:, sources_L], "amin"
+    )
+    first_TK = first_TE.gather(1, columns_TK)
+    parents_TK = visits_TK.gather(1, first_TK.clamp(max=visits - 1))
+    return parents_TK.where(first_TK < order_TK, -1)
 
 
 def _visit(

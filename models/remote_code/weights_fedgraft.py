@@ -6,16 +6,16 @@ R experts in the fused tensors.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from .dense_path_fedgraft import all_visit, run_all_visited
-from .dispatch_fedgraft import Link, Visits
-from .execution_fedgraft import FusedExperts, gated_ffn, run_visits
+from .dense_path_fedgraft import run_wide, wide_is_faster
+from .dispatch_fedgraft import dispatch, find_links
+from .execution_fedgraft import FusedExperts, compute_dtype, gated_ffn, run_visits
 
 
 class ExpertStorage(Protocol):
@@ -108,31 +108,54 @@ class LayerExperts(nn.Module):
         return gated_ffn(self.act_fn, rows_ND, *self.read_expert(expert))
 
     def run_experts(
-        self, x_TD: Tensor, weights_TK: Tensor, edge_gain_EE: Tensor, visits: Visits, links: Sequence[Link]
+        self, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, edge_gain_EE: Tensor, edges_EE: Tensor
     ) -> Tensor:
-        """Weighted sum of the outputs of the visited experts, ``[T, D]``.
+        """Weighted sum of the outputs of the visited experts, ``[T, D]``, by the faster way.
 
         Args:
             x_TD: input of the layer.
             weights_TK: output weight of each visit.
+            experts_TK: visited experts; -1 for visits that are not made.
             edge_gain_EE: share of its source's output that each edge passes.
-            visits: visits by expert, from ``dispatch``.
-            links: edges that pass information, from ``find_links``.
+            edges_EE: bool, the edges that pass information, strictly upper-triangular.
 
         Raises:
             ValueError: a visited expert is not held.
         """
+        matrices = (self.gate_up_proj, self.down_proj)
+        if self.runs_wide(x_TD, int((experts_TK >= 0).sum()), edges_EE):
+            self._check_held(experts_TK)
+            edges = edges_EE.nonzero().tolist()
+            return run_wide(
+                x_TD, weights_TK, experts_TK, edge_gain_EE, edges, *matrices, self.act_fn, self.held
+            )
+        visits = dispatch(experts_TK, len(edges_EE))
+        links = find_links(visits, edges_EE, len(x_TD))
         if self.storage is not None:
             return run_visits(x_TD, weights_TK, edge_gain_EE, visits, links, self.storage.run)
-        for expert, tokens in enumerate(visits.token_indices):
-            if len(tokens):
-                self._row(expert)
-        matrices = (self.gate_up_proj, self.down_proj)
-        if self.held and not links and all_visit(visits, self.held, len(x_TD)):
-            return run_all_visited(x_TD, weights_TK, visits, *matrices, self.act_fn, self.held)
+        self._check_held(experts_TK)
         return FusedExperts.apply(
             x_TD, weights_TK, edge_gain_EE, *matrices, visits, links, self.act_fn, self.held
         )
+
+    def runs_wide(self, x_TD: Tensor, visits: int, edges_EE: Tensor) -> bool:
+        """Whether all experts run as one wide FFN for ``visits`` visits of the tokens; see ``wide_is_faster``."""
+        if self.storage is not None or not self.held:
+            return False
+        return wide_is_faster(
+            tokens=len(x_TD),
+            visits=visits,
+            experts=len(self.held),
+            edges=int(edges_EE.sum()),
+            shape=(self.expert_size, self.hidden_size),
+            dtype=compute_dtype(x_TD),
+        )
+
+    def _check_held(self, experts_TK: Tensor) -> None:
+        if len(self.held) < len(self.neurons):
+            for expert in experts_TK.unique().tolist():
+                if expert >= 0:
+                    self._row(expert)
 
     def _row(self, expert: int) -> int:
         if expert not in self.held:

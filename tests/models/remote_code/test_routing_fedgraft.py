@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.remote_code.routing_fedgraft import Walk, walk_graph
+from models.remote_code.routing_fedgraft import Walk, is_top_k, walk_graph
 from tests.support.reference_walk import NOBODY, walk_token
 
 ORDERS = ("best-first", "depth-first")
@@ -140,3 +140,15 @@ def test_effective_scores_carry_gradients_to_visited_scores_and_to_the_edges_tha
     expected = torch.zeros(3, 3)
     expected[0, 1] = 10.0
     assert torch.equal(affinity.grad, expected)
+
+
+def test_a_walk_is_top_k_where_all_are_roots_and_no_edge_has_an_affinity():
+    edges, affinity, resident = torch.eye(3).bool(), torch.zeros(3, 3), torch.tensor([True, False, True])
+    affinity[0, 1] = 1.0
+    assert is_top_k(edges, affinity, None)
+    edges[0, 1] = True
+    assert not is_top_k(edges, affinity, None) and is_top_k(edges, affinity, resident)
+    edges[1, 1] = False
+    assert is_top_k(edges, affinity, resident)
+    edges[2, 2] = False
+    assert not is_top_k(edges, affinity, resident)
