@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from configs.block_size import choose_block_size
 from configs.errors import UserError
 from configs.schema import RunConfig
 from federated.data.blocks import Blocks, pack_blocks
@@ -75,13 +76,12 @@ def pack_client(
     context: int,
     vocab_size: int | None = None,
 ) -> tuple[Blocks, Blocks]:
-    """Training and held-out blocks of a client: ``block_size <= context`` tokens, ids below ``vocab_size``."""
+    """Training and held-out blocks of a client: ``choose_block_size`` tokens each, ids below ``vocab_size``."""
     train, valid = (
         pack_blocks(
             texts,
             tokenizer,
-            block_size=block_size,
-            max_position_embeddings=context,
+            block_size=choose_block_size(block_size, context),
             vocab_size=vocab_size,
         )
         for texts in (documents.train, documents.valid)

@@ -31,7 +31,7 @@ from configs.schema import RunConfig
 from federated.aggregation.usage import UsageCounter, pack_usage
 from federated.data.blocks import Blocks, batches, take
 from federated.protocol.messages import Reply, Request
-from federated.run_setup import override_routing
+from federated.run_setup import override_routing, with_block_size
 from federated.updates.update import density
 from federated.wire.codec import pack_update
 from models.checkpoints.disk_experts import materialize, open_mapped
@@ -89,6 +89,7 @@ class Participant:
         graph = local_graph(config, node, request)
         store = ClientStore(client_folder(config, node, run_id=context.run_id) / f"client-{partition}")
         model = open_mapped(graph, store.copy).to(choose_device(config.device))
+        config = with_block_size(config, model.config)
         name, train, valid = store.blocks(lambda: _make_blocks(config, node, graph, model))
         override_routing(model, config)
         bring_to_version(model, store, request)

@@ -20,6 +20,15 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Density = Annotated[float, Field(gt=0, le=1)]
 
 
+def _check_block_size(value: int) -> int:
+    if value == 1:
+        raise UserError("expected block-size to be at least 2, or 0 for the default, got 1")
+    return value
+
+
+BlockSize = Annotated[Whole, AfterValidator(_check_block_size)]
+
+
 class Keys(BaseModel):
     """Base of a flat configuration: immutable, strictly typed, without unknown keys.
 

@@ -14,6 +14,7 @@ from pydantic import Field, field_validator, model_validator
 from configs.choices import Device
 from configs.conflicts import check_conflicts
 from configs.keys import (
+    BlockSize,
     Count,
     Density,
     Keys,
@@ -129,8 +130,8 @@ class RunConfig(Views, Keys):
     """Blocks per batch."""
     accumulation_steps: Count = 1
     """Batches per optimizer step."""
-    block_size: Annotated[int, Field(ge=2)] = 256
-    """Tokens per block; at most the model's max_position_embeddings."""
+    block_size: BlockSize = 0
+    """Tokens per block, at least 2 and at most the model's max_position_embeddings; 0: the smaller of 256 and these."""
     optimizer: OptimizerName = "adamw"
     """Optimizer of the clients: adamw, adafactor (needs the least memory) or sgd."""
     learning_rate: Positive = 5e-4

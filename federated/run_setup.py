@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers.utils.logging import disable_progress_bar
 
+from configs.block_size import choose_block_size, context_length
 from configs.schema import RunConfig
 from models.graph.runtime_settings import set_visits, set_walk
 from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
@@ -15,6 +18,16 @@ def prepare_process(config: RunConfig) -> None:
     disable_progress_bar()
     torch.set_num_threads(config.num_threads)
     torch.manual_seed(config.seed)
+
+
+def with_block_size(config: RunConfig, model: Any) -> RunConfig:
+    """The run configuration with the tokens per block for a model of configuration ``model`` (``choose_block_size``).
+
+    Raises:
+        UserError: ``block-size`` above the model's context.
+    """
+    size = choose_block_size(config.block_size, context_length(model))
+    return config.model_copy(update={"block_size": size})
 
 
 def override_routing(model: FedGraftForCausalLM, config: RunConfig) -> None:

@@ -13,7 +13,7 @@ from configs.paths import cache_folder, graph_or_default
 from configs.schema import RunConfig, load_run_config
 from federated.data.blocks import Blocks, pack_blocks
 from federated.data.documents import load_documents
-from federated.run_setup import override_routing, prepare_process
+from federated.run_setup import override_routing, prepare_process, with_block_size
 from models.bootstrap.calibration import sample_text
 from server.model.config_checks import check_fit
 from server.model.global_model import GlobalModel
@@ -59,6 +59,7 @@ def run_federation(grid: Grid, config: RunConfig, *, run_id: int) -> dict:
     if config.out:
         check_output_directory(Path(config.out), overwrite=config.overwrite)
     global_model = open_global_model(config)
+    config = with_block_size(config, global_model.model.config)
     validation = server_text(config, global_model)
     log_dir = Path(config.log_dir) if config.log_dir else cache_folder() / "runs" / str(run_id)
     observer = RunObserver(log_dir, global_model=global_model)

@@ -43,7 +43,6 @@ def pack_blocks(
     *,
     block_size: int,
     max_blocks: int | None = None,
-    max_position_embeddings: int | None = None,
     vocab_size: int | None = None,
 ) -> Blocks:
     """Concatenate BOS and the tokens of each text, and split the stream into blocks of ``block_size`` tokens.
@@ -52,8 +51,8 @@ def pack_blocks(
     At most ``max_blocks`` blocks are built (0 or None: all), and no more text is tokenized than they need. A tokenizer
     without BOS uses its EOS.
 
-    Raises :class:`UserError` for a ``block_size`` above ``max_position_embeddings``, a tokenizer without BOS and EOS,
-    ``texts`` without tokens, or a token id beyond the ``vocab_size`` rows of the model's embedding.
+    Raises :class:`UserError` for a tokenizer without BOS and EOS, ``texts`` without tokens, or a token id beyond the
+    ``vocab_size`` rows of the model's embedding.
     """
     parts = list(
         stream_blocks(
@@ -61,7 +60,6 @@ def pack_blocks(
             tokenizer,
             block_size=block_size,
             max_blocks=max_blocks,
-            max_position_embeddings=max_position_embeddings,
             vocab_size=vocab_size,
         )
     )
@@ -76,16 +74,12 @@ def stream_blocks(
     block_size: int,
     batch_size: int = 1024,
     max_blocks: int | None = None,
-    max_position_embeddings: int | None = None,
     vocab_size: int | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Blocks of ``pack_blocks`` in batches of at most ``batch_size``: ``(input_ids, labels)``, ``[B, S]`` each.
 
     Raises :class:`UserError` at the first batch, as ``pack_blocks`` does.
     """
-    if max_position_embeddings is not None and block_size > max_position_embeddings:
-        limit = f"the model's max_position_embeddings {max_position_embeddings}"
-        raise UserError(f"expected block-size to be at most {limit}, got {block_size}")
     wanted = max_blocks * block_size if max_blocks else None
     stream = islice(_token_stream(texts, tokenizer, _start_token(tokenizer)), wanted)
     made = 0

@@ -11,8 +11,6 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-DEFAULT_BLOCK_SIZE = 256
-
 
 @dataclass(frozen=True, eq=False)
 class ModelText:
@@ -66,7 +64,6 @@ class ModelText:
             block_size=self.block_size,
             batch_size=self.batch_size,
             max_blocks=self.max_blocks,
-            max_position_embeddings=self.model.config.max_position_embeddings,
             vocab_size=self.vocab_size,
         )
 
@@ -102,18 +99,21 @@ def open_model_text(
         source: directory or hub id.
         precision: of the weights, as ``load_causal_lm`` takes it.
         device: ``auto``, ``cpu`` or ``cuda``.
-        block_size: tokens per block; None: ``DEFAULT_BLOCK_SIZE``, or the model's context where that is smaller.
+        block_size: tokens per block, as ``choose_block_size`` takes them.
         batch_size: blocks per forward pass.
         max_blocks: blocks per domain; 0: all.
 
     Raises:
-        UserError: as ``load_causal_lm``; a model without experts, or with experts stored in an unknown way.
+        UserError: as ``load_causal_lm``; a model without experts, or with experts stored in an unknown way; blocks
+            beyond the model's context.
     """
+    from configs.block_size import choose_block_size, context_length
     from models.checkpoints.load import load_causal_lm, load_tokenizer
+    from models.files.config_file import read_config
     from models.moe.views import moe_layers
     from models.runtime.precision import choose_device
 
+    size = choose_block_size(block_size, context_length(read_config(source)))
     model = load_causal_lm(source, precision=precision, device=choose_device(device))
     moe_layers(model)
-    size = block_size or min(DEFAULT_BLOCK_SIZE, model.config.max_position_embeddings)
     return ModelText(source, model, load_tokenizer(source), size, batch_size, max_blocks)

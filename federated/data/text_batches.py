@@ -48,7 +48,6 @@ def text_batches(
     block_size: int,
     batch_size: int,
     max_blocks: int | None,
-    max_position_embeddings: int | None = None,
     vocab_size: int | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches ``(input_ids [B, S], token_mask [B, S] bool)`` of the documents, one domain after the other.
@@ -59,11 +58,10 @@ def text_batches(
         block_size: tokens per block, S.
         batch_size: most blocks per batch.
         max_blocks: blocks per domain; 0 or None: all.
-        max_position_embeddings: upper bound of ``block_size``.
         vocab_size: rows of the model's embedding; None: token ids are not checked.
 
     Raises:
-        UserError: ``block_size`` above the bound, a token id beyond the embedding, or a domain without text.
+        UserError: a token id beyond the embedding, or a domain without text.
     """
     for texts in domains:
         for input_ids, labels in stream_blocks(
@@ -72,7 +70,6 @@ def text_batches(
             block_size=block_size,
             batch_size=batch_size,
             max_blocks=max_blocks,
-            max_position_embeddings=max_position_embeddings,
             vocab_size=vocab_size,
         ):
             yield input_ids, labels != IGNORED

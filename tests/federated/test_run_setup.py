@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from configs.errors import UserError
 from configs.schema import load_run_config
-from federated.run_setup import override_routing, prepare_process
+from federated.run_setup import override_routing, prepare_process, with_block_size
 from tests.support.tiny_graphs import graph_of
 
 
@@ -15,6 +16,14 @@ def test_threads_and_seed_follow_the_configuration():
     drawn = torch.rand(1)
     prepare_process(load_run_config({"seed": 5}))
     assert torch.get_num_threads() == 1 and torch.equal(torch.rand(1), drawn)
+
+
+def test_block_size_fits_the_models_context():
+    config = LlamaConfig(max_position_embeddings=100)
+    assert with_block_size(load_run_config({}), config).block_size == 100
+    assert with_block_size(load_run_config({"block-size": 64}), config) == load_run_config({"block-size": 64})
+    with pytest.raises(UserError, match="block-size to be at most .* 100, got 128"):
+        with_block_size(load_run_config({"block-size": 128}), config)
 
 
 def test_routing_stays_the_graphs_own_unless_the_run_names_another():

@@ -164,3 +164,12 @@ def test_the_servers_text_is_the_held_out_part_of_its_sources(config, tmp_path):
     words = global_model.tokenizer("xyz")["input_ids"]
     assert blocks.input_ids[0, :8].tolist() == [0, *words, 0, *words]
     assert blocks.num_tokens == 8
+
+
+def test_without_a_block_size_blocks_are_as_long_as_the_smaller_context(config, tmp_path):
+    config = with_(config, block_size=0, server_data=config.data, log_dir=str(tmp_path / "default"))
+    summary = run_federation(TinyGrid(config), config, run_id=RUN_ID)
+    named = with_(config, block_size=128, log_dir=str(tmp_path / "named"))
+    expected = run_federation(TinyGrid(named), named, run_id=RUN_ID)
+    assert summary["clients"] == expected["clients"]
+    assert load_graph(config.graph).config.max_position_embeddings == 128

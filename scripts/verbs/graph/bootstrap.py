@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from configs.choices import Clustering, Features, RouterFit
-from federated.data.model_text import DEFAULT_BLOCK_SIZE
 from scripts.shared.console import print_result, progress, quiet_libraries, stderr
 from scripts.shared.options import DenseModel, JsonFlag, NewCheckpoint
 from scripts.shared.verb import verb
@@ -113,12 +112,13 @@ def bootstrap(
 
 def _token_blocks(model: str, sources: list[str], tokens: int):
     """Token blocks ``[N, S]`` of the training documents of ``sources``."""
+    from configs.block_size import choose_block_size, context_length
     from federated.data.blocks import pack_blocks
     from federated.data.documents import absolute_sources, load_documents
     from models.checkpoints.load import load_tokenizer
     from models.files.config_file import read_config
 
-    block_size = min(DEFAULT_BLOCK_SIZE, read_config(model).max_position_embeddings)
+    block_size = choose_block_size(None, context_length(read_config(model)))
     rows = load_documents(absolute_sources(sources)).shuffle(seed=0)
     texts = (row["text"] for row in rows if row["split"] == "train")
     blocks = pack_blocks(

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from configs.choices import Split
-from federated.data.model_text import DEFAULT_BLOCK_SIZE
 from scripts.shared.console import print_result, progress, quiet_libraries
 from scripts.shared.options import (
     BlockOptions,
@@ -62,6 +61,7 @@ def evaluate(
 
 def _losses(model: str, lm: Any, texts: dict[str, list[str]], sizes: BlockOptions) -> dict[str, LossSum]:
     """Loss of the opened model ``lm`` on the documents of each domain."""
+    from configs.block_size import choose_block_size, context_length
     from federated.data.blocks import pack_blocks
     from models.checkpoints.load import load_tokenizer
     from models.files.config_file import read_config
@@ -69,16 +69,15 @@ def _losses(model: str, lm: Any, texts: dict[str, list[str]], sizes: BlockOption
     from models.runtime.precision import precision_name
     from models.runtime.token_ids import embedding_rows
 
-    tokenizer, context = load_tokenizer(model), read_config(model).max_position_embeddings
+    tokenizer, context = load_tokenizer(model), context_length(read_config(model))
     losses = {}
     with progress(precision_name(lm)) as on_step:
         for done, (domain, documents) in enumerate(texts.items()):
             blocks = pack_blocks(
                 documents,
                 tokenizer,
-                block_size=sizes.block_size or min(DEFAULT_BLOCK_SIZE, context),
+                block_size=choose_block_size(sizes.block_size, context),
                 max_blocks=sizes.max_blocks,
-                max_position_embeddings=context,
                 vocab_size=embedding_rows(lm),
             )
             on_step("evaluating domains", done, len(texts))

@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
+from configs.block_size import DEFAULT_BLOCK_SIZE
 from configs.errors import UserError
-from federated.data.model_text import DEFAULT_BLOCK_SIZE, open_model_text
+from federated.data.model_text import open_model_text
 from federated.data.text_batches import text_batches
 from models.files.fingerprint import checkpoint_fingerprint
 
@@ -31,6 +32,8 @@ def test_blocks_are_as_long_as_asked_or_as_the_context_allows(tiny_graph_dir):
     context = opened(tiny_graph_dir).model.config.max_position_embeddings
     assert opened(tiny_graph_dir).block_size == 16
     assert opened(tiny_graph_dir, block_size=None).block_size == min(DEFAULT_BLOCK_SIZE, context) == context
+    with pytest.raises(UserError, match=f"block-size to be at most .* {context}, got {context + 1}"):
+        opened(tiny_graph_dir, block_size=context + 1)
 
 
 def test_batches_are_those_of_the_documents_of_the_split(tiny_graph_dir, sources):

@@ -57,9 +57,7 @@ def test_batches_hold_the_blocks_of_every_domain_and_leave_the_padding_out(tiny_
     assert max(len(batch) for batch, _ in batches) == 2
 
 
-def test_a_domain_without_text_and_blocks_beyond_the_model_are_refused(tiny_tokenizer):
+def test_a_domain_without_text_is_refused(tiny_tokenizer):
     options = {"batch_size": 2, "max_blocks": 0}
     with pytest.raises(UserError, match="documents with text"):
         list(text_batches([["a"], [""]], tiny_tokenizer, block_size=4, **options))
-    with pytest.raises(UserError, match="max_position_embeddings 8"):
-        list(text_batches([["a"]], tiny_tokenizer, block_size=9, max_position_embeddings=8, **options))
