@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
 
@@ -229,6 +230,37 @@ def test_no_two_modules_import_each_other_in_a_circle():
     while ready := {name for name, targets in edges.items() if name not in done and targets <= done}:
         done |= ready
     assert set(edges) - done == set()
+
+
+def undocumented(source: str) -> list[str]:
+    """Public classes and functions without a docstring, functions inside of functions left out."""
+
+    def inside(node: ast.Module | ast.ClassDef, prefix: str) -> Iterator[str]:
+        for each in node.body:
+            if not isinstance(each, ast.ClassDef | ast.FunctionDef) or each.name.startswith("_"):
+                continue
+            if not ast.get_docstring(each):
+                yield prefix + each.name
+            if isinstance(each, ast.ClassDef):
+                yield from inside(each, f"{prefix}{each.name}.")
+
+    return list(inside(ast.parse(source), ""))
+
+
+DOCUMENTED = [*SOURCES, *(path for path in modules() if path.is_relative_to(ROOT / "tests/support"))]
+
+
+@pytest.mark.parametrize("path", DOCUMENTED, ids=name_of)
+def test_public_classes_and_functions_have_a_docstring(path):
+    assert undocumented(path.read_text()) == []
+
+
+def test_missing_docstrings_are_recognized():
+    source = (
+        "class A:\n    def f(self): ...\n    def _g(self): ...\n\n"
+        "def f():\n    'Sum of A.'\n    def g(): ...\n\nclass _B:\n    def f(self): ...\n"
+    )
+    assert undocumented(source) == ["A", "A.f"]
 
 
 CHOICES = {

@@ -54,6 +54,7 @@ class ReplyGrid(InProcessGrid):
         self._asked: dict[str, Message] = {}
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        """Replies to the messages, each read from its client's file."""
         return [self._reply_to(self._asked[message_id]) for message_id in message_ids]
 
     def _deliver(self, message: Message) -> str:

@@ -40,6 +40,7 @@ class Averaging:
             parameter.requires_grad_(True)
 
     def train_round(self, server_round: int) -> Traffic:
+        """Train the parameters on every client, and add the mean of the changes, weighted by training blocks."""
         start = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
         total = {name: torch.zeros_like(value) for name, value in start.items()}
         examples, up = sum(len(client.train) for client in self._clients), 0
@@ -55,6 +56,7 @@ class Averaging:
         return Traffic(up, message_bytes(_dense_message(step)) * len(self._clients))
 
     def losses(self) -> dict[str, LossSum]:
+        """Loss of the global model on the held-out blocks of each client."""
         return held_out_losses(self.model, self._clients, autocast=self._schedule.training.autocast)
 
     def _train(self, client: Client, server_round: int) -> None:

@@ -169,33 +169,23 @@ def _entries(
     Raises:
         UserError: none at all.
     """
-    vectors = _within_limits(totals, units, limits, empty, value_bits, score)
-    if not vectors:
-        raise UserError(
-            "expected a change to ship, got an all-zero update; check local-steps and learning-rate"
-        )
-    return vectors
-
-
-def _within_limits(
-    totals: Mapping[Unit, Tensor],
-    units: Iterable[Unit],
-    limits: Limits,
-    empty: SparseUpdate,
-    value_bits: int,
-    score: Score,
-) -> Vectors:
     if limits.max_bytes:
 
         def packed_bytes(vectors: Vectors) -> int:
             return len(pack_update(replace(empty, vectors=vectors), value_bits=value_bits))
 
-        return largest_within(
+        vectors = largest_within(
             totals, units, max_bytes=limits.max_bytes, packed_bytes=packed_bytes, score=score
         )
-    if limits.scope == "all":
-        return largest_share(totals, units, limits.density, score)
-    return shares(totals, units, limits.density, score)
+    elif limits.scope == "all":
+        vectors = largest_share(totals, units, limits.density, score)
+    else:
+        vectors = shares(totals, units, limits.density, score)
+    if not vectors:
+        raise UserError(
+            "expected a change to ship, got an all-zero update; check local-steps and learning-rate"
+        )
+    return vectors
 
 
 def _with_factors(

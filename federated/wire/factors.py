@@ -51,6 +51,7 @@ class FactoredVector(SparseVector):
 
     @property
     def factor_shape(self) -> tuple[int, int, int]:
+        """Rows, columns and rank of the factors."""
         return self.left.shape[1], self.right.shape[1], len(self.left)
 
     @property
@@ -77,6 +78,7 @@ class FactoredVector(SparseVector):
 
     @property
     def sent_indices(self) -> np.ndarray:
+        """Kept positions of the rest: int64 ``[n]``."""
         return self.rest.indices
 
     @property
@@ -85,6 +87,7 @@ class FactoredVector(SparseVector):
         return np.concatenate([self.left.reshape(-1), self.right.reshape(-1), self.rest.values])
 
     def with_sent_values(self, values: np.ndarray) -> FactoredVector:
+        """Vector of the same shapes and positions with other ``sent_values``."""
         ends = np.cumsum([self.left.size, self.right.size])
         left, right, rest = np.split(values, ends)
         return FactoredVector(

@@ -63,6 +63,7 @@ class FusedExperts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_TD, weights_TK, edge_gain_EE, gate_up_RHD, down_RDH, visits, links, act_fn, held):
+        """Weighted sum of the outputs of the visited experts, ``[T, D]``, and save what the gradients need."""
         dtype, gains = compute_dtype(x_TD), edge_gain_EE.tolist() if links else []
         result_TD, weights = torch.zeros_like(x_TD), weights_TK.flatten()
         runs: dict[int, _Run] = {}
@@ -91,6 +92,7 @@ class FusedExperts(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_result_TD: Tensor):
+        """Gradients of the five tensors of floating-point numbers; None for the other arguments."""
         visits, links, _, held = ctx.plan
         back, d_x_TD = _BackwardPass(ctx, d_result_TD), torch.zeros_like(d_result_TD)
         d_inputs: dict[int, Tensor] = {}

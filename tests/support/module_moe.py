@@ -21,6 +21,7 @@ class Expert(nn.Module):
         self.act_fn = act_fn
 
     def forward(self, x: Tensor) -> Tensor:
+        """Output ``[N, D]`` of the expert."""
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -46,6 +47,7 @@ class ModuleMoE(nn.Module):
             expert.down_proj.weight.data = fused.experts.down_proj.data[index].clone()
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """Weighted sum of the outputs of the top-k experts, ``[B, S, D]``."""
         x = hidden.flatten(0, 1)
         weights, chosen = F.softmax(self.gate(x), dim=-1).topk(self.top_k, -1)
         if self.renormalize:
