@@ -1,7 +1,7 @@
 """Time of graph layers with many small experts, half of them visited, relative to the dense FFN of the same width.
 
-Each layer runs by the rows of its experts, as one wide FFN, and by the way that it chooses itself. Edges have zero gains,
-as after a bootstrap.
+Each layer runs by the rows of its experts, as one wide FFN, and by the way that it chooses itself. Edges have zero
+gains, as after a bootstrap.
 """
 
 from __future__ import annotations
