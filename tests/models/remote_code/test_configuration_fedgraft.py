@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 
-from models.remote_code.configuration_fedgraft import FedGraftConfig
+from configs.schema import RunConfig
+from models.bootstrap.recipe import RecipeFacts
+from models.remote_code.configuration_fedgraft import WALKS, FedGraftConfig
 
 SHAPE = {"num_hidden_layers": 2, "intermediate_size": 64, "hidden_size": 32, "num_attention_heads": 4}
 
@@ -47,3 +51,8 @@ def test_the_configuration_survives_the_disk(tmp_path):
 def test_shapes_that_cannot_be_held_are_refused(wrong, message):
     with pytest.raises(Exception, match=message):
         FedGraftConfig(**SHAPE, **wrong)
+
+
+def test_runs_and_recipes_accept_the_walks_of_the_model():
+    assert get_args(RunConfig.model_fields["walk"].annotation) == ("", *WALKS)
+    assert get_args(RecipeFacts.model_fields["walk"].annotation) == WALKS
