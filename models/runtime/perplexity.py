@@ -13,6 +13,8 @@ from transformers import PreTrainedModel
 
 # Label of tokens without a loss, as in Hugging Face models.
 IGNORED = -100
+# Most logits of one forward pass of an evaluation: 128 MiB in fp32. A block is never divided.
+_MOST_LOGITS = 2**25
 
 
 @dataclass(frozen=True)
@@ -42,23 +44,28 @@ def evaluate_loss(
 ) -> LossSum:
     """Sum the loss of predicting each labeled token from those before it in its block.
 
+    A forward pass has fewer blocks where the logits of ``batch_size`` would take more than 128 MiB in fp32.
+
     Args:
         model: set to evaluation mode during the call.
         input_ids: int64 ``[N, S]``.
         labels: int64 ``[N, S]``; -100 for tokens without a loss.
-        batch_size: blocks per forward pass.
+        batch_size: most blocks per forward pass.
         autocast: run matrix products in bf16.
     """
     was_training, total = model.training, LossSum()
     if not input_ids.numel():
         return total
     model.eval()
+    block_logits = input_ids.shape[1] * model.config.get_text_config().vocab_size
+    batch_size = max(1, min(batch_size, _MOST_LOGITS // block_logits))
     for ids, targets in zip(input_ids.split(batch_size), labels.split(batch_size), strict=True):
         with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=autocast):
             logits = model(input_ids=ids.to(model.device), use_cache=False).logits
-        wanted = targets[:, 1:].to(logits.device)
-        nll = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), wanted.flatten(), reduction="sum")
-        total += LossSum(float(nll), int((wanted != IGNORED).sum()))
+        for row, wanted in zip(logits[:, :-1], targets[:, 1:].to(logits.device), strict=True):
+            nll = F.cross_entropy(row.float(), wanted, reduction="sum")
+            total += LossSum(float(nll), int((wanted != IGNORED).sum()))
+        del logits  # before the next pass makes as many
     model.train(was_training)
     return total
 

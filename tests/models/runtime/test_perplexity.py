@@ -43,6 +43,17 @@ def test_tokens_are_weighed_alike_whatever_the_batches(dense):
         assert part.nll == pytest.approx(parts[0].nll, rel=1e-5)
 
 
+@pytest.mark.parametrize("most, expected", [(3 * 12 * 64, [3, 3, 1]), (1, [1] * 7), (2**25, [7])])
+def test_a_pass_has_only_so_many_logits(monkeypatch, dense, most, expected):
+    ids, passes = random_ids(dense, 7, 12), []
+    whole = evaluate_loss(dense, ids, ids)
+    monkeypatch.setattr("models.runtime.perplexity._MOST_LOGITS", most)
+    with dense.register_forward_hook(lambda module, args, output: passes.append(len(output.logits))):
+        parts = evaluate_loss(dense, ids, ids)
+    assert passes == expected and dense.config.vocab_size == 64
+    assert parts.tokens == whole.tokens and parts.nll == pytest.approx(whole.nll, rel=1e-5)
+
+
 def test_padding_is_left_out(dense):
     ids = random_ids(dense, 1, 20)
     padded = torch.cat([ids[:, :12], torch.zeros(1, 8, dtype=torch.int64)], -1)
