@@ -17,6 +17,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGH
 from configs.errors import UserError, first_line
 from configs.output import new_directory
 from configs.paths import cache_folder
+from models.checkpoints.save import save_dense
 from models.files.tied_head import record_own_head
 
 _GGUF = ".gguf"
@@ -86,8 +87,7 @@ def _write(found: _Foreign, out: Path) -> None:
     model, tokenizer = found.open(found.path)
     record_own_head(model)
     with new_directory(out) as directory:
-        model.save_pretrained(directory)
-        tokenizer.save_pretrained(directory)
+        save_dense(model, tokenizer, directory)
 
 
 def _gguf_file(path: Path) -> Path | None:
@@ -129,6 +129,7 @@ def _open_gguf(file: Path) -> Opened:
         raise UserError(
             f"expected a GGUF file of a known architecture in {file}, got: {first_line(error)}"
         ) from error
+    tokenizer.name_or_path = ""  # its folder holds no files of it, or those of another
     return model, tokenizer
 
 

@@ -1,4 +1,4 @@
-"""Saving of an expert graph as a Hugging Face checkpoint with its modeling code, and casts of its weights."""
+"""Saving of models as Hugging Face checkpoints, expert graphs with their modeling code, and casts of weights."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from models.files.both_spellings import write_both_spellings
+from models.files.tokenizer_files import save_tokenizer
 from models.remote_code.configuration_fedgraft import FedGraftConfig
 from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 
@@ -36,7 +38,15 @@ def save_graph(
         weights: weights to write, by name; None for all weights of ``graph``.
     """
     graph.save_pretrained(directory, state_dict=None if weights is None else dict(weights))
-    tokenizer.save_pretrained(directory)
+    write_both_spellings(directory)
+    save_tokenizer(tokenizer, directory)
+
+
+def save_dense(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    """Write weights, configuration and tokenizer of a model of transformers into an existing directory."""
+    model.save_pretrained(directory)
+    write_both_spellings(directory)
+    save_tokenizer(tokenizer, directory)
 
 
 def cast_weights(model: Model, dtype: torch.dtype) -> Model:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from huggingface_hub.dataclasses import strict
+from typing import Any
+
 from transformers import LlamaConfig
 
 WALKS = ("best-first", "depth-first")
 
 
-@strict
 class FedGraftConfig(LlamaConfig):
-    """Llama whose every FFN is a graph of experts.
+    """Llama whose every FFN is a graph of experts; opens in transformers 4.57 and 5.
 
     Args:
         num_experts: experts per layer, one integer a layer.
@@ -30,20 +30,39 @@ class FedGraftConfig(LlamaConfig):
     graph_version: int = 0
     base_fingerprint: str = ""
 
-    def __post_init__(self, **kwargs):
-        if self.num_experts is None:
-            self.num_experts = [1] * self.num_hidden_layers
-        if self.expert_size is None:
-            self.expert_size = self.intermediate_size // max(self.num_experts)
-        super().__post_init__(**kwargs)
+    def __init__(
+        self,
+        num_experts: list[int] | None = None,
+        expert_size: int | None = None,
+        experts_per_token: int = 1,
+        walk: str = "best-first",
+        graph_version: int = 0,
+        base_fingerprint: str = "",
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs)
+        self.num_experts = [1] * self.num_hidden_layers if num_experts is None else num_experts
+        self.experts_per_token, self.walk = experts_per_token, walk
+        self.graph_version, self.base_fingerprint = graph_version, base_fingerprint
+        self._check()
+        self.expert_size = (
+            self.intermediate_size // max(self.num_experts) if expert_size is None else expert_size
+        )
 
-    def validate_architecture(self):
+    def _check(self) -> None:
         """Check expert counts, k and walk.
 
         Raises:
             ValueError: a layer without experts, not one count per layer, k out of range, unknown walk.
         """
-        super().validate_architecture()
+        counts = self.num_experts
+        if not isinstance(counts, list) or not all(
+            isinstance(n, int) for n in [*counts, self.experts_per_token]
+        ):
+            raise ValueError(
+                "num_experts must be a list of integers and experts_per_token an integer, "
+                f"got {self.num_experts} and {self.experts_per_token}"
+            )
         if len(self.num_experts) != self.num_hidden_layers or min(self.num_experts) < 1:
             raise ValueError(
                 f"num_experts must name at least one expert for each of the {self.num_hidden_layers} layers, "

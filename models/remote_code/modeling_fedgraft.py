@@ -7,11 +7,23 @@ from typing import Any
 
 import torch
 from transformers import LlamaForCausalLM, LlamaModel, LlamaPreTrainedModel
-from transformers import initialization as init
 
 from .configuration_fedgraft import FedGraftConfig
+
+# Transformers 4.57 copies only those modules of a local checkpoint that this file imports itself.
+from .decode_fedgraft import walk_one_token as _walk_one_token  # noqa: F401
+from .dense_path_fedgraft import all_visit as _all_visit  # noqa: F401
+from .dispatch_fedgraft import Visits as _Visits  # noqa: F401
+from .execution_fedgraft import gated_ffn as _gated_ffn  # noqa: F401
 from .experts_fedgraft import ROUTING, ExpertGraphMLP
 from .router_fedgraft import ROUTER_KEY_MAPPING, stored_name
+from .routing_fedgraft import walk_graph as _walk_graph  # noqa: F401
+from .weights_fedgraft import LayerExperts as _LayerExperts  # noqa: F401
+
+try:  # skips tensors that are loaded; transformers 4.57 skips whole modules instead
+    from transformers import initialization as init
+except ImportError:
+    from torch.nn import init  # type: ignore[no-redef]
 
 
 class FedGraftPreTrainedModel(LlamaPreTrainedModel):
@@ -25,6 +37,11 @@ class FedGraftPreTrainedModel(LlamaPreTrainedModel):
     def _init_weights(self, module):
         super()._init_weights(module)
         init_expert_graph(module, self.config.initializer_range)
+
+    def post_init(self):
+        """Complete the construction; skipped where Llama's constructors call it, before the experts are there."""
+        if any(isinstance(module, ExpertGraphMLP) for module in self.modules()):
+            super().post_init()
 
     @classmethod
     def from_pretrained(cls, *args: Any, key_mapping: dict[str, str] | None = None, **options: Any):
@@ -84,8 +101,9 @@ def init_expert_graph(module, std: float) -> None:
         init.normal_(weight, mean=0.0, std=std)
     for gain in (module.edge_gain, module.edge_affinity, module.output_gain):
         init.zeros_(gain)
-    init.copy_(module.edges, torch.eye(module.num_experts, dtype=torch.bool))
-    init.copy_(module.neurons, torch.arange(module.neurons.numel()).view_as(module.neurons))
+    copy = getattr(init, "copy_", torch.Tensor.copy_)
+    copy(module.edges, torch.eye(module.num_experts, dtype=torch.bool))
+    copy(module.neurons, torch.arange(module.neurons.numel()).view_as(module.neurons))
 
 
 __all__ = ["FedGraftForCausalLM", "FedGraftModel"]

@@ -42,6 +42,8 @@ def test_the_configuration_survives_the_disk(tmp_path):
     "wrong, message",
     [
         ({"num_experts": [4]}, "each of the 2 layers"),
+        ({"num_experts": 4}, "list of integers.* got 4 and 1"),
+        ({"num_experts": [4, "4"]}, "list of integers"),
         ({"num_experts": [4, 0]}, "each of the 2 layers"),
         ({"num_experts": [4, 4], "experts_per_token": 5}, "between 1 and 4, got 5"),
         ({"num_experts": [4, 4], "experts_per_token": 0}, "between 1 and 4, got 0"),

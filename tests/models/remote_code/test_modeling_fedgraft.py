@@ -3,14 +3,17 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 from transformers import LlamaConfig
+from transformers.dynamic_module_utils import get_relative_imports
 
 from models.checkpoints.load import load_dense, load_graph
 from models.checkpoints.save import cast_weights, save_graph
+from models.remote_code import modeling_fedgraft as modeling
 from models.remote_code.configuration_fedgraft import FedGraftConfig
 from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 from tests.conftest import shared_path, tiny_llama
@@ -250,3 +253,12 @@ def test_the_checkpoint_loads_where_fedgraft_is_not(tmp_path, tiny_tokenizer):
     assert done.returncode == 0, done.stderr[-2000:]
     with torch.no_grad():
         torch.testing.assert_close(torch.load(exchange), graph(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_the_model_file_imports_every_other_module_itself():
+    """Transformers 4.57 copies no module of a local checkpoint that only another module imports."""
+    folder = Path(modeling.__file__).parent
+    imported = get_relative_imports(modeling.__file__)
+    assert {f"{name}.py" for name in imported} == {path.name for path in folder.glob("*_fedgraft.py")} - {
+        "modeling_fedgraft.py"
+    }

@@ -27,6 +27,8 @@ def test_an_untouched_graph_leaves_exactly(tmp_path, capsys, tiny_graph_dir, tin
     assert 0 <= report["max_logit_difference"] < 1e-4
     assert fingerprint(load_dense(str(out))) == fingerprint(load_dense(str(tiny_llama_dir)))
     assert load_tokenizer(str(out)).bos_token_id == 0
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (out / name).read_bytes() == (tiny_llama_dir / name).read_bytes()
     assert not list(out.glob("*.py")) and [path.name for path in tmp_path.iterdir()] == ["dense"]
 
 
