@@ -23,16 +23,20 @@ BATCH_ORDER, UPLOAD_SELECTION = 1, 2
 # The document readers take seconds to import. They are imported where they are used, since in a deployment each message
 # starts a new process and only the first one reads documents.
 if TYPE_CHECKING:
+    from federated.data.chat_template import ChatTemplate
     from federated.data.partition import ClientDocuments
 
 
-def client_documents(config: RunConfig, partition: int, *, data_dir: str = "") -> ClientDocuments:
+def client_documents(
+    config: RunConfig, partition: int, *, data_dir: str = "", chat: ChatTemplate | None = None
+) -> ClientDocuments:
     """Documents of one client.
 
     Args:
         config: run configuration, for data sources and partition.
         partition: index of the client, from 0.
         data_dir: private data, all of it this client's; empty: its part of the run's data.
+        chat: template of chats; None: their plain form.
 
     Raises:
         UserError: data that does not exist, or none for this client.
@@ -41,7 +45,9 @@ def client_documents(config: RunConfig, partition: int, *, data_dir: str = "") -
     from federated.data.partition import partition_documents
 
     if data_dir:
-        documents = load_documents([data_dir], template=config.template, seed=config.seed)
+        documents = load_documents(
+            [data_dir], template=config.template, chat=chat, loss_on=config.loss_on, seed=config.seed
+        )
         own = partition_documents(documents, partition="iid", num_clients=1, seed=config.seed)[0]
         return replace(own, name=f"client-{partition}")
     if not 0 <= partition < config.num_clients:
@@ -49,11 +55,11 @@ def client_documents(config: RunConfig, partition: int, *, data_dir: str = "") -
             f"expected a partition-id from 0 to {config.num_clients - 1} (num-clients is {config.num_clients}), "
             f"got {partition}"
         )
-    return all_clients(config)[partition]
+    return all_clients(config, chat=chat)[partition]
 
 
-def all_clients(config: RunConfig) -> list[ClientDocuments]:
-    """Documents of every client, for a run whose data is in one place.
+def all_clients(config: RunConfig, *, chat: ChatTemplate | None = None) -> list[ClientDocuments]:
+    """Documents of every client, for a run whose data is in one place; ``chat`` as in ``client_documents``.
 
     Raises:
         UserError: data that does not exist, or a client without documents.
@@ -62,7 +68,12 @@ def all_clients(config: RunConfig) -> list[ClientDocuments]:
     from federated.data.partition import partition_documents
 
     documents = load_documents(
-        config.sources, template=config.template, wikimix_documents=config.train_documents, seed=config.seed
+        config.sources,
+        template=config.template,
+        chat=chat,
+        loss_on=config.loss_on,
+        wikimix_documents=config.train_documents,
+        seed=config.seed,
     )
     return partition_documents(
         documents, partition=config.partition, num_clients=config.num_clients, seed=config.seed

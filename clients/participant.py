@@ -222,10 +222,15 @@ class Participant:
 def _make_blocks(
     config: RunConfig, node: NodeConfig, graph: str, model: FedGraftForCausalLM
 ) -> tuple[str, Blocks, Blocks]:
-    documents = client_documents(config, node.partition_id, data_dir=node.data_dir)
+    # Imported here: only the first message of a run reads documents.
+    from federated.data.chat_template import ChatTemplate
+
+    tokenizer = load_tokenizer(graph)
+    chat = ChatTemplate(lambda: tokenizer)
+    documents = client_documents(config, node.partition_id, data_dir=node.data_dir, chat=chat)
     train, valid = pack_client(
         documents,
-        load_tokenizer(graph),
+        tokenizer,
         config.block_size,
         model.config.max_position_embeddings,
         model.config.vocab_size,

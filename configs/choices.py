@@ -125,6 +125,13 @@ class Split(StrEnum):
     ALL = "all"
 
 
+class LossOn(StrEnum):
+    """Tokens whose loss is summed: all, or those of answers in chats and instruction records."""
+
+    ALL = "all"
+    ANSWERS = "answers"
+
+
 class Precision(StrEnum):
     """Precision in which weights are held; auto: as stored, or fp32 where that is faster than 16 bits."""
 

@@ -32,9 +32,16 @@ class PromptTemplate:
     without_context: str
 
     def render(self, record: Mapping[str, Any]) -> str:
+        """Text of ``record``, as of ``render_ranges``."""
+        return self.render_ranges(record)[0]
+
+    def render_ranges(self, record: Mapping[str, Any]) -> tuple[str, tuple[int, ...]]:
         """Render ``record`` (instruction, context or input, response or output) as one text.
 
         A context that is missing or blank selects the text without one.
+
+        Returns:
+            The text, and start and end of each response in it, in characters.
 
         Raises:
             UserError: a record without an instruction or a response.
@@ -48,7 +55,14 @@ class PromptTemplate:
             raise UserError(f"expected instruction[, context], response, got the columns {', '.join(record)}")
         form = self.with_context if fields["context"] else self.without_context
         # One pass over the template, so that braces inside a record stay as they are.
-        return _PLACEHOLDER.sub(lambda match: fields[match[1]], form)
+        text, ranges, done = "", [], 0
+        for match in _PLACEHOLDER.finditer(form):
+            text += form[done : match.start()]
+            if match[1] == "response":
+                ranges += [len(text), len(text) + len(fields["response"])]
+            text += fields[match[1]]
+            done = match.end()
+        return text + form[done:], tuple(ranges)
 
 
 def takes(record: Mapping[str, Any]) -> bool:

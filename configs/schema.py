@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from configs.choices import Device
+from configs.choices import Device, LossOn
 from configs.conflicts import check_conflicts
 from configs.keys import (
     BlockSize,
@@ -180,6 +180,8 @@ class RunConfig(Views, Keys):
     """Torch threads per client process."""
     template: str = "auto"
     """Prompt template for instruction records: auto, a name in configs/templates or a JSON path."""
+    loss_on: Annotated[str, one_of(LossOn)] = "all"
+    """Tokens with a loss in training and evaluation: all, or answers (of chats and instruction records)."""
     reply_timeout: Positive = 600.0
     """Seconds the server waits for the replies of a round."""
     trace_tokens: Whole = 64

@@ -11,7 +11,9 @@ from flwr.serverapp import Grid, ServerApp
 from configs.output import check_output_directory
 from configs.paths import cache_folder, graph_or_default
 from configs.schema import RunConfig, load_run_config
+from federated.data.answers import documents_of
 from federated.data.blocks import Blocks, pack_blocks
+from federated.data.chat_template import ChatTemplate
 from federated.data.documents import load_documents
 from federated.run_setup import override_routing, prepare_process, with_block_size
 from models.bootstrap.calibration import sample_text
@@ -102,10 +104,12 @@ def server_text(config: RunConfig, global_model: GlobalModel) -> Blocks | None:
     documents = load_documents(
         config.server_sources,
         template=config.template,
+        chat=ChatTemplate(lambda: global_model.tokenizer),
+        loss_on=config.loss_on,
         wikimix_documents=config.train_documents,
         seed=config.seed + 1,
     ).shuffle(seed=config.seed)
-    texts = (row["text"] for row in documents if row["split"] == "valid")
+    texts = documents_of(row for row in documents if row["split"] == "valid")
     return pack_blocks(
         texts,
         global_model.tokenizer,

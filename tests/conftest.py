@@ -15,7 +15,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from configs.paths import cache_folder
 from tests.support.paths import SHARED
+
+_USER_CACHE = cache_folder()
 
 
 @pytest.fixture(autouse=True)
@@ -87,6 +90,15 @@ def tiny_graph_dir(tmp_path_factory, tiny_llama_dir) -> Path:
         evaluation_tokens=512,
     )
     return directory
+
+
+@pytest.fixture(scope="session")
+def smollm2_dir() -> Path:
+    """SmolLM2-135M-Instruct in the user's cache folder; the test is skipped where it is absent."""
+    folder = _USER_CACHE / "models" / "smollm2-135m-instruct"
+    if not (folder / "tokenizer.json").is_file():
+        pytest.skip("needs SmolLM2-135M-Instruct, which scripts/tools/real_model.sh makes")
+    return folder
 
 
 def shared_path(name: str) -> Path:

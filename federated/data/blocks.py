@@ -9,12 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from configs.errors import UserError
+from federated.data.answers import Document
+from federated.data.token_stream import token_stream
 from models.runtime.perplexity import IGNORED
 from models.runtime.token_ids import check_token_ids
 
-_DOCUMENTS_AT_ONCE = 256
+_NONE = torch.empty(0, 1, dtype=torch.int64)
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,8 @@ class Blocks:
     """N blocks of S tokens.
 
     ``input_ids`` and ``labels``: int64 ``[N, S]``. Labels equal the input (Hugging Face models shift them) and are -100
-    at padding, which only the end of the last block may have.
+    at tokens without a loss: padding, which only the end of the last block may have, and all but the answers of an
+    ``AnsweredText``.
     """
 
     input_ids: Tensor
@@ -33,12 +37,12 @@ class Blocks:
 
     @property
     def num_tokens(self) -> int:
-        """Number of tokens without padding."""
+        """Number of tokens with a loss; padding has none."""
         return int((self.labels != IGNORED).sum())
 
 
 def pack_blocks(
-    texts: Iterable[str],
+    texts: Iterable[Document],
     tokenizer: Any,
     *,
     block_size: int,
@@ -48,10 +52,10 @@ def pack_blocks(
     """Concatenate BOS and the tokens of each text, and split the stream into blocks of ``block_size`` tokens.
 
     The last block may be partial: it is padded, or left out where it holds a single token, which has no context.
-    At most ``max_blocks`` blocks are built (0 or None: all), and no more text is tokenized than they need. A tokenizer
-    without BOS uses its EOS.
+    At most ``max_blocks`` blocks are built (0 or None: all), and no more text is tokenized than they need (see
+    ``token_stream``). Blocks in which no answer of an ``AnsweredText`` is predicted are left out.
 
-    Raises :class:`UserError` for a tokenizer without BOS and EOS, ``texts`` without tokens, or a token id beyond the
+    Raises :class:`UserError` as ``token_stream``, for ``texts`` without tokens or answers, or for a token id beyond the
     ``vocab_size`` rows of the model's embedding.
     """
     parts = list(
@@ -68,7 +72,7 @@ def pack_blocks(
 
 
 def stream_blocks(
-    texts: Iterable[str],
+    texts: Iterable[Document],
     tokenizer: Any,
     *,
     block_size: int,
@@ -80,20 +84,25 @@ def stream_blocks(
 
     Raises :class:`UserError` at the first batch, as ``pack_blocks`` does.
     """
-    wanted = max_blocks * block_size if max_blocks else None
-    stream = islice(_token_stream(texts, tokenizer, _start_token(tokenizer)), wanted)
-    made = 0
-    while tokens := list(islice(stream, batch_size * block_size)):
-        if len(tokens) % block_size == 1 and made + len(tokens) > 1:
+    stream = token_stream(texts, tokenizer)
+    read = made = 0
+    while not max_blocks or made < max_blocks:
+        wanted = min(batch_size, max_blocks - made) if max_blocks else batch_size
+        tokens = list(islice(stream, wanted * block_size))
+        if not tokens:
+            break
+        if len(tokens) % block_size == 1 and read + len(tokens) > 1:
             tokens.pop()
-        if tokens:
-            ids, labels = _cut(tokens, block_size)
-            if vocab_size is not None:
-                check_token_ids(ids, vocab_size, tokenizer)
+        read += len(tokens)
+        ids, labels = _cut(tokens, block_size) if tokens else (_NONE, _NONE)
+        if vocab_size is not None:
+            check_token_ids(ids, vocab_size, tokenizer)
+        if len(ids):
             yield ids, labels
-        made += len(tokens)
+        made += len(ids)
     if not made:
-        raise UserError("expected documents with text, got none; check the data")
+        what = "an answer with a token to predict" if read else "text"
+        raise UserError(f"expected documents with {what}, got none; check the data")
 
 
 def take(blocks: Blocks, n: int) -> Blocks:
@@ -120,30 +129,16 @@ def _batches(blocks: Blocks, batch_size: int, generator: torch.Generator) -> Ite
             yield blocks.input_ids[chosen], blocks.labels[chosen]
 
 
-def _token_stream(texts: Iterable[str], tokenizer: Any, start: int) -> Iterator[int]:
-    """Tokens of all documents, each preceded by ``start``; documents without tokens are left out."""
-    remaining = iter(texts)
-    while group := list(islice(remaining, _DOCUMENTS_AT_ONCE)):
-        encoded = tokenizer(group, add_special_tokens=False, return_attention_mask=False, verbose=False)
-        for tokens in encoded["input_ids"]:
-            if tokens:
-                yield start
-                yield from tokens
-
-
-def _start_token(tokenizer: Any) -> int:
-    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return token
-    raise UserError(
-        "expected a tokenizer with a BOS or an EOS token, got neither; set bos_token in the tokenizer"
-    )
-
-
 def _cut(stream: list[int], block_size: int) -> tuple[Tensor, Tensor]:
+    """Blocks and labels of a stream of tokens, in which those without a loss are complements."""
     missing = -len(stream) % block_size
     tokens = torch.tensor(stream, dtype=torch.int64)
+    masked = tokens < 0
+    tokens = torch.where(masked, ~tokens, tokens)
     # Padding is masked in the labels, so that any token of the vocabulary serves.
-    input_ids = torch.nn.functional.pad(tokens, (0, missing), value=stream[0]).view(-1, block_size)
-    labels = torch.nn.functional.pad(tokens, (0, missing), value=IGNORED).view(-1, block_size)
+    input_ids = pad(tokens, (0, missing), value=int(tokens[0])).view(-1, block_size)
+    labels = pad(tokens.masked_fill(masked, IGNORED), (0, missing), value=IGNORED).view(-1, block_size)
+    if masked.any():
+        trained = (labels[:, 1:] != IGNORED).any(1)
+        return input_ids[trained], labels[trained]
     return input_ids, labels

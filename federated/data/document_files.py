@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,11 @@ def _load_from_hub(source: str) -> Any:
 def _dataset_records(source: str, dataset: Any) -> dict[str, Iterable[Record]]:
     named = dict(dataset) if isinstance(dataset, dict) else {"all": dataset}
     return {
-        split: ((source, record) for part in parts for record in part)
+        split: _numbered(source, parts)
         for split, parts in _by_split(source, (((name,), part) for name, part in named.items())).items()
     }
+
+
+def _numbered(source: str, parts: Iterable[Iterable[Mapping[str, Any]]]) -> Iterator[Record]:
+    for number, record in enumerate(chain.from_iterable(parts), start=1):
+        yield f"{source}, record {number}", record

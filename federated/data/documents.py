@@ -10,19 +10,17 @@ from typing import Any
 
 import datasets
 
+from configs.choices import LossOn, check_choice
 from configs.errors import UserError, nearest
-from configs.prompt_templates import (
-    CONTEXT_COLUMNS,
-    INSTRUCTION_COLUMNS,
-    RESPONSE_COLUMNS,
-    PromptTemplate,
-    load_template,
-    takes,
-)
+from configs.prompt_templates import CONTEXT_COLUMNS, INSTRUCTION_COLUMNS, RESPONSE_COLUMNS, load_template
 from configs.values import split_list
+from federated.data.answers import RANGES
+from federated.data.chat_template import ChatTemplate
+from federated.data.chats import CHAT_COLUMNS
 from federated.data.document_files import read_source
-from federated.data.field_text import field_text, is_nan, text_fields
+from federated.data.field_text import is_nan, storable_text
 from federated.data.record_files import Record, record_stem
+from federated.data.record_text import RecordForm
 from federated.data.splits import HELD_OUT, assign_splits, hold_out, split_word
 
 _GENERIC_NAMES = ("train", "data", "all")
@@ -33,13 +31,21 @@ Row = dict[str, Any]
 
 
 def load_documents(
-    sources: Sequence[str], *, template: str = "auto", wikimix_documents: int = 2000, seed: int = 0
+    sources: Sequence[str],
+    *,
+    template: str = "auto",
+    chat: ChatTemplate | None = None,
+    loss_on: str = LossOn.ALL,
+    wikimix_documents: int = 2000,
+    seed: int = 0,
 ) -> datasets.Dataset:
     """Load all ``sources`` into one dataset, one document per row, in the order of the sources.
 
     A source is ``wikimix``, ``wikimix:DOMAIN,...``, a file (see ``record_files``), a folder of files, also in
-    sub-folders, or the id of a hub dataset (``owner/name[:config]``). ``template`` renders instruction records as text;
-    ``wikimix_documents`` is the number of training documents generated per wikimix domain, with ``seed``.
+    sub-folders, or the id of a hub dataset (``owner/name[:config]``). ``template`` renders instruction records as text,
+    ``chat`` chats (see ``chats``), in the plain form of ``ChatTemplate`` unless given. With ``loss_on`` ``answers``
+    every record has an answer, and the column ``RANGES`` holds where (see ``AnsweredText``). ``wikimix_documents`` is
+    the number of training documents generated per wikimix domain, with ``seed``.
 
     Columns: ``text``; ``domain`` (that of the records where all records of a source have one, else derived from the
     source's name); ``split``, ``train`` or ``valid``; and the records' scalar fields, nested ones with dotted names.
@@ -48,14 +54,19 @@ def load_documents(
 
     Raises :class:`UserError` for a source that does not exist, cannot be read or has no document.
     """
-    form = load_template(template)
-    prefer_template = template != "auto"
+    check_choice("loss-on", loss_on, LossOn)
+    form = RecordForm(load_template(template), template != "auto", chat or ChatTemplate(), loss_on)
     rows: list[Row] = []
     for source, label in zip(sources, source_labels(sources), strict=True):
         if is_wikimix(source):
+            if loss_on == LossOn.ANSWERS:
+                raise UserError(
+                    "expected records with answers where the loss is on answers only, got the plain text of wikimix; "
+                    "set loss-on to all, or leave the source out"
+                )
             rows += _wikimix_rows(source, wikimix_documents, seed)
         else:
-            rows += _source_rows(source, label, form, prefer_template)
+            rows += _source_rows(source, label, form)
     if not rows:
         raise UserError("expected at least one data source, got none; set `data`, e.g. to wikimix")
     return _to_dataset(rows)
@@ -107,12 +118,8 @@ def _wikimix_rows(source: str, train_documents: int, seed: int) -> list[Row]:
     ]
 
 
-def _source_rows(source: str, label: str, form: PromptTemplate, prefer_template: bool) -> list[Row]:
-    rows = [
-        _row(record, split, form, prefer_template)
-        for split, records in read_source(source).items()
-        for record in records
-    ]
+def _source_rows(source: str, label: str, form: RecordForm) -> list[Row]:
+    rows = [_row(record, split, form) for split, records in read_source(source).items() for record in records]
     rows = _without_empty(source, rows)
     if not any(row["split"] != "valid" for row in rows):
         raise UserError(f"expected documents in {source!r}, got none that holds any text")
@@ -157,28 +164,13 @@ def _split(source: str, rows: list[Row]) -> list[Row]:
     return [row | {"split": split} for row, split in zip(rows, splits, strict=True) if split]
 
 
-def _row(located: Record, split: str, form: PromptTemplate, prefer_template: bool) -> Row:
+def _row(located: Record, split: str, form: RecordForm) -> Row:
     where, record = located
-    row = {name: value for name, value in _flat(record) if name not in _CONSUMED}
-    own = split_word(record.get("split"))
-    return {"text": _text(where, record, form, prefer_template), "split": split, _OWN_SPLIT: own, **row}
-
-
-def _text(where: str, record: Mapping[str, Any], form: PromptTemplate, prefer_template: bool) -> str:
-    """Text of a record; empty without text, or without a response where a template renders it."""
-    if takes(record) and (prefer_template or "text" not in record):
-        fields = text_fields(record, INSTRUCTION_COLUMNS + CONTEXT_COLUMNS + RESPONSE_COLUMNS, where)
-        answered = any(fields.get(column, "").strip() for column in RESPONSE_COLUMNS)
-        return form.render(fields) if answered else ""
-    if "text" not in record:
-        came = ", ".join(record) or "no columns"
-        wanted = "'text', or instruction[, context], response (or instruction[, input], output)"
-        raise UserError(f"expected the columns {wanted}, got {came} in {where}")
-    if is_nan(record["text"]):
-        raise UserError(
-            f"expected text in the column 'text', got NaN in {where}; fill it or remove the record"
-        )
-    return field_text(record["text"], "text", where)
+    consumed = _CONSUMED if "text" in record else _CONSUMED | CHAT_COLUMNS
+    fields = {name: value for name, value in _flat(record) if name not in consumed}
+    found = form.text(where, record)
+    row = {"text": found.text, "split": split, _OWN_SPLIT: split_word(record.get("split")), **fields}
+    return row | {RANGES: list(found.ranges)} if form.loss_on == LossOn.ANSWERS else row
 
 
 def _flat(record: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
@@ -210,6 +202,4 @@ def _storable(value: Any) -> Any:
     """Convert a value to one that Arrow can store: no integers beyond 64 bits, no lone surrogates."""
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
         return str(value)
-    if isinstance(value, str) and not value.isascii():
-        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return value
+    return storable_text(value) if isinstance(value, str) else value

@@ -37,7 +37,12 @@ def field_text(value: Any, column: str, where: str) -> str:
             f"expected a string, a number or a boolean in the column {column!r}, got {column} with {kind} "
             f"in {where}; convert it to text"
         )
-    return str(value)
+    return storable_text(str(value))
+
+
+def storable_text(text: str) -> str:
+    """The text without lone surrogates, which Arrow cannot store."""
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def text_fields(record: Mapping[str, Any], columns: tuple[str, ...], where: str) -> dict[str, str]:

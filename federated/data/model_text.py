@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from federated.data.answers import Document
+
 
 @dataclass(frozen=True, eq=False)
 class ModelText:
@@ -39,10 +41,12 @@ class ModelText:
             UserError: as ``texts_by_domain`` and for a token id beyond the embedding, at once; as ``text_batches``, at
                 the first batch.
         """
+        from federated.data.chat_template import ChatTemplate
         from federated.data.text_batches import texts_by_domain
         from models.runtime.token_ids import may_exceed
 
-        domains = list(texts_by_domain(data, split).values())
+        chat = ChatTemplate(lambda: self.tokenizer)
+        domains = list(texts_by_domain(data, split, chat=chat).values())
         if may_exceed(self.tokenizer, self.vocab_size):
             for _ in self._batches(domains):  # a measurement may take long before it reaches the token
                 pass
@@ -55,7 +59,7 @@ class ModelText:
 
         return embedding_rows(self.model)
 
-    def _batches(self, domains: Sequence[Sequence[str]]) -> Iterator[tuple[Tensor, Tensor]]:
+    def _batches(self, domains: Sequence[Sequence[Document]]) -> Iterator[tuple[Tensor, Tensor]]:
         from federated.data.text_batches import text_batches
 
         return text_batches(

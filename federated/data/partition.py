@@ -18,6 +18,7 @@ from flwr_datasets.partitioner import (
 
 from configs.errors import UserError, nearest
 from configs.values import parse_partition
+from federated.data.answers import RANGES, Document, documents_of
 from federated.data.splits import held_out_count
 
 _LABEL_COLUMNS = ("domain", "sub", "category")
@@ -29,8 +30,8 @@ class ClientDocuments:
     """Training and held-out documents of one client."""
 
     name: str
-    train: list[str]
-    valid: list[str]
+    train: list[Document]
+    valid: list[Document]
 
 
 def partition_documents(
@@ -111,7 +112,7 @@ def _labels(documents: Dataset, column: str) -> list[str]:
 
 
 def _columns(documents: Dataset) -> list[str]:
-    return [name for name in documents.column_names if name not in ("text", "split")]
+    return [name for name in documents.column_names if name not in ("text", "split", RANGES)]
 
 
 def _deal(labels: Iterable[str], num_clients: int, what: str) -> list[list[str]]:
@@ -151,9 +152,10 @@ def _load(partitioner: Partitioner, num_clients: int) -> list[Dataset]:
 
 
 def _client(name: str, rows: Dataset) -> ClientDocuments:
-    texts, splits = rows["text"][:], rows["split"][:]
+    columns = [column for column in ("text", RANGES) if column in rows.column_names]
+    documents, splits = documents_of(rows.select_columns(columns)), rows["split"][:]
     parts = {
-        wanted: [text for text, split in zip(texts, splits, strict=True) if split == wanted]
+        wanted: [document for document, split in zip(documents, splits, strict=True) if split == wanted]
         for wanted in ("train", "valid")
     }
     train, valid = parts["train"], parts["valid"]

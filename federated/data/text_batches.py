@@ -8,25 +8,29 @@ from typing import Any
 
 from torch import Tensor
 
-from configs.choices import Split, check_choice
+from configs.choices import LossOn, Split, check_choice
 from configs.errors import UserError
+from federated.data.answers import Document, documents_of
 from federated.data.blocks import stream_blocks
+from federated.data.chat_template import ChatTemplate
 from federated.data.documents import absolute_sources, load_documents
 from models.runtime.perplexity import IGNORED
 
 
-def texts_by_domain(sources: Sequence[str], split: str) -> dict[str, list[str]]:
+def texts_by_domain(
+    sources: Sequence[str], split: str, *, chat: ChatTemplate | None = None, loss_on: str = LossOn.ALL
+) -> dict[str, list[Document]]:
     """Documents of one split of ``sources`` (see ``load_documents``) by domain.
 
     Raises:
         UserError: an unknown split, a split without documents, a source that cannot be read.
     """
     check_choice("`split`", split, Split)
-    texts: dict[str, list[str]] = {}
-    for row in load_documents(absolute_sources(sources)):
+    texts: dict[str, list[Document]] = {}
+    for row in load_documents(absolute_sources(sources), chat=chat, loss_on=loss_on):
         members = texts.setdefault(row["domain"], [])
         if split in ("all", row["split"]):
-            members.append(row["text"])
+            members += documents_of([row])
     empty = [domain for domain, members in texts.items() if not members]
     if len(empty) == len(texts):
         raise UserError(
@@ -42,7 +46,7 @@ def texts_by_domain(sources: Sequence[str], split: str) -> dict[str, list[str]]:
 
 
 def text_batches(
-    domains: Iterable[Iterable[str]],
+    domains: Iterable[Iterable[Document]],
     tokenizer: Any,
     *,
     block_size: int,

@@ -39,6 +39,9 @@ DataSources = Annotated[list[str], DATA]
 SplitOption = Annotated[
     Split, typer.Option("--split", help="Documents to use: held out (valid), training, or all.")
 ]
+LOSS_ON = typer.Option(
+    "--loss-on", help="Tokens with a loss: all, or the answers of chats and instruction records."
+)
 DeviceOption = Annotated[
     Device,
     typer.Option("--device", help="Device of the computation; auto: CUDA if there is one, else the CPU."),

@@ -80,6 +80,29 @@ def test_a_client_with_private_data_trains_on_all_of_it(config_of, request_0, tm
     assert 18 * 9 <= client.train.num_tokens <= 18 * 10
 
 
+def test_a_client_trains_and_evaluates_on_answers_alone(
+    config_of, graph, request_0, tmp_path, tiny_tokenizer
+):
+    rows = [json.dumps({"question": f"what is {number}?", "answer": "this"}) for number in range(20)]
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "a.jsonl").write_text("\n".join(rows))
+    node = node_context(0, data_dir=str(tmp_path / "site"))
+    with pytest.warns(UserWarning, match="no chat template"):
+        every = Participant.open(config_of(log_dir=str(tmp_path / "all")), node, request_0)
+        client = Participant.open(config_of(loss_on="answers"), node, request_0)
+    decoded = tiny_tokenizer.decode(client.train.labels[client.train.labels != -100])
+    assert decoded.replace(" ", "") == "this</s>" * 18 and client.train.num_tokens == 18 * 5
+    assert every.train.num_tokens == every.train.labels.ne(-100).sum() > 18 * 25
+    predicted = [int((blocks.labels[:, 1:] != -100).sum()) for blocks in (client.train, client.valid)]
+    reply = client.train_round(request_0)
+    assert reply.numbers["valid-tokens"] == predicted[1] <= 2 * 5
+    assert 0 < reply.numbers["train-tokens"] < 2 * 4 * 31 and torch.isfinite(
+        torch.tensor(reply.numbers["train-loss"])
+    )
+    again = Participant.open(config_of(loss_on="answers"), node, request_0)
+    assert torch.equal(again.train.labels, client.train.labels), "from the client's disk"
+
+
 def test_a_round_gives_an_update_of_the_residents_on_the_graph(config_of, model, request_0):
     client = Participant.open(config_of(expert_budget=2), node_context(), request_0)
     reply = client.train_round(request_0)

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from configs.errors import UserError
-from configs.prompt_templates import load_template, takes, template_names
+from configs.prompt_templates import PromptTemplate, load_template, takes, template_names
 
 DOLLY = {"instruction": "Name a fruit.", "context": "Only red ones.", "response": "Cherry"}
 
@@ -26,6 +26,13 @@ def test_alpaca_columns_render_as_dolly_columns():
         "### Instruction:\nName a fruit.\n\n### Input:\nOnly red ones.\n\n### Response:\nCherry"
     )
     assert "### Input" not in load_template("alpaca").render({**DOLLY, "context": None})
+
+
+def test_ranges_are_those_of_the_response():
+    text, (start, end) = load_template("alpaca").render_ranges({**DOLLY, "instruction": "Cherry"})
+    assert text[start:end] == "Cherry" and text[:start].endswith("### Response:\n") and end == len(text)
+    twice = PromptTemplate("own", "", "{response}|{instruction}|{response}.")
+    assert twice.render_ranges({"instruction": "a", "response": "bc"}) == ("bc|a|bc.", (0, 2, 5, 7))
 
 
 def test_braces_in_a_record_are_left_alone():

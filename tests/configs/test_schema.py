@@ -97,6 +97,10 @@ def test_integers_are_taken_for_floats():
         ),
         ({"train": "experts", "z-loss-weight": 0.1}, "expected train to be all or routing with"),
         ({"train": "experts", "load-balance-weight": 0.1}, "these losses train routers"),
+        (
+            {"loss-on": "answer"},
+            "expected loss-on to be all or answers, got 'answer' (did you mean 'answers'?)",
+        ),
         ({"block-size": 1}, "expected block-size to be at least 2, or 0 for the default, got 1"),
         ({"block-size": -1}, "expected block-size to be a value greater than or equal to 0, got -1"),
         ({"data": " ; "}, "expected data to name at least one source"),

@@ -173,3 +173,16 @@ def test_without_a_block_size_blocks_are_as_long_as_the_smaller_context(config, 
     expected = run_federation(TinyGrid(named), named, run_id=RUN_ID)
     assert summary["clients"] == expected["clients"]
     assert load_graph(config.graph).config.max_position_embeddings == 128
+
+
+def test_a_run_on_answers_counts_the_tokens_of_answers_alone(config, tmp_path):
+    sources = []
+    for name in ("sums", "words"):
+        rows = [{"prompt": f"{name} {number}", "completion": "yes"} for number in range(20)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        sources.append(str(tmp_path / f"{name}.jsonl"))
+    config = with_(config, data=";".join(sources), server_data=sources[0], loss_on="answers")
+    blocks = server_text(config, open_global_model(config))
+    assert blocks.num_tokens == 2 * len("yes") + 2, "two held-out answers, each with EOS"
+    summary = run_federation(TinyGrid(config), config, run_id=RUN_ID)
+    assert [client["perplexity_after"] > 1 for client in summary["clients"]] == [True, True]

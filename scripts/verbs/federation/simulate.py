@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from configs.choices import LossOn
 from scripts.shared.console import print_result, quiet_libraries, stderr
-from scripts.shared.options import DATA, JsonFlag
+from scripts.shared.options import DATA, LOSS_ON, JsonFlag
 from scripts.shared.verb import verb
 
 if TYPE_CHECKING:
@@ -33,6 +35,7 @@ class RunOptions:
         str | None,
         typer.Option(help="Documents of each client: domain, iid, dirichlet:ALPHA or natural:COLUMN."),
     ] = None
+    loss_on: Annotated[LossOn | None, LOSS_ON] = None
     budgets: Annotated[
         str | None, typer.Option(help="Experts per layer that each client holds, comma-separated.")
     ] = None
@@ -52,6 +55,7 @@ class RunOptions:
             "num-rounds": self.rounds,
             "data": self.data or None,
             "partition": self.partition,
+            "loss-on": self.loss_on and str(self.loss_on),
             "budgets": self.budgets,
             "log-dir": _absolute(self.log_dir),
             "out": _absolute(self.out),
@@ -159,9 +163,10 @@ def check_run(run) -> None:
     from clients.data_stream import all_clients, check_tokens
     from configs.output import check_output_directory
     from configs.paths import graph_or_default
+    from federated.data.chat_template import ChatTemplate
     from federated.data.documents import load_documents
     from models.bootstrap.recipe_build import check_base
-    from models.checkpoints.load import check_weights
+    from models.checkpoints.load import check_weights, load_tokenizer
     from server.model.config_checks import check_fit
 
     for folder in filter(None, (run.log_dir, run.out)):
@@ -173,9 +178,12 @@ def check_run(run) -> None:
         check_base(run.base, graph)
         check_weights(run.base)
     with stderr.status("reading the data"):
-        check_tokens(all_clients(run), graph, run.block_size)
+        chat = ChatTemplate(partial(load_tokenizer, graph))
+        check_tokens(all_clients(run, chat=chat), graph, run.block_size)
         if run.server_sources:
-            load_documents(run.server_sources, template=run.template, wikimix_documents=1)
+            load_documents(
+                run.server_sources, template=run.template, chat=chat, loss_on=run.loss_on, wikimix_documents=1
+            )
 
 
 def summary_lines(summary: dict[str, Any]) -> list:

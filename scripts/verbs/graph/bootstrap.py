@@ -114,16 +114,16 @@ def _token_blocks(model: str, sources: list[str], tokens: int):
     """Token blocks ``[N, S]`` of the training documents of ``sources``."""
     from configs.block_size import choose_block_size, context_length
     from federated.data.blocks import pack_blocks
+    from federated.data.chat_template import ChatTemplate
     from federated.data.documents import absolute_sources, load_documents
     from models.checkpoints.load import load_tokenizer
     from models.files.config_file import read_config
 
     block_size = choose_block_size(None, context_length(read_config(model)))
-    rows = load_documents(absolute_sources(sources)).shuffle(seed=0)
+    tokenizer = load_tokenizer(model)
+    rows = load_documents(absolute_sources(sources), chat=ChatTemplate(lambda: tokenizer)).shuffle(seed=0)
     texts = (row["text"] for row in rows if row["split"] == "train")
-    blocks = pack_blocks(
-        texts, load_tokenizer(model), block_size=block_size, max_blocks=-(-tokens // block_size)
-    )
+    blocks = pack_blocks(texts, tokenizer, block_size=block_size, max_blocks=-(-tokens // block_size))
     return blocks.input_ids
 
 

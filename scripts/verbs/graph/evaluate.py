@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from configs.choices import Split
+from configs.choices import LossOn, Split
 from scripts.shared.console import print_result, progress, quiet_libraries
 from scripts.shared.options import (
+    LOSS_ON,
     BlockOptions,
     CausalModel,
     DataSources,
@@ -19,6 +21,7 @@ from scripts.shared.options import (
 from scripts.shared.verb import verb
 
 if TYPE_CHECKING:
+    from federated.data.answers import Document
     from models.runtime.perplexity import LossSum
 
 
@@ -30,20 +33,24 @@ def evaluate(
         int | None, typer.Option(min=1, help="Experts visited per token (k), in place of the graph's own.")
     ] = None,
     split: SplitOption = Split.VALID,
+    loss_on: Annotated[LossOn, LOSS_ON] = LossOn.ALL,
     blocks: BlockOptions = BlockOptions(),
     runtime: RuntimeOptions = RuntimeOptions(),
     as_json: JsonFlag = False,
 ) -> None:
     """Measure token-weighted perplexity on held-out text, per domain and over all of it."""
+    from federated.data.chat_template import ChatTemplate
     from federated.data.text_batches import texts_by_domain
     from models.checkpoints.convert import as_checkpoint
-    from models.checkpoints.load import load_causal_lm
+    from models.checkpoints.load import load_causal_lm, load_tokenizer
     from models.graph.runtime_settings import set_visits
     from models.runtime.perplexity import LossSum
     from models.runtime.precision import choose_device, precision_name
 
     quiet_libraries()
-    texts, model = texts_by_domain(data, split), as_checkpoint(model)
+    model = as_checkpoint(model)
+    chat = ChatTemplate(partial(load_tokenizer, model))
+    texts = texts_by_domain(data, split, chat=chat, loss_on=loss_on)
     lm = load_causal_lm(model, precision=runtime.precision, device=choose_device(runtime.device))
     if experts_per_token is not None:
         set_visits(lm, experts_per_token)
@@ -54,12 +61,13 @@ def evaluate(
         "perplexity": total.perplexity,
         "tokens": total.tokens,
         "domains": domains,
+        "loss_on": str(loss_on),
         "precision": precision_name(lm),
     }
     print_result(result, as_json=as_json, lines=[_table(result)])
 
 
-def _losses(model: str, lm: Any, texts: dict[str, list[str]], sizes: BlockOptions) -> dict[str, LossSum]:
+def _losses(model: str, lm: Any, texts: dict[str, list[Document]], sizes: BlockOptions) -> dict[str, LossSum]:
     """Loss of the opened model ``lm`` on the documents of each domain."""
     from configs.block_size import choose_block_size, context_length
     from federated.data.blocks import pack_blocks

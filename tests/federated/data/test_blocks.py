@@ -6,23 +6,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from configs.errors import UserError
+from federated.data.answers import AnsweredText
 from federated.data.blocks import Blocks, batches, pack_blocks, take
+from tests.support.byte_tokenizer import byte_tokenizer
 from tests.support.paths import SHARED
 
 BOS, EOS = 256, 257
-
-
-def byte_tokenizer(**special: str) -> PreTrainedTokenizerFast:
-    """A token per byte, ids in the order of the bytes' code points in the byte-level alphabet."""
-    alphabet = {symbol: number for number, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
 TOKENIZER = byte_tokenizer(bos_token="<s>", eos_token="</s>")
@@ -87,6 +79,28 @@ def test_eos_stands_in_for_a_missing_bos_and_without_both_it_is_refused():
     assert blocks.input_ids[0, 0] == 256
     with pytest.raises(UserError, match="neither"):
         pack_blocks(["ab"], byte_tokenizer(), block_size=4)
+
+
+def test_blocks_of_answers_have_their_loss_alone_and_blocks_without_one_are_left_out():
+    documents = [AnsweredText("askyes", (3, 6)), AnsweredText("x" * 9, (0, 1)), AnsweredText("why", ())]
+    blocks = pack_blocks(documents, TOKENIZER, block_size=4)
+    # <s>ask yes<s> x<s>... of which the block xxxx and all after it have no answer
+    y, e, s, x = TOKENIZER.encode("yesx")
+    assert blocks.labels.tolist() == [[y, e, s, -100], [x, -100, -100, -100]][:1]
+    assert blocks.num_tokens == 3 and TOKENIZER.decode(blocks.input_ids[0]) == "yes<s>"
+    both = pack_blocks([documents[0], "no"], TOKENIZER, block_size=5)
+    assert TOKENIZER.decode(both.labels[both.labels != -100]) == "yes<s>no"
+    assert torch.equal(both.input_ids, pack_blocks(["askyes", "no"], TOKENIZER, block_size=5).input_ids)
+
+
+def test_max_blocks_counts_blocks_with_an_answer():
+    documents = [AnsweredText("x" * 7 + "y" * 8, (7 + 4, 7 + 8))] * 3
+    blocks = pack_blocks(documents, TOKENIZER, block_size=8, max_blocks=2)
+    assert [TOKENIZER.decode(row[row != -100]) for row in blocks.labels] == ["yyyy", "yyyy"]
+    every = pack_blocks(documents, TOKENIZER, block_size=8)
+    assert len(every) == 3 and torch.equal(every.labels[:2], blocks.labels)
+    with pytest.raises(UserError, match="an answer with a token to predict, got none"):
+        pack_blocks([AnsweredText("why", ())], TOKENIZER, block_size=8)
 
 
 def test_empty_input_is_refused():

@@ -11,6 +11,8 @@ import pytest
 from datasets import Dataset
 
 from configs.errors import UserError
+from federated.data.answers import RANGES, documents_of
+from federated.data.chat_template import ChatTemplate
 from federated.data.documents import (
     absolute_sources,
     is_wikimix,
@@ -19,6 +21,7 @@ from federated.data.documents import (
 )
 from federated.data.field_text import is_nan
 from tests.conftest import shared_path
+from tests.support.byte_tokenizer import byte_tokenizer
 from tests.support.paths import SHARED
 
 
@@ -306,6 +309,58 @@ def test_unusable_records_are_one_line(tmp_path, record, message):
     with pytest.raises(UserError, match=message) as caught:
         load_documents([write(tmp_path / "a.jsonl", record)])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["messages", "sharegpt", "prompt_completion"])
+def test_awkward_chats(name):
+    path = shared_path("data/awkward/chat") / f"{name}.jsonl"
+    documents = load_documents([str(path)])
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(documents) == len(records) == 20 and RANGES not in documents.column_names
+    assert not {"messages", "prompt", "completion", "conversations"} & set(documents.column_names)
+    answered = load_documents([str(path)], loss_on="answers")
+    assert answered.remove_columns(RANGES)[:] == documents[:]
+    for document, record in zip(documents_of(answered), records, strict=True):
+        turns = record.get("messages") or record.get("conversations")
+        last = turns[-1] if turns else record
+        answer = last.get("content") or last.get("value") or last["completion"]
+        start, end = document.ranges
+        assert document.text[start:end] == answer and document.text[:start].endswith("\n\nAssistant: ")
+
+
+def test_chats_without_an_answer_are_dropped_and_counted(tmp_path):
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    source = write(
+        tmp_path / "a.jsonl", *[{"messages": turns}] * 3, {"messages": turns[:1]}, {"messages": []}
+    )
+    with pytest.warns(UserWarning, match="2 of 5 records of .* have no text or no answer: they are left out"):
+        assert load_documents([source])["text"][:] == ["User: a\n\nAssistant: b"] * 3
+
+
+def test_the_tokenizers_chat_template_writes_chats(tmp_path):
+    tokenizer = byte_tokenizer(bos_token="<s>", eos_token="</s>")
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    source = write(tmp_path / "a.jsonl", *[{"question": "1+1", "answer": 2, "id": n} for n in range(2)])
+    documents = load_documents([source], chat=ChatTemplate(lambda: tokenizer))
+    assert documents["text"][:] == ["<user>1+1<assistant>2"] * 2
+    assert documents["id"][:] == [0, 1] and "answer" not in documents.column_names
+
+
+def test_a_malformed_chat_is_an_error_that_names_record_and_turn(tmp_path):
+    source = write(tmp_path / "a.jsonl", {"messages": [{"role": "bot", "content": "a"}]})
+    with pytest.raises(UserError, match="got 'bot' in .*a.jsonl, line 1, turn 1"):
+        load_documents([source])
+    Dataset.from_list([{"messages": [{"role": "bot", "content": "a"}]}]).save_to_disk(tmp_path / "saved")
+    with pytest.raises(UserError, match="got 'bot' in .*saved, record 1, turn 1"):
+        load_documents([str(tmp_path / "saved")])
+
+
+def test_plain_text_has_no_answers(tmp_path, wikimix):
+    for source in (write(tmp_path / "a.jsonl", {"text": "a"}), "wikimix"):
+        with pytest.raises(UserError, match="expected records with answers .* set loss-on to all"):
+            load_documents([source], loss_on="answers")
+    with pytest.raises(UserError, match="expected loss-on to be all or answers, got 'answer'"):
+        load_documents([source], loss_on="answer")
 
 
 def test_empty_sources_are_refused(tmp_path):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import pytest
 from datasets import Dataset
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs.errors import UserError
+from federated.data.answers import RANGES
 from federated.data.partition import ClientDocuments, partition_documents
 
 
@@ -21,7 +23,7 @@ def corpus(**sizes: int) -> Dataset:
     return Dataset.from_list(rows)
 
 
-def texts(clients: list[ClientDocuments]) -> list[str]:
+def texts(clients: list[ClientDocuments]) -> list[Any]:
     return [text for client in clients for text in client.train + client.valid]
 
 
@@ -71,6 +73,19 @@ def test_domains_are_dealt_largest_first_to_the_smallest_client():
     clients = partition_documents(dataset, partition="domain", num_clients=2, seed=0)
     assert [client.name for client in clients] == ["e+c+b", "d+a"]
     assert [len(client.train + client.valid) for client in clients] == [80, 75]
+
+
+def test_answers_stay_with_their_documents():
+    rows = corpus(a=10, b=10)
+    ranged = rows.add_column(RANGES, [[number, number + 1] for number in range(20)])
+    for partition in ("domain", "iid"):
+        options = {"partition": partition, "num_clients": 2, "seed": 0}
+        plain, answered = (partition_documents(each, **options) for each in (rows, ranged))
+        assert [each.text for each in texts(answered)] == texts(plain)
+        numbers = {text: number for number, text in enumerate(rows["text"])}
+        assert all(each.ranges == (numbers[each.text], numbers[each.text] + 1) for each in texts(answered))
+    with pytest.raises(UserError, match="natural:COLUMN to name one of domain, got 'answer ranges'"):
+        partition_documents(ranged, partition=f"natural:{RANGES}", num_clients=2, seed=0)
 
 
 def test_names_are_distinct_and_safe():

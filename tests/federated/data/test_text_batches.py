@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from configs.errors import UserError
+from federated.data.answers import AnsweredText
 from federated.data.blocks import pack_blocks
 from federated.data.text_batches import text_batches, texts_by_domain
 from models.runtime.perplexity import IGNORED
@@ -61,3 +62,14 @@ def test_a_domain_without_text_is_refused(tiny_tokenizer):
     options = {"batch_size": 2, "max_blocks": 0}
     with pytest.raises(UserError, match="documents with text"):
         list(text_batches([["a"], [""]], tiny_tokenizer, block_size=4, **options))
+
+
+def test_answers_are_the_tokens_of_the_mask(tmp_path, tiny_tokenizer):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"question": "a", "answer": "bc"}) + "\n")
+    texts = texts_by_domain([str(tmp_path / "a.jsonl")], "all", loss_on="answers")
+    (document,) = texts["a"]
+    assert document == AnsweredText("User: a\n\nAssistant: bc", (20, 22))
+    ((ids, counted),) = text_batches(
+        texts.values(), tiny_tokenizer, block_size=32, batch_size=1, max_blocks=0
+    )
+    assert ids[counted].tolist() == tiny_tokenizer.encode("bc", add_special_tokens=False)

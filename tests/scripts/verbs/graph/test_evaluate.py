@@ -128,3 +128,40 @@ def test_weights_are_read_in_the_precision_asked_for(texts, capsys, tiny_graph_d
     for options, words in ((("--precision", "int3"), "precision"), (("--device", "tpu"), "device")):
         refused = run(capsys, *command, *options)
         assert refused.code == 2 and words in refused.json()["error"]
+
+
+def test_the_loss_is_on_answers_where_asked(tmp_path, capsys, tiny_llama_dir):
+    rows = [{"prompt": f"{one} + 1", "completion": f"is {one + 1}"} for one in range(5)]
+    (tmp_path / "valid.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    command = (
+        "evaluate",
+        "--model",
+        tiny_llama_dir,
+        "--data",
+        tmp_path / "valid.jsonl",
+        "--split",
+        "all",
+        "--json",
+    )
+    every, answers = (run(capsys, *command, "--loss-on", loss_on) for loss_on in ("all", "answers"))
+    assert "no chat template in the tokenizer" in answers.err
+    assert run(capsys, *command).json() == every.json() and every.json()["loss_on"] == "all"
+    # Tokens are characters: of "User: 0 + 1", blank line, "Assistant: is 1</s>" the answer are the last five.
+    texts = [f"User: {row['prompt']}\n\nAssistant: {row['completion']}</s>" for row in rows]
+    lm, tokenizer = load_causal_lm(str(tiny_llama_dir)), load_tokenizer(str(tiny_llama_dir))
+    blocks = pack_blocks(texts, tokenizer, block_size=128)
+    plain = evaluate_loss(lm, blocks.input_ids, blocks.labels)
+    assert every.json()["perplexity"] == pytest.approx(plain.perplexity, rel=1e-4)
+    ends = (blocks.input_ids == tokenizer.eos_token_id).flatten().nonzero().flatten()
+    labels = torch.full_like(blocks.labels, -100).flatten()
+    for end in ends.tolist():
+        labels[end - 4 : end + 1] = blocks.input_ids.flatten()[end - 4 : end + 1]
+    reference = evaluate_loss(lm, blocks.input_ids, labels.view_as(blocks.labels))
+    assert answers.json()["tokens"] == reference.tokens == 5 * 5
+    assert answers.json()["perplexity"] == pytest.approx(reference.perplexity, rel=1e-4)
+
+
+def test_the_loss_on_answers_needs_answers(texts, capsys, tiny_llama_dir):
+    command = ("evaluate", "--model", tiny_llama_dir, "--data", texts / "sums.jsonl", "--loss-on", "answers")
+    outcome = run(capsys, *command)
+    assert outcome.code == 2 and "plain text in" in outcome.err and "sums.jsonl, line 1" in outcome.err
