@@ -11,14 +11,14 @@ from transformers import LlamaForCausalLM, LlamaModel, LlamaPreTrainedModel
 from .configuration_fedgraft import FedGraftConfig
 
 # Transformers 4.57 copies only those modules of a local checkpoint that this file imports itself.
-from .decode_fedgraft import walk_one_token as _walk_one_token  # noqa: F401
-from .dense_path_fedgraft import all_visit as _all_visit  # noqa: F401
-from .dispatch_fedgraft import Visits as _Visits  # noqa: F401
-from .execution_fedgraft import gated_ffn as _gated_ffn  # noqa: F401
+from .decode_fedgraft import __doc__ as _decode  # noqa: F401
+from .dense_path_fedgraft import __doc__ as _dense_path  # noqa: F401
+from .dispatch_fedgraft import __doc__ as _dispatch  # noqa: F401
+from .execution_fedgraft import __doc__ as _execution  # noqa: F401
 from .experts_fedgraft import ROUTING, ExpertGraphMLP
 from .router_fedgraft import ROUTER_KEY_MAPPING, stored_name
-from .routing_fedgraft import walk_graph as _walk_graph  # noqa: F401
-from .weights_fedgraft import LayerExperts as _LayerExperts  # noqa: F401
+from .routing_fedgraft import __doc__ as _routing  # noqa: F401
+from .weights_fedgraft import __doc__ as _weights  # noqa: F401
 
 try:  # skips tensors that are loaded; transformers 4.57 skips whole modules instead
     from transformers import initialization as init
