@@ -51,14 +51,18 @@ trap 'exit 143' TERM
 mkdir -p "$LOG_DIR" "$WORK/empty"
 read -r LINK NODE_0 NODE_1 < <(submit ports 3)
 
-# Flower's processes start in an empty folder, install nothing, report nothing and keep to one thread each.
+# Flower's processes start in an empty folder, install nothing, report nothing and keep to one thread each; a proxy of
+# the environment does not receive their connections over loopback.
+DIRECT=${no_proxy:-${NO_PROXY:-}}
+DIRECT=${DIRECT:+$DIRECT,}127.0.0.1,localhost,::1
 launch() {
     local log=$1
     shift
     (cd "$WORK/empty" && exec env -u PYTHONPATH \
         PATH="$(dirname "$PYTHON"):$PATH" FLWR_HOME="$WORK/home" FEDGRAFT_JOB="$JOB" OMP_NUM_THREADS=1 \
         FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1 FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 \
-        FLWR_SUPEREXEC_TASK_POLL_INTERVAL=0.2 "$@" >"$LOG_DIR/$log" 2>&1) &
+        FLWR_SUPEREXEC_TASK_POLL_INTERVAL=0.2 no_proxy="$DIRECT" NO_PROXY="$DIRECT" \
+        no_grpc_proxy="${no_grpc_proxy:+$no_grpc_proxy,}$DIRECT" "$@" >"$LOG_DIR/$log" 2>&1) &
 }
 node() {
     local index=$1 port=$2 data_dir=$3

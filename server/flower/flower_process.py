@@ -19,6 +19,7 @@ import psutil
 import tomli_w
 
 CONNECTION = "local"  # name of the only SuperLink connection in config.toml
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 JOB_VARIABLE = (
     "FEDGRAFT_JOB"  # environment variable that marks every process of one job, whichever its parent
 )
@@ -30,7 +31,7 @@ class RunFailed(RuntimeError):
 
 
 def flower_environment(home: Path, *, job: str) -> dict[str, str]:
-    """Environment of Flower's commands: no telemetry, no installs, no inherited ``PYTHONPATH``.
+    """Environment of Flower's commands: no telemetry, no installs, no inherited ``PYTHONPATH``, no proxy to loopback.
 
     Args:
         home: ``FLWR_HOME``.
@@ -38,7 +39,7 @@ def flower_environment(home: Path, *, job: str) -> dict[str, str]:
     """
     inherited = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "RAY_ADDRESS")}
     commands = sysconfig.get_path("scripts")  # found also without an activated virtual environment
-    return inherited | {
+    return without_loopback_proxy(inherited) | {
         "PATH": os.pathsep.join([commands, inherited.get("PATH", os.defpath)]),
         "FLWR_HOME": str(home),
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
@@ -49,6 +50,20 @@ def flower_environment(home: Path, *, job: str) -> dict[str, str]:
         "OMP_NUM_THREADS": "1",
         "PYTHONUNBUFFERED": "1",
         JOB_VARIABLE: job,
+    }
+
+
+def without_loopback_proxy(environment: Mapping[str, str]) -> dict[str, str]:
+    """Environment in which a configured proxy does not receive the connections to loopback.
+
+    ``no_proxy`` is read in lower or upper case, depending on the program; gRPC prefers ``no_grpc_proxy``.
+    """
+    direct = environment.get("no_proxy") or environment.get("NO_PROXY") or ""
+    excluded = {"no_proxy": direct, "NO_PROXY": direct}
+    if "no_grpc_proxy" in environment:
+        excluded["no_grpc_proxy"] = environment["no_grpc_proxy"]
+    return dict(environment) | {
+        name: ",".join([*filter(None, [hosts]), *LOOPBACK]) for name, hosts in excluded.items()
     }
 
 

@@ -13,6 +13,7 @@ from clients.state.store import ClientStore
 from models.checkpoints.disk_experts import open_mapped
 from models.graph.graph_state import read_graph
 from scripts.deploy import submit
+from tests.support.flower_apps import UNREACHABLE_PROXY
 from tests.support.paths import ROOT
 from tests.support.tiny_federation import assert_run_succeeded, run_values, save_tiny_graph, write_texts
 
@@ -40,7 +41,7 @@ def test_a_real_deployment_trains_with_private_data_and_stops(tmp_path, tiny_tok
     settings = [f"{key}={json.dumps(value)}" for key, value in values.items() if key not in named]
     places = {"LOG_DIR": str(place / "logs"), "OUT": str(place / "out"), "CACHE_DIR": str(place / "cache")}
     data = {"FEDGRAFT_DATA": values["data"], "DATA_DIR_1": str(place / "private data"), "TIMEOUT": "300"}
-    result = deploy(str(graph), "1", *settings, **places, **data)
+    result = deploy(str(graph), "1", *settings, **places, **data, **UNREACHABLE_PROXY)
     assert (result.returncode, result.stderr) == (0, "")
     logs = place / "logs"
     summary = json.loads((logs / "summary.json").read_text())

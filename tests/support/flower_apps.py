@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+# Environment of a machine whose proxy does not answer: loopback must not go through it.
+UNREACHABLE_PROXY = dict.fromkeys(
+    ("http_proxy", "https_proxy", "all_proxy", "grpc_proxy"), "http://127.0.0.1:9"
+)
+
 PYPROJECT = """
 [project]
 name = "throwaway"

@@ -25,6 +25,7 @@ from server.flower.flower_process import (
     stop_job,
     termination_as_interrupt,
     wait_until_healthy,
+    without_loopback_proxy,
     write_connection,
 )
 
@@ -35,6 +36,26 @@ code = "import os, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); 
 child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, start_new_session=True)
 child.stdout.read(1)
 """
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, {"no_proxy": "127.0.0.1,localhost,::1", "NO_PROXY": "127.0.0.1,localhost,::1"}),
+        (
+            {"NO_PROXY": "a.org", "http_proxy": "http://p:1"},
+            dict.fromkeys(("no_proxy", "NO_PROXY"), "a.org,127.0.0.1,localhost,::1")
+            | {"http_proxy": "http://p:1"},
+        ),
+        (
+            {"no_proxy": "b.org", "NO_PROXY": "a.org", "no_grpc_proxy": "c.org"},
+            dict.fromkeys(("no_proxy", "NO_PROXY"), "b.org,127.0.0.1,localhost,::1")
+            | {"no_grpc_proxy": "c.org,127.0.0.1,localhost,::1"},
+        ),
+    ],
+)
+def test_a_proxy_does_not_receive_connections_to_loopback(given, expected):
+    assert without_loopback_proxy(given) == expected
 
 
 def has_ended(process: psutil.Process) -> bool:

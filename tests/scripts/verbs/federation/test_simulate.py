@@ -11,6 +11,7 @@ from configs.errors import UserError
 from scripts.verbs.federation.simulate import PROJECT, read_run_config, summary_lines
 from server.flower.flower_process import RunFailed, job_processes, stop_job
 from tests.support.command import assert_refused, run, tree
+from tests.support.flower_apps import UNREACHABLE_PROXY
 from tests.support.tiny_federation import assert_run_succeeded, run_values, save_tiny_graph, write_texts
 
 ALONE = (("one", "train"), ("pair", "train"), ("pair", "valid"))
@@ -266,6 +267,8 @@ def test_a_real_federation_on_flowers_simulation_engine(graph, tmp_path, capsys,
         left.extend(job_processes(job))
 
     monkeypatch.setattr("server.flower.simulation.stop_job", stop)
+    for name, proxy in UNREACHABLE_PROXY.items():
+        monkeypatch.setenv(name, proxy)
     scratch = scratch_folders(monkeypatch)
     # Where the command is given must not matter to the app.
     (tmp_path / "here" / "clients").mkdir(parents=True)
