@@ -108,16 +108,19 @@ def open_model_text(
         max_blocks: blocks per domain; 0: all.
 
     Raises:
-        UserError: as ``load_causal_lm``; a model without experts, or with experts stored in an unknown way; blocks
-            beyond the model's context.
+        UserError: as ``load_causal_lm``; a checkpoint that cannot be pruned (see ``read_moe_layout``); blocks beyond
+            the model's context.
     """
     from configs.block_size import choose_block_size, context_length
     from models.checkpoints.load import load_causal_lm, load_tokenizer
     from models.files.config_file import read_config
+    from models.files.side_files import local_checkpoint
     from models.moe.views import moe_layers
+    from models.moe_files.layout import read_moe_layout
     from models.runtime.precision import choose_device
 
     size = choose_block_size(block_size, context_length(read_config(source)))
+    read_moe_layout(local_checkpoint(source))  # refused before a measurement that could not be used
     model = load_causal_lm(source, precision=precision, device=choose_device(device))
     moe_layers(model)
     return ModelText(source, model, load_tokenizer(source), size, batch_size, max_blocks)

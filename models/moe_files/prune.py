@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ class PruneReport:
         bytes_before: size of the weight files in bytes.
         bytes_after: the same of the new checkpoint.
         warnings: further changes, one sentence each.
+        config: values of the new ``config.json``.
     """
 
     out: Path | None
@@ -44,6 +45,7 @@ class PruneReport:
     bytes_before: int
     bytes_after: int
     warnings: tuple[str, ...] = ()
+    config: dict[str, Any] = field(default_factory=dict)
 
 
 def prune_checkpoint(
@@ -171,6 +173,7 @@ def _report(output: _OutputLayout, out: Path | None) -> PruneReport:
         bytes_before=output.layout.weight_bytes,
         bytes_after=sum(map(file_bytes, output.files.values())),
         warnings=output.warnings,
+        config=output.config,
     )
 
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedModel
 
 from configs.errors import UserError
-from configs.output import new_directory
+from configs.output import new_directory, write_json
 from experts.selection.compression_trace import Step
 from models.checkpoints.save import cast_weights
-from models.families.table import family_of
 from models.files.side_files import copy_side_files
 from models.moe.replay import check_steps
 from models.moe_files.layout import MoELayout
@@ -41,20 +41,20 @@ def planned_keep_map(layout: MoELayout, steps: Sequence[Step]) -> dict[int, np.n
     return kept
 
 
-def save_merged(model: PreTrainedModel, source: Path, out: Path, *, overwrite: bool) -> None:
-    """Write a model in the dtype of its configuration, with the side files of its source checkpoint.
-
-    The version of an expert graph becomes one more than that of ``model``.
+def save_merged(
+    model: PreTrainedModel, source: Path, out: Path, *, config: Mapping[str, Any], overwrite: bool
+) -> None:
+    """Write the weights of a model in the dtype of its configuration, with the side files of its source checkpoint.
 
     Args:
         model: model with equally many experts per layer where its format holds one number.
         source: folder that the model was opened from.
         out: new folder; nothing is left there on a failure.
+        config: values of the new ``config.json``, as pruning the same experts writes them.
         overwrite: whether ``out`` may be replaced.
     """
     cast_weights(model, model.config.dtype)
     with new_directory(out, overwrite=overwrite) as directory:
         copy_side_files(source, directory)
-        if key := family_of(model.config).version_key:
-            setattr(model.config, key, getattr(model.config, key) + 1)
         model.save_pretrained(directory)
+        write_json(directory / "config.json", config)

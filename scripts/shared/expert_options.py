@@ -126,6 +126,10 @@ class ChoiceOptions(MetricOptions, RuleOptions):
         choices = choose_experts(experts_per_layer, equalize=equalize, **values)
         for line in (line for choice in choices for line in choice.loaded):
             typer.echo(line, err=as_json)
+        for choice in choices:
+            if sum(map(len, choice.keep_map.values())) == sum(experts_per_layer):
+                by = f"{choice.source}" if choice.source else f"--n-prune {self.n_prune}"
+                warnings.warn(f"nothing to remove with {by}: all experts stay", stacklevel=1)
         return choices
 
 

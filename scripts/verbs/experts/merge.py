@@ -153,7 +153,10 @@ def _merge(
     from models.runtime.perplexity import batches_loss
     from models.runtime.precision import precision_name
 
-    result = as_result(preview_prune(layout.source, choice.keep_map), layout)
+    preview = preview_prune(layout.source, choice.keep_map)
+    for text in preview.warnings:
+        warnings.warn(text, stacklevel=1)
+    result = as_result(preview, layout)
     if out is None:
         return result
     opened = open_model_text(str(layout.source), **opening)
@@ -163,7 +166,7 @@ def _merge(
         pruned_perplexity = batches_loss(pruned, held_out).perplexity
     groups = _execute(opened, data, choice, how)
     perplexity |= {"merged": batches_loss(opened.model, held_out).perplexity, "pruned": pruned_perplexity}
-    save_merged(opened.model, layout.source, out, overwrite=overwrite)
+    save_merged(opened.model, layout.source, out, config=preview.config, overwrite=overwrite)
     return result | {
         "out": str(out),
         "bytes_after": read_moe_layout(out).weight_bytes,

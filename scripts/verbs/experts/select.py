@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -18,6 +20,7 @@ from scripts.verbs.experts.plan import plan
 if TYPE_CHECKING:
     import numpy as np
 
+    from experts.saliency.measures import Saliency
     from experts.selection.expert_list import ExpertList
     from experts.selection.rules import SelectionRules
 
@@ -78,11 +81,22 @@ def select(
     selection = pick.selection()
     files = [str(path) for path in saliency]
     saliencies = [load_saliency(path) for path in saliency]
+    if pick.action != Action.ANALYZE:
+        _check_models(saliencies)
     chosen = select_experts(saliencies, rank.metric, selection, files=files)
     _warn(pick)
     csv_path, json_path = write_expert_list(chosen, write.out)
     result = {"csv": str(csv_path), "json": str(json_path), **chosen.statistics}
     print_result(result, as_json=as_json, lines=_lines(chosen, result, saliencies[0].decoder_layers))
+
+
+def _check_models(saliencies: Sequence[Saliency]) -> None:
+    """Refuse the saliency of a model that cannot be pruned, where its folder is there."""
+    from models.moe_files.layout import read_moe_layout
+
+    for model in dict.fromkeys(str(each.provenance.get("model", "")) for each in saliencies):
+        if model and (Path(model) / "config.json").is_file():
+            read_moe_layout(Path(model))
 
 
 def _warn(pick: SelectOptions) -> None:

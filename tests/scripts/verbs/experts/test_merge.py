@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
+from experts.saliency.measures import save_saliency
 from models.checkpoints import load
 from models.checkpoints.load import load_causal_lm
 from models.moe.views import moe_layers
 from tests.support.command import assert_refused, run, tree
+from tests.support.saliency_samples import random_saliency
 from tests.support.tiny_moes import saved_moe
 
 
@@ -55,6 +59,28 @@ def test_a_merged_mixture_loads_and_tells_what_merging_costs(tmp_path, tiny_toke
     ).json()
     assert result["perplexity"]["merged"] == pytest.approx(told["perplexity"], rel=1e-4)
     assert f"Loading expert list from: {lists['even']}" in outcome.err
+
+
+def test_a_merged_model_has_the_configuration_of_the_pruned_one(tmp_path, tiny_tokenizer, text, capsys):
+    """Layers behind the last, which transformers does not read, are in neither weights nor configuration."""
+    source = saved_moe("glm4_moe", tmp_path, tiny_tokenizer)
+    further = {
+        f"model.layers.3.mlp.experts.{expert}.up_proj.weight": torch.ones(16, 32) for expert in range(6)
+    }
+    weights = source / "model.safetensors"
+    save_file(load_file(weights) | further, weights, {"format": "pt"})
+    config = json.loads((source / "config.json").read_text()) | {"num_nextn_predict_layers": 1}
+    (source / "config.json").write_text(json.dumps(config))
+    save_saliency(random_saliency([6, 6]), tmp_path / "s.npz")
+    choice = ("--model", source, "--saliency", tmp_path / "s.npz", "--n-prune", 2)
+    assert run(capsys, "prune", *choice, "--out", tmp_path / "pruned").code == 0
+    outcome = run(capsys, "merge", *choice, "--data", text, "--block-size", 16, "--out", tmp_path / "merged")
+    assert outcome.code == 0 and "6 tensors of layers that predict further tokens" in outcome.err
+    pruned, merged = (
+        json.loads((tmp_path / name / "config.json").read_text()) for name in ("pruned", "merged")
+    )
+    assert merged == pruned == config | {"n_routed_experts": 4, "num_nextn_predict_layers": 0}
+    assert not [name for name in load_file(tmp_path / "merged" / "model.safetensors") if ".layers.3." in name]
 
 
 def test_a_graph_merges_by_saliency_into_layers_of_their_own_size(tmp_path, tiny_graph_dir, text, capsys):

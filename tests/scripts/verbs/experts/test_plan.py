@@ -190,7 +190,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(place, capsys, case, as_json):
 
 def test_a_dense_model_is_refused(place, tiny_llama_dir, capsys):
     outcome = run(capsys, *PLAN, "--model", tiny_llama_dir, "--n-prune", 1, "--out", "plan", "--json")
-    assert_refused(outcome, "expected a model with experts", as_json=True)
+    assert_refused(outcome, "expected a mixture of experts of type", as_json=True)
     assert not Path("plan").exists()
 
 

@@ -298,3 +298,14 @@ def test_our_graph_may_keep_different_numbers_and_still_leaves_as_dense(
     assert np.array_equal(
         layer.neurons, load_graph(str(tiny_graph_dir)).expert_layers()[0].neurons[report["keep_map"]["0"]]
     )
+
+
+def test_nothing_to_remove_is_a_warning(tmp_path, capsys, moe, saliency):
+    outcome = run(
+        capsys, "prune", "--model", moe, "--saliency", saliency, "--n-prune", 0, "--out", tmp_path / "all"
+    )
+    assert outcome.code == 0 and experts_of(tmp_path / "all") == 4
+    assert "warning: nothing to remove with --n-prune 0: all experts stay" in outcome.err
+    listed = list_of(tmp_path / "list.json", {0: [0, 1, 2, 3], 1: [0, 1, 2, 3]})
+    outcome = run(capsys, "prune", "--model", moe, "--expert-list", listed, "--preview")
+    assert outcome.code == 0 and f"nothing to remove with {listed}: all experts stay" in outcome.err

@@ -171,5 +171,7 @@ def test_a_collection_that_could_not_be_saved_is_not_lost(tmp_path, tiny_tokeniz
 
 def test_collect_refuses_a_dense_model(tmp_path, tiny_llama_dir, capsys):
     arguments = ["--model", tiny_llama_dir, "--data", "wikimix", "--out", tmp_path / "s.npz"]
-    assert_refused(run(capsys, "saliency", "collect", *arguments), "model with experts", as_json=False)
+    assert_refused(
+        run(capsys, "saliency", "collect", *arguments), "expected a mixture of experts of type", as_json=False
+    )
     assert tree(tmp_path) == {}
