@@ -17,6 +17,7 @@ from models.checkpoints.save import save_graph
 from models.moe.planner import PlanOptions, plan_compression
 from models.moe.replay import execute_removal, replay_trace
 from models.moe.views import moe_layers
+from models.moe_files.prune import preview_prune
 from models.moe_files.save_merged import save_merged
 from models.runtime.perplexity import batches_loss
 from tests.support.module_moe import with_module_experts
@@ -86,8 +87,10 @@ def test_the_written_checkpoint_has_the_perplexity_of_the_trace(name, experts, t
     assert {step.removal.action for step in trace.steps} <= {"merge", "prune"} and len(trace.steps) == 4
     write_trace(trace, tmp_path / "plan.csv")
     model = load_causal_lm(str(source))
-    replay_trace(model, read_trace(tmp_path / "plan.csv"))
-    save_merged(model, source, tmp_path / "out", overwrite=False)
+    groups = replay_trace(model, read_trace(tmp_path / "plan.csv"))
+    kept = {layer: np.arange(len(each)) for layer, each in enumerate(groups)}
+    config = preview_prune(source, kept).config
+    save_merged(model, source, tmp_path / "out", config=config, overwrite=False)
     written = perplexity(load_causal_lm(str(tmp_path / "out")))
     assert written == pytest.approx(trace.perplexity_after, rel=1e-6)
     assert abs(written - trace.perplexity_before) > 1e-3
