@@ -101,6 +101,7 @@ class Features(StrEnum):
     GATE_UP = "gate+up"
     JOINT = "joint"
     ACTIVATION = "activation"
+    GATE_ACTIVATION = "gate-activation"
 
 
 class Clustering(StrEnum):
@@ -115,6 +116,15 @@ class RouterFit(StrEnum):
 
     RIDGE = "ridge"
     CENTROID = "centroid"
+    CONTRIBUTION = "contribution"
+
+
+class Report(StrEnum):
+    """Extent of the perplexity report of the bootstrap."""
+
+    NONE = "none"
+    SHORT = "short"
+    FULL = "full"
 
 
 class Split(StrEnum):

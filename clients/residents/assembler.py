@@ -56,25 +56,35 @@ def holding_scores(logits_EE: Tensor, edges_EE: Tensor) -> Tensor:
     return logits_EE.diagonal() + (touching.sum(0) + touching.sum(1)) / degree
 
 
-def choose_residents(scores_E: Tensor, budget: int) -> Tensor:
+def choose_residents(scores_E: Tensor, budget: int, num_shared: int = 0) -> Tensor:
     """Top-``budget`` experts by score, bool ``[E]``; all for a budget of 0 or above E.
 
-    Among equal scores the lower, more general expert is selected.
+    The first ``num_shared`` experts, which every token visits, come before all others. Among equal scores the lower,
+    more general expert is selected.
     """
     if budget <= 0 or budget >= len(scores_E):
         return torch.ones_like(scores_E, dtype=torch.bool)
-    best = scores_E.argsort(descending=True, stable=True)[:budget]
+    ranked_E = scores_E.detach().clone()
+    ranked_E[:num_shared] = torch.inf
+    best = ranked_E.argsort(descending=True, stable=True)[:budget]
     return torch.zeros_like(scores_E, dtype=torch.bool).scatter(0, best, True)
 
 
-def most_used(features: Sequence[Tensor], budget: int) -> list[Tensor]:
+def most_used(
+    features: Sequence[Tensor], budget: int, num_shared: Sequence[int] | None = None
+) -> list[Tensor]:
     """Top-``budget`` experts of each layer by selection frequency on the client's tokens, bool ``[E]``.
 
     Args:
         features: result of ``expert_features``.
         budget: experts per layer; 0: all.
+        num_shared: shared experts per layer, which are always resident; None for none.
     """
-    return [choose_residents(rows[:, FREQUENCY], budget) for rows in features]
+    counts = num_shared or [0] * len(features)
+    return [
+        choose_residents(rows[:, FREQUENCY], budget, shared)
+        for rows, shared in zip(features, counts, strict=True)
+    ]
 
 
 def straight_through(scores_E: Tensor, resident_E: Tensor) -> Tensor:
@@ -150,7 +160,7 @@ def _set_residency(
 ) -> None:
     for index, (layer, rows) in enumerate(zip(model.expert_layers(), features, strict=True)):
         scores = holding_scores(assembler(rows, index), layer.edges.to(rows.device))
-        resident = choose_residents(scores.detach(), budget)
+        resident = choose_residents(scores.detach(), budget, layer.num_shared)
         gate = straight_through(scores, resident) if learn else None
         layer.resident = resident.to(layer.edges.device)
         layer.residency_gate = None if gate is None else gate.to(layer.edges.device)

@@ -72,7 +72,7 @@ def assemble(
             learning_rate=config.assembler_learning_rate,
             autocast=training.autocast,
         )
-        candidates = [residents(model), most_used(features, budget)]
+        candidates = [residents(model), most_used(features, budget, model.config.num_shared)]
         tried = [] if config.lora_rank else list(islice(stream, config.lookahead_steps))
         chosen = candidates[best_residents(model, candidates, tried, training, hold=hold)]
     set_residents(model, chosen)

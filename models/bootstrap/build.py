@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -15,11 +15,13 @@ from joblib import Parallel, cpu_count, delayed
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from configs.choices import Features, RouterFit, check_choice
-from configs.errors import UserError
-from experts.clustering import Clusters, check_clustering, check_expert_count, timed_clusters
+from configs.choices import RouterFit
+from experts.clustering import Clusters, check_expert_count, timed_clusters
 from experts.graph.expert_graph import edges_by_lift
 from models.bootstrap.calibration import Calibration, NeuronStatistics, visit_ffn_inputs
+from models.bootstrap.layer_by_layer import plan_layer_by_layer
+from models.bootstrap.neuron_features import neuron_features
+from models.bootstrap.plan import BootstrapOptions, LayerExperts
 from models.bootstrap.router_init import centroid_router, ridge_routers
 from models.checkpoints.save import cast_weights
 from models.remote_code.configuration_fedgraft import FedGraftConfig
@@ -27,67 +29,6 @@ from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 
 # Fewest weights of a projection for which the clustering of a layer takes longer than the start of a process.
 _PARALLEL_WEIGHTS = 16_000_000
-
-
-@dataclass(frozen=True)
-class BootstrapOptions:
-    """Options of the bootstrap of a dense model.
-
-    Attributes:
-        num_experts: experts per layer; must divide the FFN width.
-        features: features of a neuron for k-means, see ``configs.choices.Features``.
-        clustering: balanced k-means, see ``configs.choices.Clustering``.
-        router: ``ridge`` or ``centroid``.
-        experts_per_token: k; None for half of the experts.
-        edges_per_expert: most edges that leave an expert.
-        seed: seed of the k-means initialization.
-        jobs: layers clustered in parallel; None for one per core if layers are large enough to gain from it.
-    """
-
-    num_experts: int
-    features: str = "gate"
-    clustering: str = "flow"
-    router: str = "ridge"
-    experts_per_token: int | None = None
-    edges_per_expert: int = 4
-    seed: int = 0
-    jobs: int | None = None
-
-    def __post_init__(self):
-        check_choice("`features`", self.features, Features)
-        check_clustering(self.clustering)
-        check_choice("`router`", self.router, RouterFit)
-        # Counts below one are refused by check_expert_count, which knows the FFN width and lists the valid ones.
-        if self.num_experts >= 1 and not 1 <= self.visits <= self.num_experts:
-            raise UserError(
-                f"expected experts per token between 1 and the {self.num_experts} experts, got {self.visits}"
-            )
-        if self.edges_per_expert < 0:
-            raise UserError(f"expected at least 0 edges per expert, got {self.edges_per_expert}")
-        if self.jobs is not None and self.jobs < 1:
-            raise UserError(f"expected jobs of at least 1, got {self.jobs}")
-
-    @property
-    def visits(self) -> int:
-        """Experts per token, k."""
-        return self.experts_per_token if self.experts_per_token is not None else max(1, self.num_experts // 2)
-
-
-@dataclass(frozen=True)
-class LayerExperts:
-    """Clusters, router and edges of the experts of one layer, without their weights.
-
-    Attributes:
-        clusters: neurons of each expert; experts in descending order of mean activation.
-        router: ``[E, D]``, fp32.
-        edges: bool ``[E, E]``.
-        seconds: wall time of the clustering.
-    """
-
-    clusters: Clusters
-    router: Tensor
-    edges: np.ndarray
-    seconds: float
 
 
 def plan_experts(
@@ -111,6 +52,8 @@ def plan_experts(
         UserError: E does not divide the FFN width; weights that are not finite.
     """
     check_expert_count(model.config.intermediate_size, options.num_experts)
+    if options.router == RouterFit.CONTRIBUTION:
+        return plan_layer_by_layer(model, input_ids, options, on_layer=on_layer)
     measured = measured or Calibration(model, input_ids)
     clustered = _cluster_layers(measured, options, on_layer)
     members = [torch.from_numpy(clusters.members) for clusters, _ in clustered]
@@ -140,23 +83,6 @@ def _cluster_layers(
         clustered.append((order_by_activation(clusters, statistics, index), seconds))
         on_layer(index)
     return clustered
-
-
-def neuron_features(mlp: nn.Module, kind: str, profile: Tensor) -> np.ndarray:
-    """Features of each neuron for k-means, ``[m, F]`` fp32.
-
-    ``gate``, ``up`` and ``down`` are the neuron's weights, ``gate+up`` and ``joint`` (all three) concatenations,
-    ``activation`` its activations on calibration tokens (``profile [m, P]``) scaled to unit length.
-    """
-    weights = {
-        "gate": mlp.gate_proj.weight,
-        "up": mlp.up_proj.weight,
-        "down": mlp.down_proj.weight.T,
-    }
-    if kind == "activation":
-        return nn.functional.normalize(profile.float(), dim=-1).numpy()
-    names = {"gate+up": ("gate", "up"), "joint": ("gate", "up", "down")}.get(kind, (kind,))
-    return torch.cat([weights[name].detach().float().cpu() for name in names], dim=-1).numpy()
 
 
 def fit_routers(measured: Calibration, members: Sequence[Tensor], kind: str) -> list[Tensor]:
@@ -197,6 +123,8 @@ def build_graph(
     With every expert active its outputs equal those of ``model`` up to rounding.
     """
     config = graph_config(model, [len(layer.edges) for layer in experts], visits)
+    config.num_shared = [layer.num_shared for layer in experts]
+    config.default_rank = len(experts[0].default[0]) if experts[0].default is not None else 0
     config.base_fingerprint = base_fingerprint
     graph = cast_weights(FedGraftForCausalLM(config), model.dtype)
     graph.generation_config = copy.deepcopy(model.generation_config)
@@ -209,6 +137,9 @@ def build_graph(
         target.router.weight.copy_(planned.router)
         target.edges.copy_(torch.from_numpy(planned.edges))
         target.neurons.copy_(members)
+        if planned.default is not None:
+            for parameter, value in zip(target.default.parameters(), planned.default, strict=True):
+                parameter.copy_(value)
     return graph.eval()
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from configs.choices import Report
 from configs.errors import UserError
 from configs.output import check_output_directory, new_directory, write_bytes
 from experts.clustering import check_expert_count
@@ -17,7 +18,7 @@ from models.bootstrap.calibration import Calibration, sample_text
 from models.bootstrap.cluster_table import cluster_table
 from models.bootstrap.equality_check import check_equality
 from models.bootstrap.recipe import RECIPE_NAME, recipe_of, write_recipe
-from models.bootstrap.selection_report import SHARES, selection_report
+from models.bootstrap.selection_report import BASELINES, SHARES, selection_report
 from models.checkpoints.load import load_dense, load_tokenizer
 from models.checkpoints.save import cast_weights, save_graph
 from models.files.config_file import read_config
@@ -39,6 +40,7 @@ def bootstrap_checkpoint(
     calibration_ids: Tensor | None,
     calibration_tokens: int,
     evaluation_tokens: int,
+    report: str = Report.FULL,
     overwrite: bool = False,
     on_step: Step = lambda stage, done, total: None,
 ) -> dict[str, Any]:
@@ -46,11 +48,12 @@ def bootstrap_checkpoint(
 
     Args:
         source: directory or hub id.
-        out: new directory, written only when everything else is done.
+        out: new directory, written last.
         options: options of the bootstrap.
         calibration_ids: text ``[N, S]``; None to sample it from the model.
         calibration_tokens: tokens for statistics and routers.
         evaluation_tokens: further tokens, for the report.
+        report: extent of the report, see ``configs.choices.Report``; "perplexity" is empty for ``none``.
         overwrite: replace ``out`` if it is not empty.
         on_step: called with the name of a stage, the steps done and their total.
 
@@ -59,8 +62,7 @@ def bootstrap_checkpoint(
         "perplexity", "logit_difference"}``; the last as ``check_equality`` returns it.
 
     Raises:
-        UserError: a checkpoint that cannot be used, an E that does not divide the FFN width, too little text, a graph
-            that does not equal the dense model.
+        UserError: an unusable checkpoint, an E that does not divide the FFN width, too little text, unequal logits.
     """
     check_output_directory(out, overwrite=overwrite)
     width = getattr(read_config(source), "intermediate_size", 0)
@@ -69,18 +71,17 @@ def bootstrap_checkpoint(
     if calibration_ids is not None:
         check_token_ids(calibration_ids, dense.config.vocab_size, tokenizer)
     dtype, base = dense.dtype, fingerprint(dense)
-    if dense.num_parameters() <= _FP32_PARAMETERS:
-        dense = dense.float()
-    sizes = calibration_tokens, evaluation_tokens
+    dense = dense.float() if dense.num_parameters() <= _FP32_PARAMETERS else dense
+    sizes = (calibration_tokens, evaluation_tokens)
     calibration, held_out = _texts(dense, calibration_ids, sizes, options.seed, on_step)
     measured = Calibration(dense, calibration)
     experts = _experts(measured, options, on_step)
     graph = build_graph(dense, experts, options.visits, base_fingerprint=base)
     difference = check_equality(dense, graph, held_out)
-    report = _report(measured, graph, experts, held_out, on_step)
+    perplexity = _report(measured, graph, experts, held_out, Report(report), on_step)
     with new_directory(out, overwrite=overwrite) as directory:
         _write(cast_weights(graph, dtype), tokenizer, experts, directory)
-    return _summary(out, options, experts, report) | {"logit_difference": difference}
+    return _summary(out, options, experts, perplexity) | {"logit_difference": difference}
 
 
 def _texts(
@@ -160,9 +161,13 @@ def _report(
     graph: FedGraftForCausalLM,
     experts: list[LayerExperts],
     held_out: Tensor,
+    report: Report,
     on_step: Step,
 ) -> dict[str, Any]:
-    total, done = 1 + 5 * len(SHARES), 0
+    if report == Report.NONE:
+        return {}
+    names = ("static",) if report == Report.SHORT else BASELINES
+    total, done = 1 + (1 + len(names)) * len(SHARES), 0
 
     def count() -> None:
         nonlocal done
@@ -176,5 +181,6 @@ def _report(
         measured.input_ids,
         (held_out, held_out),
         measured=measured,
+        names=names,
         on_step=count,
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -28,6 +28,8 @@ from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 RECIPE_NAME = "recipe.safetensors"
 _DTYPES = {"U8": np.uint8, "U16": np.uint16, "U32": np.uint32, "F32": np.float32, "BOOL": np.uint8}
 _INDICES = ("U16", "U32")
+# Arrays of the default outputs, by the parameter of ``DefaultOutput`` that they hold for every layer.
+_DEFAULTS = {"down": "default_down", "up": "default_up", "bias": "default_bias"}
 _BASE_FACTS = (
     "hidden_act",
     "num_attention_heads",
@@ -48,6 +50,8 @@ class RecipeFacts(BaseModel):
         dtype: dtype of the graph's weights.
         experts_per_token: k.
         walk: ``best-first`` or ``depth-first``.
+        num_shared: shared experts per layer.
+        default_rank: rank of the default outputs; 0: none.
         base_config: configuration values of the base that its weights do not show, see ``base_facts``.
     """
 
@@ -58,6 +62,8 @@ class RecipeFacts(BaseModel):
     dtype: Literal["float32", "bfloat16", "float16"]
     experts_per_token: int = Field(ge=1)
     walk: Literal["best-first", "depth-first"]
+    num_shared: int = Field(default=0, ge=0)
+    default_rank: int = Field(default=0, ge=0)
     base_config: dict[str, bool | int | float | str | None]
 
 
@@ -70,12 +76,14 @@ class Recipe:
         neurons: ``[L, E, H]`` uint16 or uint32, the base's neurons in the experts' order.
         routers: ``[L, E, D]`` fp32.
         masks: ``[L, E, E]`` bool.
+        defaults: ``down [L, R, D]``, ``up [L, D, R]`` and ``bias [L, D]`` of the default outputs, fp32, or empty.
     """
 
     facts: RecipeFacts
     neurons: np.ndarray
     routers: np.ndarray
     masks: np.ndarray
+    defaults: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 def recipe_of(graph: FedGraftForCausalLM) -> Recipe:
@@ -87,6 +95,8 @@ def recipe_of(graph: FedGraftForCausalLM) -> Recipe:
         dtype=str(graph.dtype).removeprefix("torch."),
         experts_per_token=config.experts_per_token,
         walk=config.walk,
+        num_shared=config.num_shared[0],
+        default_rank=config.default_rank,
         base_config=base_facts(config),
     )
     return Recipe(
@@ -94,6 +104,10 @@ def recipe_of(graph: FedGraftForCausalLM) -> Recipe:
         neurons.astype(np.uint16 if neurons.max() < 1 << 16 else np.uint32),
         np.stack([layer.router.weight.detach().float().cpu().numpy() for layer in layers]),
         np.stack([layer.edges.cpu().numpy() for layer in layers]),
+        {
+            name: np.stack([getattr(layer.default, name).detach().float().cpu().numpy() for layer in layers])
+            for name in (_DEFAULTS if config.default_rank else ())
+        },
     )
 
 
@@ -111,6 +125,8 @@ def graph_fingerprint(source: str, memory: Path | None = None) -> str:
     check_is_graph(config, source)
     weights = remembered_fingerprint(source, memory) if memory else checkpoint_fingerprint(source)
     facts = [weights, config.experts_per_token, config.walk, config.graph_version]
+    if any(config.num_shared):
+        facts.append(config.num_shared)
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
@@ -125,6 +141,7 @@ def write_recipe(recipe: Recipe) -> bytes:
     """Serialize a recipe as safetensors, deterministically."""
     facts = np.frombuffer(recipe.facts.model_dump_json().encode(), dtype=np.uint8)
     arrays = {"neurons": recipe.neurons, "routers": recipe.routers, "masks": recipe.masks}
+    arrays |= {_DEFAULTS[name]: values for name, values in recipe.defaults.items()}
     return save({"facts": facts, **{name: np.ascontiguousarray(array) for name, array in arrays.items()}})
 
 
@@ -146,7 +163,10 @@ def read_recipe(data: bytes) -> Recipe:
         )
     if facts.experts_per_token > experts:
         raise _defect(f"at most {experts} experts per token", f"{facts.experts_per_token}")
-    recipe = Recipe(facts, neurons, routers, bits.astype(bool))
+    if facts.num_shared > facts.experts_per_token:
+        raise _defect(f"at most {facts.experts_per_token} shared experts", f"{facts.num_shared}")
+    defaults = _defaults(views, facts.default_rank, routers.shape)
+    recipe = Recipe(facts, neurons, routers, bits.astype(bool), defaults)
     _check_values(recipe, bits)
     return recipe
 
@@ -192,7 +212,7 @@ def _views(data: bytes) -> dict[str, dict]:
     except (safetensors.SafetensorError, ValueError, TypeError) as error:
         raise _defect("safetensors", f"other bytes ({error})") from error
     expected = {"facts", "neurons", "routers", "masks"}
-    if set(views) != expected:
+    if set(views) not in (expected, expected | set(_DEFAULTS.values())):
         raise _defect(f"the tensors {', '.join(sorted(expected))}", ", ".join(sorted(views)) or "none")
     return views
 
@@ -213,6 +233,20 @@ def _array(views: dict[str, dict], name: str, dtypes: tuple[str, ...], ndim: int
             f"{name} of {' or '.join(dtypes)} in {ndim} dimensions", f"{view['dtype']} {view['shape']}"
         )
     return np.frombuffer(view["data"], dtype=_DTYPES[view["dtype"]]).reshape(view["shape"])
+
+
+def _defaults(views: dict[str, dict], rank: int, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
+    """Arrays of the default outputs of layers with routers of ``shape [L, E, D]``; none for rank 0."""
+    layers, _, width = shape
+    shapes = {"down": (layers, rank, width), "up": (layers, width, rank), "bias": (layers, width)}
+    found = {name: key for name, key in _DEFAULTS.items() if key in views}
+    if len(found) != (len(_DEFAULTS) if rank else 0):
+        raise _defect(f"default outputs of rank {rank}", ", ".join(found.values()) or "none")
+    arrays = {name: _array(views, key, ("F32",), len(shapes[name])) for name, key in found.items()}
+    for name, values in arrays.items():
+        if values.shape != shapes[name] or not np.isfinite(values).all():
+            raise _defect(f"finite {_DEFAULTS[name]} of shape {shapes[name]}", f"shape {values.shape}")
+    return arrays
 
 
 def _check_values(recipe: Recipe, bits: np.ndarray) -> None:

@@ -133,6 +133,8 @@ def _empty_graph(dense: DenseBase, recipe: Recipe) -> FedGraftForCausalLM:
     """The graph on the meta device."""
     layers, experts, _ = recipe.neurons.shape
     config = graph_config(dense.model, [experts] * layers, recipe.facts.experts_per_token)
+    config.num_shared = [recipe.facts.num_shared] * layers
+    config.default_rank = recipe.facts.default_rank
     config.base_fingerprint, config.walk = recipe.facts.base_fingerprint, recipe.facts.walk
     config.dtype = getattr(torch, recipe.facts.dtype)
     with torch.device("meta"):
@@ -188,6 +190,10 @@ def _layer(dense: DenseBase, recipe: Recipe, layer: int) -> dict[str, Tensor]:
         "edge_gain": torch.zeros(masks.shape),
         "edge_affinity": torch.zeros(masks.shape),
         "output_gain": torch.zeros(len(masks)),
+        **{
+            f"default.{name}": torch.from_numpy(values[layer]).to(getattr(torch, recipe.facts.dtype))
+            for name, values in recipe.defaults.items()
+        },
     }
     return tensors | {f"{prefix}mlp.{name}": value for name, value in experts.items()}
 

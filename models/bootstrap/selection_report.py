@@ -19,6 +19,7 @@ from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 from models.runtime.perplexity import LossSum, evaluate_loss
 
 SHARES = (75, 50, 25)
+BASELINES = ("centroid", "static", "oracle", "random")
 
 Score = Callable[[nn.Module, Tensor], Tensor]
 
@@ -44,6 +45,7 @@ def selection_report(
     held_out: tuple[Tensor, Tensor],
     *,
     measured: Calibration | None = None,
+    names: Sequence[str] = BASELINES,
     on_step: Callable[[], None] = lambda: None,
 ) -> dict:
     """Held-out perplexity of the graph's router and of four baselines with as many active neurons.
@@ -58,7 +60,8 @@ def selection_report(
         calibration_ids: ``[N, S]``, text for the baselines.
         held_out: ``input_ids`` and ``labels``, each ``[N, S]``.
         measured: statistics of ``dense`` on ``calibration_ids`` to share with other callers; None to measure here.
-        on_step: called after each of the ``1 + 5 * len(SHARES)`` evaluations.
+        names: baselines to evaluate, of ``BASELINES``.
+        on_step: called after each of the ``1 + (1 + len(names)) * len(SHARES)`` evaluations.
 
     Returns:
         ``{"dense": float, "75": {"router", "centroid", "static", "oracle", "random"}, "50": ..., "25": ...}``.
@@ -66,6 +69,7 @@ def selection_report(
     selections = baselines(
         measured or Calibration(dense, calibration_ids),
         [torch.from_numpy(layer.clusters.members) for layer in experts],
+        names,
     )
     report: dict = {"dense": evaluate_loss(dense, *held_out).perplexity}
     on_step()
@@ -117,23 +121,37 @@ def _graph_loss(graph: FedGraftForCausalLM, share: int, held_out: tuple[Tensor, 
         return evaluate_loss(graph, *held_out)
 
 
-def baselines(measured: Calibration, members: Sequence[Tensor]) -> dict[str, NeuronSelection]:
-    """Baselines of ``selection_report`` by name; ``members`` is ``[E, H]`` per layer."""
+def baselines(
+    measured: Calibration, members: Sequence[Tensor], names: Sequence[str] = BASELINES
+) -> dict[str, NeuronSelection]:
+    """Baselines ``names`` of ``selection_report`` by name; ``members`` is ``[E, H]`` per layer."""
+    makers = {"centroid": _centroid, "static": _static, "oracle": _oracle, "random": _random}
+    return {name: makers[name](measured, members) for name in names}
+
+
+def _centroid(measured: Calibration, members: Sequence[Tensor]) -> NeuronSelection:
     layers = [layer.mlp for layer in measured.model.model.layers]
+    routers = [centroid_router(mlp, rows) for mlp, rows in zip(layers, members, strict=True)]
+    return linear_selection(members, routers)
+
+
+def _static(measured: Calibration, members: Sequence[Tensor]) -> NeuronSelection:
+    means = measured.statistics.mean_contribution
+    return NeuronSelection(
+        [torch.arange(len(mean))[:, None] for mean in means], [_constant(mean) for mean in means]
+    )
+
+
+def _oracle(measured: Calibration, members: Sequence[Tensor]) -> NeuronSelection:
+    return NeuronSelection(list(members), [_contribution(rows) for rows in members])
+
+
+def _random(measured: Calibration, members: Sequence[Tensor]) -> NeuronSelection:
     shuffled = [
         torch.from_numpy(random_clusters(rows.numel(), len(rows), seed=index))
         for index, rows in enumerate(members)
     ]
-    means = measured.statistics.mean_contribution
-    neurons = [torch.arange(len(mean))[:, None] for mean in means]
-    centroids = [centroid_router(mlp, rows) for mlp, rows in zip(layers, members, strict=True)]
-    random = fit_routers(measured, shuffled, "ridge")
-    return {
-        "centroid": linear_selection(members, centroids),
-        "static": NeuronSelection(neurons, [_constant(mean) for mean in means]),
-        "oracle": NeuronSelection(members, [_contribution(rows) for rows in members]),
-        "random": linear_selection(shuffled, random),
-    }
+    return linear_selection(shuffled, fit_routers(measured, shuffled, "ridge"))
 
 
 def linear_selection(members: Sequence[Tensor], routers: Sequence[Tensor]) -> NeuronSelection:

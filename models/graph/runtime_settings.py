@@ -136,11 +136,17 @@ def warn_where_fewer_reside(model: FedGraftForCausalLM) -> None:
 
 
 def scaled_visits(model: FedGraftForCausalLM, budget: int) -> list[int]:
-    """Experts per token of a client with this budget, per layer: k scaled by budget / E, at least one."""
+    """Experts per token of a client with this budget, per layer: k scaled by budget / E, at least one.
+
+    Shared experts are visited in any case; the routed part of k is scaled by the routed part of the budget.
+    """
     visits = []
     for layer in model.expert_layers():
-        share = min(budget, layer.num_experts) / layer.num_experts if budget > 0 else 1.0
-        visits.append(max(1, round(layer.num_visits * share)))
+        shared = min(layer.num_shared, budget) if budget > 0 else layer.num_shared
+        routed = layer.num_experts - layer.num_shared
+        held = min(budget, layer.num_experts) - shared if budget > 0 else routed
+        share = held / routed if routed else 0.0
+        visits.append(max(1, shared + round((layer.num_visits - layer.num_shared) * share)))
     return visits
 
 

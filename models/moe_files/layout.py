@@ -126,6 +126,11 @@ def _read_config_values(source: Path) -> dict[str, Any]:
         raise UserError(
             f"expected a mixture of experts of type {', '.join(FAMILIES)}, got {model_type!r} in {source}"
         )
+    if any(values.get("num_shared") or []):
+        raise UserError(
+            f"expected experts that the router chooses, got a graph with shared experts in {source}; "
+            "bootstrap a graph without shared experts to measure, prune or merge its experts"
+        )
     if values.get("quantization_config"):
         raise UserError(
             f"expected weights that are not quantized, got quantization_config in {source}/config.json; "

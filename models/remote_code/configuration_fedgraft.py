@@ -15,7 +15,10 @@ class FedGraftConfig(LlamaConfig):
     Args:
         num_experts: experts per layer, one integer a layer.
         expert_size: neurons per expert (h), the same in every layer.
-        experts_per_token: experts that each token visits in a layer (k), or all reachable ones if they are fewer.
+        num_shared: shared experts per layer, one integer a layer: the first of the layer, visited by every token.
+        default_rank: rank of the default output of experts that are not visited (see ``default_fedgraft``); 0: none.
+        experts_per_token: experts that each token visits in a layer (k), shared ones among them, or all reachable
+            ones if they are fewer.
         walk: ``best-first`` or ``depth-first``.
         graph_version: number of server merges that edited the graph since the bootstrap.
         base_fingerprint: SHA-256 of the weights of the dense base.
@@ -25,6 +28,8 @@ class FedGraftConfig(LlamaConfig):
 
     num_experts: list[int] | None = None
     expert_size: int | None = None
+    num_shared: list[int] | None = None
+    default_rank: int = 0
     experts_per_token: int = 1
     walk: str = "best-first"
     graph_version: int = 0
@@ -34,6 +39,8 @@ class FedGraftConfig(LlamaConfig):
         self,
         num_experts: list[int] | None = None,
         expert_size: int | None = None,
+        num_shared: list[int] | None = None,
+        default_rank: int = 0,
         experts_per_token: int = 1,
         walk: str = "best-first",
         graph_version: int = 0,
@@ -42,6 +49,8 @@ class FedGraftConfig(LlamaConfig):
     ):
         super().__init__(**kwargs)
         self.num_experts = [1] * self.num_hidden_layers if num_experts is None else num_experts
+        self.num_shared = [0] * self.num_hidden_layers if num_shared is None else num_shared
+        self.default_rank = default_rank
         self.experts_per_token, self.walk = experts_per_token, walk
         self.graph_version, self.base_fingerprint = graph_version, base_fingerprint
         self._check()
@@ -67,6 +76,12 @@ class FedGraftConfig(LlamaConfig):
             raise ValueError(
                 f"num_experts must name at least one expert for each of the {self.num_hidden_layers} layers, "
                 f"got {self.num_experts}"
+            )
+        if len(self.num_shared) != self.num_hidden_layers or not all(
+            0 <= shared <= count for shared, count in zip(self.num_shared, self.num_experts, strict=True)
+        ):
+            raise ValueError(
+                f"num_shared must name for each layer at most its experts {self.num_experts}, got {self.num_shared}"
             )
         if not 1 <= self.experts_per_token <= max(self.num_experts):
             raise ValueError(

@@ -11,30 +11,38 @@ from math import inf
 import torch
 from torch import Tensor
 
-from .routing_fedgraft import Walk
+from .routing_fedgraft import SHARED_SCORE, Walk
 
 
 def walk_one_token(
-    *, scores_E: Tensor, edges_EE: Tensor, affinity_EE: Tensor, resident_E: Tensor | None, num_visits: int
+    *,
+    scores_E: Tensor,
+    edges_EE: Tensor,
+    affinity_EE: Tensor,
+    resident_E: Tensor | None,
+    num_visits: int,
+    num_shared: int = 0,
 ) -> Walk:
     """Best-first ``walk_graph`` of one token without gradients; K of the result is ``min(num_visits, E)``."""
     scores, edges, affinity = scores_E.tolist(), edges_EE.tolist(), affinity_EE.tolist()
     if resident_E is not None:
         scores = [score if held else -inf for score, held in zip(scores, resident_E.tolist(), strict=True)]
-    now = [score if edges[expert][expert] else -inf for expert, score in enumerate(scores)]
+    ranked = [SHARED_SCORE if score > -inf else score for score in scores[:num_shared]] + scores[num_shared:]
+    now = [score if edges[expert][expert] else -inf for expert, score in enumerate(ranked)]
     bonus: dict[int, float] = {}
-    visited: dict[int, float] = {}
+    made: dict[int, float] = {}
     for _ in range(min(num_visits, len(scores))):
         expert = max(range(len(now)), key=now.__getitem__)
         if now[expert] == -inf:
             break
-        visited[expert] = now[expert]
+        made[expert] = now[expert]
         now[expert] = -inf
         for child in range(expert + 1, len(scores)):
-            if edges[expert][child] and child not in visited and scores[child] > -inf:
+            if edges[expert][child] and child not in made and scores[child] > -inf:
                 bonus[child] = max(bonus.get(child, -inf), affinity[expert][child])
-                now[child] = scores[child] + bonus[child]
-    return _as_walk(visited, edges, min(num_visits, len(scores)), scores_E)
+                now[child] = ranked[child] + bonus[child]
+    effective = [scores[expert] + bonus.get(expert, 0.0) for expert in made]
+    return _as_walk(made, effective, edges, min(num_visits, len(scores)), scores_E)
 
 
 def run_one_token(
@@ -67,15 +75,16 @@ def run_one_token(
     return result_D
 
 
-def _as_walk(visited: dict[int, float], edges: list[list[bool]], num_visits: int, scores_E: Tensor) -> Walk:
-    experts, parents = list(visited), []
+def _as_walk(
+    made: dict[int, float], effective: list[float], edges: list[list[bool]], num_visits: int, scores_E: Tensor
+) -> Walk:
+    """Walk of one token from the selection scores and effective scores of its visits, in order of visit."""
+    experts, parents = list(made), []
     for place, expert in enumerate(experts):
         earlier = [source for source in experts[:place] if source < expert and edges[source][expert]]
-        parents.append(max(earlier, key=visited.__getitem__, default=-1))
+        parents.append(max(earlier, key=made.__getitem__, default=-1))
     unmade = num_visits - len(experts)
     rows = [experts + [-1] * unmade, parents + [-1] * unmade]
     integers = torch.tensor(rows, device=scores_E.device, dtype=torch.int64)
-    values = torch.tensor(
-        [list(visited.values()) + [-inf] * unmade], device=scores_E.device, dtype=scores_E.dtype
-    )
+    values = torch.tensor([effective + [-inf] * unmade], device=scores_E.device, dtype=scores_E.dtype)
     return Walk(integers[:1], integers[1:], values)

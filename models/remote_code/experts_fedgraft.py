@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .decode_fedgraft import run_one_token, walk_one_token
+from .default_fedgraft import DefaultOutput
 from .router_fedgraft import GraphRouter
 from .routing_fedgraft import Walk, is_top_k, walk_graph
 from .weights_fedgraft import LayerExperts
@@ -27,11 +28,14 @@ class ExpertGraphMLP(LayerExperts):
         expert_size: H.
         num_experts: E.
         num_visits: experts that each token visits, K.
+        num_shared: shared experts, the first of the layer, which every token visits before all others.
+        default_rank: rank of the default output of experts that are not visited; 0: none.
         activation: name of the gate's activation, in Hugging Face's terms.
         order: ``best-first`` or ``depth-first`` (see ``walk_graph``).
         layer_index: index of the decoder layer, for messages.
 
     Attributes:
+        default: default output of experts that are not visited (``DefaultOutput``); None without one.
         router: module from tokens ``[T, D]`` to router logits ``[T, E]``.
         edges: bool ``[E, E]``, upper-triangular; the diagonal marks roots.
         edge_gain: ``[E, E]``, share of its source's output that an edge passes.
@@ -51,6 +55,8 @@ class ExpertGraphMLP(LayerExperts):
         expert_size: int,
         num_experts: int,
         num_visits: int,
+        num_shared: int = 0,
+        default_rank: int = 0,
         activation: str = "silu",
         order: str = "best-first",
         layer_index: int = 0,
@@ -62,8 +68,9 @@ class ExpertGraphMLP(LayerExperts):
             activation=activation,
             layer_index=layer_index,
         )
-        self.num_visits, self.order = num_visits, order
+        self.num_visits, self.num_shared, self.order = num_visits, num_shared, order
         self.router = GraphRouter(hidden_size=hidden_size, num_experts=num_experts, layer_index=layer_index)
+        self.default = DefaultOutput(hidden_size=hidden_size, rank=default_rank) if default_rank else None
         self.edge_gain = nn.Parameter(torch.zeros(num_experts, num_experts))
         self.edge_affinity = nn.Parameter(torch.zeros(num_experts, num_experts))
         self.output_gain = nn.Parameter(torch.zeros(num_experts))
@@ -94,11 +101,18 @@ class ExpertGraphMLP(LayerExperts):
         weights_TK, experts_TK = self.output_weights(walk), walk.experts_TK
         self._observe(scores_TE, walk, weights_TK)
         if one and not self.runs_wide(x_TD, experts_TK.shape[1], edges_EE):
-            return self._run_one_token(x_TD, weights_TK, experts_TK, edges_EE).view_as(hidden_states)
+            result_TD = self._run_one_token(x_TD, weights_TK, experts_TK, edges_EE)
+            return self._with_default(result_TD, x_TD, experts_TK).view_as(hidden_states)
+        walked_TK = experts_TK
         if self.residency_gate is not None:
             experts_TK, weights_TK = self._with_runner_up(scores_TE, experts_TK, weights_TK)
         result_TD = self.run_experts(x_TD, weights_TK, experts_TK, self.edge_gain, edges_EE)
-        return result_TD.view_as(hidden_states)
+        return self._with_default(result_TD, x_TD, walked_TK).view_as(hidden_states)
+
+    def _with_default(self, result_TD: Tensor, x_TD: Tensor, experts_TK: Tensor) -> Tensor:
+        if self.default is None:
+            return result_TD
+        return result_TD + self.default(x_TD, experts_TK, self.num_experts)
 
     def walk(self, scores_TE: Tensor) -> Walk:
         """Walk of tokens with the router logits ``[T, E]``."""
@@ -109,6 +123,7 @@ class ExpertGraphMLP(LayerExperts):
             resident_E=self.resident,
             num_visits=self.num_visits,
             order=self.order,
+            num_shared=self.num_shared,
         )
 
     def _walks_plainly(self) -> bool:
@@ -123,6 +138,7 @@ class ExpertGraphMLP(LayerExperts):
             affinity_EE=self.edge_affinity,
             resident_E=self.resident,
             num_visits=self.num_visits,
+            num_shared=self.num_shared,
         )
 
     def _run_one_token(

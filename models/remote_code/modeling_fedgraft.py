@@ -12,6 +12,7 @@ from .configuration_fedgraft import FedGraftConfig
 
 # Transformers 4.57 copies only those modules of a local checkpoint that this file imports itself.
 from .decode_fedgraft import __doc__ as _decode  # noqa: F401
+from .default_fedgraft import __doc__ as _default  # noqa: F401
 from .dense_path_fedgraft import __doc__ as _dense_path  # noqa: F401
 from .dispatch_fedgraft import __doc__ as _dispatch  # noqa: F401
 from .execution_fedgraft import __doc__ as _execution  # noqa: F401
@@ -67,12 +68,15 @@ class FedGraftModel(FedGraftPreTrainedModel, LlamaModel):
 
     def __init__(self, config: FedGraftConfig):
         super().__init__(config)
-        for index, (layer, num_experts) in enumerate(zip(self.layers, config.num_experts, strict=True)):
+        counts = zip(config.num_experts, config.num_shared, strict=True)
+        for index, (layer, (num_experts, num_shared)) in enumerate(zip(self.layers, counts, strict=True)):
             layer.mlp = ExpertGraphMLP(
                 hidden_size=config.hidden_size,
                 expert_size=config.expert_size,
                 num_experts=num_experts,
                 num_visits=min(config.experts_per_token, num_experts),
+                num_shared=num_shared,
+                default_rank=config.default_rank,
                 activation=config.hidden_act,
                 order=config.walk,
                 layer_index=index,
@@ -101,6 +105,10 @@ def init_expert_graph(module, std: float) -> None:
         init.normal_(weight, mean=0.0, std=std)
     for gain in (module.edge_gain, module.edge_affinity, module.output_gain):
         init.zeros_(gain)
+    if module.default is not None:
+        init.normal_(module.default.down, mean=0.0, std=std)
+        for zero in (module.default.up, module.default.bias):
+            init.zeros_(zero)
     copy = getattr(init, "copy_", torch.Tensor.copy_)
     copy(module.edges, torch.eye(module.num_experts, dtype=torch.bool))
     copy(module.neurons, torch.arange(module.neurons.numel()).view_as(module.neurons))

@@ -11,6 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# Selection score of a shared expert: above every logit, and finite, so that sums with -inf are -inf.
+SHARED_SCORE = torch.finfo(torch.float32).max / 4
+
 
 class Walk(NamedTuple):
     """Visits of the tokens of one layer.
@@ -34,6 +37,7 @@ def walk_graph(
     resident_E: Tensor | None,
     num_visits: int,
     order: str = "best-first",
+    num_shared: int = 0,
 ) -> Walk:
     """Choose up to ``num_visits`` experts of one layer for every token.
 
@@ -45,11 +49,12 @@ def walk_graph(
         num_visits: K.
         order: ``best-first`` visits the best candidate anywhere; ``depth-first`` the best child of the latest
             visit that has one, backtracks when a branch is exhausted, and enters the next root when all are.
+        num_shared: shared experts, the first of the layer, which are visited before all others.
     """
     with torch.no_grad():
         top_k = order == "best-first" and is_top_k(edges_EE, affinity_EE, resident_E)
         resident_E = torch.ones_like(edges_EE[0]) if resident_E is None else resident_E
-        raw_TE = scores_TE.detach().masked_fill(~resident_E, float("-inf"))
+        raw_TE = selection_scores(scores_TE.detach(), num_shared).masked_fill(~resident_E, float("-inf"))
         edges_EE = edges_EE & resident_E & resident_E[:, None]
         children_EE = edges_EE.triu(1)
         along_EE = affinity_EE.detach().to(raw_TE.dtype).masked_fill(~children_EE, float("-inf"))
@@ -59,11 +64,19 @@ def walk_graph(
             # In the order of scores and with equal affinities the earliest parent is the best by both.
             parents_TK = openers_TK = _earliest_parent(children_EE, visits_TK)
         else:
-            visits_TK, made_TK = _visit(raw_TE, edges_EE.diagonal(), along_EE, num_visits, order)
+            visits_TK, made_TK = _visit(raw_TE, edges_EE.diagonal(), along_EE, num_visits, order, num_shared)
             parents_TK = _best_earlier(made_TK[:, :, None].expand(-1, -1, num_visits), children_EE, visits_TK)
             offered_TKK = along_EE[visits_TK[:, :, None], visits_TK[:, None]]
             openers_TK = _best_earlier(offered_TKK, children_EE, visits_TK)
     return Walk(visits_TK, parents_TK, _effective_scores(scores_TE, affinity_EE, visits_TK, openers_TK))
+
+
+def selection_scores(scores_TE: Tensor, num_shared: int) -> Tensor:
+    """Scores that the walk compares: router logits, and ``SHARED_SCORE`` for the first ``num_shared`` experts."""
+    if not num_shared:
+        return scores_TE
+    shared_E = torch.arange(scores_TE.shape[-1], device=scores_TE.device) < num_shared
+    return scores_TE.masked_fill(shared_E, SHARED_SCORE)
 
 
 def is_top_k(edges_EE: Tensor, affinity_EE: Tensor, resident_E: Tensor | None) -> bool:
@@ -100,7 +113,7 @@ def _earliest_parent(children_EE: Tensor, visits_TK: Tensor) -> Tensor:
 
 
 def _visit(
-    raw_TE: Tensor, roots_E: Tensor, along_EE: Tensor, num_visits: int, order: str
+    raw_TE: Tensor, roots_E: Tensor, along_EE: Tensor, num_visits: int, order: str, num_shared: int
 ) -> tuple[Tensor, Tensor]:
     """Sequential walk: experts ``[T, K]`` and their effective scores; -1 and -inf for visits not made."""
     unreached_E = torch.zeros_like(along_EE[0]).masked_fill(~roots_E, float("-inf"))
@@ -112,7 +125,7 @@ def _visit(
     scores: list[Tensor] = []
     for _ in range(num_visits):
         effective_TE = left_TE + torch.where(bonus_TE.isneginf(), unreached_E, bonus_TE)
-        if order == "depth-first" and visits:
+        if order == "depth-first" and len(visits) >= max(num_shared, 1):
             effective_TE = _keep_latest_branch(effective_TE, ~along_EE.isneginf(), visits)
         score, choice = effective_TE.max(-1, keepdim=True)
         visit = choice.where(score > float("-inf"), -1)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from configs.choices import Clustering, Features, RouterFit
+from configs.choices import Clustering, Features, Report, RouterFit
 from scripts.shared.console import print_result, progress, quiet_libraries, stderr
 from scripts.shared.options import DenseModel, JsonFlag, NewCheckpoint
 from scripts.shared.verb import verb
@@ -22,7 +22,9 @@ class ExpertOptions:
 
     features: Annotated[
         Features,
-        typer.Option(help="Features of a neuron for k-means: rows of its weights, or its activations."),
+        typer.Option(
+            help="Features of a neuron for k-means: rows of its weights, its activations, or those of its gate."
+        ),
     ] = Features.GATE
     clustering: Annotated[
         Clustering,
@@ -33,9 +35,20 @@ class ExpertOptions:
     router: Annotated[
         RouterFit,
         typer.Option(
-            help="Router: ridge regression on calibration text, or the mean gate row of each expert."
+            help="Router: ridge regression to ranks of the experts, the mean gate row of each expert, or ridge "
+            "regression to the experts' contributions, layer by layer."
         ),
     ] = RouterFit.RIDGE
+    num_shared: Annotated[
+        int,
+        typer.Option(
+            "--shared-experts",
+            help="Shared experts per layer: the neurons of largest contribution, visited by every token.",
+        ),
+    ] = 0
+    default_rank: Annotated[
+        int, typer.Option(help="Rank of the default output of experts that are not visited; 0: none.")
+    ] = 0
     experts_per_token: Annotated[
         int | None, typer.Option(help="Experts visited per token (k); half of them unless given.")
     ] = None
@@ -66,6 +79,12 @@ class CalibrationOptions:
     ] = None
     calibration_tokens: Annotated[int, typer.Option(min=256, help="Tokens of calibration text.")] = 8192
     evaluation_tokens: Annotated[int, typer.Option(min=256, help="Held-out tokens of the report.")] = 4096
+    report: Annotated[
+        Report,
+        typer.Option(
+            help="Held-out perplexity: none, router and static selection, or all baselines of the selection."
+        ),
+    ] = Report.FULL
 
 
 @verb
@@ -96,13 +115,15 @@ def bootstrap(
             calibration_ids=_token_blocks(model, text.calibration, tokens) if text.calibration else None,
             calibration_tokens=text.calibration_tokens,
             evaluation_tokens=text.evaluation_tokens,
+            report=text.report,
             overwrite=write.overwrite,
             on_step=on_step,
         )
     difference = (
         f"relative logit difference to the dense model, all experts active: {result['logit_difference']:.1e}"
     )
-    lines = [report_table(result["perplexity"]), difference, f"wrote {result['out']}"]
+    table = [report_table(result["perplexity"])] if result["perplexity"] else []
+    lines = [*table, difference, f"wrote {result['out']}"]
     print_result(result, as_json=as_json, lines=lines)
     if not as_json:
         stderr.print(
@@ -131,7 +152,7 @@ def report_table(perplexity: dict):
     """A rich table of the report: a row per active share, a column per selection of experts."""
     from rich.table import Table
 
-    columns = ("router", "centroid", "static", "oracle", "random")
+    columns = tuple(perplexity["50"])
     table = Table(title=f"held-out perplexity before training (dense: {perplexity['dense']:.2f})")
     table.add_column("active experts")
     for name in columns:

@@ -100,7 +100,8 @@ def test_features_have_a_row_per_neuron(dense, kind, width):
 
 @pytest.mark.parametrize("features", Features)
 def test_every_kind_of_feature_gives_a_graph_equal_to_the_dense_model(dense, ids, features):
-    graph = graph_of(dense, features=features)
+    router = "contribution" if features == Features.GATE_ACTIVATION else "ridge"
+    graph = graph_of(dense, features=features, router=router)
     with torch.no_grad():
         difference = (graph(input_ids=ids).logits - dense(input_ids=ids).logits).abs().max()
     assert difference < 1e-4
@@ -188,9 +189,9 @@ def test_settings_for_generation_come_along(dense, experts):
 @pytest.mark.parametrize(
     "wrong, message",
     [
-        ({"features": "gates"}, "gate, up, down, gate\\+up, joint or activation.*'gates'"),
+        ({"features": "gates"}, "gate, up, down, gate\\+up, joint, activation or gate-activation.*'gates'"),
         ({"clustering": "k-means"}, "flow or k-means-constrained.*'k-means'"),
-        ({"router": "riddle"}, "ridge or centroid.*'riddle'"),
+        ({"router": "riddle"}, "ridge, centroid or contribution.*'riddle'"),
         ({"experts_per_token": 9}, "between 1 and the 8 experts, got 9"),
         ({"experts_per_token": 0}, "between 1 and the 8 experts, got 0"),
         ({"edges_per_expert": -1}, "edges per expert.*-1"),
