@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ class LayerStream:
         inputs: list[Tensor] = []
         mlp = self._layers[layer].mlp
         try:
-            mlp.forward = lambda x: inputs.append(x.flatten(0, -2)) or torch.zeros_like(x)
+            mlp.forward = _recording(inputs)
             for index, hidden in enumerate(self._hidden):
                 output = self._layers[layer](hidden, **self._arguments[index])
                 self._hidden[index] = output[0] if isinstance(output, tuple) else output
@@ -52,6 +53,14 @@ class LayerStream:
         self._hidden = [
             hidden + part.view_as(hidden) for hidden, part in zip(self._hidden, parts, strict=True)
         ]
+
+
+def _recording(inputs: list[Tensor]) -> Callable[[Tensor], Tensor]:
+    def forward(hidden_states: Tensor) -> Tensor:
+        inputs.append(hidden_states.flatten(0, -2))
+        return torch.zeros_like(hidden_states)
+
+    return forward
 
 
 @torch.no_grad()
