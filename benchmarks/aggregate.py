@@ -21,7 +21,7 @@ from federated.wire.codec import pack_update
 from federated.wire.quantize import quantize_update
 from models.bootstrap.build import BootstrapOptions, build_graph, plan_experts
 from models.checkpoints.load import load_dense, load_graph, load_tokenizer
-from models.checkpoints.save import save_graph
+from models.checkpoints.save import save_checkpoint
 from models.graph.graph_state import read_graph
 from models.graph.unit_vectors import unit_sizes
 from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
@@ -90,7 +90,7 @@ def write_graph(source: str, directory: Path) -> FedGraftForCausalLM:
     ids = torch.randint(dense.config.vocab_size, (4, 128), generator=generator)
     model = build_graph(dense, plan_experts(dense, ids, BootstrapOptions(num_experts=16, jobs=1)), 8)
     directory.mkdir()
-    save_graph(model, load_tokenizer(source), directory)
+    save_checkpoint(model, load_tokenizer(source), directory)
     return model
 
 

@@ -16,7 +16,7 @@ import torch
 from benchmarks.support.material import DEMO_MODEL
 from benchmarks.support.runner import Measured, OnStep, measured_apart, run_benchmark
 from models.checkpoints.load import load_tokenizer
-from models.checkpoints.save import save_graph
+from models.checkpoints.save import save_checkpoint
 from models.remote_code.configuration_fedgraft import FedGraftConfig
 from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 
@@ -46,7 +46,7 @@ def write_random_graph(directory: Path, *, hidden_size: int, ffn_size: int, laye
     for layer in model.expert_layers():
         later = torch.arange(EXPERTS)[None] - torch.arange(EXPERTS)[:, None]
         layer.edges.copy_((later >= 0) & (later <= 4))
-    save_graph(model, tokenizer, directory)
+    save_checkpoint(model, tokenizer, directory)
     return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()) / 1e9
 
 

@@ -22,7 +22,7 @@ from models.bootstrap.calibration import Calibration, NeuronStatistics, visit_ff
 from models.bootstrap.layer_by_layer import plan_layer_by_layer
 from models.bootstrap.neuron_features import neuron_features
 from models.bootstrap.plan import BootstrapOptions, LayerExperts
-from models.bootstrap.router_init import centroid_router, ridge_routers
+from models.bootstrap.router_init import centroid_router, ridge_routers, visited_experts
 from models.checkpoints.save import cast_weights
 from models.remote_code.configuration_fedgraft import FedGraftConfig
 from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
@@ -100,9 +100,7 @@ def first_edges(
     selected: list[list[Tensor]] = [[] for _ in routers]
 
     def visit(layer: int, x_TD: Tensor) -> None:
-        scores = x_TD.float() @ routers[layer].to(x_TD.device).T
-        chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, scores.topk(visits, -1).indices, True)
-        selected[layer].append(chosen.cpu())
+        selected[layer].append(visited_experts(x_TD, routers[layer].to(x_TD.device), visits).cpu())
 
     visit_ffn_inputs(model, input_ids, visit)
     return [edges_by_lift(torch.cat(parts).numpy(), edges_per_expert) for parts in selected]

@@ -69,8 +69,13 @@ def hidden_activations(mlp: nn.Module, x_TD: Tensor) -> Tensor:
 
 
 def contributions(mlp: nn.Module, x_TD: Tensor) -> Tensor:
-    """L2 norm of each neuron's contribution to the output, ``[T, m]``: ``|h_i| * norm(w_down_i)``."""
-    return (hidden_activations(mlp, x_TD).abs() * mlp.down_proj.weight.norm(dim=0)).float()
+    """L2 norm of each neuron's contribution to the output, ``[T, m]``, for FFN inputs ``[T, D]``."""
+    return neuron_contributions(mlp, hidden_activations(mlp, x_TD))
+
+
+def neuron_contributions(mlp: nn.Module, hidden_Tm: Tensor) -> Tensor:
+    """The same from the activations of the neurons: ``|h_i| * norm(w_down_i)``."""
+    return (hidden_Tm.abs() * mlp.down_proj.weight.norm(dim=0)).float()
 
 
 @dataclass

@@ -16,15 +16,15 @@ from transformers import PreTrainedModel
 from configs.choices import Features
 from experts.clustering import Clusters, timed_clusters
 from experts.graph.expert_graph import edges_by_lift
-from models.bootstrap.calibration import hidden_activations
+from models.bootstrap.calibration import hidden_activations, neuron_contributions
 from models.bootstrap.layer_stream import LayerStream
-from models.bootstrap.neuron_features import neuron_features
+from models.bootstrap.neuron_features import experts_of_neurons, neuron_features
 from models.bootstrap.plan import BootstrapOptions, LayerExperts
+from models.bootstrap.ridge import ridge
+from models.bootstrap.router_init import visited_experts
 
 # Tokens of an activation profile for k-means.
 _PROFILE_TOKENS = 1024
-# Ridge penalty as a share of the mean squared feature.
-_PENALTY = 1e-2
 
 
 @torch.no_grad()
@@ -59,16 +59,14 @@ def plan_layer_by_layer(
 def _plan_layer(mlp: nn.Module, x_TD: Tensor, options: BootstrapOptions) -> tuple[LayerExperts, Tensor]:
     """Plan of one layer, and the output ``[T, D]`` of the layer with its k experts per token."""
     hidden_TM = hidden_activations(mlp, x_TD)
-    squared_TM = (hidden_TM.float() * mlp.down_proj.weight.float().norm(dim=0)).square()
+    squared_TM = neuron_contributions(mlp, hidden_TM).square()
     clusters, seconds = _members(mlp, x_TD, hidden_TM, squared_TM.mean(0).sqrt(), options)
     members = torch.from_numpy(clusters.members)
     router = contribution_router(x_TD, squared_TM, members)
     del squared_TM
     visited_TE = visited_experts(x_TD, router, options.visits, options.num_shared)
     edges = _routed_edges(visited_TE, options)
-    expert_of_M = torch.empty(members.numel(), dtype=torch.int64)
-    expert_of_M[members.flatten()] = torch.arange(len(members)).repeat_interleave(members.shape[1])
-    output_TD = mlp.down_proj(hidden_TM * visited_TE[:, expert_of_M])
+    output_TD = mlp.down_proj(hidden_TM * visited_TE[:, experts_of_neurons(members)])
     default = None
     if options.default_rank and options.visits < options.num_experts:
         missing_TD = mlp.down_proj(hidden_TM) - output_TD
@@ -118,14 +116,6 @@ def contribution_router(x_TD: Tensor, squared_TM: Tensor, members_EH: Tensor) ->
     return ridge(x_TD.float(), target_TE - target_TE.mean(-1, keepdim=True)).T.contiguous()
 
 
-def visited_experts(x_TD: Tensor, router_ED: Tensor, visits: int, num_shared: int) -> Tensor:
-    """Experts that each token visits, bool ``[T, E]``: the shared ones and the top ``visits - num_shared`` others."""
-    logits_TE = x_TD.float() @ router_ED.T
-    logits_TE[:, :num_shared] = torch.inf
-    chosen = logits_TE.topk(visits, -1).indices
-    return torch.zeros_like(logits_TE, dtype=torch.bool).scatter(-1, chosen, True)
-
-
 def default_output(
     x_TD: Tensor, missing_TD: Tensor, rank: int, share: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -149,13 +139,6 @@ def default_output(
     basis_DR = torch.linalg.eigh(predicted.T @ predicted)[1][:, -rank:]
     down, up = (weight_DD @ basis_DR).T.contiguous(), basis_DR / share
     return down, up.contiguous(), offset / share - up @ (down @ mean)
-
-
-def ridge(features_TF: Tensor, targets_TY: Tensor, penalty: float = _PENALTY) -> Tensor:
-    """Ridge regression without intercept, ``[F, Y]``; ``penalty`` is a share of the mean squared feature."""
-    gram = (features_TF.T @ features_TF).double()
-    gram.diagonal().add_(penalty * gram.diagonal().mean().clamp(min=1e-12))
-    return torch.linalg.solve(gram, (features_TF.T @ targets_TY).double()).float()
 
 
 def _routed_edges(visited_TE: Tensor, options: BootstrapOptions) -> np.ndarray:

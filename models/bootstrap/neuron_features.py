@@ -1,4 +1,4 @@
-"""Features of FFN neurons for k-means."""
+"""Features of FFN neurons for k-means, and the expert of each neuron in a partition."""
 
 from __future__ import annotations
 
@@ -23,3 +23,10 @@ def neuron_features(mlp: nn.Module, kind: str, profile: Tensor) -> np.ndarray:
         return nn.functional.normalize(profile.float(), dim=-1).numpy()
     names = {"gate+up": ("gate", "up"), "joint": ("gate", "up", "down")}.get(kind, (kind,))
     return torch.cat([weights[name].detach().float().cpu() for name in names], dim=-1).numpy()
+
+
+def experts_of_neurons(members_EH: Tensor) -> Tensor:
+    """Expert of each neuron, int64 ``[m]``, from the neurons ``[E, H]`` of each expert."""
+    experts_m = torch.empty(members_EH.numel(), dtype=torch.int64)
+    experts_m[members_EH.flatten()] = torch.arange(len(members_EH)).repeat_interleave(members_EH.shape[1])
+    return experts_m

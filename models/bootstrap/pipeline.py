@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from configs.block_size import choose_block_size, context_length
 from configs.choices import Report
 from configs.errors import UserError
 from configs.output import check_output_directory, new_directory, write_bytes
@@ -20,7 +21,7 @@ from models.bootstrap.equality_check import check_equality
 from models.bootstrap.recipe import RECIPE_NAME, recipe_of, write_recipe
 from models.bootstrap.selection_report import BASELINES, SHARES, selection_report
 from models.checkpoints.load import load_dense, load_tokenizer
-from models.checkpoints.save import cast_weights, save_graph
+from models.checkpoints.save import cast_weights, save_checkpoint
 from models.files.config_file import read_config
 from models.files.fingerprint import fingerprint
 from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
@@ -113,7 +114,7 @@ def _write(
     experts: Sequence[LayerExperts],
     directory: Path,
 ) -> None:
-    save_graph(graph, tokenizer, directory)
+    save_checkpoint(graph, tokenizer, directory)
     write_bytes(directory / RECIPE_NAME, write_recipe(recipe_of(graph)))
     (directory / "cluster_stats.txt").write_text(cluster_table([layer.clusters for layer in experts]))
 
@@ -137,7 +138,7 @@ def _summary(
 
 def sample_calibration(dense: PreTrainedModel, tokens: int, seed: int) -> Tensor:
     """Text of about ``tokens`` tokens sampled from the model, ``[N, S]`` in blocks of at most 256."""
-    block_size = min(256, dense.config.max_position_embeddings)
+    block_size = choose_block_size(None, context_length(dense.config))
     return sample_text(dense, blocks=-(-tokens // block_size), block_size=block_size, seed=seed)
 
 

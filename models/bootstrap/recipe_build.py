@@ -24,7 +24,7 @@ from models.bootstrap.recipe import (
 )
 from models.checkpoints.disk_experts import GraphFiles
 from models.checkpoints.load import load_tokenizer
-from models.checkpoints.save import save_graph
+from models.checkpoints.save import save_checkpoint
 from models.files.config_file import check_is_dense
 from models.files.fingerprint import fingerprint_of
 from models.files.safetensors_files import check_file, checkpoint_files
@@ -123,7 +123,7 @@ def build_into(base: str, recipe: Recipe, directory: Path) -> None:
             f"was made from, got {found[:12]} in {base}; name that checkpoint in base"
         )
     graph = _empty_graph(dense, recipe)
-    save_graph(graph, load_tokenizer(base), directory, weights={})
+    save_checkpoint(graph, load_tokenizer(base), directory, weights={})
     (directory / SAFE_WEIGHTS_NAME).unlink(missing_ok=True)  # it holds no tensor
     _write_weights(dense, recipe, directory)
     write_bytes(directory / RECIPE_NAME, write_recipe(recipe))

@@ -1,4 +1,4 @@
-"""Router weights in closed form: gate-row centroids, and ridge regression on elimination ranks."""
+"""Router weights in closed form (gate-row centroids, ridge regression on elimination ranks), and their top-k."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from models.bootstrap.calibration import contributions, hidden_activations, visit_ffn_inputs
 from models.bootstrap.fisher import output_metrics
+from models.bootstrap.ridge import PENALTY, solve_ridge
 
 # Most values of experts' outputs in memory at once, 64 MiB.
 _OUTPUT_VALUES = 2**24
@@ -31,7 +32,7 @@ def ridge_routers(
     members: Sequence[Tensor],
     *,
     metrics: Sequence[Tensor] | None = None,
-    penalty: float = 1e-2,
+    penalty: float = PENALTY,
 ) -> list[Tensor]:
     """Ridge regression from the FFN input to each expert's rank in a backward elimination of the experts.
 
@@ -64,7 +65,7 @@ def ridge_routers(
         moment[layer] += x.T @ target
 
     visit_ffn_inputs(model, input_ids, visit)
-    return [_solve(g, m, penalty) for g, m in zip(gram, moment, strict=True)]
+    return [solve_ridge(g, m, penalty).T.contiguous() for g, m in zip(gram, moment, strict=True)]
 
 
 def elimination_places(mlp: nn.Module, x_TD: Tensor, members_EH: Tensor, root_DD: Tensor) -> Tensor:
@@ -111,10 +112,9 @@ def metric_root(metric: Tensor) -> Tensor:
     return torch.linalg.cholesky(metric.double()).float()
 
 
-def _solve(gram: Tensor, moment: Tensor, penalty: float) -> Tensor:
-    ridge = penalty * gram.diagonal().mean().clamp(min=1e-12)
-    return (
-        torch.linalg.solve(gram + ridge * torch.eye(len(gram), dtype=gram.dtype), moment)
-        .T.float()
-        .contiguous()
-    )
+def visited_experts(x_TD: Tensor, router_ED: Tensor, visits: int, num_shared: int = 0) -> Tensor:
+    """Experts that each token visits, bool ``[T, E]``: the shared ones and the top ``visits - num_shared`` others."""
+    logits_TE = x_TD.float() @ router_ED.T
+    logits_TE[:, :num_shared] = torch.inf
+    chosen = logits_TE.topk(visits, -1).indices
+    return torch.zeros_like(logits_TE, dtype=torch.bool).scatter(-1, chosen, True)

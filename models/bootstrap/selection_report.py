@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from experts.clustering import random_clusters
 from models.bootstrap.build import LayerExperts, fit_routers
 from models.bootstrap.calibration import Calibration, hidden_activations
+from models.bootstrap.neuron_features import experts_of_neurons
 from models.bootstrap.router_init import centroid_router, expert_contributions
 from models.graph.runtime_settings import visiting
 from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
@@ -102,8 +103,7 @@ def active_count(num_experts: int, share: int) -> int:
 
 
 def _masked_forward(mlp: nn.Module, members: Tensor, score: Score, active: int) -> Callable[[Tensor], Tensor]:
-    expert_of_neuron = torch.empty(members.numel(), dtype=torch.int64)
-    expert_of_neuron[members.flatten()] = torch.arange(len(members)).repeat_interleave(members.shape[1])
+    expert_of_neuron = experts_of_neurons(members)
 
     def forward(hidden_states: Tensor) -> Tensor:
         x_TD = hidden_states.flatten(0, -2)

@@ -17,7 +17,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGH
 from configs.errors import UserError, first_line
 from configs.output import new_directory
 from configs.paths import cache_folder
-from models.checkpoints.save import save_dense
+from models.checkpoints.save import save_checkpoint
 from models.files.tied_head import record_own_head
 
 _GGUF = ".gguf"
@@ -87,7 +87,7 @@ def _write(found: _Foreign, out: Path) -> None:
     model, tokenizer = found.open(found.path)
     record_own_head(model)
     with new_directory(out) as directory:
-        save_dense(model, tokenizer, directory)
+        save_checkpoint(model, tokenizer, directory)
 
 
 def _gguf_file(path: Path) -> Path | None:

@@ -22,29 +22,22 @@ FedGraftConfig.register_for_auto_class()
 FedGraftForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 
 
-def save_graph(
-    graph: FedGraftForCausalLM,
+def save_checkpoint(
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     directory: Path,
     *,
     weights: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write weights, graph, configuration, modeling code and tokenizer into an existing directory.
+    """Write weights, configuration and tokenizer into an existing directory; of an expert graph its modeling code, too.
 
     Args:
-        graph: expert graph.
+        model: model of transformers, or expert graph.
         tokenizer: tokenizer of the model.
         directory: directory of the checkpoint.
-        weights: weights to write, by name; None for all weights of ``graph``.
+        weights: weights to write, by name; None for all weights of ``model``.
     """
-    graph.save_pretrained(directory, state_dict=None if weights is None else dict(weights))
-    write_both_spellings(directory)
-    save_tokenizer(tokenizer, directory)
-
-
-def save_dense(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    """Write weights, configuration and tokenizer of a model of transformers into an existing directory."""
-    model.save_pretrained(directory)
+    model.save_pretrained(directory, state_dict=None if weights is None else dict(weights))
     write_both_spellings(directory)
     save_tokenizer(tokenizer, directory)
 

@@ -27,7 +27,7 @@ from configs.errors import UserError  # noqa: E402
 from configs.output import new_directory  # noqa: E402
 from federated.data import wikimix  # noqa: E402
 from federated.data.blocks import pack_blocks  # noqa: E402
-from models.checkpoints.save import save_dense  # noqa: E402
+from models.checkpoints.save import save_checkpoint  # noqa: E402
 from models.runtime.perplexity import evaluate_loss  # noqa: E402
 from scripts.shared.console import option_names  # noqa: E402
 from scripts.tools.demo_training import BATCH_BLOCKS, train  # noqa: E402
@@ -95,7 +95,7 @@ def pretrain(config: LlamaConfig, *, steps: int, seed: int, out: Path, console: 
     train(model, data, seed=seed, console=console)
     seconds, processor = time.perf_counter() - start, time.process_time() - processor
     out.mkdir(parents=True, exist_ok=True)
-    save_dense(model.bfloat16(), tokenizer, out)
+    save_checkpoint(model.bfloat16(), tokenizer, out)
     summary = {
         "parameters": model.num_parameters(),
         "steps": steps,

@@ -20,7 +20,7 @@ from federated.protocol.steps import ServerStep, apply_step, steps_after
 from models.bootstrap.recipe import graph_fingerprint, read_recipe_file
 from models.checkpoints.disk_experts import open_mapped
 from models.checkpoints.load import load_graph, load_tokenizer
-from models.checkpoints.save import cast_weights, save_graph
+from models.checkpoints.save import cast_weights, save_checkpoint
 from models.files.config_file import read_dtype
 from models.graph.graph_state import read_graph, write_graph
 from models.graph.unit_vectors import Unit, unit_sizes, weight_count
@@ -166,4 +166,4 @@ class GlobalModel:
     def save(self, directory: Path, *, overwrite: bool) -> None:
         """Write the model as a checkpoint in the dtype of the bootstrapped one."""
         with new_directory(directory, overwrite=overwrite) as partial:
-            save_graph(cast_weights(copy.deepcopy(self.model), self._dtype), self.tokenizer, partial)
+            save_checkpoint(cast_weights(copy.deepcopy(self.model), self._dtype), self.tokenizer, partial)

@@ -23,7 +23,7 @@ from federated.wire.quantize import quantize_update
 from models.bootstrap.recipe import graph_fingerprint
 from models.checkpoints.disk_experts import materialize
 from models.checkpoints.load import load_graph
-from models.checkpoints.save import save_graph
+from models.checkpoints.save import save_checkpoint
 from models.graph.graph_state import read_graph
 from models.graph.unit_vectors import unit_sizes
 from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
@@ -43,7 +43,7 @@ TEXTS = {"letters": "the red fox ran to the hen. ", "digits": "12 + 34 = 46; 21 
 def save_tiny_graph(directory: Path, tokenizer: PreTrainedTokenizerBase, **plan: Any) -> Path:
     """Write a graph of the tiny Llama (``num_experts``, ``visits`` and so on as ``graph_of`` takes them)."""
     directory.mkdir(parents=True)
-    save_graph(graph_of(**plan), tokenizer, directory)
+    save_checkpoint(graph_of(**plan), tokenizer, directory)
     return directory
 
 

@@ -29,14 +29,14 @@ def export(
     from configs.output import check_output_directory, new_directory
     from models.checkpoints.dense_export import export_dense
     from models.checkpoints.load import load_graph, load_tokenizer
-    from models.checkpoints.save import save_dense
+    from models.checkpoints.save import save_checkpoint
 
     quiet_libraries()
     check_output_directory(write.out, overwrite=write.overwrite)
     graph, tokenizer = load_graph(model), load_tokenizer(model)
     exported = export_dense(graph)
     with new_directory(write.out, overwrite=write.overwrite) as directory:
-        save_dense(exported.model, tokenizer, directory)
+        save_checkpoint(exported.model, tokenizer, directory)
     result = {
         "out": str(write.out),
         "to": to,

@@ -15,7 +15,7 @@ from federated.protocol.copy_hash import copy_hash, unit_digest
 from federated.protocol.steps import ServerStep, apply_step
 from models.checkpoints.disk_experts import open_mapped
 from models.checkpoints.load import load_graph
-from models.checkpoints.save import save_graph
+from models.checkpoints.save import save_checkpoint
 from models.graph.graph_state import read_graph, write_graph
 from models.graph.unit_vectors import OTHERS, read_unit, unit_sizes
 from tests.clients.state.test_checked_file import DAMAGES, damaged
@@ -27,7 +27,7 @@ from tests.support.tiny_graphs import graph_of, with_random_gains
 def base(tmp_path, tiny_tokenizer) -> str:
     directory = tmp_path / "graph"
     directory.mkdir()
-    save_graph(with_random_gains(graph_of()), tiny_tokenizer, directory)
+    save_checkpoint(with_random_gains(graph_of()), tiny_tokenizer, directory)
     return str(directory)
 
 

@@ -10,12 +10,11 @@ from clients.residents.assembler import choose_residents
 from configs.errors import UserError
 from models.bootstrap.build import build_graph, plan_experts
 from models.bootstrap.calibration import hidden_activations, visit_ffn_inputs
-from models.bootstrap.layer_by_layer import contribution_router, default_output, ridge, visited_experts
-from models.bootstrap.layer_stream import LayerStream
+from models.bootstrap.layer_by_layer import contribution_router, default_output
 from models.bootstrap.plan import BootstrapOptions
 from models.bootstrap.recipe import read_recipe, recipe_of, write_recipe
 from models.checkpoints.load import load_causal_lm
-from models.checkpoints.save import save_graph
+from models.checkpoints.save import save_checkpoint
 from models.graph.runtime_settings import scaled_visits, visiting
 from models.moe_files.layout import read_moe_layout
 from tests.support.tiny_graphs import logit_difference, random_ids, tiny_llama
@@ -33,17 +32,6 @@ def dense():
 @pytest.fixture(scope="module")
 def graph(dense):
     return build_graph(dense, plan_experts(dense, random_ids(dense), OPTIONS), OPTIONS.visits)
-
-
-@torch.no_grad()
-def test_the_stream_gives_the_inputs_of_the_whole_model(dense):
-    ids, expected = random_ids(dense), {}
-    visit_ffn_inputs(dense, ids, lambda layer, x: expected.update({layer: x.clone()}))
-    stream = LayerStream(dense, ids, batch_size=1)
-    for index, layer in enumerate(dense.model.layers):
-        x_TD = stream.ffn_input(index)
-        torch.testing.assert_close(x_TD, expected[index])
-        stream.add(layer.mlp(x_TD))
 
 
 def test_all_experts_active_equal_the_dense_model(dense, graph):
@@ -69,23 +57,12 @@ def test_a_linear_contribution_is_ranked_by_the_router():
     assert ((x_TD @ router.T).argmax(-1) == target).float().mean() > 0.8
 
 
-def test_shared_experts_are_visited_by_every_token():
-    visited = visited_experts(torch.eye(3), torch.tensor([[-9.0] * 3, [1, 2, 3], [3, 1, 1]]), 2, 1)
-    assert visited.tolist() == [[True, False, True], [True, True, False], [True, True, False]]
-
-
 def test_an_affine_map_of_low_rank_is_recovered():
     generator = torch.Generator().manual_seed(0)
     x_TD = torch.randn(500, 5, generator=generator)
     wanted = x_TD @ torch.randn(5, 2, generator=generator) @ torch.randn(2, 5, generator=generator) + 3.0
     down, up, bias = default_output(x_TD, wanted, 2, 0.5)
     torch.testing.assert_close(0.5 * (x_TD @ down.T @ up.T + bias), wanted, atol=0.15, rtol=0.05)
-
-
-def test_ridge_without_penalty_is_least_squares():
-    generator = torch.Generator().manual_seed(0)
-    x, y = torch.randn(50, 4, generator=generator), torch.randn(50, 2, generator=generator)
-    torch.testing.assert_close(ridge(x, y, 0.0), torch.linalg.lstsq(x, y).solution, atol=1e-4, rtol=1e-4)
 
 
 def test_a_recipe_holds_shared_experts_and_default_outputs(graph):
@@ -100,7 +77,7 @@ def test_a_recipe_holds_shared_experts_and_default_outputs(graph):
 def test_a_saved_graph_opens_with_its_function_and_workbench_verbs_refuse_it(
     graph, tiny_tokenizer, tmp_path: Path
 ):
-    save_graph(graph, tiny_tokenizer, tmp_path)
+    save_checkpoint(graph, tiny_tokenizer, tmp_path)
     opened = load_causal_lm(str(tmp_path))
     assert opened.config.num_shared == [2, 2]
     assert logit_difference(opened, graph, random_ids(graph)) < 1e-5

@@ -165,7 +165,7 @@ def test_a_damaged_base_is_refused(tmp_path, tiny_llama_dir, tiny_graph_dir):
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-@pytest.mark.parametrize("stage", ["save_graph", "_expert_weights", "write_json"])
+@pytest.mark.parametrize("stage", ["save_checkpoint", "_expert_weights", "write_json"])
 def test_a_failure_at_any_stage_leaves_nothing(
     tmp_path, tiny_llama_dir, tiny_graph_dir, monkeypatch, stage, error
 ):

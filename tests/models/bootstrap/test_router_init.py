@@ -13,6 +13,7 @@ from models.bootstrap.router_init import (
     elimination_places,
     expert_contributions,
     ridge_routers,
+    visited_experts,
 )
 from tests.conftest import tiny_llama
 from tests.support.tiny_graphs import ffn_inputs, random_ids
@@ -116,3 +117,8 @@ def test_inputs_that_are_all_zero_give_a_finite_router(dense):
     silent = tiny_llama()
     torch.nn.init.zeros_(silent.model.layers[0].post_attention_layernorm.weight)
     assert torch.isfinite(ridge_routers(silent, random_ids(silent), [MEMBERS, MEMBERS])[0]).all()
+
+
+def test_shared_experts_are_visited_by_every_token():
+    visited = visited_experts(torch.eye(3), torch.tensor([[-9.0] * 3, [1, 2, 3], [3, 1, 1]]), 2, 1)
+    assert visited.tolist() == [[True, False, True], [True, True, False], [True, True, False]]

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from configs.errors import UserError
 from models.checkpoints.disk_experts import GraphFiles, materialize, open_mapped
 from models.checkpoints.load import load_graph
-from models.checkpoints.save import save_graph
+from models.checkpoints.save import save_checkpoint
 from models.graph.unit_vectors import add_to_unit, read_unit, unit_sizes
 from tests.conftest import tiny_llama
 from tests.support.tiny_graphs import graph_of, logit_difference, random_ids, with_random_gains
@@ -32,7 +32,7 @@ class Moved(dict):
 def source(tmp_path, tiny_tokenizer) -> str:
     directory = tmp_path / "graph"
     directory.mkdir()
-    save_graph(with_random_gains(graph_of(visits=3)), tiny_tokenizer, directory)
+    save_checkpoint(with_random_gains(graph_of(visits=3)), tiny_tokenizer, directory)
     return str(directory)
 
 

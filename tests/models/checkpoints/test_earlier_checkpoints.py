@@ -19,7 +19,7 @@ from federated.protocol.copy_hash import copy_hash
 from models.bootstrap.recipe import graph_fingerprint
 from models.checkpoints.disk_experts import open_mapped
 from models.checkpoints.load import load_causal_lm, load_graph
-from models.checkpoints.save import save_graph
+from models.checkpoints.save import save_checkpoint
 from models.files.fingerprint import checkpoint_fingerprint
 from models.remote_code.modeling_fedgraft import FedGraftForCausalLM, FedGraftModel
 from tests.support.paths import ROOT
@@ -71,7 +71,7 @@ def test_the_fingerprint_of_the_checkpoint_is_what_it_was():
 
 @pytest.mark.parametrize("loader", ["load_graph", "AutoModel"])
 def test_saving_it_again_writes_the_same_tensors_under_the_same_names(tmp_path, loader, tiny_tokenizer):
-    save_graph(LOADERS[loader](str(FOLDER)), tiny_tokenizer, tmp_path)
+    save_checkpoint(LOADERS[loader](str(FOLDER)), tiny_tokenizer, tmp_path)
     assert load_file(tmp_path / "model.safetensors").keys() == load_file(FOLDER / "model.safetensors").keys()
     assert checkpoint_fingerprint(str(tmp_path)) == checkpoint_fingerprint(str(FOLDER))
     assert graph_fingerprint(str(tmp_path)) == FACTS["graph_fingerprint"]

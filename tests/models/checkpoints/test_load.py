@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from configs.errors import UserError
 from models.checkpoints.load import check_weights, load_causal_lm, load_dense, load_graph, load_tokenizer
-from models.checkpoints.save import cast_weights, save_graph
+from models.checkpoints.save import cast_weights, save_checkpoint
 from models.files.config_file import read_config
 from models.files.fingerprint import fingerprint
 from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
@@ -249,7 +249,7 @@ def test_what_four_bits_compute_in_suits_the_device(monkeypatch, tiny_graph_dir)
 def test_auto_widens_16_bits_where_fp32_is_faster(monkeypatch, tmp_path, tiny_graph_dir, half_is_faster):
     monkeypatch.setattr("models.runtime.precision.beats_fp32", lambda dtype, device: half_is_faster)
     half = cast_weights(load_graph(str(tiny_graph_dir)), torch.bfloat16)
-    save_graph(half, load_tokenizer(str(tiny_graph_dir)), tmp_path)
+    save_checkpoint(half, load_tokenizer(str(tiny_graph_dir)), tmp_path)
     for load in (load_graph, load_causal_lm):
         opened = load(str(tmp_path), precision="auto")
         assert opened.dtype == (torch.bfloat16 if half_is_faster else torch.float32)

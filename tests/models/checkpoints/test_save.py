@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from models.checkpoints.load import load_causal_lm
-from models.checkpoints.save import cast_weights, save_dense, save_graph
+from models.checkpoints.save import cast_weights, save_checkpoint
 from tests.conftest import tiny_llama
 from tests.support.tiny_graphs import graph_of, random_ids
 
 
 def test_a_checkpoint_carries_its_code_and_its_tokenizer(tmp_path, tiny_tokenizer):
-    save_graph(graph_of(), tiny_tokenizer, tmp_path)
+    save_checkpoint(graph_of(), tiny_tokenizer, tmp_path)
     names = {path.name for path in tmp_path.iterdir()}
     assert {
         "config.json",
@@ -30,10 +30,10 @@ def test_a_checkpoint_carries_its_code_and_its_tokenizer(tmp_path, tiny_tokenize
 def test_graphs_and_dense_models_open_in_transformers_4_and_5(tmp_path, tiny_tokenizer):
     rope = {"rope_theta": 5e4, "rope_type": "linear", "factor": 2.0}
     dense = tiny_llama(rope_parameters=rope).to(torch.bfloat16)
-    for name, save, model in (("graph", save_graph, cast_weights(graph_of(dense.float()), torch.bfloat16)),
-                              ("dense", save_dense, dense.to(torch.bfloat16))):  # fmt: skip
+    graph = cast_weights(graph_of(dense.float()), torch.bfloat16)
+    for name, model in (("graph", graph), ("dense", dense.to(torch.bfloat16))):
         (tmp_path / name).mkdir()
-        save(model, tiny_tokenizer, tmp_path / name)
+        save_checkpoint(model, tiny_tokenizer, tmp_path / name)
         values = json.loads((tmp_path / name / "config.json").read_text())
         assert values["rope_parameters"] == rope and values["dtype"] == values["torch_dtype"] == "bfloat16"
         assert (values["rope_theta"], values["rope_scaling"]) == (5e4, {"rope_type": "linear", "factor": 2.0})

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from models.checkpoints.save import save_graph
+from models.checkpoints.save import save_checkpoint
 from models.families.family import RouterKind
 from models.families.table import FAMILIES, family_of, router_kind
 from models.moe.views import moe_layers
@@ -38,7 +38,7 @@ def saved(request, tmp_path, tiny_tokenizer):
     name, original = request.param
     if name == FedGraftConfig.model_type:
         model = graph_of(visits=2)
-        save_graph(model, tiny_tokenizer, tmp_path)
+        save_checkpoint(model, tiny_tokenizer, tmp_path)
     else:
         model = tiny_moes.tiny_moe(name)
         model.save_pretrained(tmp_path, save_original_format=original)

@@ -8,7 +8,7 @@ from configs.errors import UserError
 from experts.graph.expert_graph import ExpertGraph
 from models.checkpoints.disk_experts import open_mapped
 from models.checkpoints.load import load_graph
-from models.checkpoints.save import save_graph
+from models.checkpoints.save import save_checkpoint
 from models.graph.graph_state import read_graph, write_graph
 from tests.support.tiny_graphs import graph_of, with_random_gains
 
@@ -25,7 +25,7 @@ def test_the_graph_read_is_the_graph_written(tmp_path, tiny_tokenizer):
     graph = ExpertGraph((chain(4), np.triu(np.ones((4, 4), dtype=bool))), version=7)
     write_graph(model, graph)
     assert read_graph(model).digest() == graph.digest() and model.config.graph_version == 7
-    save_graph(model, tiny_tokenizer, tmp_path)
+    save_checkpoint(model, tiny_tokenizer, tmp_path)
     assert read_graph(load_graph(str(tmp_path))).digest() == graph.digest()
 
 
@@ -69,6 +69,6 @@ def test_a_checkpoint_whose_masks_are_no_graph_is_refused(
     mask = graph.expert_layers()[1].edges
     mask.copy_(torch.eye(4, dtype=torch.bool))
     mask[entry] = value
-    save_graph(graph, tiny_tokenizer, tmp_path)
+    save_checkpoint(graph, tiny_tokenizer, tmp_path)
     with pytest.raises(UserError, match=words):
         opener(str(tmp_path))

@@ -13,7 +13,7 @@ from experts.selection.compression_trace import Averaging, Removal, Step
 from experts.selection.rules import SelectionRules
 from experts.selection.trace_file import read_trace, write_trace
 from models.checkpoints.load import load_causal_lm
-from models.checkpoints.save import save_graph
+from models.checkpoints.save import save_checkpoint
 from models.moe.planner import PlanOptions, plan_compression
 from models.moe.replay import execute_removal, replay_trace
 from models.moe.views import moe_layers
@@ -71,7 +71,7 @@ def saved(name, tmp_path, tokenizer):
     source = tmp_path / "model"
     if name == "graph":
         source.mkdir()
-        save_graph(model_of(name), tokenizer, source)
+        save_checkpoint(model_of(name), tokenizer, source)
     else:
         tiny_moe(name).save_pretrained(source)
         tokenizer.save_pretrained(source)

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from configs.errors import UserError
-from models.checkpoints.save import save_graph
+from models.checkpoints.save import save_checkpoint
 from models.moe_files.layout import read_moe_layout
 from tests.conftest import tiny_llama
 from tests.support.tiny_graphs import graph_of
@@ -59,7 +59,7 @@ def test_every_tensor_of_an_expert_is_found(tmp_path, family, original):
 
 
 def test_the_tensors_of_our_graph_are_found(tmp_path, tiny_tokenizer):
-    save_graph(graph_of(), tiny_tokenizer, tmp_path)
+    save_checkpoint(graph_of(), tiny_tokenizer, tmp_path)
     layout = read_moe_layout(tmp_path)
     assert layout.experts_per_layer == [4, 4] and layout.family.per_layer
     prefix = "model.layers.1.mlp."
@@ -193,7 +193,7 @@ def test_a_configuration_with_another_count_is_refused(tmp_path, tiny_tokenizer)
 
 
 def test_layers_of_our_graph_may_differ(tmp_path, tiny_tokenizer):
-    save_graph(graph_of(), tiny_tokenizer, tmp_path)
+    save_checkpoint(graph_of(), tiny_tokenizer, tmp_path)
     set_config(tmp_path, num_experts=[4, 3])
     with pytest.raises(UserError, match=r"\[4, 4\], got \[4, 3\]"):
         read_moe_layout(tmp_path)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from configs.errors import UserError
 from models.checkpoints.dense_export import export_dense
 from models.checkpoints.load import load_graph
-from models.checkpoints.save import cast_weights, save_graph
+from models.checkpoints.save import cast_weights, save_checkpoint
 from models.graph.graph_state import check_graph, read_graph
 from models.moe_files.layout import read_moe_layout
 from models.moe_files.prune import preview_prune, prune_checkpoint
@@ -249,7 +249,7 @@ def test_a_preview_reports_what_pruning_does_and_writes_nothing(tmp_path, tiny_t
     if family == "fedgraft":
         source = tmp_path / family
         source.mkdir()
-        save_graph(graph_of(), tiny_tokenizer, source)
+        save_checkpoint(graph_of(), tiny_tokenizer, source)
     else:
         source = saved_moe(family, tmp_path, tiny_tokenizer)
     before = tree(tmp_path)
@@ -312,7 +312,7 @@ def test_an_output_with_files_is_replaced_only_when_told_even_by_the_source_itse
 
 def graph_dir(model, tokenizer, directory: Path) -> Path:
     directory.mkdir()
-    save_graph(model, tokenizer, directory)
+    save_checkpoint(model, tokenizer, directory)
     return directory
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from configs.errors import UserError
-from models.checkpoints.save import save_graph
+from models.checkpoints.save import save_checkpoint
 from models.graph.graph_state import read_graph
 from models.moe_files.layout import read_moe_layout
 from models.moe_files.prune_graph import edited_pairs, pruned_pairs, read_stored_graph, retire_stored_experts
@@ -14,7 +14,7 @@ from tests.support.tiny_moes import saved_moe
 
 
 def stored(model, tokenizer, directory):
-    save_graph(model, tokenizer, directory)
+    save_checkpoint(model, tokenizer, directory)
     return read_moe_layout(directory)
 
 

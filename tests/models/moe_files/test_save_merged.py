@@ -11,7 +11,7 @@ import torch
 from configs.errors import UserError
 from experts.selection.compression_trace import Removal, Step
 from models.checkpoints.load import load_causal_lm, load_tokenizer
-from models.checkpoints.save import cast_weights, save_graph
+from models.checkpoints.save import cast_weights, save_checkpoint
 from models.moe.remove import keep_experts
 from models.moe_files.layout import read_moe_layout
 from models.moe_files.prune import preview_prune
@@ -52,7 +52,7 @@ def test_a_graph_keeps_its_code_and_tokenizer_and_counts_its_version(tmp_path, t
 
 def test_widened_weights_are_saved_in_the_dtype_they_were_stored_in(monkeypatch, tmp_path, tiny_graph_dir):
     half = cast_weights(load_causal_lm(str(tiny_graph_dir)), torch.bfloat16)
-    save_graph(half, load_tokenizer(str(tiny_graph_dir)), tmp_path)
+    save_checkpoint(half, load_tokenizer(str(tiny_graph_dir)), tmp_path)
     monkeypatch.setattr("models.runtime.precision.beats_fp32", lambda dtype, device: False)
     opened = load_causal_lm(str(tmp_path), precision="auto")
     assert opened.dtype == torch.float32

@@ -12,7 +12,7 @@ from transformers import LlamaConfig
 from transformers.dynamic_module_utils import get_relative_imports
 
 from models.checkpoints.load import load_dense, load_graph
-from models.checkpoints.save import cast_weights, save_graph
+from models.checkpoints.save import cast_weights, save_checkpoint
 from models.remote_code import modeling_fedgraft as modeling
 from models.remote_code.configuration_fedgraft import FedGraftConfig
 from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
@@ -76,7 +76,7 @@ def test_a_bf16_checkpoint_gives_a_graph_equal_in_fp32(tmp_path, tiny_tokenizer,
     dense = load_dense(str(tmp_path / "dense"), dtype=torch.float32)
     graph = cast_weights(graph_of(dense), torch.bfloat16)
     (tmp_path / "graph").mkdir()
-    save_graph(graph, tiny_tokenizer, tmp_path / "graph")
+    save_checkpoint(graph, tiny_tokenizer, tmp_path / "graph")
     loaded = load_graph(str(tmp_path / "graph"), dtype=torch.float32)
     assert logit_difference(loaded, dense, random_ids(dense, seed=1)) < 1e-4
 
@@ -132,7 +132,7 @@ def test_logits_with_the_cache_are_those_of_the_full_forward_at_every_step():
 
 def test_what_decides_the_route_stays_in_fp32_in_a_bf16_checkpoint(tmp_path, tiny_tokenizer):
     graph = cast_weights(with_random_gains(graph_of(visits=2)), torch.bfloat16)
-    save_graph(graph, tiny_tokenizer, tmp_path)
+    save_checkpoint(graph, tiny_tokenizer, tmp_path)
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         stored = {name: file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118 - not a dict
     kinds = {"edges": torch.bool, "neurons": torch.int64, **dict.fromkeys(EXACT, torch.float32)}
@@ -151,7 +151,7 @@ def test_what_decides_the_route_stays_in_fp32_in_a_bf16_checkpoint(tmp_path, tin
 
 def test_a_saved_graph_loads_bit_for_bit(tmp_path, tiny_tokenizer):
     graph = with_random_gains(graph_of(visits=2))
-    save_graph(graph, tiny_tokenizer, tmp_path)
+    save_checkpoint(graph, tiny_tokenizer, tmp_path)
     loaded = load_graph(str(tmp_path))
     for name, value in graph.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value), name
@@ -166,7 +166,7 @@ def test_layers_may_differ_in_their_number_of_experts(tmp_path, tiny_tokenizer):
     assert [layer.num_visits for layer in graph.expert_layers()] == [4, 3]
     ids = random_ids(graph)
     assert torch.isfinite(graph(input_ids=ids).logits).all()
-    save_graph(graph, tiny_tokenizer, tmp_path)
+    save_checkpoint(graph, tiny_tokenizer, tmp_path)
     assert logit_difference(load_graph(str(tmp_path)), graph, ids) == 0
 
 
@@ -230,7 +230,7 @@ def test_the_checkpoint_loads_where_fedgraft_is_not(tmp_path, tiny_tokenizer):
     graph = with_random_gains(graph_of(visits=2))
     directory, exchange = tmp_path / "graph", tmp_path / "exchange.pt"
     directory.mkdir()
-    save_graph(graph, tiny_tokenizer, directory)
+    save_checkpoint(graph, tiny_tokenizer, directory)
     ids = random_ids(graph, seed=5)
     torch.save(ids, exchange)
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))

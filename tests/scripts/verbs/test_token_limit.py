@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from experts.saliency.measures import save_saliency
-from models.checkpoints.save import save_graph
+from models.checkpoints.save import save_checkpoint
 from tests.conftest import tiny_llama
 from tests.support.command import assert_refused, run, tree
 from tests.support.saliency_samples import random_saliency
@@ -44,7 +44,7 @@ def place(tmp_path, monkeypatch, tiny_tokenizer) -> Path:
     dense.save_pretrained(tmp_path / "dense")
     tiny_tokenizer.save_pretrained(tmp_path / "dense")
     (tmp_path / "graph").mkdir()
-    save_graph(graph_of(dense, visits=2), tiny_tokenizer, tmp_path / "graph")
+    save_checkpoint(graph_of(dense, visits=2), tiny_tokenizer, tmp_path / "graph")
     rows = [{"text": "a cat sat", "split": "valid"}, {"text": "a dog ran", "split": "train"}] * 40
     rows += [{"text": "x 3", "split": split} for split in ("train", "valid")]
     (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))

@@ -12,7 +12,7 @@ from federated.protocol.copy_hash import copy_hash, unit_digest
 from federated.protocol.snapshot import apply_snapshot
 from federated.protocol.steps import apply_step
 from models.checkpoints.load import load_graph
-from models.checkpoints.save import cast_weights, save_graph
+from models.checkpoints.save import cast_weights, save_checkpoint
 from models.graph.graph_state import read_graph
 from models.graph.unit_vectors import read_unit, unit_sizes
 from server.model.global_model import GlobalModel
@@ -153,7 +153,7 @@ def test_dense_bytes_are_all_ffn_weights_in_bf16(global_model):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_checkpoint_written_is_the_model_in_the_dtype_it_came_in(tmp_path, tiny_tokenizer, dtype):
     (tmp_path / "graph").mkdir()
-    save_graph(cast_weights(graph_of(), dtype), tiny_tokenizer, tmp_path / "graph")
+    save_checkpoint(cast_weights(graph_of(), dtype), tiny_tokenizer, tmp_path / "graph")
     global_model = GlobalModel(str(tmp_path / "graph"))
     assert global_model.model.dtype == torch.float32
     global_model.advance(random_change(global_model.model), value_bits=8)

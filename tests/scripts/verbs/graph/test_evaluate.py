@@ -8,7 +8,7 @@ import torch
 
 from federated.data.blocks import pack_blocks
 from models.checkpoints.load import load_causal_lm, load_tokenizer
-from models.checkpoints.save import cast_weights, save_graph
+from models.checkpoints.save import cast_weights, save_checkpoint
 from models.runtime.perplexity import evaluate_loss
 from models.runtime.precision import beats_fp32
 from tests.support.command import run
@@ -103,7 +103,7 @@ def test_the_faster_precision_is_taken_and_told(
     monkeypatch.setattr("models.runtime.precision._seconds", lambda dtype, size: seconds[dtype])
     beats_fp32.cache_clear()
     half = cast_weights(load_causal_lm(str(tiny_graph_dir)), torch.bfloat16)
-    save_graph(half, load_tokenizer(str(tiny_graph_dir)), texts / "half")
+    save_checkpoint(half, load_tokenizer(str(tiny_graph_dir)), texts / "half")
     command = ("evaluate", "--model", texts / "half", "--data", texts / "prose.jsonl", "--json")
     for options, name in (
         ((), expected),

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from models.checkpoints.load import load_dense, load_graph, load_tokenizer
-from models.checkpoints.save import save_graph
+from models.checkpoints.save import save_checkpoint
 from models.files.fingerprint import fingerprint
 from tests.support.command import run
 from tests.support.tiny_graphs import graph_of, with_random_gains
@@ -34,7 +34,7 @@ def test_an_untouched_graph_leaves_exactly(tmp_path, capsys, tiny_graph_dir, tin
 
 def test_what_is_lost_is_named_and_measured(tmp_path, capsys, tiny_tokenizer):
     (tmp_path / "graph").mkdir()
-    save_graph(with_random_gains(graph_of()), tiny_tokenizer, tmp_path / "graph")
+    save_checkpoint(with_random_gains(graph_of()), tiny_tokenizer, tmp_path / "graph")
     command = ("export", "--model", tmp_path / "graph", "--out", tmp_path / "dense")
     report = run(capsys, *command, "--json").json()
     assert report["exact"] is False and report["max_logit_difference"] > 1e-3
@@ -46,7 +46,7 @@ def test_what_is_lost_is_named_and_measured(tmp_path, capsys, tiny_tokenizer):
 
 def test_a_graph_may_be_overwritten_by_its_own_export(tmp_path, capsys, tiny_tokenizer):
     (tmp_path / "graph").mkdir()
-    save_graph(graph_of(), tiny_tokenizer, tmp_path / "graph")
+    save_checkpoint(graph_of(), tiny_tokenizer, tmp_path / "graph")
     out = tmp_path / "graph"
     assert load_graph(str(out))
     assert run(capsys, "export", "--model", out, "--out", out, "--json").code == 2
