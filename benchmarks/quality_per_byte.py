@@ -12,28 +12,35 @@ Every finished run is stored in a work folder, and a benchmark that was interrup
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from statistics import fmean
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from joblib import Parallel, delayed
 
-from benchmarks.support.quality.result import Run, mean_loss
-from benchmarks.support.quality.runs import bootstrapped_graph, stored_run
+from benchmarks.support.quality.comparison import (
+    both_directions,
+    byte_ratios,
+    intervals,
+    mean_figures,
+    perplexities,
+    target,
+    uplink,
+    worst_ratios,
+)
+from benchmarks.support.quality.jobs import Jobs
+from benchmarks.support.quality.result import Run
+from benchmarks.support.quality.runs import bootstrapped_graph
 from benchmarks.support.quality.settings import FULL, QUICK, Job, Rate, Settings
 from benchmarks.support.runner import Measured, OnStep, report
-from benchmarks.support.statistics import interval
 from configs.paths import cache_folder
 from configs.schema import RunConfig
-from scripts.shared.console import quiet_libraries, stderr
+from scripts.shared.console import quiet_libraries
 from scripts.shared.options import JsonFlag
 
-# Share of the log-perplexity gain of dense FedAvg over all its rounds that is the target.
-GAIN_SHARE = 0.9
 METHODS = ("dense", "ours", "fedit")
 _CONFIG = (
     "density",
@@ -61,77 +68,43 @@ def measure(quick: bool, on_step: OnStep, *, work: Path | None = None) -> Measur
     """
     settings = QUICK if quick else FULL
     if work is not None:
-        work.mkdir(parents=True, exist_ok=True)
-        return _measured(settings, _Runner(work, settings, quick, on_step).all_runs())
+        return _measured(settings, _all_runs(settings, quick, work, on_step))
     with TemporaryDirectory(prefix="fedgraft-") as folder:
-        return _measured(settings, _Runner(Path(folder), settings, quick, on_step).all_runs())
+        return _measured(settings, _all_runs(settings, quick, Path(folder), on_step))
 
 
-def target(run: Run) -> float:
-    """Mean loss at which a run has made ``GAIN_SHARE`` of its gain."""
-    start = mean_loss(run.trajectory[0])
-    return start - GAIN_SHARE * (start - run.loss)
-
-
-class _Runner:
-    """Runner of all jobs, ``settings.jobs`` side by side."""
-
-    def __init__(self, work: Path, settings: Settings, quick: bool, on_step: OnStep) -> None:
-        self._work, self._settings, self._quick, self._on_step = work, settings, quick, on_step
-        rates = sum(len(settings.learning_rates[name]) for name in METHODS)
-        self._done, self._total = 0, rates * len(settings.seeds) + 2 * len(settings.half_seeds)
-
-    def all_runs(self) -> Runs:
-        """Runs of each method at its chosen rate, one per seed, and under ``tried`` those at all rates."""
-        settings = self._settings
-        for seed in settings.seeds:
-            bootstrapped_graph(seed, settings, self._quick, self._work)
-        tried = self._run(
-            [
-                Job(name, seed, rate)
-                for name in METHODS
-                for rate in settings.learning_rates[name]
-                for seed in settings.seeds
-            ]
-        )
-        chosen: Runs = {}
-        for name in METHODS:
-            by_rate = [_at(rate, _of(name, tried)) for rate in settings.learning_rates[name]]
-            worst = partial(_mean_worst, dense=chosen["dense"]) if name == "ours" else _mean_final
-            chosen[name] = min(by_rate, key=worst)
-        half = self._run(
-            [
-                Job(f"half {name}", seed, chosen[name][0].learning_rate)
-                for name in ("dense", "ours")
-                for seed in settings.half_seeds
-            ]
-        )
-        return {
-            **chosen,
-            **{f"half {name}": _of(f"half {name}", half) for name in ("dense", "ours")},
-            "tried": tried,
-        }
-
-    def _run(self, jobs: Sequence[Job]) -> list[Run]:
-        results = []
-        work = Parallel(n_jobs=self._settings.jobs, return_as="generator")(
-            delayed(stored_run)(job, self._settings, self._quick, self._work) for job in jobs
-        )
-        for run in work:
-            results.append(run)
-            self._done += 1
-            self._on_step("runs", self._done, self._total)
-            stderr.print(_line(run), highlight=False, markup=False, soft_wrap=True)
-        return results
-
-
-def _line(run: Run) -> str:
-    end = run.trajectory[-1]
-    return (
-        f"{run.method}, seed {run.seed}, {run.learning_rate[0]:g} {run.learning_rate[1]}: loss "
-        f"{mean_loss(run.trajectory[0]):.4f} to {run.loss:.4f} in {end['round']} rounds, "
-        f"{end['up'] / 1e6:.3f} MB up, {end['down'] / 1e6:.3f} MB down, {run.edits} edits, {run.seconds:.0f} s"
+def _all_runs(settings: Settings, quick: bool, work: Path, on_step: OnStep) -> Runs:
+    """Runs of each method at its chosen rate, one per seed, and under ``tried`` those at all rates."""
+    rates = sum(len(settings.learning_rates[name]) for name in METHODS)
+    total = rates * len(settings.seeds) + 2 * len(settings.half_seeds)
+    jobs = Jobs("quality_per_byte", settings, quick, work, on_step, total)
+    for seed in settings.seeds:
+        bootstrapped_graph(seed, settings, quick, work)
+    tried = jobs.run(
+        [
+            Job(name, seed, rate)
+            for name in METHODS
+            for rate in settings.learning_rates[name]
+            for seed in settings.seeds
+        ]
     )
+    chosen: Runs = {}
+    for name in METHODS:
+        by_rate = [_at(rate, _of(name, tried)) for rate in settings.learning_rates[name]]
+        worst = partial(_mean_worst, dense=chosen["dense"]) if name == "ours" else _mean_final
+        chosen[name] = min(by_rate, key=worst)
+    half = jobs.run(
+        [
+            Job(f"half {name}", seed, chosen[name][0].learning_rate)
+            for name in ("dense", "ours")
+            for seed in settings.half_seeds
+        ]
+    )
+    return {
+        **chosen,
+        **{f"half {name}": _of(f"half {name}", half) for name in ("dense", "ours")},
+        "tried": tried,
+    }
 
 
 def _of(method: str, runs: Sequence[Run]) -> list[Run]:
@@ -148,7 +121,7 @@ def _mean_final(runs: Sequence[Run]) -> float:
 
 def _mean_worst(ours: Sequence[Run], dense: Sequence[Run]) -> float:
     """Mean over seeds of the worst client's ratio; infinite where a run does not reach the target."""
-    ratios = _worst_ratios(ours, dense, [target(run) for run in dense])
+    ratios = worst_ratios(ours, dense, [target(run) for run in dense])
     return fmean(math.inf if ratio is None else ratio for ratio in ratios)
 
 
@@ -157,22 +130,22 @@ def _measured(settings: Settings, runs: Runs) -> Measured:
     half, half_ours = runs["half dense"], runs["half ours"]
     goals = [target(run) for run in dense]
     found = {
-        "uplink_ratio_dense": _ratios(dense, ours, goals, _uplink_bytes),
-        "total_ratio_dense": _ratios(dense, ours, goals, _all_bytes),
-        "uplink_ratio_half_active": _ratios(half, half_ours, [target(run) for run in half], _uplink_bytes),
-        "uplink_ratio_fedit": _ratios(fedit, ours, [run.loss for run in fedit], _uplink_bytes),
-        "worst_client_ratio": _worst_ratios(ours, dense, goals),
+        "uplink_ratio_dense": byte_ratios(dense, ours, goals, uplink),
+        "total_ratio_dense": byte_ratios(dense, ours, goals, both_directions),
+        "uplink_ratio_half_active": byte_ratios(half, half_ours, [target(run) for run in half], uplink),
+        "uplink_ratio_fedit": byte_ratios(fedit, ours, [run.loss for run in fedit], uplink),
+        "worst_client_ratio": worst_ratios(ours, dense, goals),
     }
-    complete = {name: values for name, values in found.items() if None not in values}
+    figures = mean_figures(found)
     searched = any(len(rates) > 1 for rates in settings.learning_rates.values())
     rates = "" if searched else "; learning rates of an earlier search"
     config = RunConfig().values()
     return Measured(
-        figures={name: fmean(complete[name]) if name in complete else None for name in found},
+        figures=figures,
         peers={
             "seeds": found,
-            "intervals": {name: interval(values) for name, values in complete.items() if len(values) > 1},
-            "perplexity": {name: [_perplexities(run) for run in each] for name, each in runs.items()},
+            "intervals": intervals(found),
+            "perplexity": {name: [perplexities(run) for run in each] for name, each in runs.items()},
             "config": {key: config[key] for key in _CONFIG},
             "setting": vars(settings),
             "runs": {name: [vars(run) for run in each] for name, each in runs.items()},
@@ -180,45 +153,13 @@ def _measured(settings: Settings, runs: Runs) -> Measured:
         notes={
             name: (
                 f"mean over seeds ({len(values)}){rates}"
-                if name in complete
+                if figures[name] is not None
                 else "not reached on every seed within the rounds there are"
             )
             for name, values in found.items()
         },
         seconds=sum(run.seconds for name, each in runs.items() if name not in METHODS for run in each),
     )
-
-
-def _ratios(ones: Sequence[Run], others: Sequence[Run], goals: Sequence[float], measure_at: Any) -> list:
-    """Per seed, the ratio of ``measure_at`` of two runs where each reaches the goal; None where one does not."""
-    ratios = []
-    for one, other, goal in zip(ones, others, goals, strict=True):
-        entries = one.reached(goal), other.reached(goal)
-        values = [measure_at(run, entry) for run, entry in zip((one, other), entries, strict=True) if entry]
-        ratios.append(values[0] / values[1] if len(values) == 2 and values[1] else None)
-    return ratios
-
-
-def _worst_ratios(ones: Sequence[Run], others: Sequence[Run], goals: Sequence[float]) -> list:
-    """Per seed, the ratio of the two runs' worst-client perplexity changes, both at the same mean loss."""
-    changes = [
-        [run.worst_change(goal) for run in pair] for *pair, goal in zip(ones, others, goals, strict=True)
-    ]
-    return [one / other if one is not None and other is not None else None for one, other in changes]
-
-
-def _uplink_bytes(run: Run, entry: Mapping[str, Any]) -> float:
-    return entry["up"]
-
-
-def _all_bytes(run: Run, entry: Mapping[str, Any]) -> float:
-    return entry["up"] + entry["down"]
-
-
-def _perplexities(run: Run) -> dict[str, Any]:
-    """Geometric mean perplexity over clients at the start and at the end of a run, and its rounds and bytes."""
-    start, end = (math.exp(mean_loss(run.trajectory[index])) for index in (0, -1))
-    return {"start": start, "end": end, **{key: run.trajectory[-1][key] for key in ("round", "up", "down")}}
 
 
 def main(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from flwr.app import Context, Message
 
 from clients.client_app import app
 from configs.schema import RunConfig
@@ -30,13 +32,20 @@ class Federated:
     edits: int
 
 
-def run_in_process(config: RunConfig, names: Sequence[str], data_dirs: Sequence[Path]) -> Federated:
+def run_in_process(
+    config: RunConfig,
+    names: Sequence[str],
+    data_dirs: Sequence[Path],
+    *,
+    client_app: Callable[[Message, Context], Message] | None = None,
+) -> Federated:
     """Run a federation in which every client has a data folder of its own.
 
     Args:
         config: run configuration; ``log_dir`` receives the logs and the files of the clients.
         names: name of each client.
         data_dirs: data folder of each client.
+        client_app: called with each message and the Context of its client; None: ``clients.client_app``.
 
     Raises:
         RuntimeError: a client's reply was refused, so the run is not the one asked for.
@@ -45,7 +54,7 @@ def run_in_process(config: RunConfig, names: Sequence[str], data_dirs: Sequence[
         {"partition-id": partition, "num-partitions": len(names), "data-dir": str(folder)}
         for partition, folder in enumerate(data_dirs)
     ]
-    summary = run_federation(InProcessGrid(app, nodes, config.values()), config, run_id=RUN_ID)
+    summary = run_federation(InProcessGrid(client_app or app, nodes, config.values()), config, run_id=RUN_ID)
     by_name = {f"client-{partition}": name for partition, name in enumerate(names)}
     return Federated(_trajectory(read_rounds(Path(config.log_dir)), summary, by_name), summary["edits"])
 

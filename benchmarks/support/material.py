@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from configs.errors import UserError
+from configs.paths import cache_folder
 from federated.data.blocks import Blocks, pack_blocks
 from federated.data.documents import load_documents
 from federated.data.wikimix import DOMAINS
@@ -21,6 +22,8 @@ from models.checkpoints.load import load_dense, load_tokenizer
 from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 
 SHARED = Path(os.environ.get("FEDGRAFT_SHARED", Path(__file__).resolve().parents[3] / "shared"))
+# SmolLM2-135M-Instruct, which a script of the project fetches.
+REAL_MODEL = "smollm2-135m-instruct"
 DEMO_MODEL = Path(__file__).resolve().parents[2] / "models" / "demo"
 
 
@@ -32,12 +35,15 @@ def model_path(name: str, *, quick: bool = False) -> str:
     """
     if quick:
         return str(DEMO_MODEL)
-    path = SHARED / "models" / name
+    path = cache_folder() / "models" / name if name == REAL_MODEL else SHARED / "models" / name
     if path.is_dir():
         return str(path)
-    raise UserError(
-        f"expected the model {name} in {path}, got none; set FEDGRAFT_SHARED to the folder of models and data"
+    fix = (
+        "run scripts/tools/real_model.sh"
+        if name == REAL_MODEL
+        else "set FEDGRAFT_SHARED to the folder of models and data"
     )
+    raise UserError(f"expected the model {name} in {path}, got none; {fix}")
 
 
 @cache

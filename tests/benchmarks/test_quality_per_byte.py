@@ -4,9 +4,8 @@ import math
 
 import pytest
 
-from benchmarks.quality_per_byte import measure, target
+from benchmarks.quality_per_byte import measure
 from benchmarks.support import federation_run
-from benchmarks.support.quality.result import Run
 from benchmarks.support.quality.settings import QUICK
 from clients.client_app import app
 from server.app import run_federation
@@ -61,8 +60,3 @@ def test_the_quick_run_measures_every_method(calls):
     # In each round every client trains; in the end every client evaluates.
     assert calls == {"server": ours, "client": ours * clients * (QUICK.most_rounds + 1)}
     assert measured.seconds == pytest.approx(sum(run["seconds"] for name in METHODS for run in runs[name]))
-
-
-def test_the_target_is_most_of_the_gain():
-    entries = [{"losses": {"a": each, "b": each - 1}} for each in (5.0, 4.0, 3.0)]
-    assert target(Run("ours", 0, (1e-3, "linear"), entries)) == pytest.approx(4.5 - 0.9 * 2)

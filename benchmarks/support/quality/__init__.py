@@ -1,1 +1,1 @@
-"""Runs of ``benchmarks.quality_per_byte``: settings, results and training."""
+"""Federated quality per byte: settings, jobs and their stored results, training, comparison."""

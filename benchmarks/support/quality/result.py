@@ -1,10 +1,10 @@
-"""Result of one run of ``benchmarks.quality_per_byte``: bytes and losses after each round."""
+"""Result of one run of a federated method: bytes and losses after each round."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
@@ -23,6 +23,10 @@ class Run:
             round.
         seconds: wall time.
         edits: graph edits of a run of ours.
+        keys: see ``Job``.
+        peak_bytes: peak resident memory by process: ``server``, with all clients except those of ours in a process of
+            their own, and ``client``.
+        client_seconds: part of ``seconds`` that clients took, of a run of ours.
     """
 
     method: str
@@ -31,6 +35,9 @@ class Run:
     trajectory: list[dict[str, Any]]
     seconds: float = 0.0
     edits: int = 0
+    keys: Mapping[str, Any] = field(default_factory=dict)
+    peak_bytes: Mapping[str, int] = field(default_factory=dict)
+    client_seconds: float = 0.0
 
     @property
     def loss(self) -> float:

@@ -1,9 +1,10 @@
-"""Settings and jobs of ``benchmarks.quality_per_byte``."""
+"""Settings and jobs of the benchmarks of federated quality per byte."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 DOMAINS = ("stories", "shakespeare", "law_dc", "medical_qa", "math_gsm8k", "code_algos", "recipes")
 
@@ -28,9 +29,14 @@ class Settings:
         seeds: seeds of the data order, the clusters and the batches.
         half_seeds: seeds of the runs with half of the experts active, in which routers and gains train, too.
         learning_rates: candidate learning rates and schedules of each method; with half of the experts active, the
-            chosen ones of all active are taken.
-        calibration_tokens: tokens sampled from the model for the bootstrap.
+            chosen ones of all active are taken where the benchmark runs both.
+        calibration_tokens: calibration tokens of the bootstrap.
         jobs: runs side by side, one thread each.
+        model: name of the dense model, see ``material.model_path``.
+        bootstrap: options of the bootstrap apart from experts and seed, see ``BootstrapOptions``.
+        calibration: domain of the calibration text, which no client has; empty: text sampled from the model.
+        keys: keys of the run configuration of all methods, by their Python names.
+        apart: run each job, and the clients of ours, in processes of their own, whose peak memory is measured.
     """
 
     domains: Sequence[str]
@@ -47,6 +53,11 @@ class Settings:
     learning_rates: Mapping[str, Sequence[Rate]]
     calibration_tokens: int
     jobs: int
+    model: str = "mix7M"
+    bootstrap: Mapping[str, Any] = field(default_factory=dict)
+    calibration: str = ""
+    keys: Mapping[str, Any] = field(default_factory=dict)
+    apart: bool = False
 
 
 # The best of each method in an earlier search on the same model, domains and rounds: dense 1e-3 and 2e-3 constant, 2e-3
@@ -76,8 +87,16 @@ QUICK = replace(
 
 @dataclass(frozen=True)
 class Job:
-    """One method with one seed at one learning rate and schedule."""
+    """One method with one seed at one learning rate and schedule.
+
+    Attributes:
+        method: ``dense``, ``ours`` or ``fedit``; after ``half ``, on the expert graph with half of the experts active.
+        seed: seed of data order, clusters and batches.
+        learning_rate: learning rate of the clients, and its schedule.
+        keys: further keys of the run configuration, by their Python names.
+    """
 
     method: str
     seed: int
     learning_rate: Rate
+    keys: Mapping[str, Any] = field(default_factory=dict)
