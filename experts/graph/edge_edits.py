@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -15,16 +16,16 @@ def apply_edits(graph: ExpertGraph, edits: Sequence[Edit]) -> ExpertGraph:
     """Graph of the next version, after all ``edits`` in order; ``graph`` stays as it is.
 
     Raises:
-        UserError: an edit of experts, an unknown layer or expert, an added edge that exists, a removed one that
-            does not.
+        UserError: an edit of experts, an unknown layer or expert, a shared expert, an added edge that exists, a removed
+            one that does not.
     """
     masks = [mask.copy() for mask in graph.masks]
     for edit in edits:
         if not isinstance(edit, AddEdge | RemoveEdge):
             raise UserError(f"expected an edit to be one of {', '.join(EDGE_EDITS)}, got {edit.op!r}")
-        _check(edit, masks)
+        _check(edit, masks, graph.shared_per_layer)
         masks[edit.layer][edit.p, edit.q] = isinstance(edit, AddEdge)
-    return ExpertGraph(tuple(masks), graph.version + 1)
+    return replace(graph, masks=tuple(masks), version=graph.version + 1)
 
 
 def propose_edits(
@@ -34,7 +35,7 @@ def propose_edits(
 
     A swap stays in its layer and needs a demand for the new edge above ``margin`` times the traversals of the old;
     swaps are chosen by gain. An odd ``rho_max`` leaves one more edit: the most demanded edge. No expert becomes
-    unreachable.
+    unreachable. Edges of shared experts are neither added nor removed, since every token visits these anyway.
 
     Args:
         graph: current graph.
@@ -46,7 +47,7 @@ def propose_edits(
     swaps = [
         swap
         for layer, counts in enumerate(usage)
-        for swap in _swaps(graph.masks[layer], counts, layer, rho_max // 2, margin)
+        for swap in _swaps(graph, counts, layer, rho_max // 2, margin)
     ]
     swaps.sort(key=lambda swap: -swap[0])
     edits = [edit for _, pair in swaps[: rho_max // 2] for edit in pair]
@@ -55,9 +56,14 @@ def propose_edits(
     return edits
 
 
-def _check(edit: EdgeEdit, masks: Sequence[np.ndarray]) -> None:
+def _check(edit: EdgeEdit, masks: Sequence[np.ndarray], num_shared: Sequence[int]) -> None:
     if edit.layer >= len(masks) or edit.q >= len(masks[edit.layer]):
         raise UserError(f"expected a known layer and experts p < q, got {edit}")
+    if edit.p < num_shared[edit.layer]:
+        raise UserError(
+            f"expected an edge between experts that the router chooses, got {edit}; the first "
+            f"{num_shared[edit.layer]} experts of layer {edit.layer} are shared, and every token visits them"
+        )
     exists = bool(masks[edit.layer][edit.p, edit.q])
     if exists == isinstance(edit, AddEdge):
         state = "exists already" if exists else "does not exist"
@@ -65,11 +71,12 @@ def _check(edit: EdgeEdit, masks: Sequence[np.ndarray]) -> None:
 
 
 def _swaps(
-    mask: np.ndarray, counts: np.ndarray, layer: int, most: int, margin: float
+    graph: ExpertGraph, counts: np.ndarray, layer: int, most: int, margin: float
 ) -> list[tuple[float, tuple[RemoveEdge, AddEdge]]]:
     """Gain and edits of the swaps of one layer, best first."""
-    missing = _by_count(~mask, counts)[::-1][:most]
-    removable = _removable(mask, counts, most)
+    mask, num_shared = graph.masks[layer], graph.shared_per_layer[layer]
+    missing = _by_count(~mask, counts, num_shared)[::-1][:most]
+    removable = _removable(mask, counts, most, num_shared)
     swaps = []
     for (p, q), (a, b) in zip(missing, removable, strict=False):
         gain = float(counts[p, q] - margin * counts[a, b])
@@ -81,20 +88,21 @@ def _swaps(
     return swaps
 
 
-def _removable(mask: np.ndarray, counts: np.ndarray, most: int) -> list[tuple[int, int]]:
+def _removable(mask: np.ndarray, counts: np.ndarray, most: int, num_shared: int) -> list[tuple[int, int]]:
     """Edges that may be removed together, least traveled first."""
     left = mask.copy()
     chosen: list[tuple[int, int]] = []
-    for pair in _by_count(mask, counts):
+    for pair in _by_count(mask, counts, num_shared):
         if len(chosen) < most and _can_go(left, pair):
             left[pair] = False
             chosen.append(pair)
     return chosen
 
 
-def _by_count(where: np.ndarray, counts: np.ndarray) -> list[tuple[int, int]]:
-    """Pairs p < q of the mask ``where``, ascending by count."""
+def _by_count(where: np.ndarray, counts: np.ndarray, num_shared: int) -> list[tuple[int, int]]:
+    """Pairs p < q of the mask ``where`` without shared experts, ascending by count."""
     pairs = np.argwhere(np.triu(where, 1))
+    pairs = pairs[pairs[:, 0] >= num_shared]
     order = np.argsort(counts[pairs[:, 0], pairs[:, 1]], kind="stable")
     return [(int(p), int(q)) for p, q in pairs[order]]
 
@@ -110,8 +118,10 @@ def _can_go(mask: np.ndarray, pair: tuple[int, int]) -> bool:
 
 def _most_demanded(graph: ExpertGraph, usage: Sequence[np.ndarray], taken: set) -> list[EdgeEdit]:
     best: tuple[float, EdgeEdit] | None = None
-    for layer, (mask, counts) in enumerate(zip(graph.masks, usage, strict=True)):
-        for p, q in _by_count(~mask, counts)[::-1]:
+    for layer, (mask, counts, num_shared) in enumerate(
+        zip(graph.masks, usage, graph.shared_per_layer, strict=True)
+    ):
+        for p, q in _by_count(~mask, counts, num_shared)[::-1]:
             if (layer, p, q) not in taken:
                 if counts[p, q] > (best[0] if best else 0):
                     best = float(counts[p, q]), AddEdge(layer, p, q, f"demanded by {counts[p, q]:.0f} tokens")

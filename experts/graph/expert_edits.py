@@ -6,7 +6,7 @@ It renumbers the remaining experts, so that clients cannot replay it: ``edge_edi
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -59,7 +59,8 @@ def apply_expert_edits(graph: ExpertGraph, edits: Sequence[Edit]) -> EditedGraph
 
     ``RetireExpert``: the expert's parents get edges to its children, also through several retired experts in a row.
     ``MergeExperts``: the target takes over edges and root of the removed expert, as far as edges run from the lower to
-    the higher expert; other edges are dropped. An expert that becomes unreachable becomes a root.
+    the higher expert; other edges are dropped. An expert that becomes unreachable becomes a root. Shared experts are
+    neither removed nor merged into, and get no edges.
 
     Args:
         graph: graph before the edits.
@@ -67,7 +68,7 @@ def apply_expert_edits(graph: ExpertGraph, edits: Sequence[Edit]) -> EditedGraph
 
     Raises:
         UserError: an edit of edges, an unknown layer or expert, an expert removed twice or merged into a removed one, a
-            layer without experts.
+            layer without experts, a shared expert.
     """
     removed: list[dict[int, int | None]] = [{} for _ in graph.masks]  # removed expert -> target of its merge
     for edit in edits:
@@ -79,22 +80,30 @@ def apply_expert_edits(graph: ExpertGraph, edits: Sequence[Edit]) -> EditedGraph
         if edit.expert in removed[edit.layer]:
             raise UserError(f"expected expert {edit.layer}:{edit.expert} to be taken out once, got it twice")
         removed[edit.layer][edit.expert] = into
-    layers = [remove_from_mask(mask, removed[layer], layer) for layer, mask in enumerate(graph.masks)]
+    layers = [
+        remove_from_mask(mask, removed[layer], layer, graph.shared_per_layer[layer])
+        for layer, mask in enumerate(graph.masks)
+    ]
     masks, kept, numbers, added = zip(*layers, strict=True) if layers else ((), (), (), ())
-    return EditedGraph(ExpertGraph(masks, graph.version + 1), kept, numbers, added)
+    return EditedGraph(replace(graph, masks=masks, version=graph.version + 1), kept, numbers, added)
 
 
-def remove_from_mask(mask: np.ndarray, removed: Mapping[int, int | None], layer: int) -> EditedLayer:
+def remove_from_mask(
+    mask: np.ndarray, removed: Mapping[int, int | None], layer: int, num_shared: int = 0
+) -> EditedLayer:
     """Remove experts from one layer, as ``apply_expert_edits`` does.
 
     Args:
         mask: bool ``[E, E]``.
         removed: by removed expert, the expert that it is merged into, or None.
         layer: index, for messages.
+        num_shared: shared experts, the first of the layer.
 
     Raises:
-        UserError: no expert would stay, or one is merged into an expert that is removed itself.
+        UserError: no expert would stay, one is merged into an expert that is removed itself, or a shared one is removed
+            or merged into.
     """
+    _check_shared(removed, layer, num_shared)
     kept = np.array([expert for expert in range(len(mask)) if expert not in removed], dtype=np.int64)
     if not len(kept):
         raise UserError(f"expected an expert to stay in layer {layer}, got all of them taken out")
@@ -104,11 +113,21 @@ def remove_from_mask(mask: np.ndarray, removed: Mapping[int, int | None], layer:
             raise UserError(f"expected experts of layer {layer} to merge into one that stays, got {target}")
         into[gone] = gone if target is None else target
     rewired = _move(_bridge(mask, [gone for gone, target in removed.items() if target is None]), into)
+    rewired[:num_shared] = mask[:num_shared]
     after = rewired[np.ix_(kept, kept)]
     _open_roots(after)
     number = {int(old): new for new, old in enumerate(kept)}
     numbers = {old: number[int(new)] for old, new in enumerate(into) if int(new) in number}
     return EditedLayer(after, kept, numbers, np.triu(after & ~mask[np.ix_(kept, kept)], 1))
+
+
+def _check_shared(removed: Mapping[int, int | None], layer: int, num_shared: int) -> None:
+    for gone, target in removed.items():
+        if named := [expert for expert in (gone, target) if expert is not None and expert < num_shared]:
+            raise UserError(
+                f"expected experts that the router chooses to be removed or merged in layer {layer}, got "
+                f"{named[0]}, one of its {num_shared} shared experts, which every token visits"
+            )
 
 
 def _bridge(mask: np.ndarray, retired: Sequence[int]) -> np.ndarray:

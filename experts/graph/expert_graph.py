@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import networkx
 import numpy as np
@@ -19,36 +19,51 @@ class ExpertGraph:
     Attributes:
         masks: per layer, bool ``[E, E]``, upper-triangular: ``mask[e, e]`` marks a root, ``mask[p, q]`` an edge p -> q.
         version: number of server merges since the bootstrap.
+        num_shared: shared experts per layer, the first of the layer, which every token visits and no edit changes;
+            empty for none in any layer.
     """
 
     masks: tuple[np.ndarray, ...]
     version: int = 0
+    num_shared: tuple[int, ...] = ()
 
     def __post_init__(self):
         for layer, mask in enumerate(self.masks):
             check_mask(mask, layer)
+        if self.num_shared and len(self.num_shared) != len(self.masks):
+            raise UserError(
+                f"expected one number of shared experts for each of {len(self.masks)} layers, "
+                f"got {len(self.num_shared)}"
+            )
 
     @property
     def num_experts(self) -> list[int]:
         """Number of experts per layer."""
         return [len(mask) for mask in self.masks]
 
+    @property
+    def shared_per_layer(self) -> list[int]:
+        """Number of shared experts per layer."""
+        return list(self.num_shared) or [0] * len(self.masks)
+
     def edges_per_layer(self) -> list[int]:
         """Number of edges per layer, without roots."""
         return [int(np.triu(mask, 1).sum()) for mask in self.masks]
 
     def digest(self) -> str:
-        """SHA-256 of version, shapes and bits: equal on two sides exactly where their graphs are equal."""
+        """SHA-256 of version, shapes, bits and shared experts: equal on two sides where their graphs are equal."""
         state = hashlib.sha256(str(self.version).encode())
         for mask in self.masks:
             state.update(len(mask).to_bytes(4, "little"))
             state.update(np.packbits(mask).tobytes())
+        if any(self.num_shared):
+            state.update(str(self.num_shared).encode())
         return state.hexdigest()
 
     def restrict(self, residents: Sequence[np.ndarray]) -> ExpertGraph:
         """The graph of a client that holds ``residents`` (per layer, bool ``[E]``): ``M & outer(r, r)``."""
         masks = [mask & np.outer(held, held) for mask, held in zip(self.masks, residents, strict=True)]
-        return ExpertGraph(tuple(masks), self.version)
+        return replace(self, masks=tuple(masks))
 
 
 def check_mask(mask: np.ndarray, layer: int) -> None:

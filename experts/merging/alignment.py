@@ -33,8 +33,10 @@ def group_experts(
         By centroid, the experts of its group: the centroid, then the others ascending.
 
     Raises:
-        UserError: the groups cannot hold all experts.
+        UserError: no centroid, or groups that cannot hold all experts.
     """
+    if not len(centroids):
+        raise UserError("expected an expert to merge the others into, got none that stays and is not shared")
     others = np.setdiff1d(np.arange(len(similarity_EE)), centroids)
     places = len(centroids) * (max_group_size - 1)
     if len(others) > places:

@@ -23,12 +23,14 @@ class ExpertScan:
         frequency: share of the tokens routed to the expert, prompts of interest minus others.
         activation: mean gate times output norm over routed tokens, prompts of interest minus others, divided by their
             sum: -1 to 1; 0 for an expert that no token is routed to.
-        scores: weighted sum of both, each standardized within its layer.
+        scores: weighted sum of both, each standardized over the routed experts of its layer.
+        routed: bool ``[L, E]``, all but the shared experts, which every token visits.
     """
 
     frequency: np.ndarray
     activation: np.ndarray
     scores: np.ndarray
+    routed: np.ndarray
 
 
 def scan_experts(prompts: Saliency, others: Saliency, *, frequency_weight: float = 0.5) -> ExpertScan:
@@ -48,12 +50,13 @@ def scan_experts(prompts: Saliency, others: Saliency, *, frequency_weight: float
     one, other = prompts.scores("reap"), others.scores("reap")
     total = one + other
     activation = (one - other) / np.where(total == 0, 1.0, total)
-    scores = frequency_weight * _standardized(frequency) + (1 - frequency_weight) * _standardized(activation)
-    return ExpertScan(frequency, activation, scores)
+    parts = [_standardized(values, prompts.routed) for values in (frequency, activation)]
+    scores = frequency_weight * parts[0] + (1 - frequency_weight) * parts[1]
+    return ExpertScan(frequency, activation, scores, prompts.routed)
 
 
 def map_of_scan(scan: ExpertScan, kind: str, *, quantile: float, provenance: dict) -> ExpertMap:
-    """Flag the experts of each layer whose score reaches a quantile of the layer and exceeds its mean.
+    """Flag the routed experts of each layer whose score reaches a quantile of the layer and exceeds its mean.
 
     Args:
         scan: result of ``scan_experts``.
@@ -65,9 +68,16 @@ def map_of_scan(scan: ExpertScan, kind: str, *, quantile: float, provenance: dic
         UserError: an unknown kind, or a quantile out of range.
     """
     check_scan_options(quantile=quantile)
+    routed = np.where(scan.routed, scan.scores, np.nan)
     # Scores are centered within their layer: 0 is the layer's mean.
-    thresholds = np.maximum(np.nanquantile(scan.scores, quantile, axis=1), np.finfo(np.float64).tiny)
-    return ExpertMap(kind, scan.scores, thresholds, flag_experts(scan.scores, thresholds), provenance)
+    least = np.finfo(np.float64).tiny
+    thresholds = np.array(
+        [
+            max(np.quantile(row[among], quantile), least) if among.any() else least
+            for row, among in zip(scan.scores, scan.routed, strict=True)
+        ]
+    )
+    return ExpertMap(kind, scan.scores, thresholds, flag_experts(routed, thresholds), provenance)
 
 
 def check_scan_options(*, quantile: float = 0.0, frequency_weight: float = 0.0) -> None:
@@ -86,7 +96,9 @@ def _visit_share(saliency: Saliency) -> np.ndarray:
     return saliency.freq / tokens
 
 
-def _standardized(values: np.ndarray) -> np.ndarray:
-    """Values standardized within their layer; 0 where a layer has no spread."""
-    spread = np.nanstd(values, axis=1, keepdims=True)
-    return (values - np.nanmean(values, axis=1, keepdims=True)) / np.where(spread < 1e-12, 1.0, spread)
+def _standardized(values: np.ndarray, routed: np.ndarray) -> np.ndarray:
+    """Values standardized over the routed experts of their layer; 0 where these have no spread."""
+    count = np.maximum(routed.sum(axis=1, keepdims=True), 1)
+    centered = values - np.where(routed, values, 0.0).sum(axis=1, keepdims=True) / count
+    spread = np.sqrt(np.where(routed, np.square(centered), 0.0).sum(axis=1, keepdims=True) / count)
+    return centered / np.where(spread < 1e-12, 1.0, spread)

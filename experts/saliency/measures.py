@@ -37,6 +37,8 @@ class Saliency:
         weighted_freq_sum: gates, summed over the tokens routed to the expert.
         decoder_layers: decoder index of each MoE layer, ascending.
         provenance: model and data (model, model_fingerprint, datasets, tokens, ...), JSON values.
+        num_shared: shared experts per layer, the first of the layer, which every token visits and no rule removes;
+            empty for none in any layer.
     """
 
     reap_sum: np.ndarray
@@ -46,6 +48,7 @@ class Saliency:
     weighted_freq_sum: np.ndarray
     decoder_layers: list[int]
     provenance: dict[str, Any] = field(default_factory=dict)
+    num_shared: tuple[int, ...] = ()
 
     def __post_init__(self):
         for name in ARRAYS:
@@ -66,6 +69,16 @@ class Saliency:
     def present(self) -> np.ndarray:
         """Existing experts, bool ``[L, E]``."""
         return ~np.isnan(self.freq)
+
+    @property
+    def shared_per_layer(self) -> list[int]:
+        """Number of shared experts of each layer."""
+        return list(self.num_shared) or [0] * self.num_layers
+
+    @property
+    def routed(self) -> np.ndarray:
+        """Existing experts that the router chooses, i.e. all but the shared ones, bool ``[L, E]``."""
+        return self.present & (np.arange(self.num_experts) >= np.asarray(self.shared_per_layer)[:, None])
 
     @property
     def experts_per_layer(self) -> list[int]:
@@ -93,6 +106,8 @@ def save_saliency(saliency: Saliency, path: Path) -> None:
     arrays: dict[str, Any] = {name: getattr(saliency, name) for name in ARRAYS}
     arrays |= {"num_layers": saliency.num_layers, "num_experts": saliency.num_experts}
     arrays["decoder_layers"] = np.asarray(saliency.decoder_layers, dtype=np.int64)
+    if any(saliency.num_shared):
+        arrays["num_shared"] = np.asarray(saliency.num_shared, dtype=np.int64)
     arrays["provenance"] = np.asarray(json.dumps(finite(saliency.provenance)))
     with replacing(Path(path)) as file:
         np.savez_compressed(file, **arrays)
@@ -101,7 +116,7 @@ def save_saliency(saliency: Saliency, path: Path) -> None:
 def load_saliency(path: Path) -> Saliency:
     """Read a saliency file.
 
-    ``decoder_layers`` (default: 0, 1, ...) and ``provenance`` may be missing.
+    ``decoder_layers`` (default: 0, 1, ...), ``num_shared`` (default: none) and ``provenance`` may be missing.
 
     Raises:
         UserError: no such file, no .npz archive of plain numbers, a missing key, or impossible values.
@@ -121,14 +136,21 @@ def add_saliency(parts: Sequence[Saliency]) -> Saliency:
     check_same_model(parts)
     arrays = {name: np.sum([getattr(part, name) for part in parts], axis=0) for name in ARRAYS}
     provenance = _joined_provenance([part.provenance for part in parts])
-    return Saliency(**arrays, decoder_layers=list(parts[0].decoder_layers), provenance=provenance)
+    first = parts[0]
+    return Saliency(
+        **arrays,
+        decoder_layers=list(first.decoder_layers),
+        provenance=provenance,
+        num_shared=first.num_shared,
+    )
 
 
 def check_same_model(parts: Sequence[Saliency]) -> None:
     """Refuse saliencies of different models.
 
     Raises:
-        UserError: an empty sequence; experts, decoder indices or model fingerprint other than the first's.
+        UserError: an empty sequence; experts, shared experts, decoder indices or model fingerprint other than the
+            first's.
     """
     if not parts:
         raise UserError("expected at least one saliency file, got none")
@@ -137,6 +159,7 @@ def check_same_model(parts: Sequence[Saliency]) -> None:
         facts = (
             ("experts per layer", first.experts_per_layer, other.experts_per_layer),
             ("decoder layers", list(first.decoder_layers), list(other.decoder_layers)),
+            ("shared experts", first.shared_per_layer, other.shared_per_layer),
             ("model fingerprint", *(part.provenance.get("model_fingerprint") for part in (first, other))),
         )
         for what, expected, got in facts:
@@ -173,6 +196,11 @@ def _check_agreement(saliency: Saliency) -> None:
     layers = list(saliency.decoder_layers)
     if len(layers) != shape[0] or layers != sorted(set(layers)) or layers[0] < 0:
         raise UserError(f"expected {shape[0]} ascending decoder layers, one per MoE layer, got {layers}")
+    shared, counts = saliency.num_shared, saliency.experts_per_layer
+    if shared and (
+        len(shared) != shape[0] or any(not 0 <= n <= e for n, e in zip(shared, counts, strict=True))
+    ):
+        raise UserError(f"expected shared experts among the experts per layer {counts}, got {list(shared)}")
 
 
 def _row(where: np.ndarray) -> int:

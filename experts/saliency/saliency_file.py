@@ -18,7 +18,7 @@ _UNREADABLE = (OSError, EOFError, ValueError, TypeError, AttributeError, zipfile
 
 
 def read_arrays(path: Path, names: Sequence[str]) -> dict[str, Any]:
-    """Read arrays ``[num_layers, num_experts]`` by name, ``decoder_layers`` and ``provenance`` of a file.
+    """Read arrays ``[num_layers, num_experts]`` by name, and what describes the model and the data of a file.
 
     Raises:
         UserError: no such file, no .npz archive of plain numbers, a key missing, an array of another shape.
@@ -38,7 +38,8 @@ def read_arrays(path: Path, names: Sequence[str]) -> dict[str, Any]:
             )
     return {
         **{name: arrays[name] for name in names},
-        "decoder_layers": _decoder_layers(arrays.get("decoder_layers", np.arange(shape[0]))),
+        "decoder_layers": _whole_list("decoder_layers", arrays.get("decoder_layers", np.arange(shape[0]))),
+        "num_shared": tuple(_whole_list("num_shared", arrays.get("num_shared", np.arange(0)))),
         "provenance": _provenance(arrays.get("provenance", np.asarray("{}"))),
     }
 
@@ -60,9 +61,9 @@ def _whole(name: str, value: np.ndarray) -> int:
     return int(value.item())
 
 
-def _decoder_layers(value: np.ndarray) -> list[int]:
+def _whole_list(name: str, value: np.ndarray) -> list[int]:
     if value.dtype.kind not in "iu" or value.ndim != 1:
-        raise UserError(f"expected decoder_layers to be whole numbers, got {value.dtype} {value.shape}")
+        raise UserError(f"expected {name} to be whole numbers, got {value.dtype} {value.shape}")
     return value.tolist()
 
 

@@ -15,17 +15,20 @@ from experts.saliency.ranks import rank_sums
 def layer_summaries(saliency: Saliency, metric: str, *, top: int = 4) -> list[dict[str, Any]]:
     """Summary of each layer: ordinal, decoder index, ``top`` best and worst experts, experts without routed tokens.
 
-    ``best`` starts with the best, ``worst`` with the worst; ``scores`` holds all scores by expert.
+    ``best`` starts with the best, ``worst`` with the worst, both without the first ``shared`` experts, which every
+    token visits; ``scores`` holds all scores by expert.
     """
     scores = saliency.scores(metric)
     summaries = []
     for layer, number in enumerate(saliency.experts_per_layer):
-        order = np.argsort(-scores[layer, :number], kind="stable")
+        routed = np.flatnonzero(saliency.routed[layer])
+        order = routed[np.argsort(-scores[layer, routed], kind="stable")]
         summaries.append(
             {
                 "layer": layer,
                 "decoder_layer": int(saliency.decoder_layers[layer]),
                 "experts": number,
+                "shared": number - len(routed),
                 "best": order[:top].tolist(),
                 "worst": order[::-1][:top].tolist(),
                 "never_routed": np.flatnonzero(saliency.freq[layer, :number] == 0).tolist(),

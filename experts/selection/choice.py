@@ -64,6 +64,7 @@ def read_selection(
 def choose_experts(
     experts_per_layer: Sequence[int],
     *,
+    num_shared: Sequence[int] = (),
     expert_list: Sequence[Path] | None,
     saliency: Sequence[Path] | None,
     n_prune: int | None,
@@ -75,9 +76,10 @@ def choose_experts(
 
     Args:
         experts_per_layer: E of each MoE layer of the model.
+        num_shared: shared experts per layer, the first of the layer, which all choices keep; empty for none.
         expert_list: files; they take precedence over the saliency, which then fills in layers that they leave out.
         saliency: files.
-        n_prune: number of experts to remove; required with saliency alone, unused with a list.
+        n_prune: number of routed experts to remove; required with saliency alone, unused with a list.
         metric: saliency measure.
         equalize: whether every layer is raised to the largest number kept.
         rules: of ``read_selection``; unused with a list.
@@ -90,9 +92,11 @@ def choose_experts(
         raise UserError("expected `expert_list` FILE, or `saliency` FILE with `n_prune` N, got neither")
     if saliencies:
         check_same_model(saliencies)
-        _check_model(saliencies[0], experts_per_layer)
+        _check_model(saliencies[0], experts_per_layer, num_shared)
     if expert_list:
-        choices = [_from_list(path, experts_per_layer, saliencies, metric) for path in expert_list]
+        choices = [
+            _from_list(path, experts_per_layer, num_shared, saliencies, metric) for path in expert_list
+        ]
     elif n_prune is None:
         raise UserError(
             "expected `n_prune` N with `saliency`, got none; give the number of experts to remove"
@@ -123,12 +127,16 @@ def output_directories(choices: Sequence[ExpertChoice], out: Path | None) -> lis
 
 
 def _from_list(
-    path: Path, experts_per_layer: Sequence[int], saliencies: Sequence[Saliency], metric: str
+    path: Path,
+    experts_per_layer: Sequence[int],
+    num_shared: Sequence[int],
+    saliencies: Sequence[Saliency],
+    metric: str,
 ) -> ExpertChoice:
     listed = load_expert_list(path)
     filling = add_saliency(saliencies) if saliencies else None
     try:
-        keep_map = complete_keep_map(listed, experts_per_layer, filling, metric)
+        keep_map = complete_keep_map(listed, experts_per_layer, filling, metric, num_shared)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     kept = sum(map(len, keep_map.values()))
@@ -155,9 +163,17 @@ def _as_mapping(rank_sum: np.ndarray) -> dict[int, dict[int, float]]:
     return {layer: dict(enumerate(row.tolist())) for layer, row in enumerate(rank_sum)}
 
 
-def _check_model(saliency: Saliency, experts_per_layer: Sequence[int]) -> None:
+def _check_model(
+    saliency: Saliency, experts_per_layer: Sequence[int], num_shared: Sequence[int] = ()
+) -> None:
     if saliency.experts_per_layer != list(experts_per_layer):
         raise UserError(
             f"expected saliency of a model with {list(experts_per_layer)} experts per layer, got "
             f"{saliency.experts_per_layer}; collect it on this model"
+        )
+    shared = (list(num_shared) or [0] * len(experts_per_layer), saliency.shared_per_layer)
+    if shared[0] != shared[1]:
+        raise UserError(
+            f"expected saliency of a model with {shared[0]} shared experts per layer, got {shared[1]}; "
+            "collect it on this model"
         )

@@ -96,11 +96,19 @@ def read_ranks(path: Path) -> dict[int, dict[int, float]]:
     return {layer: ranks for layer, (_, ranks) in read_list(Path(path)).items() if ranks}
 
 
-def check_keep_map(keep_map: Mapping[int, np.ndarray], experts_per_layer: Sequence[int]) -> None:
+def check_keep_map(
+    keep_map: Mapping[int, np.ndarray], experts_per_layer: Sequence[int], num_shared: Sequence[int] = ()
+) -> None:
     """Refuse a keep map that does not fit a model with ``experts_per_layer``.
 
+    Args:
+        keep_map: layer to the kept experts; an unnamed layer keeps all.
+        experts_per_layer: E of each layer.
+        num_shared: shared experts per layer, the first of the layer, all of which must be kept; empty for none.
+
     Raises:
-        UserError: a layer or an expert that the model does not have, an expert twice, a layer without experts.
+        UserError: a layer or an expert that the model does not have, an expert twice, a layer without experts, a shared
+            expert that is not kept.
     """
     for layer, experts in keep_map.items():
         if not 0 <= layer < len(experts_per_layer):
@@ -117,6 +125,12 @@ def check_keep_map(keep_map: Mapping[int, np.ndarray], experts_per_layer: Sequen
             raise UserError(f"layer {layer}: expected every expert once, got {ids}")
         if not ids:
             raise UserError(f"layer {layer}: expected at least one expert to keep, got none")
+        shared = set(range(num_shared[layer] if num_shared else 0))
+        if gone := sorted(shared - set(ids)):
+            raise UserError(
+                f"layer {layer}: expected the shared experts 0 to {len(shared) - 1} among the kept ones, since every "
+                f"token visits them, got a list that removes {', '.join(map(str, gone))}; list them to be kept"
+            )
 
 
 def complete_keep_map(
@@ -124,36 +138,48 @@ def complete_keep_map(
     experts_per_layer: Sequence[int],
     saliency: Saliency | None = None,
     metric: str = "reap",
+    num_shared: Sequence[int] = (),
 ) -> dict[int, np.ndarray]:
     """Complete a keep map to every layer, in order.
 
-    A missing layer keeps its most salient experts, in the same share as the listed layers together and at least one;
-    without saliency it keeps all.
+    A missing layer keeps its shared experts and its most salient routed ones, in the same share of routed experts as
+    the listed layers together and at least one; without saliency it keeps all.
+
+    Args:
+        keep_map: layer to the kept experts.
+        experts_per_layer: E of each layer.
+        saliency: saliency of the model; None for none.
+        metric: saliency measure.
+        num_shared: shared experts per layer, the first of the layer; empty for none.
 
     Raises:
         UserError: as ``check_keep_map``; saliency of a model with other experts.
     """
-    check_keep_map(keep_map, experts_per_layer)
+    check_keep_map(keep_map, experts_per_layer, num_shared)
     if saliency is not None and saliency.experts_per_layer != list(experts_per_layer):
         raise UserError(
             f"expected saliency of a model with {list(experts_per_layer)} experts per layer, got "
             f"{saliency.experts_per_layer}; collect it on this model"
         )
-    listed = sum(experts_per_layer[layer] for layer in keep_map)
-    share = sum(map(len, keep_map.values())) / listed if listed else 1.0
-    return {
-        layer: (
-            np.sort(keep_map[layer]) if layer in keep_map else _best(saliency, metric, layer, number, share)
-        )
-        for layer, number in enumerate(experts_per_layer)
-    }
-
-
-def _best(saliency: Saliency | None, metric: str, layer: int, number: int, share: float) -> np.ndarray:
+    shared = list(num_shared) or [0] * len(experts_per_layer)
+    listed = sum(experts_per_layer[layer] - shared[layer] for layer in keep_map)
+    share = sum(len(kept) - shared[layer] for layer, kept in keep_map.items()) / listed if listed else 1.0
     if saliency is None:
-        return np.arange(number)
-    scores = saliency.scores(metric)[layer, :number]
-    return np.sort(np.argsort(-scores, kind="stable")[: max(1, round(share * number))])
+        missing = {layer: np.arange(number) for layer, number in enumerate(experts_per_layer)}
+    else:
+        missing = {
+            layer: _best(saliency.scores(metric)[layer, :number], shared[layer], share)
+            for layer, number in enumerate(experts_per_layer)
+        }
+    return {layer: np.sort(keep_map[layer]) if layer in keep_map else best for layer, best in missing.items()}
+
+
+def _best(scores: np.ndarray, shared: int, share: float) -> np.ndarray:
+    """The shared experts, and the share of the others with the highest scores ``[E]``."""
+    routed = (
+        shared + np.argsort(-scores[shared:], kind="stable")[: max(1, round(share * len(scores[shared:])))]
+    )
+    return np.concatenate([np.arange(shared), np.sort(routed)])
 
 
 def _csv_text(experts: ExpertList) -> str:

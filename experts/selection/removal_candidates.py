@@ -18,7 +18,8 @@ class RemovalCandidates:
     Args:
         ranks_LE: saliency ranks among all experts of the model, 1 the best, NaN where absent.
         free_LE: bool, experts that may be removed.
-        min_experts_per_layer: smallest number of experts that a layer keeps.
+        routed_LE: bool, all but the shared experts, which are neither removed nor merged into.
+        min_experts_per_layer: smallest number of routed experts that a layer keeps.
         max_group_size: largest number of experts merged into one.
 
     Attributes:
@@ -26,9 +27,15 @@ class RemovalCandidates:
     """
 
     def __init__(
-        self, ranks_LE: np.ndarray, free_LE: np.ndarray, *, min_experts_per_layer: int, max_group_size: int
+        self,
+        ranks_LE: np.ndarray,
+        free_LE: np.ndarray,
+        routed_LE: np.ndarray,
+        *,
+        min_experts_per_layer: int,
+        max_group_size: int,
     ) -> None:
-        self.left_LE = ~np.isnan(ranks_LE)
+        self.left_LE, self._routed_LE = ~np.isnan(ranks_LE), routed_LE
         self._free_LE, self._least, self._largest = free_LE, min_experts_per_layer, max_group_size
         self._group_LE = self.left_LE.astype(np.int64)
         self._refused: dict[Removal, float] = {}
@@ -88,13 +95,14 @@ class RemovalCandidates:
 
     @property
     def _open_LE(self) -> np.ndarray:
-        room_L = self.left_LE.sum(axis=1) > self._least
+        room_L = (self.left_LE & self._routed_LE).sum(axis=1) > self._least
         return self.left_LE & self._free_LE & room_L[:, None]
 
     def _allowed_EE(self, layer: int, number: int) -> np.ndarray:
         """Allowed merges, bool ``[E, E]``: expert of the row into that of the column."""
         turn_E, group_E = self._turn_LE[layer, :number], self._group_LE[layer, :number]
-        allowed_EE = self._open_LE[layer, :number, None] & self.left_LE[layer, :number]
+        target_E = (self.left_LE & self._routed_LE)[layer, :number]
+        allowed_EE = self._open_LE[layer, :number, None] & target_E
         return allowed_EE & (turn_E[:, None] < turn_E) & (group_E[:, None] + group_E <= self._largest)
 
 

@@ -1,4 +1,8 @@
-"""Selection of experts to remove by saliency rank, under protection, filters and a minimum per layer."""
+"""Selection of experts to remove by saliency rank, under protection, filters and a minimum per layer.
+
+All numbers of experts are those of routed experts: shared experts, which every token visits, are neither removed nor
+counted.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +34,7 @@ class SelectionRules:
         action: ``analyze`` (ranks only), ``prune``, or ``merge`` (into experts that stay).
         min_rank: smallest rank sum of a removable expert.
         max_rank: largest rank sum of a removable expert.
-        min_experts_per_layer: smallest number of experts that a layer keeps.
+        min_experts_per_layer: smallest number of routed experts that a layer keeps.
         ignored: expert ids exempt in every layer.
         safety: experts that are exempt (``safety_mode`` ``protect``) or removed first, in order of rank (``target``).
         safety_mode: ``protect`` or ``target``.
@@ -108,7 +112,7 @@ def select_experts(
     _check_fit(saliencies[0], selection)
     actions = np.where(np.isnan(ranks), "", "keep").astype("<U5")
     if selection.action != "analyze":
-        for layer, expert in _chosen(ranks, selection):
+        for layer, expert in _chosen(ranks, saliencies[0].routed, selection):
             actions[layer, expert] = selection.action
     source = {
         "files": list(files),
@@ -120,9 +124,9 @@ def select_experts(
     return ExpertList(ranks, actions, source, filters)
 
 
-def _chosen(ranks: np.ndarray, selection: SelectionRules) -> list[tuple[int, int]]:
+def _chosen(ranks: np.ndarray, routed: np.ndarray, selection: SelectionRules) -> list[tuple[int, int]]:
     """Layer and expert of each selected expert."""
-    may_go = _removable(ranks, selection)
+    may_go = _removable(ranks, routed, selection)
     groups = {"in the whole model": may_go}
     if not selection.model_wide:
         groups = {
@@ -132,7 +136,7 @@ def _chosen(ranks: np.ndarray, selection: SelectionRules) -> list[tuple[int, int
     if selection.n_prune > len(tightest):
         raise UserError(
             f"expected to remove at most {len(tightest)} experts {where}, got `n_prune` {selection.n_prune}; "
-            "protected and ignored experts, those outside the rank filter, the best of a layer if strided, and "
+            "shared, protected and ignored experts, those outside the rank filter, the best of a layer if strided, and "
             f"{selection.min_experts_per_layer} per layer stay: lower `n_prune` or loosen those"
         )
     targets = _targets(ranks.shape, selection)
@@ -156,16 +160,16 @@ def strided(worst_first: list, number: int) -> list:
     return [worst_first[index * window // number] for index in range(number)]
 
 
-def _removable(ranks: np.ndarray, selection: SelectionRules) -> list[tuple[int, int]]:
+def _removable(ranks: np.ndarray, routed: np.ndarray, selection: SelectionRules) -> list[tuple[int, int]]:
     """Removal queue: targets first, then from worst to best; every prefix keeps the minimum per layer.
 
     Ties are resolved by the higher expert number, then by the later layer.
     """
-    candidates = free_experts(ranks, selection)
+    candidates = free_experts(ranks, routed, selection)
     layers, experts = np.nonzero(candidates)
     targets = _targets(ranks.shape, selection)[layers, experts]
     order = np.lexsort((-layers, -experts, -ranks[layers, experts], ~targets))
-    room = (~np.isnan(ranks)).sum(axis=1) - selection.min_experts_per_layer
+    room = routed.sum(axis=1) - selection.min_experts_per_layer
     removable = []
     for layer, expert in zip(layers[order].tolist(), experts[order].tolist(), strict=True):
         if room[layer] > 0:
@@ -174,9 +178,9 @@ def _removable(ranks: np.ndarray, selection: SelectionRules) -> list[tuple[int, 
     return removable
 
 
-def free_experts(ranks: np.ndarray, selection: SelectionRules) -> np.ndarray:
-    """Experts that no rule exempts, bool ``[L, E]``."""
-    candidates = ~np.isnan(ranks)
+def free_experts(ranks: np.ndarray, routed: np.ndarray, selection: SelectionRules) -> np.ndarray:
+    """Routed experts (of bool ``[L, E]``) that no rule exempts, bool ``[L, E]``."""
+    candidates = routed.copy()
     if selection.min_rank is not None:
         candidates &= ranks >= selection.min_rank
     if selection.max_rank is not None:
@@ -187,7 +191,7 @@ def free_experts(ranks: np.ndarray, selection: SelectionRules) -> np.ndarray:
     if selection.domain is not None:
         candidates &= ~selection.domain.mask
     if selection.strategy == "strided":
-        candidates[np.arange(len(ranks)), np.nanargmin(ranks, axis=1)] = False
+        candidates[np.arange(len(ranks)), np.where(routed, ranks, np.inf).argmin(axis=1)] = False
     return candidates
 
 

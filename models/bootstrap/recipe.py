@@ -125,8 +125,7 @@ def graph_fingerprint(source: str, memory: Path | None = None) -> str:
     check_is_graph(config, source)
     weights = remembered_fingerprint(source, memory) if memory else checkpoint_fingerprint(source)
     facts = [weights, config.experts_per_token, config.walk, config.graph_version]
-    if any(config.num_shared):
-        facts.append(config.num_shared)
+    facts += [each for each in (config.num_shared, config.default_experts) if any(each or ())]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 

@@ -60,6 +60,10 @@ class MoEFamily:
         top_k_key: configuration key of the experts per token.
         top_k_names: attributes of the opened router, or else of the block, that may hold it.
         per_layer: whether the configuration holds E as a list, one entry a layer.
+        shared_key: configuration key of the shared experts per layer that are the first of the E experts; empty where
+            shared experts are modules of their own.
+        default_key: configuration key of the experts per layer that default outputs of unvisited experts were fitted
+            for; empty without such outputs.
         version_key: configuration key of the number of edits of the model's graph; empty without edges.
         merge_note: note on the result of merging such experts; empty for none.
         next_token_layers: whether layers behind the last may be stored that predict further tokens, which transformers
@@ -81,6 +85,8 @@ class MoEFamily:
     top_k_key: str = "num_experts_per_tok"
     top_k_names: tuple[str, ...] = ("top_k", "num_experts_per_tok")
     per_layer: bool = False
+    shared_key: str = ""
+    default_key: str = ""
     version_key: str = ""
     merge_note: str = ""
     next_token_layers: bool = False

@@ -36,10 +36,12 @@ FAMILIES: dict[str, MoEFamily] = {
         fused=("gate_up_proj", "down_proj"),
         rows=("router", "output_gain", "neurons"),
         pairs=("edge_gain", "edge_affinity", "edges"),
-        others=NOTHING,
+        others=r"default\.(?:down|up|bias)",
         count_keys=("num_experts",),
         top_k_key="experts_per_token",
         per_layer=True,
+        shared_key="num_shared",
+        default_key="default_experts",
         version_key="graph_version",
         merge_note="the experts of a graph are disjoint parts of one dense FFN and share nothing by construction: "
         "compare what merging costs with pruning the same experts",

@@ -11,7 +11,8 @@ from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 def read_graph(model: FedGraftForCausalLM) -> ExpertGraph:
     """Copy of the masks and the graph version of a model."""
     masks = tuple(layer.edges.cpu().numpy().copy() for layer in model.expert_layers())
-    return ExpertGraph(masks, model.config.graph_version)
+    num_shared = tuple(layer.num_shared for layer in model.expert_layers())
+    return ExpertGraph(masks, model.config.graph_version, num_shared)
 
 
 def check_graph(model: FedGraftForCausalLM) -> None:

@@ -27,6 +27,11 @@ class GraphLayer(MoELayer):
     experts: ExpertGraphMLP
 
     @property
+    def num_shared(self) -> int:
+        """Shared experts, the first of the layer, which every token visits."""
+        return self.experts.num_shared
+
+    @property
     def top_k(self) -> int:
         """Visits per token; at most E."""
         return min(self.experts.num_visits, self.num_experts)
@@ -44,14 +49,14 @@ class GraphLayer(MoELayer):
         """Remove experts and rewire the edges as ``apply_expert_edits`` does; the graph version stays.
 
         Raises:
-            UserError: experts outside the fused tensors.
+            UserError: experts outside the fused tensors, or a shared expert among the removed or merged ones.
         """
         block = self.experts
         if block.storage is not None or block.held != list(range(block.num_experts)):
             raise UserError(
                 "expected a graph that holds all its experts in memory, got one that has them elsewhere"
             )
-        edited = remove_from_mask(block.edges.cpu().numpy(), removed, self.ordinal)
+        edited = remove_from_mask(block.edges.cpu().numpy(), removed, self.ordinal, block.num_shared)
         kept = torch.from_numpy(edited.kept).to(block.edges.device)
         for name in ("gate_up_proj", "down_proj", "output_gain"):
             setattr(block, name, nn.Parameter(getattr(block, name)[kept]))

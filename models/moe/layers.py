@@ -79,6 +79,11 @@ class MoELayer(ABC):
         return self.router_weight.shape[0]
 
     @property
+    def num_shared(self) -> int:
+        """Shared experts among the E, the first of the layer, which every token visits."""
+        return 0
+
+    @property
     def top_k(self) -> int:
         """Experts per token; at most E."""
         names = self.family.top_k_names

@@ -81,7 +81,7 @@ def merge_experts(
     *,
     on_step: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> list[dict[int, list[int]]]:
-    """Merge every expert that is not in ``keep_map`` into one that is, in place.
+    """Merge every expert that is not in ``keep_map`` into a routed one that is, in place; shared experts do not change.
 
     The router keeps the rows of the kept experts. Saliency and similarity of a layer are measured on the outputs of the
     layers before it, which are merged by then.
@@ -97,11 +97,13 @@ def merge_experts(
         Groups per MoE layer: by the old number of each kept expert, the old numbers of its group, itself first.
 
     Raises:
-        UserError: a keep map that does not fit, groups that cannot hold all experts, no calibration text.
+        UserError: a keep map that does not fit or removes a shared expert, groups that cannot hold all experts, no
+            calibration text.
     """
     model.eval()
     layers = {layer.decoder: layer for layer in moe_layers(model)}
-    check_keep_map(keep_map, [layer.num_experts for layer in layers.values()])
+    counts = [(layer.num_experts, layer.num_shared) for layer in layers.values()]
+    check_keep_map(keep_map, [number for number, _ in counts], [shared for _, shared in counts])
     if not any(bool(token_mask.any()) for _, token_mask in batches):
         raise UserError("expected calibration text to merge on, got no token; check the data")
     groups: list[dict[int, list[int]]] = []
@@ -157,7 +159,7 @@ def _merge_layer(
         return {int(expert): [int(expert)] for expert in kept}
     x_TD, weights_E = _observe(layer, inputs, masks, options)
     alike_EE = output_similarity(layer, x_TD[: options.sample_tokens], options.similarity)
-    groups = group_experts(alike_EE, kept, options.max_group_size)
+    groups = _groups(alike_EE, kept, layer.num_shared, options.max_group_size)
     wanted_TD = block_output(layer, x_TD) if options.refit else None
     for group in groups.values():
         if len(group) > 1 and options.weights != "centroid":
@@ -167,6 +169,13 @@ def _merge_layer(
         merged = [index for index, group in enumerate(groups.values()) if len(group) > 1]
         refit_experts(moe_layers(model)[layer.ordinal], merged, x_TD, wanted_TD)
     return groups
+
+
+def _groups(alike_EE: np.ndarray, kept: np.ndarray, shared: int, max_group_size: int) -> dict[int, list[int]]:
+    """Groups of ``group_experts`` among the routed experts, behind one group for each of the first ``shared``."""
+    routed = group_experts(alike_EE[shared:, shared:], kept[shared:] - shared, max_group_size)
+    groups = {expert: [expert] for expert in range(shared)}
+    return groups | {shared + first: [shared + each for each in group] for first, group in routed.items()}
 
 
 @torch.no_grad()

@@ -130,7 +130,8 @@ class _Planner:
         self._last_loss = -math.inf
         self._candidates = RemovalCandidates(
             ranks,
-            free_experts(ranks, options.selection),
+            free_experts(ranks, saliency.routed, options.selection),
+            saliency.routed,
             min_experts_per_layer=options.selection.min_experts_per_layer,
             max_group_size=options.max_group_size,
         )
@@ -231,5 +232,6 @@ def _check(layers: list[MoELayer], options: PlanOptions, provenance: dict | None
     for row, number in zip(blank, counts, strict=True):
         row[:number] = 0
     decoders = [layer.decoder for layer in layers]
-    saliency = Saliency(blank, blank, blank, blank, blank, decoders, provenance or {})
+    shared = tuple(layer.num_shared for layer in layers)
+    saliency = Saliency(blank, blank, blank, blank, blank, decoders, provenance or {}, shared)
     select_experts([saliency], options.metric, options.selection)

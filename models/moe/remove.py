@@ -63,7 +63,7 @@ def remove_experts(layer: MoELayer, removed: Removed) -> None:
     An expert graph is rewired as ``apply_expert_edits`` does; its version stays.
 
     Raises:
-        UserError: no expert would stay.
+        UserError: no expert would stay, or one of them is shared.
     """
     if not removed:
         return
@@ -88,6 +88,9 @@ def set_counts(model: PreTrainedModel) -> None:
     """
     layers = moe_layers(model)
     family, counts = layers[0].family, [layer.num_experts for layer in layers]
+    if family.default_key and getattr(model.config, "default_rank", 0):
+        fitted = getattr(model.config, family.default_key) or model.config.num_experts
+        setattr(model.config, family.default_key, fitted)
     if not family.holds(counts):
         return
     for key in family.count_keys:

@@ -61,7 +61,7 @@ def replay_trace(
     model.eval()
     layers = moe_layers(model)
     groups = [{expert: [expert] for expert in range(layer.num_experts)} for layer in layers]
-    check_steps(steps, [(layer.decoder, layer.num_experts) for layer in layers])
+    check_steps(steps, [(layer.decoder, layer.num_experts, layer.num_shared) for layer in layers])
     for number, step in enumerate(steps, start=1):
         removal, group = step.removal, groups[step.removal.layer]
         execute_removal(moe_layers(model)[removal.layer], list(group), removal, step.averaging)
@@ -73,23 +73,29 @@ def replay_trace(
     return groups
 
 
-def check_steps(steps: Sequence[Step], layers: Sequence[tuple[int, int]]) -> None:
+def check_steps(steps: Sequence[Step], layers: Sequence[tuple[int, int, int]]) -> None:
     """Refuse steps that do not fit a model.
 
     Args:
         steps: of a compression trace.
-        layers: decoder index and number of experts of each MoE layer.
+        layers: decoder index, number of experts and number of shared experts of each MoE layer.
 
     Raises:
-        UserError: a layer or expert that the model does not have, a layer without experts, an unknown alignment.
+        UserError: a layer or expert that the model does not have, a shared expert, a layer without experts, an unknown
+            alignment.
     """
-    left = [number for _, number in layers]
+    left = [number for _, number, _ in layers]
     for number, step in enumerate(steps, start=1):
         layer, experts = step.removal.layer, (step.removal.expert, step.removal.into or 0)
         if layer >= len(layers) or layers[layer][0] != step.decoder_layer or max(experts) >= layers[layer][1]:
             raise UserError(
                 f"step {number}: expected a layer and experts of this model, got {step.removal} in decoder layer "
                 f"{step.decoder_layer}; the plan is of another model"
+            )
+        if min(step.removal.expert, step.removal.into or step.removal.expert) < layers[layer][2]:
+            raise UserError(
+                f"step {number}: expected experts that the router chooses, got {step.removal}; the first "
+                f"{layers[layer][2]} experts of the layer are shared, and every token visits them"
             )
         if step.averaging is not None:
             check_choice("`alignment`", step.averaging.alignment, Alignment)

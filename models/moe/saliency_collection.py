@@ -141,7 +141,8 @@ def _total(before: Saliency | None, sums: SaliencySums, layers: list[MoELayer], 
     reap, ean, gates = (stacked([values[index] for values in sums.values]) for index in range(3))
     counts = stacked(sums.counts)
     decoders = [layer.decoder for layer in layers]
-    found = Saliency(reap, counts, ean, counts.copy(), gates, decoders, provenance)
+    shared = tuple(layer.num_shared for layer in layers)
+    found = Saliency(reap, counts, ean, counts.copy(), gates, decoders, provenance, shared)
     return found if before is None else replace(add_saliency([before, found]), provenance=provenance)
 
 

@@ -29,6 +29,7 @@ class LayerLayout:
         ordinal: index among the layers with experts.
         decoder_layer: index among all decoder layers.
         num_experts: E.
+        num_shared: shared experts, the first of the layer, which every token visits.
         own: per expert, its own tensors gate, up, down; empty where the weights are fused.
         fused: weights of all experts, ``[E, ...]``: gate and up, then down; empty where each has its own.
         rows: other tensors with one row an expert, the router first.
@@ -38,6 +39,7 @@ class LayerLayout:
     ordinal: int
     decoder_layer: int
     num_experts: int
+    num_shared: int
     own: dict[int, tuple[str, ...]]
     fused: tuple[str, ...]
     rows: tuple[str, ...]
@@ -85,6 +87,11 @@ class MoELayout:
         return [layer.num_experts for layer in self.layers]
 
     @property
+    def shared_per_layer(self) -> list[int]:
+        """Shared experts of each MoE layer."""
+        return [layer.num_shared for layer in self.layers]
+
+    @property
     def decoder_layers(self) -> list[int]:
         """Decoder index of each MoE layer."""
         return [layer.decoder_layer for layer in self.layers]
@@ -98,7 +105,7 @@ def read_moe_layout(source: Path) -> MoELayout:
             have, experts missing, or other counts than the configuration gives.
     """
     config = _read_config_values(source)
-    family = FAMILIES[config["model_type"]]
+    family, shared = FAMILIES[config["model_type"]], _shared_counts(config)
     stored = [
         tensor
         for path in checkpoint_files(str(source))
@@ -108,7 +115,9 @@ def read_moe_layout(source: Path) -> MoELayout:
     by_layer, beyond = _sort_by_layer(tensors, family, config)
     layers: list[LayerLayout] = []
     for decoder_layer in sorted(by_layer):
-        layer = _layer_layout(by_layer[decoder_layer], tensors, family, len(layers), decoder_layer)
+        layer = _layer_layout(
+            by_layer[decoder_layer], tensors, family, len(layers), decoder_layer, shared[decoder_layer]
+        )
         if layer is not None:
             layers.append(layer)
     layout = MoELayout(source, config, family, tensors, tuple(layers), beyond)
@@ -126,11 +135,6 @@ def _read_config_values(source: Path) -> dict[str, Any]:
         raise UserError(
             f"expected a mixture of experts of type {', '.join(FAMILIES)}, got {model_type!r} in {source}"
         )
-    if any(values.get("num_shared") or []):
-        raise UserError(
-            f"expected experts that the router chooses, got a graph with shared experts in {source}; "
-            "bootstrap a graph without shared experts to measure, prune or merge its experts"
-        )
     if values.get("quantization_config"):
         raise UserError(
             f"expected weights that are not quantized, got quantization_config in {source}/config.json; "
@@ -139,14 +143,30 @@ def _read_config_values(source: Path) -> dict[str, Any]:
     return values
 
 
+def _shared_counts(config: Mapping[str, Any]) -> list[int]:
+    """Shared experts of each decoder layer by the configuration."""
+    depth = config.get("num_hidden_layers")
+    if not isinstance(depth, int):
+        raise UserError(f"expected num_hidden_layers in config.json, got {depth!r}")
+    key = FAMILIES[config["model_type"]].shared_key
+    counts = (config.get(key) if key else None) or [0] * depth
+    if (
+        not isinstance(counts, list)
+        or len(counts) != depth
+        or any(type(n) is not int or n < 0 for n in counts)
+    ):
+        raise UserError(
+            f"expected {key} of config.json to be one number for each of {depth} layers, got {counts}"
+        )
+    return counts
+
+
 def _sort_by_layer(
     tensors: Mapping[str, StoredTensor], family: MoEFamily, config: Mapping[str, Any]
 ) -> tuple[dict[int, dict[str, str]], tuple[str, ...]]:
     """FFN tensors of each decoder layer (name within the block -> full name), and tensors of further layers."""
     in_layer = re.compile(rf"(?:model\.)?layers\.(\d+)\.(?:({'|'.join(family.blocks)})\.(.+)|.+)")
-    depth = config.get("num_hidden_layers")
-    if not isinstance(depth, int):
-        raise UserError(f"expected num_hidden_layers in config.json, got {depth!r}")
+    depth = config["num_hidden_layers"]
     by_layer: dict[int, dict[str, str]] = {}
     beyond = []
     for name in tensors:
@@ -168,6 +188,7 @@ def _layer_layout(
     family: MoEFamily,
     ordinal: int,
     decoder_layer: int,
+    num_shared: int,
 ) -> LayerLayout | None:
     """Layout of a block; None for a dense one."""
     left = dict(block)
@@ -189,7 +210,12 @@ def _layer_layout(
             f"expected a router and all weights of its experts in decoder layer {decoder_layer}, "
             "got only some of them; the checkpoint is incomplete"
         )
-    layer = LayerLayout(ordinal, decoder_layer, tensors[rows[0]].shape[0], own, fused, rows, pairs)
+    count = tensors[rows[0]].shape[0]
+    if num_shared > count:
+        raise UserError(
+            f"expected at most {count} shared experts in decoder layer {decoder_layer}, got {num_shared}"
+        )
+    layer = LayerLayout(ordinal, decoder_layer, count, num_shared, own, fused, rows, pairs)
     _check_shapes(layer, tensors)
     return layer
 

@@ -59,7 +59,8 @@ def prune_checkpoint(
     """Write a checkpoint folder with the experts of ``keep_map`` alone; all other tensors stay unchanged.
 
     New weight files have the old names and dtypes. Router rows and selection biases of removed experts are removed,
-    too. An expert graph is edited by ``apply_expert_edits``.
+    too. An expert graph is edited by ``apply_expert_edits``; its shared experts stay, and so does its default output of
+    unvisited experts with the number of experts that it was fitted for, so that it also stands for removed ones.
 
     Args:
         source: folder of a checkpoint of a family in ``models.families.table``.
@@ -69,8 +70,8 @@ def prune_checkpoint(
         overwrite: whether ``out`` may be replaced.
 
     Raises:
-        UserError: as ``read_moe_layout``; a keep map that does not fit; different numbers of experts per layer in a
-            format that holds one; ``out`` is not empty.
+        UserError: as ``read_moe_layout``; a keep map that does not fit or removes a shared expert; different numbers of
+            experts per layer in a format that holds one; ``out`` is not empty.
     """
     check_output_directory(out, overwrite=overwrite)
     output = _output_layout(source, keep_map)
@@ -103,7 +104,7 @@ class _OutputLayout:
 
 def _output_layout(source: Path, keep_map: Mapping[int, np.ndarray]) -> _OutputLayout:
     layout = read_moe_layout(source)
-    check_keep_map(keep_map, layout.experts_per_layer)
+    check_keep_map(keep_map, layout.experts_per_layer, layout.shared_per_layer)
     kept = {
         layer.ordinal: np.sort(np.asarray(keep_map.get(layer.ordinal, np.arange(layer.num_experts))))
         for layer in layout.layers

@@ -24,7 +24,8 @@ def read_stored_graph(layout: MoELayout) -> ExpertGraph:
     """
     names = [name for layer in layout.layers for name in layer.pairs if name.endswith(MASK)]
     masks = tuple(_read(layout, name).numpy() for name in names)
-    return ExpertGraph(masks, layout.config.get(layout.family.version_key, 0))
+    version = layout.config.get(layout.family.version_key, 0)
+    return ExpertGraph(masks, version, tuple(layout.shared_per_layer))
 
 
 def pruned_pairs(

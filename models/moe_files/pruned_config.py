@@ -29,6 +29,8 @@ def pruned_config(
     counts = [len(kept[layer]) for layer in range(len(layout.layers))]
     keys = [key for key in family.count_keys if config.get(key) is not None] or [family.count_keys[0]]
     config |= dict.fromkeys(keys, family.count_value(counts))
+    if family.default_key and layout.config.get("default_rank"):
+        config[family.default_key] = layout.config.get(family.default_key) or layout.experts_per_layer
     warnings = []
     most, groups_warning = _selectable(config, layout, kept, max(counts))
     top_k = config.get(family.top_k_key)

@@ -24,7 +24,8 @@ def planned_keep_map(layout: MoELayout, steps: Sequence[Step]) -> dict[int, np.n
     Raises:
         UserError: as ``check_steps``; different numbers of experts per layer in a format that holds one.
     """
-    check_steps(steps, list(zip(layout.decoder_layers, layout.experts_per_layer, strict=True)))
+    facts = zip(layout.decoder_layers, layout.experts_per_layer, layout.shared_per_layer, strict=True)
+    check_steps(steps, list(facts))
     removed = [
         {s.removal.expert for s in steps if s.removal.layer == layer.ordinal} for layer in layout.layers
     ]

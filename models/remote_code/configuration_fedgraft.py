@@ -17,6 +17,8 @@ class FedGraftConfig(LlamaConfig):
         expert_size: neurons per expert (h), the same in every layer.
         num_shared: shared experts per layer, one integer a layer: the first of the layer, visited by every token.
         default_rank: rank of the default output of experts that are not visited (see ``default_fedgraft``); 0: none.
+        default_experts: experts per layer that the default outputs were fitted for, one integer a layer; None for
+            ``num_experts``. Other counts remain where experts were removed since.
         experts_per_token: experts that each token visits in a layer (k), shared ones among them, or all reachable
             ones if they are fewer.
         walk: ``best-first`` or ``depth-first``.
@@ -30,6 +32,7 @@ class FedGraftConfig(LlamaConfig):
     expert_size: int | None = None
     num_shared: list[int] | None = None
     default_rank: int = 0
+    default_experts: list[int] | None = None
     experts_per_token: int = 1
     walk: str = "best-first"
     graph_version: int = 0
@@ -41,6 +44,7 @@ class FedGraftConfig(LlamaConfig):
         expert_size: int | None = None,
         num_shared: list[int] | None = None,
         default_rank: int = 0,
+        default_experts: list[int] | None = None,
         experts_per_token: int = 1,
         walk: str = "best-first",
         graph_version: int = 0,
@@ -50,7 +54,7 @@ class FedGraftConfig(LlamaConfig):
         super().__init__(**kwargs)
         self.num_experts = [1] * self.num_hidden_layers if num_experts is None else num_experts
         self.num_shared = [0] * self.num_hidden_layers if num_shared is None else num_shared
-        self.default_rank = default_rank
+        self.default_rank, self.default_experts = default_rank, default_experts
         self.experts_per_token, self.walk = experts_per_token, walk
         self.graph_version, self.base_fingerprint = graph_version, base_fingerprint
         self._check()
@@ -82,6 +86,13 @@ class FedGraftConfig(LlamaConfig):
         ):
             raise ValueError(
                 f"num_shared must name for each layer at most its experts {self.num_experts}, got {self.num_shared}"
+            )
+        fitted = self.default_experts
+        if fitted is not None and (
+            len(fitted) != len(counts) or any(n < count for n, count in zip(fitted, counts, strict=True))
+        ):
+            raise ValueError(
+                f"default_experts must be at least num_experts {counts} in each layer, got {fitted}"
             )
         if not 1 <= self.experts_per_token <= max(self.num_experts):
             raise ValueError(

@@ -30,6 +30,7 @@ class ExpertGraphMLP(LayerExperts):
         num_visits: experts that each token visits, K.
         num_shared: shared experts, the first of the layer, which every token visits before all others.
         default_rank: rank of the default output of experts that are not visited; 0: none.
+        default_experts: number of experts that the default output was fitted for; None for E.
         activation: name of the gate's activation, in Hugging Face's terms.
         order: ``best-first`` or ``depth-first`` (see ``walk_graph``).
         layer_index: index of the decoder layer, for messages.
@@ -57,6 +58,7 @@ class ExpertGraphMLP(LayerExperts):
         num_visits: int,
         num_shared: int = 0,
         default_rank: int = 0,
+        default_experts: int | None = None,
         activation: str = "silu",
         order: str = "best-first",
         layer_index: int = 0,
@@ -70,7 +72,12 @@ class ExpertGraphMLP(LayerExperts):
         )
         self.num_visits, self.num_shared, self.order = num_visits, num_shared, order
         self.router = GraphRouter(hidden_size=hidden_size, num_experts=num_experts, layer_index=layer_index)
-        self.default = DefaultOutput(hidden_size=hidden_size, rank=default_rank) if default_rank else None
+        fitted = num_experts if default_experts is None else default_experts
+        self.default = (
+            DefaultOutput(hidden_size=hidden_size, rank=default_rank, num_experts=fitted)
+            if default_rank
+            else None
+        )
         self.edge_gain = nn.Parameter(torch.zeros(num_experts, num_experts))
         self.edge_affinity = nn.Parameter(torch.zeros(num_experts, num_experts))
         self.output_gain = nn.Parameter(torch.zeros(num_experts))
@@ -112,7 +119,7 @@ class ExpertGraphMLP(LayerExperts):
     def _with_default(self, result_TD: Tensor, x_TD: Tensor, experts_TK: Tensor) -> Tensor:
         if self.default is None:
             return result_TD
-        return result_TD + self.default(x_TD, experts_TK, self.num_experts)
+        return result_TD + self.default(x_TD, experts_TK)
 
     def walk(self, scores_TE: Tensor) -> Walk:
         """Walk of tokens with the router logits ``[T, E]``."""

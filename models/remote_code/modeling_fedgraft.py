@@ -68,8 +68,9 @@ class FedGraftModel(FedGraftPreTrainedModel, LlamaModel):
 
     def __init__(self, config: FedGraftConfig):
         super().__init__(config)
-        counts = zip(config.num_experts, config.num_shared, strict=True)
-        for index, (layer, (num_experts, num_shared)) in enumerate(zip(self.layers, counts, strict=True)):
+        fitted = config.default_experts or config.num_experts
+        counts = zip(self.layers, config.num_experts, config.num_shared, fitted, strict=True)
+        for index, (layer, num_experts, num_shared, default_experts) in enumerate(counts):
             layer.mlp = ExpertGraphMLP(
                 hidden_size=config.hidden_size,
                 expert_size=config.expert_size,
@@ -77,6 +78,7 @@ class FedGraftModel(FedGraftPreTrainedModel, LlamaModel):
                 num_visits=min(config.experts_per_token, num_experts),
                 num_shared=num_shared,
                 default_rank=config.default_rank,
+                default_experts=default_experts,
                 activation=config.hidden_act,
                 order=config.walk,
                 layer_index=index,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,6 +14,7 @@ from scripts.shared.verb import given_options
 
 if TYPE_CHECKING:
     from experts.selection.choice import ExpertChoice
+    from models.moe_files.layout import MoELayout
 
 SaliencyFiles = Annotated[
     list[Path],
@@ -55,7 +55,9 @@ class AveragingOptions:
 class ProtectionOptions:
     """Experts that stay whatever their rank, and the minimum per layer."""
 
-    min_experts_per_layer: Annotated[int, typer.Option(min=1, help="Fewest experts that a layer keeps.")] = 1
+    min_experts_per_layer: Annotated[
+        int, typer.Option(min=1, help="Fewest experts that a layer keeps, without its shared ones.")
+    ] = 1
     safety_map: Annotated[Path | None, typer.Option(help="Expert map of `fedgraft safety-scan`.")] = None
     domain_map: Annotated[Path | None, typer.Option(help="Expert map of `fedgraft domain-scan`.")] = None
     ignore_experts: Annotated[
@@ -104,15 +106,16 @@ class ChoiceOptions(MetricOptions, RuleOptions):
         ),
     ] = None
     n_prune: Annotated[
-        int | None, typer.Option(min=0, help="Experts to remove: per layer, or in all with --model-wide.")
+        int | None,
+        typer.Option(
+            min=0, help="Experts to remove: per layer, or in all with --model-wide; never a shared one."
+        ),
     ] = None
     model_wide: Annotated[
         bool, typer.Option("--model-wide", help="Rank and remove experts over all layers together.")
     ] = False
 
-    def choices(
-        self, experts_per_layer: Sequence[int], *, equalize: bool, as_json: bool
-    ) -> list[ExpertChoice]:
+    def choices(self, layout: MoELayout, *, equalize: bool, as_json: bool) -> list[ExpertChoice]:
         """Choose the experts that stay; print the lists that were read, on stderr where stdout is JSON.
 
         Raises:
@@ -123,11 +126,12 @@ class ChoiceOptions(MetricOptions, RuleOptions):
         if self.expert_list:
             _warn_of_unused(given_options())
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        choices = choose_experts(experts_per_layer, equalize=equalize, **values)
+        values |= {"num_shared": layout.shared_per_layer, "equalize": equalize}
+        choices = choose_experts(layout.experts_per_layer, **values)
         for line in (line for choice in choices for line in choice.loaded):
             typer.echo(line, err=as_json)
         for choice in choices:
-            if sum(map(len, choice.keep_map.values())) == sum(experts_per_layer):
+            if sum(map(len, choice.keep_map.values())) == sum(layout.experts_per_layer):
                 by = f"{choice.source}" if choice.source else f"--n-prune {self.n_prune}"
                 warnings.warn(f"nothing to remove with {by}: all experts stay", stacklevel=1)
         return choices

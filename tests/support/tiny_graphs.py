@@ -35,6 +35,14 @@ def graph_of(
     return build_graph(dense, experts, visits)
 
 
+def shared_graph_of(
+    dense: PreTrainedModel | None = None, *, num_experts: int = 8, **plan
+) -> FedGraftForCausalLM:
+    """An expert graph with two shared experts a layer and default outputs of rank 3; half of the experts a token."""
+    planned = {"router": "contribution", "num_shared": 2, "default_rank": 3, "edges_per_expert": 2} | plan
+    return graph_of(dense, num_experts=num_experts, visits=num_experts // 2, **planned)
+
+
 @torch.no_grad()
 def logit_difference(one: PreTrainedModel, other: PreTrainedModel, ids: Tensor) -> float:
     """Largest absolute difference of two models' logits."""
@@ -42,11 +50,14 @@ def logit_difference(one: PreTrainedModel, other: PreTrainedModel, ids: Tensor) 
 
 
 def with_random_gains(graph: FedGraftForCausalLM, *, seed: int = 0) -> FedGraftForCausalLM:
-    """Give every gain, affinity and output gain a random value and open every edge, in place."""
+    """Give every gain, affinity and output gain a random value and open every edge of routed experts, in place."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for layer in graph.expert_layers():
             for gain in (layer.edge_gain, layer.edge_affinity, layer.output_gain):
                 gain.copy_(torch.randn(gain.shape, generator=generator) / 2)
             layer.edges.copy_(torch.ones_like(layer.edges).triu())
+            layer.edges[: layer.num_shared] = torch.eye(layer.num_experts, dtype=torch.bool)[
+                : layer.num_shared
+            ]
     return graph

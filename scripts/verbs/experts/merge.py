@@ -104,7 +104,7 @@ def merge(
     layout = read_moe_layout(local_checkpoint(model))
     steps = None if plan is None else read_trace(plan)
     choices = (
-        pick.choices(layout.experts_per_layer, equalize=write.equalize, as_json=as_json)
+        pick.choices(layout, equalize=write.equalize, as_json=as_json)
         if steps is None
         else [_planned(layout, steps)]
     )

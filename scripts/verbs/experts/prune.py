@@ -37,7 +37,7 @@ def prune(
     quiet_libraries()
     source = local_checkpoint(model)
     layout = read_moe_layout(source)
-    choices = pick.choices(layout.experts_per_layer, equalize=write.equalize, as_json=as_json)
+    choices = pick.choices(layout, equalize=write.equalize, as_json=as_json)
     # All targets are checked before the first checkpoint is written.
     targets = [] if write.preview else output_directories(choices, write.out)
     for target in targets:

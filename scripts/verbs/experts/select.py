@@ -40,7 +40,10 @@ class SelectOptions(RuleOptions):
         typer.Option(help="Ranks only (analyze), or mark the removed experts as pruned or to be merged."),
     ] = Action.PRUNE
     n_prune: Annotated[
-        int, typer.Option(min=0, help="Experts to remove: per layer, or in all if model_wide.")
+        int,
+        typer.Option(
+            min=0, help="Experts to remove: per layer, or in all if model_wide; never a shared one."
+        ),
     ] = 0
     min_rank: Annotated[
         float | None, typer.Option(help="Smallest rank sum of a removable expert (1 is the best).")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -76,3 +78,18 @@ def test_what_cannot_be_compared_is_refused():
         map_of_scan(scan_experts(one, one), "domain", quantile=1.0, provenance={})
     with pytest.raises(UserError, match="tokens"):
         scan_experts(one, saliency([[10, 20, 30]], [[1, 2, 3]], tokens=None))
+
+
+def test_shared_experts_are_never_flagged_and_do_not_change_the_scores_of_others():
+    rng = np.random.default_rng(2)
+    one, other = (saliency(rng.integers(1, 50, (2, 6)), rng.random((2, 6)) + 0.1) for _ in range(2))
+    shared = [replace(each, num_shared=(2, 0)) for each in (one, other)]
+    without = [saliency(each.freq[:, 2:], each.scores("reap")[:, 2:]) for each in (one, other)]
+    scan, expected = scan_experts(*shared), scan_experts(*without)
+    np.testing.assert_allclose(scan.scores[0, 2:], expected.scores[0])
+    flagged = map_of_scan(scan, "safety", quantile=0.5, provenance={}).flagged
+    wanted = map_of_scan(expected, "safety", quantile=0.5, provenance={}).flagged
+    assert flagged[0].tolist() == (wanted[0] + 2).tolist()
+    everyone = [replace(each, num_shared=(6, 0)) for each in (one, other)]
+    found = map_of_scan(scan_experts(*everyone), "safety", quantile=0.5, provenance={})
+    assert not found.flagged[0].size and found.experts_per_layer == [6, 6]

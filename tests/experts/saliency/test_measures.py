@@ -144,3 +144,14 @@ def test_decoder_layers_ascend():
     array = np.ones((2, 2))
     with pytest.raises(UserError, match="ascending"):
         Saliency(array, array, array, array, array, [1, 1])
+
+
+def test_shared_experts_go_through_files_and_sums(tmp_path):
+    saliency = dataclasses.replace(random_saliency([4, 3]), num_shared=(2, 0))
+    save_saliency(saliency, tmp_path / "s.npz")
+    loaded = load_saliency(tmp_path / "s.npz")
+    assert loaded.num_shared == (2, 0) == add_saliency([loaded, saliency]).num_shared
+    assert loaded.routed.tolist() == [[False, False, True, True], [True, True, True, False]]
+    for wrong in ((2,), (5, 0), (2, -1)):
+        with pytest.raises(UserError, match="shared experts among the experts per layer"):
+            dataclasses.replace(saliency, num_shared=wrong)

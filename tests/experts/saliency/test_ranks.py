@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -55,8 +57,11 @@ def test_a_layer_of_zeros_is_the_worst_model_wide():
 
 
 def test_dividing_by_the_layer_keeps_signs_and_absences():
-    divided = over_layer_mean(padded([[2.0, -2.0, 4.0], [0.0]]))
+    scores = padded([[2.0, -2.0, 4.0], [0.0]])
+    divided = over_layer_mean(scores, ~np.isnan(scores))
     np.testing.assert_allclose(divided, padded([[0.75, -0.75, 1.5], [0.0]]))
+    among = over_layer_mean(scores, np.array([[False, True, True], [False, False, False]]))
+    np.testing.assert_allclose(among, padded([[2 / 3, -2 / 3, 4 / 3], [0.0]]))
 
 
 def test_a_rank_merge_is_never_stored_as_frequency():
@@ -76,3 +81,10 @@ def test_files_of_different_models_have_no_common_ranks():
         rank_sums([random_saliency([3]), random_saliency([4])], "reap", model_wide=False)
     with pytest.raises(UserError, match="at least one"):
         rank_sums([], "reap", model_wide=False)
+
+
+def test_shared_experts_do_not_count_in_the_mean_of_their_layer():
+    shared = replace(saliency_of_scores([[90.0, 1.0, 3.0], [5.0, 2.0, 8.0]]), num_shared=(1, 0))
+    # Over the means 2 (of the routed ones) and 5: 45, 0.5, 1.5 and 1, 0.4, 1.6.
+    ranks = rank_sums([shared], "ean", model_wide=True)
+    assert ranks.tolist() == [[1, 5, 3], [4, 6, 2]]

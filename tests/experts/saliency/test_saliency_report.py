@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from scipy.stats import spearmanr
 
@@ -59,3 +61,9 @@ def test_experts_all_alike_have_no_correlation():
 def test_models_of_other_shapes_are_not_compared():
     with pytest.raises(UserError, match=r"\[3, 3\] and \[3, 2\]"):
         compare_layers(random_saliency([3, 3]), random_saliency([3, 2]), "reap")
+
+
+def test_shared_experts_are_counted_and_not_listed():
+    saliency = replace(saliency_of_scores([[9.0, 0.1, 2.0, 1.0]]), num_shared=(2,))
+    (layer,) = layer_summaries(saliency, "freq")
+    assert (layer["shared"], layer["best"], layer["worst"]) == (2, [2, 3], [3, 2])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -113,3 +114,15 @@ def test_nothing_asked_is_the_default_selection():
 def test_conflicts_are_refused():
     with pytest.raises(UserError, match="`safety_map`"):
         read_selection(safety_mode="target")
+
+
+def test_saliency_and_lists_keep_shared_experts(tmp_path):
+    save_saliency(replace(SALIENCY, num_shared=(2, 1)), tmp_path / "s.npz")
+    options = {"saliency": [tmp_path / "s.npz"], "n_prune": 1, "num_shared": [2, 1]}
+    (choice,) = choose_experts(EXPERTS, expert_list=None, **options)
+    assert kept(choice) == [[0, 1, 2], [0, 2]]
+    path = list_of(tmp_path / "a.json", {0: [0, 2]})
+    with pytest.raises(UserError, match=r"a\.json: layer 0: expected the shared experts 0 to 1"):
+        choose_experts(EXPERTS, expert_list=[path], **options)
+    with pytest.raises(UserError, match=r"\[0, 0\] shared experts per layer, got \[2, 1\]"):
+        choose_experts(EXPERTS, expert_list=None, **options | {"num_shared": []})

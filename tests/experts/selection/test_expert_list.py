@@ -135,6 +135,18 @@ def test_missing_layers_keep_their_best_by_saliency():
     assert as_lists(one) == {0: [3], 1: [0], 2: [2], 3: [1]}
 
 
+def test_shared_experts_stay_in_every_list():
+    check_keep_map({0: np.asarray([0, 1, 3])}, [4, 4], [2, 0])
+    with pytest.raises(
+        UserError, match="layer 0: expected the shared experts 0 to 1 .* a list that removes 1;"
+    ):
+        check_keep_map({0: np.asarray([0, 3])}, [4, 4], [2, 0])
+    saliency = saliency_of_scores([[1, 2, 3, 4, 5, 6], [1, 2, 6, 5, 4, 3], [2, 1, 1, 1, 3, 1]])
+    # Two of four routed experts in layer 0: two of four and, without shared ones, three of six elsewhere.
+    completed = complete_keep_map({0: np.asarray([0, 1, 2, 4])}, [6] * 3, saliency, "freq", [2, 2, 0])
+    assert as_lists(completed) == {0: [0, 1, 2, 4], 1: [0, 1, 2, 3], 2: [0, 1, 4]}
+
+
 def test_saliency_of_another_model_completes_nothing():
     with pytest.raises(UserError, match=r"\[4, 4\].*\[4, 3\]"):
         complete_keep_map({0: np.asarray([0])}, [4, 4], random_saliency([4, 3]))

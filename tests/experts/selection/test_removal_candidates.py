@@ -11,11 +11,13 @@ NAN = np.nan
 RANKS = np.array([[1.0, 4.0, 6.0], [2.0, 3.0, NAN], [5.0, 7.0, 8.0]])
 
 
-def candidates(ranks=RANKS, *, held=(), least=1, largest=4):
-    free = ~np.isnan(ranks)
+def candidates(ranks=RANKS, *, held=(), shared=0, least=1, largest=4):
+    routed = ~np.isnan(ranks)
+    routed[:, :shared] = False
+    free = routed.copy()
     for place in held:
         free[place] = False
-    return RemovalCandidates(ranks, free, min_experts_per_layer=least, max_group_size=largest)
+    return RemovalCandidates(ranks, free, routed, min_experts_per_layer=least, max_group_size=largest)
 
 
 def likeness(**pairs):
@@ -38,6 +40,13 @@ def drain(these):
 def test_the_worst_rank_goes_first_and_every_layer_keeps_its_minimum():
     assert drain(candidates()) == [(2, 2), (2, 1), (0, 2), (0, 1), (1, 1)]
     assert drain(candidates(least=2)) == [(2, 2), (0, 2)]
+
+
+def test_shared_experts_are_neither_removed_nor_merged_into_nor_counted():
+    assert drain(candidates(shared=1)) == [(2, 2), (0, 2)]
+    alike = likeness(l0_01=0.9, l0_02=0.8, l0_12=0.1, l2_01=0.7, l2_12=0.2)
+    assert candidates(shared=1).to_merge(alike) == Removal(2, 2, 1)
+    assert candidates(shared=1, least=2).to_merge(alike) is None
     assert drain(candidates(least=3)) == []
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -324,3 +325,22 @@ def test_expert_ids_are_parsed_with_ranges_that_include_their_end(text, ids):
 def test_what_are_no_expert_ids_is_refused(text):
     with pytest.raises(UserError, match=r"expert ids such as 1,2,250\.\.255"):
         parse_expert_ids(text)
+
+
+def test_shared_experts_are_neither_removed_nor_counted():
+    # Rising: the first experts, which are shared, have the worst ranks.
+    rising = saliency_of_scores([[1, 2, 3, 4, 5, 6], [10, 20, 30, 40, 50, 60]])
+    shared = replace(rising, num_shared=(2, 1))
+    for options, expected in (
+        ({"n_prune": 2}, [[2, 3], [1, 2]]),
+        ({"n_prune": 3, "model_wide": True}, [[2], [1, 2]]),
+        ({"n_prune": 1, "strategy": "strided"}, [[2], [1]]),
+        ({"n_prune": 7, "model_wide": True}, [[2, 3, 4], [1, 2, 3, 4]]),
+    ):
+        assert removed(select_experts([shared], "freq", SelectionRules(**options))) == expected
+    with pytest.raises(UserError, match=r"at most 2 experts in layer 0.*shared"):
+        select_experts([shared], "freq", SelectionRules(n_prune=3, min_experts_per_layer=2))
+    with pytest.raises(
+        UserError, match=r"other shared experts in file 2 \(\[0, 0\]\) than in the first \(\[2, 1\]\)"
+    ):
+        select_experts([shared, rising], "freq", SelectionRules(n_prune=1))

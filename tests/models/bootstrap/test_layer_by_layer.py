@@ -16,7 +16,6 @@ from models.bootstrap.recipe import read_recipe, recipe_of, write_recipe
 from models.checkpoints.load import load_causal_lm
 from models.checkpoints.save import save_checkpoint
 from models.graph.runtime_settings import scaled_visits, visiting
-from models.moe_files.layout import read_moe_layout
 from tests.support.tiny_graphs import logit_difference, random_ids, tiny_llama
 
 OPTIONS = BootstrapOptions(
@@ -74,15 +73,11 @@ def test_a_recipe_holds_shared_experts_and_default_outputs(graph):
             np.testing.assert_array_equal(recipe.defaults[name][index], value.detach().numpy())
 
 
-def test_a_saved_graph_opens_with_its_function_and_workbench_verbs_refuse_it(
-    graph, tiny_tokenizer, tmp_path: Path
-):
+def test_a_saved_graph_opens_with_its_function(graph, tiny_tokenizer, tmp_path: Path):
     save_checkpoint(graph, tiny_tokenizer, tmp_path)
     opened = load_causal_lm(str(tmp_path))
     assert opened.config.num_shared == [2, 2]
     assert logit_difference(opened, graph, random_ids(graph)) < 1e-5
-    with pytest.raises(UserError, match="graph with shared experts"):
-        read_moe_layout(tmp_path)
 
 
 def test_budgets_keep_shared_experts(graph):
