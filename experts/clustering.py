@@ -96,7 +96,7 @@ def balanced_clusters(
         features: ``[m, F]``, one row a neuron.
         num_experts: E; must divide m.
         clustering: see ``configs.choices.Clustering``.
-        seed: seed of the sketch and the k-means++ initialization.
+        seed: seed of the sketch and of the initial centers.
         restarts: independent initializations, of which the best is kept; None for 1 (flow) or 10.
         max_iterations: most balanced steps of one run; None for 30 (flow) or 300.
 

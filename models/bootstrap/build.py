@@ -14,6 +14,7 @@ import torch
 from joblib import Parallel, cpu_count, delayed
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from configs.choices import RouterFit
 from experts.clustering import Clusters, check_expert_count, timed_clusters
@@ -25,7 +26,7 @@ from models.bootstrap.plan import BootstrapOptions, LayerExperts
 from models.bootstrap.router_init import centroid_router, ridge_routers, visited_experts
 from models.checkpoints.save import cast_weights
 from models.remote_code.configuration_fedgraft import FedGraftConfig
-from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
+from models.remote_code.modeling_fedgraft import FedGraftForCausalLM, init_expert_graph
 
 # Fewest weights of a projection for which the clustering of a layer takes longer than the start of a process.
 _PARALLEL_WEIGHTS = 16_000_000
@@ -114,20 +115,33 @@ def order_by_activation(clusters: Clusters, statistics: NeuronStatistics, layer:
 
 @torch.no_grad()
 def build_graph(
-    model: PreTrainedModel, experts: Sequence[LayerExperts], visits: int, *, base_fingerprint: str = ""
+    model: PreTrainedModel,
+    experts: Sequence[LayerExperts],
+    visits: int,
+    *,
+    base_fingerprint: str = "",
+    share_weights: bool = False,
 ) -> FedGraftForCausalLM:
-    """Build the expert graph from copies of the weights of the dense ``model``, in its dtype.
+    """Build the expert graph from the weights of the dense ``model``, in its dtype.
 
     With every expert active its outputs equal those of ``model`` up to rounding.
+
+    Args:
+        model: a dense Llama.
+        experts: plan of each layer.
+        visits: k, experts per token.
+        base_fingerprint: fingerprint of ``model`` for the recipe.
+        share_weights: use the tensors of ``model`` outside its FFNs, not copies, for graphs that are not trained.
     """
     config = graph_config(model, [len(layer.edges) for layer in experts], visits)
     config.num_shared = [layer.num_shared for layer in experts]
     config.default_rank = len(experts[0].default[0]) if experts[0].default is not None else 0
     config.base_fingerprint = base_fingerprint
-    graph = cast_weights(FedGraftForCausalLM(config), model.dtype)
+    graph = cast_weights(_empty_graph(config), model.dtype)
     graph.generation_config = copy.deepcopy(model.generation_config)
     rest = {name: value for name, value in model.state_dict().items() if ".mlp." not in name}
-    graph.load_state_dict(rest, strict=False)
+    graph.load_state_dict(rest, strict=False, assign=share_weights)
+    graph.tie_weights()
     for target, source, planned in zip(graph.expert_layers(), model.model.layers, experts, strict=True):
         members = torch.from_numpy(planned.clusters.members)
         target.gate_up_proj.copy_(fuse_gate_up(source.mlp, members))
@@ -139,6 +153,15 @@ def build_graph(
             for parameter, value in zip(target.default.parameters(), planned.default, strict=True):
                 parameter.copy_(value)
     return graph.eval()
+
+
+def _empty_graph(config: FedGraftConfig) -> FedGraftForCausalLM:
+    """Graph of ``config`` with initialized expert layers; all other weights have no values and take no memory yet."""
+    with no_init_weights():
+        graph = FedGraftForCausalLM(config)
+    for layer in graph.expert_layers():
+        init_expert_graph(layer, config.initializer_range)
+    return graph
 
 
 def fuse_gate_up(mlp: nn.Module, members_EH: Tensor) -> Tensor:

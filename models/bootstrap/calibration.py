@@ -85,7 +85,7 @@ class NeuronStatistics:
     Attributes:
         mean_contribution: per layer ``[m]``, contribution averaged over tokens.
         mean_activation: per layer ``[m]``, ``|h|`` averaged over tokens.
-        profiles: per layer ``[m, P]``, activations on the first P tokens.
+        profiles: per layer ``[m, P]``, activations on the first P tokens; P may be 0.
     """
 
     mean_contribution: list[Tensor]
@@ -124,15 +124,17 @@ class Calibration:
     Attributes:
         model: a dense Llama.
         input_ids: ``[N, S]``.
+        profile_tokens: P, tokens of the activation profiles of ``statistics``.
     """
 
     model: PreTrainedModel
     input_ids: Tensor
+    profile_tokens: int = 512
 
     @cached_property
     def statistics(self) -> NeuronStatistics:
         """Statistics of the neurons of every FFN."""
-        return neuron_statistics(self.model, self.input_ids)
+        return neuron_statistics(self.model, self.input_ids, profile_tokens=self.profile_tokens)
 
     @cached_property
     def metrics(self) -> list[Tensor]:

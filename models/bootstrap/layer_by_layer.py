@@ -16,15 +16,17 @@ from transformers import PreTrainedModel
 from configs.choices import Features
 from experts.clustering import Clusters, timed_clusters
 from experts.graph.expert_graph import edges_by_lift
-from models.bootstrap.calibration import hidden_activations, neuron_contributions
+from models.bootstrap.calibration import hidden_activations
 from models.bootstrap.layer_stream import LayerStream
 from models.bootstrap.neuron_features import experts_of_neurons, neuron_features
 from models.bootstrap.plan import BootstrapOptions, LayerExperts
-from models.bootstrap.ridge import ridge
+from models.bootstrap.ridge import low_rank_ridge, solve_ridge
 from models.bootstrap.router_init import visited_experts
 
 # Tokens of an activation profile for k-means.
 _PROFILE_TOKENS = 1024
+# Tokens whose activations are computed at once.
+_ROWS = 4096
 
 
 @torch.no_grad()
@@ -58,24 +60,59 @@ def plan_layer_by_layer(
 
 def _plan_layer(mlp: nn.Module, x_TD: Tensor, options: BootstrapOptions) -> tuple[LayerExperts, Tensor]:
     """Plan of one layer, and the output ``[T, D]`` of the layer with its k experts per token."""
-    hidden_TM = hidden_activations(mlp, x_TD)
-    squared_TM = neuron_contributions(mlp, hidden_TM).square()
-    clusters, seconds = _members(mlp, x_TD, hidden_TM, squared_TM.mean(0).sqrt(), options)
+    hidden_TM = _by_rows(lambda rows: hidden_activations(mlp, x_TD[rows]), len(x_TD))
+    norm_M = mlp.down_proj.weight.float().norm(dim=0)
+    size_M = torch.linalg.vector_norm(hidden_TM, dim=0, dtype=torch.float32) * norm_M
+    clusters, seconds = _members(mlp, x_TD, hidden_TM, size_M, options)
     members = torch.from_numpy(clusters.members)
-    router = contribution_router(x_TD, squared_TM, members)
-    del squared_TM
+    gram_DD = x_TD.float().T @ x_TD.float()
+    router = contribution_router(x_TD, _sizes(hidden_TM, norm_M, members), gram_DD)
     visited_TE = visited_experts(x_TD, router, options.visits, options.num_shared)
     edges = _routed_edges(visited_TE, options)
-    output_TD = mlp.down_proj(hidden_TM * visited_TE[:, experts_of_neurons(members)])
+    output_TD, missing_TD = _split_output(mlp, hidden_TM, visited_TE[:, experts_of_neurons(members)])
+    del hidden_TM
     default = None
     if options.default_rank and options.visits < options.num_experts:
-        missing_TD = mlp.down_proj(hidden_TM) - output_TD
         share = 1 - options.visits / options.num_experts
-        default = default_output(x_TD, missing_TD, options.default_rank, share)
-        down, up, bias = default
-        output_TD = output_TD + share * (x_TD @ down.T @ up.T + bias).to(output_TD)
+        down, up, bias = low_rank_ridge(
+            x_TD.float(), missing_TD.float(), options.default_rank, gram_FF=gram_DD
+        )
+        output_TD += (x_TD.float() @ down.T @ up.T + bias).to(output_TD)
+        default = down, up / share, bias / share
     plan = LayerExperts(clusters, router, edges, seconds, options.num_shared, default)
     return plan, output_TD
+
+
+def _by_rows(compute: Callable[[slice], Tensor], tokens: int) -> Tensor:
+    """Concatenation of ``compute(rows)`` over slices of ``_ROWS`` tokens, whose intermediate values stay small."""
+    first = compute(slice(0, min(_ROWS, tokens)))
+    whole = first.new_empty(tokens, *first.shape[1:])
+    whole[: len(first)] = first
+    for start in range(len(first), tokens, _ROWS):
+        rows = slice(start, start + _ROWS)
+        whole[rows] = compute(rows)
+    return whole
+
+
+def _sizes(hidden_TM: Tensor, norm_M: Tensor, members_EH: Tensor) -> Tensor:
+    """Root of the summed squared contributions of each expert's neurons, ``[T, E]`` fp32."""
+
+    def sizes(rows: slice) -> Tensor:
+        squared_TM = (hidden_TM[rows].float() * norm_M).square()
+        return squared_TM[:, members_EH.flatten()].unflatten(1, members_EH.shape).sum(-1).sqrt()
+
+    return _by_rows(sizes, len(hidden_TM))
+
+
+def _split_output(mlp: nn.Module, hidden_TM: Tensor, visited_TM: Tensor) -> tuple[Tensor, Tensor]:
+    """Outputs ``[T, D]`` of the visited and of the other neurons of each token, without their bias."""
+
+    def outputs(rows: slice) -> Tensor:
+        kept_TM = hidden_TM[rows] * visited_TM[rows]
+        return torch.stack([mlp.down_proj(kept_TM), mlp.down_proj(hidden_TM[rows] - kept_TM)], 1)
+
+    visited_TD, others_TD = _by_rows(outputs, len(hidden_TM)).unbind(1)
+    return visited_TD, others_TD
 
 
 def _members(
@@ -99,46 +136,21 @@ def _members(
     return replace(clusters, members=np.concatenate([shared.reshape(-1, width), members])), seconds
 
 
-def contribution_router(x_TD: Tensor, squared_TM: Tensor, members_EH: Tensor) -> Tensor:
+def contribution_router(x_TD: Tensor, sizes_TE: Tensor, gram_DD: Tensor) -> Tensor:
     """Router weight ``[E, D]``, fp32: ridge regression from the input to each expert's contribution.
 
     Args:
         x_TD: FFN input.
-        squared_TM: squared contribution of each neuron, ``(h_i * norm(w_down_i))^2``.
-        members_EH: neurons of each expert.
+        sizes_TE: size of each expert's contribution to the output.
+        gram_DD: Gram matrix of ``x_TD``.
 
     Returns:
-        Weights whose targets are the root of the expert's summed squared contributions, relative to their mean over
-        experts, which no ranking depends on.
+        Weights whose targets are the sizes relative to their mean over experts, which no ranking depends on.
     """
-    target_TE = torch.stack([squared_TM[:, rows].sum(-1) for rows in members_EH], -1).sqrt()
-    target_TE = target_TE / target_TE.mean().clamp(min=1e-30)
-    return ridge(x_TD.float(), target_TE - target_TE.mean(-1, keepdim=True)).T.contiguous()
-
-
-def default_output(
-    x_TD: Tensor, missing_TD: Tensor, rank: int, share: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Reduced-rank ridge regression from the input to what the unvisited experts would have added.
-
-    The affine ridge solution is projected onto the leading principal directions of its predictions (Izenman, 1975).
-
-    Args:
-        x_TD: FFN input.
-        missing_TD: output of the unvisited experts.
-        rank: R; at most D is used.
-        share: share of the experts that are not visited; the result is for ``share`` = 1, see ``DefaultOutput``.
-
-    Returns:
-        ``down [R, D]``, ``up [D, R]`` and ``bias [D]``, fp32.
-    """
-    x, missing = x_TD.float(), missing_TD.float()
-    mean, offset = x.mean(0), missing.mean(0)
-    weight_DD = ridge(x - mean, missing - offset)
-    predicted = (x - mean) @ weight_DD
-    basis_DR = torch.linalg.eigh(predicted.T @ predicted)[1][:, -rank:]
-    down, up = (weight_DD @ basis_DR).T.contiguous(), basis_DR / share
-    return down, up.contiguous(), offset / share - up @ (down @ mean)
+    target_TE = sizes_TE / sizes_TE.mean().clamp(min=1e-30)
+    target_TE -= target_TE.mean(-1, keepdim=True)
+    moment_DE = x_TD.float().T @ target_TE
+    return solve_ridge(gram_DD.double(), moment_DE.double()).T.contiguous()
 
 
 def _routed_edges(visited_TE: Tensor, options: BootstrapOptions) -> np.ndarray:

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from configs.block_size import choose_block_size, context_length
-from configs.choices import Report
+from configs.choices import Features, Report
 from configs.errors import UserError
 from configs.output import check_output_directory, new_directory, write_bytes
 from experts.clustering import check_expert_count
@@ -75,9 +75,9 @@ def bootstrap_checkpoint(
     dense = dense.float() if dense.num_parameters() <= _FP32_PARAMETERS else dense
     sizes = (calibration_tokens, evaluation_tokens)
     calibration, held_out = _texts(dense, calibration_ids, sizes, options.seed, on_step)
-    measured = Calibration(dense, calibration)
+    measured = Calibration(dense, calibration, 512 if options.features == Features.ACTIVATION else 0)
     experts = _experts(measured, options, on_step)
-    graph = build_graph(dense, experts, options.visits, base_fingerprint=base)
+    graph = build_graph(dense, experts, options.visits, base_fingerprint=base, share_weights=True)
     difference = check_equality(dense, graph, held_out)
     perplexity = _report(measured, graph, experts, held_out, Report(report), on_step)
     with new_directory(out, overwrite=overwrite) as directory:

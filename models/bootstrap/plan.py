@@ -22,7 +22,8 @@ class BootstrapOptions:
         clustering: balanced k-means, see ``configs.choices.Clustering``.
         router: fit of the routers, see ``configs.choices.RouterFit``. ``contribution`` calibrates layer by layer, each
             layer on what the compressed layers before it return, see ``models.bootstrap.layer_by_layer``.
-        num_shared: shared experts per layer, which every token visits; with ``contribution`` only.
+        num_shared: shared experts per layer, which every token visits; with ``contribution`` only. As many as k
+            select a fixed set of neurons.
         default_rank: rank of the default output of experts that are not visited; 0: none; with ``contribution`` only.
         experts_per_token: k; None for half of the experts.
         edges_per_expert: most edges that leave an expert.
@@ -57,9 +58,10 @@ class BootstrapOptions:
             raise UserError(f"expected jobs of at least 1, got {self.jobs}")
 
     def _check_contribution(self) -> None:
-        if not 0 <= self.num_shared < max(self.visits, 1):
+        if not 0 <= self.num_shared <= max(self.visits, 0):
             raise UserError(
-                f"expected fewer `shared experts` than the {self.visits} experts per token, got {self.num_shared}"
+                f"expected at most as many `shared experts` as the {self.visits} experts per token, got "
+                f"{self.num_shared}"
             )
         if self.default_rank < 0:
             raise UserError(f"expected a `default rank` of at least 0, got {self.default_rank}")

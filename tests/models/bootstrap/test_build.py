@@ -218,3 +218,11 @@ def test_weights_that_are_not_finite_are_refused(ids):
     damaged.model.layers[1].mlp.gate_proj.weight.data[3, 4] = float("nan")
     with pytest.raises(UserError, match="finite"):
         plan_experts(damaged, ids, BootstrapOptions(num_experts=4))
+
+
+def test_a_graph_may_share_the_tensors_outside_the_ffns_with_the_dense_model(dense, ids, experts):
+    shared, copied = (build_graph(dense, experts, 3, share_weights=share) for share in (True, False))
+    attention = dense.model.layers[0].self_attn.q_proj.weight
+    assert shared.model.layers[0].self_attn.q_proj.weight.data_ptr() == attention.data_ptr()
+    assert copied.model.layers[0].self_attn.q_proj.weight.data_ptr() != attention.data_ptr()
+    torch.testing.assert_close(shared(ids).logits, copied(ids).logits)

@@ -123,7 +123,8 @@ def test_a_calibration_measures_each_statistic_once(dense, monkeypatch):
         monkeypatch.setattr(
             calibration,
             name,
-            lambda *args, original=original, name=name: passes.append(name) or original(*args),
+            lambda *args, original=original, name=name, **options: passes.append(name)
+            or original(*args, **options),
         )
     measured = Calibration(dense, ids)
     assert passes == []

@@ -1,5 +1,6 @@
 """Plans fitted layer by layer: shared experts, routers by contribution, default outputs."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +9,10 @@ import torch
 
 from clients.residents.assembler import choose_residents
 from configs.errors import UserError
+from models.bootstrap import layer_by_layer
 from models.bootstrap.build import build_graph, plan_experts
 from models.bootstrap.calibration import hidden_activations, visit_ffn_inputs
-from models.bootstrap.layer_by_layer import contribution_router, default_output
+from models.bootstrap.layer_by_layer import contribution_router
 from models.bootstrap.plan import BootstrapOptions
 from models.bootstrap.recipe import read_recipe, recipe_of, write_recipe
 from models.checkpoints.load import load_causal_lm
@@ -51,17 +53,29 @@ def test_the_first_experts_hold_the_most_contributing_neurons(dense, graph):
 
 def test_a_linear_contribution_is_ranked_by_the_router():
     x_TD = torch.randn(400, 6, generator=torch.Generator().manual_seed(0)).abs()
-    router = contribution_router(x_TD, x_TD.square(), torch.arange(6).view(3, 2))
-    target = x_TD.square().view(-1, 3, 2).sum(-1).argmax(-1)
-    assert ((x_TD @ router.T).argmax(-1) == target).float().mean() > 0.8
+    sizes_TE = x_TD.square().view(-1, 3, 2).sum(-1).sqrt()
+    router = contribution_router(x_TD, sizes_TE, x_TD.T @ x_TD)
+    assert ((x_TD @ router.T).argmax(-1) == sizes_TE.argmax(-1)).float().mean() > 0.8
 
 
-def test_an_affine_map_of_low_rank_is_recovered():
-    generator = torch.Generator().manual_seed(0)
-    x_TD = torch.randn(500, 5, generator=generator)
-    wanted = x_TD @ torch.randn(5, 2, generator=generator) @ torch.randn(2, 5, generator=generator) + 3.0
-    down, up, bias = default_output(x_TD, wanted, 2, 0.5)
-    torch.testing.assert_close(0.5 * (x_TD @ down.T @ up.T + bias), wanted, atol=0.15, rtol=0.05)
+def test_a_plan_of_shared_experts_alone_selects_a_fixed_set_of_neurons(dense):
+    options = replace(OPTIONS, num_shared=OPTIONS.visits)
+    graph = build_graph(dense, plan_experts(dense, random_ids(dense), options), options.visits)
+    layer, mlp = graph.expert_layers()[0], dense.model.layers[0].mlp
+    x_TD = torch.randn(5, dense.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    kept_M = torch.zeros(layer.neurons.numel()).index_fill(0, layer.neurons[: options.visits].flatten(), 1.0)
+    fixed_TD = mlp.down_proj(hidden_activations(mlp, x_TD) * kept_M)
+    default = layer.default
+    wanted_TD = fixed_TD + 0.5 * (x_TD @ default.down.T @ default.up.T + default.bias)
+    torch.testing.assert_close(layer(x_TD[None])[0], wanted_TD, atol=1e-5, rtol=1e-4)
+
+
+def test_plans_do_not_depend_on_how_many_tokens_are_computed_at_once(dense, monkeypatch):
+    whole = plan_experts(dense, random_ids(dense), OPTIONS)
+    monkeypatch.setattr(layer_by_layer, "_ROWS", 7)
+    for one, other in zip(whole, plan_experts(dense, random_ids(dense), OPTIONS), strict=True):
+        np.testing.assert_array_equal(one.clusters.members, other.clusters.members)
+        torch.testing.assert_close(one.router, other.router, atol=1e-4, rtol=1e-3)
 
 
 def test_a_recipe_holds_shared_experts_and_default_outputs(graph):
@@ -91,7 +105,7 @@ def test_budgets_keep_shared_experts(graph):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_shared": 4}, "fewer `shared experts` than the 4"),
+        ({"num_shared": 5}, "at most as many `shared experts` as the 4"),
         ({"default_rank": -1}, "at least 0, got -1"),
         ({"router": "ridge"}, "`router` to be contribution"),
     ],
