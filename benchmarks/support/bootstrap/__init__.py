@@ -1,0 +1,1 @@
+"""Quality, time and memory of bootstraps."""

@@ -1,0 +1,26 @@
+"""Results of single measurements in files, from which an interrupted benchmark goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from configs.output import write_json
+
+
+def stored(folder: Path, facts: Mapping[str, Any], compute: Callable[[], Any]) -> Any:
+    """Result of ``compute`` as JSON types, read from ``folder`` where one of the same facts is stored there.
+
+    Args:
+        folder: receives one file per result; it is made.
+        facts: everything that the result depends on, as JSON types.
+        compute: measurement; its result is JSON.
+    """
+    path = folder / f"{hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]}.json"
+    if not path.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"facts": dict(facts), "result": compute()})
+    return json.loads(path.read_text(encoding="utf-8"))["result"]
