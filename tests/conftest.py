@@ -93,6 +93,25 @@ def tiny_graph_dir(tmp_path_factory, tiny_llama_dir) -> Path:
 
 
 @pytest.fixture(scope="session")
+def shared_graph_dir(tmp_path_factory, tiny_llama_dir) -> Path:
+    """The tiny Llama as a graph of 8 experts a layer, 2 of them shared, 4 a token, with default outputs of rank 3."""
+    from models.bootstrap.build import BootstrapOptions
+    from models.bootstrap.pipeline import bootstrap_checkpoint
+
+    directory = tmp_path_factory.mktemp("shared-graph") / "graph"
+    bootstrap_checkpoint(
+        source=str(tiny_llama_dir),
+        out=directory,
+        options=BootstrapOptions(num_experts=8, router="contribution", num_shared=2, default_rank=3),
+        calibration_ids=None,
+        calibration_tokens=1024,
+        evaluation_tokens=512,
+        report="none",
+    )
+    return directory
+
+
+@pytest.fixture(scope="session")
 def smollm2_dir() -> Path:
     """SmolLM2-135M-Instruct in the user's cache folder; the test is skipped where it is absent."""
     folder = _USER_CACHE / "models" / "smollm2-135m-instruct"

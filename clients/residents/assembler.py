@@ -87,13 +87,17 @@ def most_used(
     ]
 
 
-def straight_through(scores_E: Tensor, resident_E: Tensor) -> Tensor:
+def straight_through(scores_E: Tensor, resident_E: Tensor, num_shared: int = 0) -> Tensor:
     """Residency as 0 and 1, with the gradient of a sigmoid around the score threshold of the budget.
 
-    Straight-through estimator of Bengio et al. (2013, arXiv:1308.3432).
+    Straight-through estimator of Bengio et al. (2013, arXiv:1308.3432). The first ``num_shared`` experts, which are
+    resident whatever their score, do not set the threshold and have no gradient.
     """
-    if bool(resident_E.all()):
-        return torch.ones_like(scores_E)
+    if bool(resident_E.all()) or not bool(resident_E[num_shared:].any()):
+        return resident_E.to(scores_E)
+    if num_shared:
+        routed = straight_through(scores_E[num_shared:], resident_E[num_shared:])
+        return torch.cat([resident_E[:num_shared].to(routed), routed])
     inside, outside = scores_E[resident_E].min(), scores_E[~resident_E].max()
     soft = torch.sigmoid(scores_E - ((inside + outside) / 2).detach())
     # This order of operations makes the sum exactly 0 or 1.
@@ -161,6 +165,6 @@ def _set_residency(
     for index, (layer, rows) in enumerate(zip(model.expert_layers(), features, strict=True)):
         scores = holding_scores(assembler(rows, index), layer.edges.to(rows.device))
         resident = choose_residents(scores.detach(), budget, layer.num_shared)
-        gate = straight_through(scores, resident) if learn else None
+        gate = straight_through(scores, resident, layer.num_shared) if learn else None
         layer.resident = resident.to(layer.edges.device)
         layer.residency_gate = None if gate is None else gate.to(layer.edges.device)

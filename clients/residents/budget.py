@@ -7,6 +7,7 @@ import psutil
 from configs.errors import UserError
 from configs.node_config import NodeConfig
 from configs.schema import RunConfig
+from models.graph.runtime_settings import fewest_residents
 from models.graph.unit_vectors import weight_count
 from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 
@@ -34,7 +35,8 @@ def client_budget(config: RunConfig, node: NodeConfig, model: FedGraftForCausalL
         name: client name, for messages.
 
     Raises:
-        UserError: a budget below 1 or above the graph's experts per layer, or memory for less than one expert.
+        UserError: a budget below 1, below the graph's shared experts or above its experts per layer, or memory for
+            fewer experts.
     """
     if node.expert_budget is not None:
         return _checked(node.expert_budget, model, name)
@@ -48,16 +50,17 @@ def budget_of_memory(config: RunConfig, model: FedGraftForCausalLM, memory_mb: i
     """Largest number of experts per layer whose training keeps this process within ``memory_mb`` MiB.
 
     Raises:
-        UserError: one expert does not fit.
+        UserError: one expert, or all shared ones, do not fit.
     """
     left = memory_mb * _MIB - psutil.Process().memory_info().rss - activation_bytes(config, model)
     left -= _PACKED_BYTE * config.upload_budget_mb * 10**6
     each = expert_bytes(config, model)
-    budget = min(int(left // each), max(model.config.num_experts))
-    if budget < 1:
-        needed = memory_mb + -(-(each - left) // _MIB)
+    budget, least = min(int(left // each), max(model.config.num_experts)), fewest_residents(model.config)
+    if budget < least:
+        needed = memory_mb + -(-(least * each - left) // _MIB)
+        count = "one expert" if least == 1 else f"the {least} shared experts"
         raise UserError(
-            f"expected memory-budget-mb of at least {needed:.0f} for one expert a layer of client {name}, "
+            f"expected memory-budget-mb of at least {needed:.0f} for {count} a layer of client {name}, "
             f"got {memory_mb}; raise it, or lower batch-size or block-size"
         )
     return budget
@@ -84,9 +87,10 @@ def activation_bytes(config: RunConfig, model: FedGraftForCausalLM) -> float:
 
 
 def _checked(budget: int, model: FedGraftForCausalLM, name: str) -> int:
-    most = max(model.config.num_experts)
-    if not 1 <= budget <= most:
+    least, most = fewest_residents(model.config), max(model.config.num_experts)
+    if not least <= budget <= most:
+        shared = "" if least == 1 else ", of which every token visits the shared ones,"
         raise UserError(
-            f"expected a budget from 1 to the graph's {most} experts for client {name}, got {budget}"
+            f"expected a budget from {least} to the graph's {most} experts{shared} for client {name}, got {budget}"
         )
     return budget

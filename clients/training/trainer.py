@@ -72,6 +72,9 @@ def train_locally(
 ) -> LocalResult:
     """Train experts, routers and gains of ``model``, and its LoRA factors, in place; all other parameters are frozen.
 
+    Default outputs of unvisited experts are among the frozen ones: they stay as the bootstrap fitted them, on every
+    client and on the server, and no update carries them.
+
     Args:
         model: graph with its residents as fused matrices, or as fixed modules with LoRA factors.
         batches: endless ``(input_ids, labels)``, each ``[B, S]``.

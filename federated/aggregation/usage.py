@@ -23,7 +23,8 @@ class UsageCounter:
     """Usage counts of one client, per layer int64 ``[E, E]``, upper-triangular.
 
     Diagonal: visits without a visited parent. An edge ``p -> q`` of the global graph: traversals. Any other pair
-    ``p < q``: demand, i.e. tokens with both experts in the top-k of the raw router logits.
+    ``p < q``: demand, i.e. tokens with both experts in the top-k of the raw router logits; none for shared experts,
+    which every token visits.
 
     Args:
         masks: of the global graph, per layer bool ``[E, E]``.
@@ -47,7 +48,7 @@ class UsageCounter:
         @torch.no_grad()
         def observe(layer: ExpertGraphMLP, scores_TE: Tensor, walk: Walk, weights_TK: Tensor) -> None:
             self._counts[index] += traversals(walk, layer.num_experts).cpu()
-            wanted = demand(scores_TE, layer.num_visits).cpu()
+            wanted = demand(scores_TE, layer.num_visits, layer.num_shared).cpu()
             self._counts[index] += wanted * self._absent[index]
 
         return observe
@@ -61,9 +62,13 @@ def traversals(walk: Walk, num_experts: int) -> Tensor:
     return torch.bincount(sources * num_experts + targets, minlength=num_experts**2).view(num_experts, -1)
 
 
-def demand(scores_TE: Tensor, top_k: int) -> Tensor:
-    """Tokens with both p and q in the top-k of the raw router logits, int64 ``[E, E]``, for p < q only."""
-    chosen = torch.zeros_like(scores_TE).scatter(-1, scores_TE.topk(top_k, -1).indices, 1.0)
+def demand(scores_TE: Tensor, top_k: int, num_shared: int = 0) -> Tensor:
+    """Tokens with both p and q in the top-k of the raw router logits, int64 ``[E, E]``, for p < q only.
+
+    The first ``num_shared`` of the k visits are those of shared experts; only the others are chosen by logits.
+    """
+    best = scores_TE[:, num_shared:].topk(max(top_k - num_shared, 0), -1).indices + num_shared
+    chosen = torch.zeros_like(scores_TE).scatter(-1, best, 1.0)
     return (chosen.T @ chosen).round().long().triu(1)
 
 

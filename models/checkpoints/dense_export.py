@@ -41,7 +41,8 @@ def export_dense(graph: FedGraftForCausalLM, *, probe_tokens: int = 256, seed: i
     """Concatenate the experts of each layer to a dense FFN, with neurons in the order of the dense base.
 
     Without the neurons of retired experts the dense model may be narrower than the base; every layer is padded with
-    zero neurons to the widest.
+    zero neurons to the widest. Default outputs are left out: with every expert active they add nothing, unless experts
+    were removed since they were fitted.
 
     Args:
         graph: any expert graph.
@@ -98,6 +99,8 @@ def not_representable(graph: FedGraftForCausalLM) -> list[str]:
             found.setdefault("information passed along edges (edge gains are not zero)", []).append(index)
         if bool((layer.output_gain != 0).any()):
             found.setdefault("outputs weighted by the router (output gains are not zero)", []).append(index)
+        if layer.default is not None and layer.default.num_experts > layer.num_experts:
+            found.setdefault("default outputs in place of removed experts", []).append(index)
         if not reachable(layer.edges.cpu().numpy()).all():
             found.setdefault("experts that no walk reaches, and a dense FFN always runs", []).append(index)
     return [f"{what}: layers {', '.join(map(str, where))}" for what, where in found.items()]

@@ -25,11 +25,13 @@ class Routing(NamedTuple):
         scores_TE: router logits, with their gradient.
         experts_TK: visited experts; -1 for visits not made.
         resident_E: bool, the experts that may be visited; None for all.
+        num_shared: shared experts, the first of the layer, which every token visits.
     """
 
     scores_TE: Tensor
     experts_TK: Tensor
     resident_E: Tensor | None
+    num_shared: int = 0
 
 
 @contextmanager
@@ -42,7 +44,7 @@ def collect_routing(model: FedGraftForCausalLM) -> Iterator[list[Routing]]:
 
     def observer(index: int) -> Observer:
         def observe(layer: ExpertGraphMLP, scores_TE: Tensor, walk: Walk, weights_TK: Tensor) -> None:
-            collected.append(Routing(scores_TE, walk.experts_TK, layer.resident))
+            collected.append(Routing(scores_TE, walk.experts_TK, layer.resident, layer.num_shared))
 
         return observe
 
@@ -64,14 +66,18 @@ def router_loss(
 
 
 def load_balance_loss(routing: Routing) -> Tensor:
-    """Load-balance loss ``E * sum_e f_e P_e`` over the residents: 1 for uniform routing, E for one expert only.
+    """Load-balance loss ``E * sum_e f_e P_e`` over the routed residents: 1 for uniform routing, E for one expert only.
 
     Switch Transformer, Fedus et al. (2021, arXiv:2101.03961), equation 4. ``f_e`` is expert e's share of all visits, so
     that the loss does not grow with the visits per token, and ``P_e`` its softmax share among the residents, averaged
-    over tokens. Only P has a gradient.
+    over tokens. Only P has a gradient. Shared experts, whose load cannot change, are left out of both; zero where no
+    token visits another.
     """
-    scores_TE = _resident_scores(routing)
-    made = routing.experts_TK[routing.experts_TK >= 0]
+    shared = routing.num_shared
+    scores_TE = _resident_scores(routing)[:, shared:]
+    made = routing.experts_TK[routing.experts_TK >= shared] - shared
+    if not len(made):
+        return scores_TE.new_zeros(())
     visits_E = torch.bincount(made, minlength=scores_TE.shape[-1]).to(scores_TE.dtype)
     share_E = scores_TE.softmax(-1).mean(0)
     residents = (scores_TE[0] > float("-inf")).sum()

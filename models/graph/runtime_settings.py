@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from configs.errors import UserError
 from models.remote_code.experts_fedgraft import ExpertGraphMLP
@@ -69,15 +69,17 @@ def set_visits(model: PreTrainedModel, count: int) -> None:
     """Set the experts per token to ``count`` in every layer, or to E in layers with fewer experts.
 
     Raises:
-        UserError: not an expert graph, or a count that exceeds the experts of every layer.
+        UserError: not an expert graph, a count that exceeds the experts of every layer, or one below the shared
+            experts, which every token visits.
     """
     if not isinstance(model, FedGraftForCausalLM):
         raise UserError(
             "expected an expert graph to set the experts per token, got a dense model; leave the option out"
         )
-    most = max(layer.num_experts for layer in model.expert_layers())
-    if not 1 <= count <= most:
-        raise UserError(f"expected experts per token between 1 and {most}, got {count}")
+    least, most = fewest_residents(model.config), max(layer.num_experts for layer in model.expert_layers())
+    if not least <= count <= most:
+        shared = "" if least == 1 else f", {least} of them shared"
+        raise UserError(f"expected experts per token between {least} and {most}{shared}, got {count}")
     for layer in model.expert_layers():
         layer.num_visits = min(count, layer.num_experts)
     model.config.experts_per_token = count
@@ -115,6 +117,11 @@ def residents(model: FedGraftForCausalLM) -> list[Tensor]:
 def held_experts(layer: ExpertGraphMLP, resident: Tensor | None) -> list[int]:
     """Indices of the experts in the mask ``resident`` (bool ``[E]``), ascending; all for None."""
     return list(range(layer.num_experts)) if resident is None else resident.nonzero().flatten().tolist()
+
+
+def fewest_residents(config: PreTrainedConfig) -> int:
+    """Smallest budget, and smallest number of experts per token: one, or all shared experts of a layer."""
+    return max([1, *config.num_shared])
 
 
 def set_residents(model: FedGraftForCausalLM, held: Sequence[Tensor | None]) -> None:

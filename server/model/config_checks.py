@@ -5,14 +5,15 @@ from __future__ import annotations
 from configs.errors import UserError
 from configs.schema import RunConfig
 from models.files.config_file import check_is_graph, read_config
+from models.graph.runtime_settings import fewest_residents
 
 
 def check_fit(config: RunConfig, graph: str) -> None:
     """Check a run configuration against the ``config.json`` of ``graph``, a checkpoint folder.
 
     Raises:
-        UserError: the model is not an expert graph, budgets or experts per token exceed its experts per layer, or
-            block-size exceeds its context length.
+        UserError: the model is not an expert graph, budgets or experts per token exceed its experts per layer or leave
+            no room for its shared ones, or block-size exceeds its context length.
     """
     found = read_config(graph)
     check_is_graph(found, graph)
@@ -24,3 +25,13 @@ def check_fit(config: RunConfig, graph: str) -> None:
     ):
         if value > most:
             raise UserError(f"expected {key} to be at most the graph's {most} {what}, got {value}")
+    least = fewest_residents(found)
+    for key, counts in (
+        ("budgets", config.client_budgets),
+        ("experts-per-token", [config.experts_per_token]),
+    ):
+        if any(0 < count < least for count in counts):
+            raise UserError(
+                f"expected {key} to be at least the graph's {least} shared experts per layer, which every token "
+                f"visits, got {min(filter(None, counts))}"
+            )

@@ -33,7 +33,8 @@ def rewire(
             edit; None: not measured.
         max_drift: rise of that loss (nats per token) above which no edit is made.
     """
-    margin = max(1.0, global_model.model.config.experts_per_token / 2)
+    config = global_model.model.config
+    margin = max(1.0, (config.experts_per_token - min(config.num_shared)) / 2)
     edits = propose_edits(global_model.graph, usage.counts, rho_max, margin=margin) if usage.counts else []
     if not edits or validation is None:
         _apply(global_model, usage, edits)

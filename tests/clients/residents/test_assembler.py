@@ -108,6 +108,21 @@ def test_the_estimate_is_exactly_zero_and_one_with_a_gradient_on_both_sides(seed
     assert torch.allclose(scores.grad, soft * (1 - soft), atol=1e-6)
 
 
+@pytest.mark.parametrize("budget", [2, 5, 16])
+def test_shared_experts_do_not_set_the_threshold_of_the_others(budget):
+    scores = torch.randn(16, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    resident = choose_residents(scores.detach(), budget, 2)
+    gate = straight_through(scores, resident, 2)
+    assert torch.equal(gate.detach(), resident.float()) and resident[:2].all()
+    if budget == 5:
+        routed = scores.detach()[2:].requires_grad_()
+        straight_through(routed, resident[2:]).sum().backward()
+        gate.sum().backward()
+        assert torch.equal(scores.grad[2:], routed.grad) and not scores.grad[:2].any()
+    else:
+        assert not gate.requires_grad
+
+
 def test_with_every_expert_held_there_is_nothing_to_learn():
     scores = torch.randn(4, requires_grad=True)
     gate = straight_through(scores, torch.ones(4, dtype=torch.bool))

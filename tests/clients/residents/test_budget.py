@@ -57,6 +57,17 @@ def test_what_cannot_be_held_is_refused(model, node, words):
         client_budget(config_of(), node_of(node), model, "a")
 
 
+def test_a_budget_holds_all_shared_experts(shared_graph_dir, monkeypatch):
+    model, config = open_mapped(str(shared_graph_dir)), config_of()
+    assert client_budget(config, node_of({"expert-budget": 2}), model, "a") == 2
+    with pytest.raises(UserError, match="from 2 to the graph's 8 experts, of which .* shared ones, .* got 1"):
+        client_budget(config, node_of({"expert-budget": 1}), model, "a")
+    monkeypatch.setattr("clients.residents.budget.expert_bytes", lambda config, model: 100.0 * MIB)
+    memory = int(occupied(model, config)) + 150
+    with pytest.raises(UserError, match="for the 2 shared experts a layer of client a"):
+        budget_of_memory(config, model, memory, "a")
+
+
 def test_as_many_experts_as_fit_are_held(model, monkeypatch):
     config = config_of(batch_size=1, block_size=16)
     monkeypatch.setattr("clients.residents.budget.expert_bytes", lambda config, model: 100.0 * MIB)

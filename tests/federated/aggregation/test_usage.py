@@ -11,7 +11,7 @@ from models.graph.graph_state import read_graph, write_graph
 from models.graph.runtime_settings import observing_walks, set_residents, set_walk, visiting
 from models.remote_code.routing_fedgraft import Walk, walk_graph
 from tests.support.reference_walk import walk_token
-from tests.support.tiny_graphs import graph_of, random_ids, with_random_gains
+from tests.support.tiny_graphs import graph_of, random_ids, shared_graph_of, with_random_gains
 
 # Closed roots 2 and 4; 4 cannot be reached at all; the edge 1 -> 3 leads to a root.
 MASK = np.array(
@@ -160,3 +160,21 @@ def test_damaged_usage_is_refused(damage):
     }[damage]
     with pytest.raises(RefusedUpdate):
         unpack_usage(data, [4])
+
+
+def test_shared_experts_are_never_demanded():
+    model = shared_graph_of()
+    counter = UsageCounter(read_graph(model).masks)
+    ids = random_ids(model, 1, 20)
+    scores = scores_of(model, [ids])
+    with counter.counting(model):
+        model(input_ids=ids, use_cache=False)
+    for counts, score_TE, layer in zip(counter.counts(), scores, model.expert_layers(), strict=True):
+        # All 20 tokens enter both shared experts, and two others each.
+        assert counts[0, 0] == counts[1, 1] == 20 and not np.triu(counts, 1)[:2].any()
+        wanted = np.zeros((8, 8), dtype=np.int64)
+        for row in score_TE.numpy():
+            p, q = sorted(2 + np.argsort(-row[2:])[:2])
+            wanted[p, q] += not layer.edges[p, q]
+        missing = np.triu(~layer.edges.numpy(), 1)
+        assert np.array_equal(counts * missing, wanted) and wanted.any()

@@ -17,8 +17,10 @@ from models.bootstrap.recipe_build import DenseBase, build_from_recipe
 from models.checkpoints.disk_experts import open_mapped
 from models.checkpoints.load import load_dense, load_graph
 from models.files.fingerprint import checkpoint_fingerprint, fingerprint
+from models.runtime.perplexity import evaluate_loss
 from tests.conftest import shared_path, tiny_llama
 from tests.support.tiny_federation import all_equal
+from tests.support.tiny_graphs import logit_difference, random_ids
 
 
 def bootstrapped(base: Path, out: Path, **plan) -> Path:
@@ -84,6 +86,22 @@ def test_the_graph_is_built_bit_for_bit(tmp_path, tiny_tokenizer, overrides):
     graph = bootstrapped(base, tmp_path / "graph")
     build_from_recipe(str(base), recipe_in(graph), tmp_path / "built")
     assert_same_graph(graph, tmp_path / "built")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_shared_experts_and_default_outputs_are_built_bit_for_bit(tmp_path, tiny_tokenizer, dtype):
+    base = save_base(tmp_path / "base", tiny_tokenizer, dtype=dtype)
+    plan = {"router": "contribution", "features": "gate-activation", "num_shared": 2, "default_rank": 3}
+    graph = bootstrapped(base, tmp_path / "graph", num_experts=8, **plan)
+    build_from_recipe(str(base), recipe_in(graph), tmp_path / "built")
+    assert_same_graph(graph, tmp_path / "built")
+    one, other = (load_graph(str(path), dtype=torch.float32) for path in (graph, tmp_path / "built"))
+    assert other.config.num_shared == [2, 2] and other.config.default_rank == 3
+    ids = random_ids(one)
+    assert evaluate_loss(one, ids, ids).mean == evaluate_loss(other, ids, ids).mean
+    for layer in other.expert_layers():
+        layer.default.up.data.zero_()
+    assert logit_difference(one, other, ids) > 1e-3
 
 
 @pytest.mark.parametrize("experts", [1, 64])

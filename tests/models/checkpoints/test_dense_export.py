@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -8,8 +9,15 @@ from models.checkpoints.dense_export import dense_config, dense_weights, export_
 from models.checkpoints.load import load_dense
 from models.checkpoints.save import cast_weights
 from models.files.fingerprint import fingerprint
+from models.moe.remove import keep_experts
 from tests.conftest import tiny_llama
-from tests.support.tiny_graphs import graph_of, logit_difference, random_ids, with_random_gains
+from tests.support.tiny_graphs import (
+    graph_of,
+    logit_difference,
+    random_ids,
+    shared_graph_of,
+    with_random_gains,
+)
 
 
 @pytest.mark.parametrize(
@@ -87,6 +95,20 @@ def test_what_a_dense_model_cannot_hold_is_named_with_its_layers_and_measured():
     named = {line.split("(")[1].split(" are")[0]: line for line in exported.not_representable}
     assert set(named) == {"edge gains", "output gains"}
     assert named["edge gains"].endswith("layers 1") and named["output gains"].endswith("layers 0, 1")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_shared_experts_leave_exactly_and_default_outputs_only_stand_for_removed_experts(dtype):
+    dense = tiny_llama().to(dtype)
+    graph = cast_weights(shared_graph_of(dense.float()), dtype)
+    exported = export_dense(graph)
+    assert exported.exact and exported.max_logit_difference < 1e-4
+    assert fingerprint(exported.model) == fingerprint(dense.to(dtype))
+    assert not {"default_rank", "default_experts", "num_shared"} & set(exported.model.config.to_dict())
+    keep_experts(graph, {1: np.arange(6)})
+    exported = export_dense(graph)
+    assert exported.not_representable == ["default outputs in place of removed experts: layers 1"]
+    assert exported.max_logit_difference > 1e-3
 
 
 def test_the_difference_is_that_of_the_graph_with_every_expert_active():

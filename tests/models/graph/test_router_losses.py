@@ -6,7 +6,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 from models.graph.router_losses import Routing, collect_routing, load_balance_loss, router_loss, z_loss
 from models.graph.runtime_settings import checkpointing, set_residents
-from tests.support.tiny_graphs import graph_of, random_ids, with_random_gains
+from tests.support.tiny_graphs import graph_of, random_ids, shared_graph_of, with_random_gains
 
 
 def scores_of(tokens: int = 50, experts: int = 6, *, seed: int = 0) -> torch.Tensor:
@@ -116,3 +116,23 @@ def test_layers_that_run_again_for_their_gradient_give_the_same_routing_and_grad
         assert len(routings) == 2
         gradients.append([layer.router.weight.grad for layer in model.expert_layers()])
     assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+
+
+def test_shared_experts_are_left_out_of_the_load_balance():
+    scores = scores_of(experts=6)
+    chosen = torch.cat([torch.arange(2).expand(50, -1), scores[:, 2:].topk(2, -1).indices + 2], -1)
+    within = scores[:, 2:]
+    alone = load_balance_loss(Routing(within, within.topk(2, -1).indices, None))
+    found = load_balance_loss(Routing(scores, chosen, None, 2))
+    torch.testing.assert_close(found, alone)
+    found.backward()
+    assert not scores.grad[:, :2].any() and scores.grad[:, 2:].all()
+    assert load_balance_loss(Routing(scores, chosen[:, :2], None, 2)).item() == 0
+
+
+def test_routing_is_collected_with_the_shared_experts_of_the_layer():
+    model = shared_graph_of()
+    with collect_routing(model) as routings:
+        model(input_ids=random_ids(model, 1, 10))
+    assert [routing.num_shared for routing in routings] == [2, 2]
+    assert router_loss(routings, load_balance_weight=1.0) >= 1

@@ -5,6 +5,7 @@ import torch
 
 from configs.errors import UserError
 from models.graph.runtime_settings import (
+    fewest_residents,
     observing_walks,
     residents,
     scaled_visits,
@@ -16,7 +17,13 @@ from models.graph.runtime_settings import (
     warn_where_fewer_reside,
 )
 from tests.conftest import tiny_llama
-from tests.support.tiny_graphs import graph_of, logit_difference, random_ids, with_random_gains
+from tests.support.tiny_graphs import (
+    graph_of,
+    logit_difference,
+    random_ids,
+    shared_graph_of,
+    with_random_gains,
+)
 
 
 @pytest.fixture
@@ -162,3 +169,11 @@ def test_a_warning_says_where_fewer_experts_are_held_than_visited(recwarn):
         warn_where_fewer_reside(graph)
     # And it runs with fewer.
     assert graph(input_ids=random_ids(graph)).logits.isfinite().all()
+
+
+def test_shared_experts_are_visited_by_every_token():
+    model = shared_graph_of()
+    assert fewest_residents(model.config) == 2 and fewest_residents(graph_of().config) == 1
+    set_visits(model, 2)
+    with pytest.raises(UserError, match="between 2 and 8, 2 of them shared, got 1"):
+        set_visits(model, 1)

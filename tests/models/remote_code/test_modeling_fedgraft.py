@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -13,11 +14,18 @@ from transformers.dynamic_module_utils import get_relative_imports
 
 from models.checkpoints.load import load_dense, load_graph
 from models.checkpoints.save import cast_weights, save_checkpoint
+from models.moe.remove import keep_experts
 from models.remote_code import modeling_fedgraft as modeling
 from models.remote_code.configuration_fedgraft import FedGraftConfig
 from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 from tests.conftest import shared_path, tiny_llama
-from tests.support.tiny_graphs import graph_of, logit_difference, random_ids, with_random_gains
+from tests.support.tiny_graphs import (
+    graph_of,
+    logit_difference,
+    random_ids,
+    shared_graph_of,
+    with_random_gains,
+)
 
 EXACT = ("router", "edge_gain", "edge_affinity", "output_gain")
 FAMILIES = {
@@ -226,8 +234,15 @@ with torch.no_grad():
 """
 
 
-def test_the_checkpoint_loads_where_fedgraft_is_not(tmp_path, tiny_tokenizer):
-    graph = with_random_gains(graph_of(visits=2))
+def pruned_shared_graph():
+    return keep_experts(with_random_gains(shared_graph_of()), {1: np.arange(5)})
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: with_random_gains(graph_of(visits=2)), pruned_shared_graph], ids=["plain", "shared"]
+)
+def test_the_checkpoint_loads_where_fedgraft_is_not(tmp_path, tiny_tokenizer, make):
+    graph = make()
     directory, exchange = tmp_path / "graph", tmp_path / "exchange.pt"
     directory.mkdir()
     save_checkpoint(graph, tiny_tokenizer, directory)

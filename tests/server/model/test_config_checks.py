@@ -29,6 +29,17 @@ def test_what_does_not_fit_is_refused_with_its_key(tiny_graph_dir, tmp_path, cha
         check_fit(config, str(tiny_graph_dir))
 
 
+@pytest.mark.parametrize("changes", [{"budgets": "4,1"}, {"experts_per_token": 1}])
+def test_shared_experts_fit_every_budget_and_every_token(shared_graph_dir, tmp_path, changes):
+    config = tiny_config(shared_graph_dir, tmp_path)
+    check_fit(config.model_copy(update={"budgets": "2,8", "experts_per_token": 2}), str(shared_graph_dir))
+    key = next(iter(changes)).replace("_", "-")
+    with pytest.raises(
+        UserError, match=f"{key} to be at least the graph's 2 shared experts per layer.*got 1"
+    ):
+        check_fit(config.model_copy(update=changes), str(shared_graph_dir))
+
+
 def test_a_dense_model_is_no_graph(tiny_llama_dir, tiny_graph_dir, tmp_path):
     with pytest.raises(UserError, match="expected an expert graph, got a model of type 'llama'"):
         check_fit(tiny_config(tiny_graph_dir, tmp_path), str(tiny_llama_dir))
