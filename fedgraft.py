@@ -18,6 +18,11 @@ VERBS = {
         _GRAPH,
         "Split the FFNs of a dense Llama into experts by balanced k-means, without training.",
     ),
+    "heal": Verb(
+        "scripts.verbs.graph.heal:heal",
+        _GRAPH,
+        "Train an expert graph by distillation from its dense base, and report the held-out perplexity.",
+    ),
     "evaluate": Verb(
         "scripts.verbs.graph.evaluate:evaluate",
         _GRAPH,

@@ -127,6 +127,23 @@ class Report(StrEnum):
     FULL = "full"
 
 
+class HealedParts(StrEnum):
+    """Parameters that healing trains (see ``models.healing.parameters``)."""
+
+    DEFAULTS = "defaults"
+    LORA = "lora"
+    EXPERTS = "experts"
+    ALL = "all"
+
+
+class HealingLoss(StrEnum):
+    """Loss of healing: divergence from the logits of the dense model, distance of hidden states, or their sum."""
+
+    KL = "kl"
+    HIDDEN = "hidden"
+    BOTH = "both"
+
+
 class Split(StrEnum):
     """Documents of a source: training, held-out, or all."""
 

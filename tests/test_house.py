@@ -42,6 +42,7 @@ ROOMS = {
         "graph",
         "checkpoints",
         "bootstrap",
+        "healing",
         "moe",
         "moe_files",
     ),

@@ -12,10 +12,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from clients.state.checked_file import read_checked, write_checked
 from experts.graph.expert_graph import ExpertGraph
 from federated.protocol.copy_hash import copy_hash, unit_digest, vector_digest
 from federated.updates.update import parse_unit, unit_name
+from models.files.checked_file import read_checked, write_checked
 from models.graph.attention_vectors import attention_count, read_attention, write_attention
 from models.graph.graph_state import read_graph, write_graph
 from models.graph.unit_vectors import OTHERS, Unit, weight_count

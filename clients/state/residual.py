@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clients.state.checked_file import check_in_turn, read_tensor, write_in_turn
 from federated.updates.lazy_vectors import LazyVectors
 from federated.updates.update import parse_unit, unit_name
+from models.files.checked_file import check_in_turn, read_tensor, write_in_turn
 from models.graph.unit_vectors import Unit
 
 _log = logging.getLogger(__name__)

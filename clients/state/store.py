@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 
 from clients.residents.assembler import Assembler
-from clients.state.checked_file import read_checked, write_checked
 from clients.state.global_copy import GlobalCopy
 from clients.state.residual import ResidualStore
 from federated.data.blocks import Blocks
+from models.files.checked_file import read_checked, write_checked
 
 
 class ClientStore:

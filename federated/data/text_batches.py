@@ -6,12 +6,13 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from configs.choices import LossOn, Split, check_choice
 from configs.errors import UserError
 from federated.data.answers import Document, documents_of
-from federated.data.blocks import stream_blocks
+from federated.data.blocks import Blocks, pack_blocks, stream_blocks
 from federated.data.chat_template import ChatTemplate
 from federated.data.documents import absolute_sources, load_documents
 from models.runtime.perplexity import IGNORED
@@ -77,3 +78,39 @@ def text_batches(
             vocab_size=vocab_size,
         ):
             yield input_ids, labels != IGNORED
+
+
+def even_blocks(
+    domains: Sequence[Iterable[Document]],
+    tokenizer: Any,
+    *,
+    blocks: int,
+    block_size: int,
+    max_blocks: int = 0,
+    vocab_size: int | None = None,
+) -> Blocks:
+    """Blocks of all domains, as many from each as long as its text lasts.
+
+    Args:
+        domains: texts of each domain.
+        tokenizer: tokenizer of the model.
+        blocks: blocks of all domains together, rounded up to the same number for each; 0: all.
+        block_size: tokens per block, S.
+        max_blocks: most blocks per domain; 0: no limit.
+        vocab_size: rows of the model's embedding; None: token ids are not checked.
+
+    Raises:
+        UserError: as ``pack_blocks``.
+    """
+    limits = [limit for limit in (-(-blocks // len(domains)), max_blocks) if limit]
+    packed = [
+        pack_blocks(
+            texts,
+            tokenizer,
+            block_size=block_size,
+            max_blocks=min(limits, default=0),
+            vocab_size=vocab_size,
+        )
+        for texts in domains
+    ]
+    return Blocks(*(torch.cat(each) for each in zip(*((b.input_ids, b.labels) for b in packed), strict=True)))

@@ -55,6 +55,29 @@ def attach_lora(
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
+def attach_attention_lora(model: FedGraftForCausalLM, *, rank: int, alpha: float, seed: int = 0) -> None:
+    """Add fp32 LoRA factors to the attention projections; other parameters stay as they are.
+
+    Args:
+        model: graph, changed in place.
+        rank: rank of the factors.
+        alpha: scale; the product of the factors is multiplied by ``alpha / rank``.
+        seed: seed of the initial values of A; B starts at zero.
+    """
+    _inject(model, _ATTENTION, rank, alpha, seed)
+
+
+@torch.no_grad()
+def merge_attention_lora(model: FedGraftForCausalLM) -> None:
+    """Add the product of each attention projection's factors to its weight, and remove the factors."""
+    for layer in model.model.layers:
+        for name, module in list(layer.self_attn.named_children()):
+            if hasattr(module, "get_delta_weight"):
+                linear = module.get_base_layer()
+                linear.weight += _change(module).to(linear.weight)
+                setattr(layer.self_attn, name, linear)
+
+
 def _inject(model: FedGraftForCausalLM, targets: str, rank: int, alpha: float, seed: int) -> None:
     """Add fp32 factors to the modules whose names match ``targets``; the global random state does not change."""
     # Imported here: the import takes seconds, and most runs train whole experts.

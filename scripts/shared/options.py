@@ -82,6 +82,9 @@ class BatchOptions(BlockOptions):
     batch_size: Annotated[int, typer.Option(min=1, help="Blocks per forward pass.")] = 8
 
 
+EvaluationTokens = Annotated[
+    int, typer.Option("--evaluation-tokens", min=256, help="Held-out tokens of the report.")
+]
 CALIBRATION_BLOCKS = BatchOptions(max_blocks=64)
 OverwriteDirectory = Annotated[bool, typer.Option(help="Replace an output directory that is not empty.")]
 

@@ -9,7 +9,7 @@ import typer
 
 from configs.choices import Clustering, Features, Report, RouterFit
 from scripts.shared.console import print_result, progress, quiet_libraries, stderr
-from scripts.shared.options import DenseModel, JsonFlag, NewCheckpoint
+from scripts.shared.options import DenseModel, EvaluationTokens, JsonFlag, NewCheckpoint
 from scripts.shared.verb import verb
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class CalibrationOptions:
         typer.Option(help="Calibration text, sources as for --data; sampled from the model unless given."),
     ] = None
     calibration_tokens: Annotated[int, typer.Option(min=256, help="Tokens of calibration text.")] = 8192
-    evaluation_tokens: Annotated[int, typer.Option(min=256, help="Held-out tokens of the report.")] = 4096
+    evaluation_tokens: EvaluationTokens = 4096
     report: Annotated[
         Report,
         typer.Option(

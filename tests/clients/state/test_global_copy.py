@@ -7,7 +7,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from clients.state.checked_file import write_checked
 from clients.state.global_copy import GlobalCopy
 from experts.graph.edits import EDGE_EDITS, RemoveEdge
 from experts.graph.expert_graph import ExpertGraph
@@ -16,9 +15,10 @@ from federated.protocol.steps import ServerStep, apply_step
 from models.checkpoints.disk_experts import open_mapped
 from models.checkpoints.load import load_graph
 from models.checkpoints.save import save_checkpoint
+from models.files.checked_file import write_checked
 from models.graph.graph_state import read_graph, write_graph
 from models.graph.unit_vectors import OTHERS, read_unit, unit_sizes
-from tests.clients.state.test_checked_file import DAMAGES, damaged
+from tests.models.files.test_checked_file import DAMAGES, damaged
 from tests.support.tiny_federation import all_equal, next_step, packed_change, random_change, save_tiny_graph
 from tests.support.tiny_graphs import graph_of, with_random_gains
 

@@ -9,7 +9,7 @@ from clients.residents.assembler import Assembler
 from clients.state.store import ClientStore
 from federated.data.blocks import Blocks
 from models.checkpoints.disk_experts import open_mapped
-from tests.clients.state.test_checked_file import damaged
+from tests.models.files.test_checked_file import damaged
 
 BLOCKS = Blocks(torch.arange(12).view(3, 4), torch.arange(12).view(3, 4) - 100)
 OTHER = Blocks(torch.tensor([[1, 2**31 - 1]]), torch.tensor([[-100, 3]]))

@@ -11,7 +11,7 @@ import torch
 from configs.errors import UserError
 from federated.data.answers import AnsweredText
 from federated.data.blocks import pack_blocks
-from federated.data.text_batches import text_batches, texts_by_domain
+from federated.data.text_batches import even_blocks, text_batches, texts_by_domain
 from models.runtime.perplexity import IGNORED
 
 
@@ -73,3 +73,19 @@ def test_answers_are_the_tokens_of_the_mask(tmp_path, tiny_tokenizer):
         texts.values(), tiny_tokenizer, block_size=32, batch_size=1, max_blocks=0
     )
     assert ids[counted].tolist() == tiny_tokenizer.encode("bc", add_special_tokens=False)
+
+
+def test_blocks_come_as_many_from_each_domain_as_its_text_lasts(tiny_tokenizer):
+    domains = [["a" * 31] * 8, ["b" * 31] * 2, ["c" * 31] * 8]
+    for blocks, limit, counts in (
+        (0, 0, (8, 2, 8)),
+        (9, 0, (3, 2, 3)),
+        (10, 0, (4, 2, 4)),
+        (9, 1, (1, 1, 1)),
+    ):
+        made = even_blocks(domains, tiny_tokenizer, blocks=blocks, block_size=32, max_blocks=limit)
+        whole = [pack_blocks(texts, tiny_tokenizer, block_size=32) for texts in domains]
+        expected = [each.input_ids[:count] for each, count in zip(whole, counts, strict=True)]
+        assert torch.equal(made.input_ids, torch.cat(expected)) and torch.equal(made.labels, made.input_ids)
+    with pytest.raises(UserError, match="expected token ids below 7"):
+        even_blocks(domains, tiny_tokenizer, blocks=0, block_size=32, vocab_size=7)

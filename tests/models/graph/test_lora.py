@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from models.graph.attention_vectors import attention_count, read_attention, write_attention
-from models.graph.lora import attach_lora, attention_changes, lora_change
+from models.graph.lora import (
+    attach_attention_lora,
+    attach_lora,
+    attention_changes,
+    lora_change,
+    merge_attention_lora,
+)
 from models.graph.runtime_settings import residents
 from models.graph.unit_vectors import read_routing, weight_count, write_routing
 from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
@@ -235,3 +241,22 @@ def test_dequantized_bases_are_seen_through_the_factors():
         assert torch.equal(one, other)
     assert torch.equal(read_attention(model, 0), attention)
     assert len(linears(model)) == 16
+
+
+def test_factors_of_attention_alone_are_merged_into_its_weights():
+    model, ids = graph_of(visits=4), IDS
+    before = copy.deepcopy(model)
+    attach_attention_lora(model, rank=2, alpha=6.0)
+    assert len(factors(model)) == 2 * 2 * 4 and logit_difference(model, before, ids) < 1e-6
+    with torch.no_grad():
+        for name, value in factors(model).items():
+            if "lora_B" in name:
+                value.normal_()
+    adapted = copy.deepcopy(model)
+    expected = dict(attention_changes(model))
+    merge_attention_lora(model)
+    assert factors(model) == {} and logit_difference(model, adapted, ids) < 1e-3
+    for layer, change in expected.items():
+        torch.testing.assert_close(
+            read_attention(model, layer) - read_attention(before, layer), change, atol=1e-5, rtol=0
+        )

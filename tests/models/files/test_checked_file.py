@@ -7,12 +7,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from clients.state.checked_file import check_in_turn, read_checked, read_tensor, write_checked, write_in_turn
+from models.files.checked_file import check_in_turn, read_checked, read_tensor, write_checked, write_in_turn
 
 TENSORS = {
     "a": torch.arange(600.0).view(20, 30).T,
     "b": torch.zeros(0),
     "c": torch.ones(3, dtype=torch.uint8),
+    "d": torch.tensor(7.5),
 }
 
 

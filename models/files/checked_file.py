@@ -112,7 +112,7 @@ class _Digest:
     def add(self, name: str, tensor: Tensor) -> None:
         """Add a tensor; tensors are added in the order of their names."""
         self._digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        self._digest.update(tensor.view(torch.uint8).numpy() if tensor.numel() else b"")
+        self._digest.update(tensor.reshape(-1).view(torch.uint8).numpy() if tensor.numel() else b"")
 
     def hexdigest(self) -> str:
         return self._digest.hexdigest()

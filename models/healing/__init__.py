@@ -1,0 +1,1 @@
+"""Distillation of an expert graph from its dense base."""
