@@ -22,6 +22,7 @@ from configs.errors import UserError
 from models.healing.losses import hidden_distance, logit_divergence
 from models.healing.options import HealingOptions
 from models.healing.state import Progress, load_state, save_state
+from models.healing.straight_through import straight_through
 from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 
 # Steps after which the number of steps is computed from their time.
@@ -80,12 +81,13 @@ def distill(
         progress = load_state(state_file, parameters, optimizer, settings)
         progress.total = progress.total or options.steps
     saved = time.monotonic()
-    while not progress.total or progress.step < progress.total:
-        _timed_step(job, list(parameters.values()), optimizer, progress, options)
-        on_step(progress.step, progress.total)
-        if state_file is not None and time.monotonic() - saved >= options.save_seconds:
-            save_state(state_file, parameters, optimizer, progress, settings)
-            saved = time.monotonic()
+    with straight_through(job.graph):
+        while not progress.total or progress.step < progress.total:
+            _timed_step(job, list(parameters.values()), optimizer, progress, options)
+            on_step(progress.step, progress.total)
+            if state_file is not None and time.monotonic() - saved >= options.save_seconds:
+                save_state(state_file, parameters, optimizer, progress, settings)
+                saved = time.monotonic()
     return progress
 
 

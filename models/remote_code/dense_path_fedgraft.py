@@ -71,10 +71,10 @@ def run_wide(
         act_fn: activation of the gate.
         held: expert of each row of the fused tensors.
     """
-    weights_TR = _by_expert(experts_TK, weights_TK, len(edge_gain_EE))[:, held]
+    weights_TR = by_expert(experts_TK, weights_TK, len(edge_gain_EE))[:, held]
     gate_up_TRH = F.linear(x_TD, gate_up_RHD.flatten(0, 1)).unflatten(-1, gate_up_RHD.shape[:2])
     if edges:
-        made_TE = _by_expert(experts_TK, torch.ones_like(weights_TK), len(edge_gain_EE))
+        made_TE = by_expert(experts_TK, torch.ones_like(weights_TK), len(edge_gain_EE))
         hidden_TRH = _hidden_along_edges(
             gate_up_TRH, made_TE, edge_gain_EE, edges, gate_up_RHD, down_RDH, act_fn, held
         )
@@ -84,7 +84,7 @@ def run_wide(
     return _project(weighted_TRH, down_RDH).to(x_TD.dtype)
 
 
-def _by_expert(experts_TK: Tensor, values_TK: Tensor, num_experts: int) -> Tensor:
+def by_expert(experts_TK: Tensor, values_TK: Tensor, num_experts: int) -> Tensor:
     """Values of visits by expert, ``[T, E]``; 0 where a token does not visit the expert."""
     columns_TK = torch.where(experts_TK < 0, num_experts, experts_TK)
     empty = values_TK.new_zeros(len(values_TK), num_experts + 1)
