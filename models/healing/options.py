@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from configs.choices import HealedParts, HealingLoss, check_choice
+from configs.choices import HealedParts, HealingLoss, Precision, check_choice
 from configs.errors import UserError
 
 
@@ -27,6 +27,7 @@ class HealingOptions:
         batch_size: blocks per optimizer step.
         max_grad_norm: norm to which the gradient is clipped; 0: none.
         seed: seed of the order of blocks and of the LoRA factors.
+        precision: precision of matrix products: ``fp32``, ``bf16``, or ``auto`` for the faster.
         save_seconds: shortest time between two saved states, in seconds.
     """
 
@@ -42,11 +43,17 @@ class HealingOptions:
     batch_size: int = 4
     max_grad_norm: float = 1.0
     seed: int = 0
+    precision: str = Precision.AUTO
     save_seconds: float = 60.0
 
     def __post_init__(self):
         check_choice("`train`", self.train, HealedParts)
         check_choice("`loss`", self.loss, HealingLoss)
+        check_choice("`precision`", self.precision, Precision)
+        if self.precision == Precision.NF4:
+            raise UserError(
+                "expected `precision` to be auto, fp32 or bf16, got nf4, in which weights cannot train"
+            )
         if (self.steps > 0) == (self.minutes > 0) or min(self.steps, self.minutes) < 0:
             raise UserError(
                 f"expected either `steps` or `minutes` above 0, got {self.steps} and {self.minutes:g}"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from configs.choices import Precision
 from configs.errors import UserError
 from configs.output import check_output_directory, new_directory
 from models.checkpoints.load import load_dense, load_graph, load_tokenizer
@@ -59,7 +59,6 @@ def heal_checkpoint(
     out: Path,
     text: HealingText,
     options: HealingOptions,
-    precision: str = Precision.AUTO,
     device: str = "cpu",
     overwrite: bool = False,
     on_step: Step = lambda stage, done, total: None,
@@ -75,50 +74,56 @@ def heal_checkpoint(
         out: new directory, written last. It has no recipe: its weights are not those of the base.
         text: training and held-out blocks.
         options: options of healing.
-        precision: precision of matrix products in training: ``fp32``, ``bf16``, or ``auto`` for the faster.
         device: device of the computation.
         overwrite: replace ``out`` if it is not empty.
         on_step: called with the name of a stage, the steps done and their total.
 
     Returns:
-        ``{"out", "perplexity": {"dense", "before", "after"}, "logit_difference": {"before", "after"}, "steps",
-        "tokens", "seconds", "core_seconds", "losses", "evaluation_tokens", "evaluation_seconds",
-        "trained_parameters"}``; seconds are those of the steps, losses are per step and token, logit differences as
-        ``check_equality`` returns.
+        ``{"out", "trained_parameters"}``, the figures of ``HeldOutReport``, and of ``Progress`` "steps", "tokens",
+        "seconds", "core_seconds" and "losses".
 
     Raises:
         UserError: unusable checkpoints, a base of another shape, a loss that is not finite, a state of another run.
     """
-    if precision == Precision.NF4:
-        raise UserError(
-            "expected `precision` to be auto, fp32 or bf16, got nf4, in which weights cannot train"
-        )
     check_output_directory(out, overwrite=overwrite)
     check_pair(graph, base)
     student = load_graph(graph, precision="fp32", device=device)
     dense = _load_base(base, student.config.base_fingerprint, device)
-    report = HeldOutReport(
-        dense, text.held_out_ids, text.held_out_labels, lambda *done: on_step("held-out perplexity", *done)
-    )
+    shown = partial(on_step, "held-out perplexity")
+    report = HeldOutReport(dense, text.held_out_ids, text.held_out_labels, shown)
     report.measure(student, "before")
-    parameters = select_parameters(student, options.train, rank=options.rank, seed=options.seed)
-    count = sum(value.numel() for value in parameters.values())
-    autocast = autocast_to_bf16(precision, device)
-    progress = distill(
-        Distillation(student, dense, text.input_ids, text.labels != IGNORED, autocast),
-        parameters,
-        options,
-        state_file=state_path(out),
-        settings=_settings(graph, base, text, options, autocast),
-        on_step=lambda done, total: on_step("healing steps", done, total or None),
-    )
-    finish_parameters(student)
+    autocast, state = autocast_to_bf16(options.precision, device), state_path(out)
+    job = Distillation(student, dense, text.input_ids, text.labels != IGNORED, autocast)
+    facts = _facts(graph, base, text, autocast)
+    progress, trained = _train(job, options, state, facts, partial(on_step, "healing steps"))
     _round_weights(student, read_dtype(graph))
     report.measure(student, "after")
     with new_directory(out, overwrite=overwrite) as directory:
         save_checkpoint(cast_weights(student, read_dtype(graph)), load_tokenizer(graph), directory)
-    state_path(out).unlink(missing_ok=True)
-    return {"out": str(out), **report.figures(), **_summary(progress), "trained_parameters": count}
+    state.unlink(missing_ok=True)
+    return {"out": str(out), **report.figures(), **_summary(progress), "trained_parameters": trained}
+
+
+def _train(
+    job: Distillation,
+    options: HealingOptions,
+    state_file: Path,
+    facts: Mapping[str, Any],
+    on_step: Callable[[int, int | None], None],
+) -> tuple[Progress, int]:
+    """Train the graph of ``job``; its progress, and the number of trained parameters."""
+    parameters = select_parameters(job.graph, options.train, rank=options.rank, seed=options.seed)
+    own = {name: value for name, value in asdict(options).items() if name != "save_seconds"}
+    progress = distill(
+        job,
+        parameters,
+        options,
+        state_file=state_file,
+        settings={**own, **facts},
+        on_step=lambda done, total: on_step(done, total or None),
+    )
+    finish_parameters(job.graph)
+    return progress, sum(value.numel() for value in parameters.values())
 
 
 def state_path(out: Path) -> Path:
@@ -161,16 +166,12 @@ def _round_weights(graph: FedGraftForCausalLM, dtype: torch.dtype) -> None:
     cast_weights(cast_weights(graph, dtype), torch.float32)
 
 
-def _settings(
-    graph: str, base: str, text: HealingText, options: HealingOptions, autocast: bool
-) -> dict[str, Any]:
-    """Facts of a run that the continuation of an interrupted one must have, too."""
-    own = {name: value for name, value in asdict(options).items() if name != "save_seconds"}
+def _facts(graph: str, base: str, text: HealingText, autocast: bool) -> dict[str, Any]:
+    """Facts of a run, other than its options, that the continuation of an interrupted one must have, too."""
     words = hashlib.sha256()
     for tensor in (text.input_ids, text.labels):
         words.update(tensor.contiguous().numpy().tobytes())
     return {
-        **own,
         "graph": checkpoint_fingerprint(graph),
         "base": checkpoint_fingerprint(base),
         "data": words.hexdigest(),

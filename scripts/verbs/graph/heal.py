@@ -55,6 +55,9 @@ class TrainingOptions:
         typer.Option(help="Loss: divergence of logits (kl), relative distance of hidden states, or both."),
     ] = HealingLoss.KL
     temperature: Annotated[float, typer.Option(help="Temperature of the divergence of logits.")] = 1.0
+    precision: Annotated[
+        Precision, typer.Option(help="Precision of matrix products; weights train in fp32.")
+    ] = Precision.AUTO
     seed: Annotated[int, typer.Option(help="Seed of the order of blocks and of the LoRA factors.")] = 0
 
 
@@ -67,9 +70,6 @@ def heal(
     training: TrainingOptions = TrainingOptions(),
     blocks: BatchOptions = BatchOptions(batch_size=4, max_blocks=1024),
     evaluation_tokens: EvaluationTokens = 4096,
-    precision: Annotated[
-        Precision, typer.Option(help="Precision of matrix products; weights train in fp32.")
-    ] = Precision.AUTO,
     device: DeviceOption = Device.AUTO,
     as_json: JsonFlag = False,
 ) -> None:
@@ -96,7 +96,6 @@ def heal(
             out=write.out,
             text=_text(model, data, blocks, options, evaluation_tokens),
             options=options,
-            precision=precision,
             device=choose_device(device),
             overwrite=write.overwrite,
             on_step=on_step,

@@ -20,6 +20,7 @@ from models.healing.options import HealingOptions
         ({"steps": 3, "temperature": float("inf")}, "temperature"),
         ({"steps": 3, "train": "expert"}, "experts"),
         ({"steps": 3, "loss": "mse"}, "hidden"),
+        ({"steps": 3, "precision": "nf4"}, "cannot train"),
     ],
 )
 def test_options_out_of_range_are_refused(values, named):
