@@ -5,8 +5,9 @@ Shape suffixes: T tokens, D hidden width, M neurons of the FFN, E experts, H neu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import chain
 
 import numpy as np
 import torch
@@ -20,13 +21,13 @@ from models.bootstrap.calibration import hidden_activations
 from models.bootstrap.layer_stream import LayerStream
 from models.bootstrap.neuron_features import experts_of_neurons, neuron_features
 from models.bootstrap.plan import BootstrapOptions, LayerExperts
-from models.bootstrap.ridge import low_rank_ridge, solve_ridge
+from models.bootstrap.ridge import Moments, low_rank_ridge, solve_ridge
 from models.bootstrap.router_init import visited_experts
 
 # Tokens of an activation profile for k-means.
 _PROFILE_TOKENS = 1024
 # Tokens whose activations are computed at once.
-_ROWS = 4096
+_ROWS = 1024
 
 
 @torch.no_grad()
@@ -65,32 +66,46 @@ def _plan_layer(mlp: nn.Module, x_TD: Tensor, options: BootstrapOptions) -> tupl
     size_M = torch.linalg.vector_norm(hidden_TM, dim=0, dtype=torch.float32) * norm_M
     clusters, seconds = _members(mlp, x_TD, hidden_TM, size_M, options)
     members = torch.from_numpy(clusters.members)
-    gram_DD = x_TD.float().T @ x_TD.float()
-    router = contribution_router(x_TD, _sizes(hidden_TM, norm_M, members), gram_DD)
+    moments = Moments.of_features(x_TD, x_TD.shape[1])
+    router = contribution_router(x_TD, _sizes(hidden_TM, norm_M, members), moments.gram_FF)
     visited_TE = visited_experts(x_TD, router, options.visits, options.num_shared)
+    output_TD = _outputs(mlp, x_TD, hidden_TM, visited_TE[:, experts_of_neurons(members)], moments)
+    default = _default_output(moments, options)
+    if default is not None:
+        down, up, bias = default
+        for rows in _slices(len(x_TD)):
+            estimate_TD = (x_TD[rows].float() @ down.T @ up.T + bias) * _unvisited(options)
+            output_TD[rows] += estimate_TD.to(output_TD)
     edges = _routed_edges(visited_TE, options)
-    output_TD, missing_TD = _split_output(mlp, hidden_TM, visited_TE[:, experts_of_neurons(members)])
-    del hidden_TM
-    default = None
-    if options.default_rank and options.visits < options.num_experts:
-        share = 1 - options.visits / options.num_experts
-        down, up, bias = low_rank_ridge(
-            x_TD.float(), missing_TD.float(), options.default_rank, gram_FF=gram_DD
-        )
-        output_TD += (x_TD.float() @ down.T @ up.T + bias).to(output_TD)
-        default = down, up / share, bias / share
-    plan = LayerExperts(clusters, router, edges, seconds, options.num_shared, default)
-    return plan, output_TD
+    return LayerExperts(clusters, router, edges, seconds, options.num_shared, default), output_TD
+
+
+def _unvisited(options: BootstrapOptions) -> float:
+    """Share of the experts that a token does not visit."""
+    return 1 - options.visits / options.num_experts
+
+
+def _default_output(moments: Moments, options: BootstrapOptions) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Parameters of ``DefaultOutput`` that predict the outputs of unvisited experts; None without one."""
+    if not options.default_rank or options.visits == options.num_experts:
+        return None
+    down, up, bias = low_rank_ridge(moments, options.default_rank)
+    return down, up / _unvisited(options), bias / _unvisited(options)
+
+
+def _slices(tokens: int) -> Iterator[slice]:
+    """Slices of ``_ROWS`` tokens, whose intermediate values stay small."""
+    return (slice(start, min(start + _ROWS, tokens)) for start in range(0, tokens, _ROWS))
 
 
 def _by_rows(compute: Callable[[slice], Tensor], tokens: int) -> Tensor:
-    """Concatenation of ``compute(rows)`` over slices of ``_ROWS`` tokens, whose intermediate values stay small."""
-    first = compute(slice(0, min(_ROWS, tokens)))
-    whole = first.new_empty(tokens, *first.shape[1:])
-    whole[: len(first)] = first
-    for start in range(len(first), tokens, _ROWS):
-        rows = slice(start, start + _ROWS)
-        whole[rows] = compute(rows)
+    """Concatenation of ``compute(rows)`` over ``_slices``."""
+    parts = (compute(rows) for rows in _slices(tokens))
+    first = next(parts)
+    whole, done = first.new_empty(tokens, *first.shape[1:]), 0
+    for part in chain([first], parts):
+        whole[done : done + len(part)] = part
+        done += len(part)
     return whole
 
 
@@ -104,15 +119,15 @@ def _sizes(hidden_TM: Tensor, norm_M: Tensor, members_EH: Tensor) -> Tensor:
     return _by_rows(sizes, len(hidden_TM))
 
 
-def _split_output(mlp: nn.Module, hidden_TM: Tensor, visited_TM: Tensor) -> tuple[Tensor, Tensor]:
-    """Outputs ``[T, D]`` of the visited and of the other neurons of each token, without their bias."""
+def _outputs(mlp: nn.Module, x_TD: Tensor, hidden_TM: Tensor, visited_TM: Tensor, moments: Moments) -> Tensor:
+    """Outputs ``[T, D]`` of the visited neurons of each token; those of the others are added to ``moments``."""
 
     def outputs(rows: slice) -> Tensor:
         kept_TM = hidden_TM[rows] * visited_TM[rows]
-        return torch.stack([mlp.down_proj(kept_TM), mlp.down_proj(hidden_TM[rows] - kept_TM)], 1)
+        moments.add_targets(x_TD[rows], mlp.down_proj(hidden_TM[rows] - kept_TM))
+        return mlp.down_proj(kept_TM)
 
-    visited_TD, others_TD = _by_rows(outputs, len(hidden_TM)).unbind(1)
-    return visited_TD, others_TD
+    return _by_rows(outputs, len(hidden_TM))
 
 
 def _members(
@@ -142,7 +157,7 @@ def contribution_router(x_TD: Tensor, sizes_TE: Tensor, gram_DD: Tensor) -> Tens
     Args:
         x_TD: FFN input.
         sizes_TE: size of each expert's contribution to the output.
-        gram_DD: Gram matrix of ``x_TD``.
+        gram_DD: Gram matrix of ``x_TD``, fp64.
 
     Returns:
         Weights whose targets are the sizes relative to their mean over experts, which no ranking depends on.
@@ -150,7 +165,7 @@ def contribution_router(x_TD: Tensor, sizes_TE: Tensor, gram_DD: Tensor) -> Tens
     target_TE = sizes_TE / sizes_TE.mean().clamp(min=1e-30)
     target_TE -= target_TE.mean(-1, keepdim=True)
     moment_DE = x_TD.float().T @ target_TE
-    return solve_ridge(gram_DD.double(), moment_DE.double()).T.contiguous()
+    return solve_ridge(gram_DD, moment_DE.double()).T.contiguous()
 
 
 def _routed_edges(visited_TE: Tensor, options: BootstrapOptions) -> np.ndarray:

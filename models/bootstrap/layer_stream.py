@@ -46,13 +46,12 @@ class LayerStream:
             mlp.__dict__.pop("forward", None)
         return torch.cat(inputs)
 
+    @torch.no_grad()
     def add(self, output_TD: Tensor) -> None:
         """Add an FFN's output ``[T, D]`` to the hidden states."""
         sizes = [hidden.shape[0] * hidden.shape[1] for hidden in self._hidden]
-        parts = output_TD.split(sizes)
-        self._hidden = [
-            hidden + part.view_as(hidden) for hidden, part in zip(self._hidden, parts, strict=True)
-        ]
+        for hidden, part in zip(self._hidden, output_TD.split(sizes), strict=True):
+            hidden += part.view_as(hidden)
 
 
 def _recording(inputs: list[Tensor]) -> Callable[[Tensor], Tensor]:

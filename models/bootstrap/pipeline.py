@@ -69,29 +69,34 @@ def bootstrap_checkpoint(
     width = getattr(read_config(source), "intermediate_size", 0)
     check_expert_count(width or options.num_experts, options.num_experts)
     dense, tokenizer = load_dense(source), load_tokenizer(source)
-    if calibration_ids is not None:
-        check_token_ids(calibration_ids, dense.config.vocab_size, tokenizer)
     dtype, base = dense.dtype, fingerprint(dense)
     dense = dense.float() if dense.num_parameters() <= _FP32_PARAMETERS else dense
     sizes = (calibration_tokens, evaluation_tokens)
-    calibration, held_out = _texts(dense, calibration_ids, sizes, options.seed, on_step)
+    calibration, held_out = _texts(dense, tokenizer, calibration_ids, sizes, options.seed, on_step)
     measured = Calibration(dense, calibration, 512 if options.features == Features.ACTIVATION else 0)
     experts = _experts(measured, options, on_step)
     graph = build_graph(dense, experts, options.visits, base_fingerprint=base, share_weights=True)
-    difference = check_equality(dense, graph, held_out)
-    perplexity = _report(measured, graph, experts, held_out, Report(report), on_step)
+    measures: dict[str, Any] = {"logit_difference": check_equality(dense, graph, held_out)}
+    measures["perplexity"] = _report(measured, graph, experts, held_out, Report(report), on_step)
+    del dense, measured  # frees the dense FFNs before the graph is written
     with new_directory(out, overwrite=overwrite) as directory:
         _write(cast_weights(graph, dtype), tokenizer, experts, directory)
-    return _summary(out, options, experts, perplexity) | {"logit_difference": difference}
+    return _summary(out, options, experts) | measures
 
 
 def _texts(
-    dense: PreTrainedModel, ids: Tensor | None, sizes: tuple[int, int], seed: int, on_step: Step
+    dense: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: Tensor | None,
+    sizes: tuple[int, int],
+    seed: int,
+    on_step: Step,
 ) -> tuple[Tensor, Tensor]:
     """Calibration and held-out blocks of ``sizes`` tokens, sampled from the model if ``ids`` is None."""
     on_step("calibration text", 0, 1)
     if ids is None:
         ids = sample_calibration(dense, sum(sizes), seed)
+    check_token_ids(ids, dense.config.vocab_size, tokenizer)
     parts = split_tokens(ids, *sizes)
     on_step("calibration text", 1, 1)
     return parts
@@ -119,9 +124,7 @@ def _write(
     (directory / "cluster_stats.txt").write_text(cluster_table([layer.clusters for layer in experts]))
 
 
-def _summary(
-    out: Path, options: BootstrapOptions, experts: Sequence[LayerExperts], perplexity: dict[str, Any]
-) -> dict[str, Any]:
+def _summary(out: Path, options: BootstrapOptions, experts: Sequence[LayerExperts]) -> dict[str, Any]:
     layers = [
         {"sizes": layer.clusters.sizes, "inertia": layer.clusters.inertia, "seconds": layer.seconds}
         for layer in experts
@@ -132,7 +135,6 @@ def _summary(
         "experts_per_token": options.visits,
         "clustering": options.clustering,
         "layers": layers,
-        "perplexity": perplexity,
     }
 
 

@@ -54,7 +54,7 @@ def test_the_first_experts_hold_the_most_contributing_neurons(dense, graph):
 def test_a_linear_contribution_is_ranked_by_the_router():
     x_TD = torch.randn(400, 6, generator=torch.Generator().manual_seed(0)).abs()
     sizes_TE = x_TD.square().view(-1, 3, 2).sum(-1).sqrt()
-    router = contribution_router(x_TD, sizes_TE, x_TD.T @ x_TD)
+    router = contribution_router(x_TD, sizes_TE, (x_TD.T @ x_TD).double())
     assert ((x_TD @ router.T).argmax(-1) == sizes_TE.argmax(-1)).float().mean() > 0.8
 
 
