@@ -116,7 +116,8 @@ def _show_lines(result: dict[str, Any]) -> list:
     for layer in result["layers"]:
         scored = [_with_scores(layer[name], layer["scores"]) for name in ("best", "worst")]
         never = ", ".join(map(str, layer["never_routed"])) or "none"
-        table.add_row(*(str(layer[name]) for name in ("layer", "decoder_layer", "experts")), *scored, never)
+        count = f"{layer['experts']} ({layer['shared']} shared)" if layer["shared"] else str(layer["experts"])
+        table.add_row(str(layer["layer"]), str(layer["decoder_layer"]), count, *scored, never)
     return [table]
 
 
