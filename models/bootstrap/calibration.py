@@ -106,7 +106,8 @@ def neuron_statistics(
         hidden = hidden_activations(layers[layer], x_TD).float().cpu()
         sums[layer] += hidden.abs().sum(0)
         wanted = profile_tokens - sum(len(part) for part in profiles[layer])
-        profiles[layer].append(hidden[: max(wanted, 0)])
+        # A copy: a slice would keep the activations of the whole batch in memory.
+        profiles[layer].append(hidden[: max(wanted, 0)].clone())
 
     visit_ffn_inputs(model, input_ids, visit)
     means = [total / input_ids.numel() for total in sums]

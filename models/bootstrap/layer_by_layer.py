@@ -23,6 +23,7 @@ from models.bootstrap.neuron_features import experts_of_neurons, neuron_features
 from models.bootstrap.plan import BootstrapOptions, LayerExperts
 from models.bootstrap.ridge import Moments, low_rank_ridge, solve_ridge
 from models.bootstrap.router_init import visited_experts
+from models.runtime.memory import return_freed_memory
 
 # Tokens of an activation profile for k-means.
 _PROFILE_TOKENS = 1024
@@ -55,6 +56,8 @@ def plan_layer_by_layer(
         plan, output_TD = _plan_layer(layer.mlp, x_TD, options)
         planned.append(plan)
         stream.add(output_TD)
+        del x_TD, output_TD
+        return_freed_memory()
         on_layer(index)
     return planned
 

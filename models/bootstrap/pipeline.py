@@ -25,6 +25,7 @@ from models.checkpoints.save import cast_weights, save_checkpoint
 from models.files.config_file import read_config
 from models.files.fingerprint import fingerprint
 from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
+from models.runtime.memory import return_freed_memory
 from models.runtime.token_ids import check_token_ids
 
 Step = Callable[[str, int, int], None]
@@ -98,6 +99,7 @@ def _texts(
         ids = sample_calibration(dense, sum(sizes), seed)
     check_token_ids(ids, dense.config.vocab_size, tokenizer)
     parts = split_tokens(ids, *sizes)
+    return_freed_memory()
     on_step("calibration text", 1, 1)
     return parts
 

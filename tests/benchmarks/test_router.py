@@ -23,25 +23,15 @@ from tests.conftest import tiny_llama
 from tests.support.tiny_graphs import ffn_inputs, random_ids
 
 NAMES = {"router", "centroid", "static", "oracle", "random", "elimination"}
-FIGURES = {
-    "gap_closed",
-    "gap_closed_sampled",
-    "static_over_router",
-    "seconds_bootstrap",
-    "rss_over_weights",
-} | {
-    f"small_{name}"
-    for name in ("ppl_75_over_dense", "ppl_50_over_dense", "ppl_25_over_dense", "static_over_router_50")
-}
 MEMBERS = [torch.arange(64).view(8, 8)] * 2
 
 
 def test_a_quick_run_measures_every_figure():
     steps = []
     measured = measure(True, lambda *step: steps.append(step))
-    assert set(measured.figures) == FIGURES
+    assert set(measured.figures) == {"gap_closed", "gap_closed_sampled", "static_over_router"}
     assert all(math.isfinite(value) for value in measured.figures.values())
-    assert measured.figures["static_over_router"] > 1 and steps[-1] == ("seeds", 1, 1)
+    assert measured.figures["static_over_router"] > 1 and steps == [("seeds", 1, 1)]
     for table in (measured.peers["mean"]["text"], measured.peers["seeds"][0]["sampled"]):
         assert {share: set(row) for share, row in table.items()} == dict.fromkeys(("75", "50", "25"), NAMES)
 

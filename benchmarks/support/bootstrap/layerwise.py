@@ -119,12 +119,11 @@ def _text(case: Case, split: str, blocks: int, block_size: int, quick: bool) -> 
     return text.input_ids, text.labels
 
 
-def cases(models: Sequence[str], mixes: Sequence[str], seeds: Sequence[int]) -> list[Case]:
-    """All cases, those of the first seed first."""
+def cases(models: Sequence[str], texts: Sequence[tuple[str, int]]) -> list[Case]:
+    """Cases of every model on every text, a mix and a seed, in the order of the texts."""
     return [
         Case(model, mix, seed, selection)
-        for seed in seeds
-        for mix in mixes
+        for mix, seed in texts
         for model in models
         for selection in SELECTIONS
     ]

@@ -115,6 +115,19 @@ def test_fewer_tokens_than_profile_places_are_all_kept(dense):
     assert neuron_statistics(dense, random_ids(dense, 2, 5)).profiles[0].shape == (64, 10)
 
 
+def test_profiles_keep_no_activations_of_other_tokens_in_memory(dense, monkeypatch):
+    kept, cat = [], torch.cat
+
+    def spy(parts, *rest, **named):
+        if parts and parts[0].ndim == 2 and parts[0].shape[1] == 64:
+            kept.extend((part.untyped_storage().nbytes(), part.numel() * 4) for part in parts)
+        return cat(parts, *rest, **named)
+
+    monkeypatch.setattr(torch, "cat", spy)
+    neuron_statistics(dense, random_ids(dense, 20, 8), profile_tokens=5)
+    assert len(kept) == 4 and all(stored == used for stored, used in kept)
+
+
 def test_a_calibration_measures_each_statistic_once(dense, monkeypatch):
     ids, passes = random_ids(dense, 4, 8), []
     expected = neuron_statistics(dense, ids), output_metrics(dense, ids)

@@ -36,7 +36,8 @@ def test_ratios_are_those_of_the_same_mix_and_seed():
     assert values["static_over_router_50"] == pytest.approx([1.5, 3])
 
 
-def test_cases_of_the_first_seed_come_first():
-    listed = cases(["m"], ["a", "b"], [4, 5])
-    assert len(listed) == 12 and [case.seed for case in listed] == [4] * 6 + [5] * 6
+def test_every_model_and_selection_is_measured_on_every_text():
+    listed = cases(["m", "n"], [("a", 4), ("b", 5)])
+    assert len(listed) == len(set(listed)) == 12
+    assert [(case.mix, case.seed) for case in listed] == [("a", 4)] * 6 + [("b", 5)] * 6
     assert {case.selection for case in listed} == {"dense", "router", "static"}
