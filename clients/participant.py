@@ -17,7 +17,7 @@ from clients.data_stream import (
     round_generator,
 )
 from clients.residents.assembly import assemble
-from clients.residents.budget import client_budget
+from clients.residents.budget import client_budget, keeps_changes
 from clients.shipment import carried_over, choose_shipment, drawn_with, shipped_in, with_own_limits
 from clients.state.local_copy import bring_to_version, client_folder
 from clients.state.local_graph import local_graph
@@ -128,7 +128,7 @@ class Participant:
                 "density": shipped_density,
             },
             update=packed,
-            usage=pack_usage(counter.counts()),
+            usage=pack_usage(counter.largest_counts()),
             residents=[held.cpu().numpy() for held in residents(self.model)],
             inclusion=inclusion,
         )
@@ -198,7 +198,13 @@ class Participant:
         residual = carried_over(self.store.residual.load(), request, sizes)
         generator = self._generator(request, UPLOAD_SELECTION)
         prepared = choose_shipment(
-            self.model, deltas, gradient_rms, residual, config.upload, generator=generator
+            self.model,
+            deltas,
+            gradient_rms,
+            residual,
+            config.upload,
+            generator=generator,
+            in_memory=keeps_changes(config),
         )
         packed = pack_update(prepared.update, value_bits=config.value_bits)
         self.store.residual.save(prepared.residual, version, shipped_in(request, prepared.update, packed))

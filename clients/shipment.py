@@ -64,6 +64,7 @@ def choose_shipment(
     upload: Upload,
     *,
     generator: torch.Generator,
+    in_memory: bool = False,
 ) -> PreparedUpdate:
     """Select an update from ``deltas`` and the residual, and the new residual.
 
@@ -75,6 +76,7 @@ def choose_shipment(
         residual: residual of earlier rounds, from ``carried_over``.
         upload: keys of the upload, with the client's own limits.
         generator: random generator of the draw of experts.
+        in_memory: see ``choose_update``.
 
     Raises:
         UserError: as ``federated.selection.error_feedback.choose_update``.
@@ -93,6 +95,7 @@ def choose_shipment(
         graph_version=graph.version,
         graph_hash=graph.digest(),
         generator=generator,
+        in_memory=in_memory,
     )
 
 

@@ -19,8 +19,8 @@ _FIXED = {"fp32": 4.0, "bf16": 2.0, "nf4": 0.6}
 # Bytes while an update is packed, per weight and per kept entry: one expert at a time is dense, and kept entries pass
 # through the quantizer. With a byte budget, per byte of it: several sizes are tried.
 _PACKED, _PACKED_ENTRY, _PACKED_BYTE = 2.5, 40.0, 160.0
-# Bytes per weight of the second moments that score the entries.
-_MOMENTS = 4.0
+# Bytes per weight of the second moments that score the entries, and of the changes where they are kept in memory.
+_MOMENTS, _CHANGES = 4.0, 4.0
 
 
 def client_budget(config: RunConfig, node: NodeConfig, model: FedGraftForCausalLM, name: str) -> int:
@@ -74,7 +74,14 @@ def expert_bytes(config: RunConfig, model: FedGraftForCausalLM) -> float:
     packed = _PACKED if config.upload_budget_mb else _PACKED + _PACKED_ENTRY * config.density
     if config.entry_score == "saliency" and config.optimizer == "adamw" and not config.lora_rank:
         packed += _MOMENTS
+    if keeps_changes(config):
+        packed += _CHANGES
     return weights * max(training, held + packed)
+
+
+def keeps_changes(config: RunConfig) -> bool:
+    """Whether packing keeps all changes in memory: where gradients and optimizer state, freed by then, took more."""
+    return config.optimizer != "adafactor" and not config.lora_rank
 
 
 def activation_bytes(config: RunConfig, model: FedGraftForCausalLM) -> float:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from federated.updates.lazy_vectors import LazyVectors
 from federated.updates.update import parse_unit, unit_name
-from models.files.checked_file import check_in_turn, read_tensor, write_in_turn
+from models.files.checked_file import check_in_turn, write_in_turn
+from models.files.safetensors_files import StoredTensor, read_stored
 from models.graph.unit_vectors import Unit
 
 _log = logging.getLogger(__name__)
@@ -72,11 +73,12 @@ class ResidualStore:
         saved = check_in_turn(self._path)
         if saved is None:
             return self._set_aside()
-        shapes, metadata = saved
-        names = {parse_unit(name): name for name in shapes if name != _SHIPPED}
-        residual = LazyVectors(names, lambda unit: read_tensor(self._path, names[unit]))
-        sizes = {unit: shapes[name][0] for unit, name in names.items()}
-        return Kept(residual, sizes, self._shipped(metadata), int(metadata["graph_version"]))
+        stored, metadata = saved
+        units = {parse_unit(name): tensor for name, tensor in stored.items() if name != _SHIPPED}
+        residual = LazyVectors(units, lambda unit: read_stored(units[unit]))
+        sizes = {unit: tensor.shape[0] for unit, tensor in units.items()}
+        shipped = _shipped(stored, metadata)
+        return Kept(residual, sizes, shipped, int(metadata["graph_version"]))
 
     def save(
         self, residual: Mapping[Unit, Tensor], graph_version: int, shipped: ShippedUpdate | None = None
@@ -104,13 +106,6 @@ class ResidualStore:
 
         write_in_turn(self._path, [*names, *packed], read, metadata)
 
-    def _shipped(self, metadata: Mapping[str, str]) -> ShippedUpdate | None:
-        if "shipped_round" not in metadata:
-            return None
-        sizes = {parse_unit(name): size for name, size in json.loads(metadata["shipped_sizes"]).items()}
-        packed = read_tensor(self._path, _SHIPPED).numpy().tobytes()
-        return ShippedUpdate(int(metadata["shipped_round"]), packed, sizes)
-
     def _set_aside(self) -> Kept:
         broken = self._path.with_name(self._path.name + ".broken")
         os.replace(self._path, broken)
@@ -121,3 +116,11 @@ class ResidualStore:
         """Remove partial files of killed processes."""
         for path in self._path.parent.glob(f".{self._path.name}.*.partial"):
             path.unlink()
+
+
+def _shipped(stored: Mapping[str, StoredTensor], metadata: Mapping[str, str]) -> ShippedUpdate | None:
+    if "shipped_round" not in metadata:
+        return None
+    sizes = {parse_unit(name): size for name, size in json.loads(metadata["shipped_sizes"]).items()}
+    packed = read_stored(stored[_SHIPPED]).numpy().tobytes()
+    return ShippedUpdate(int(metadata["shipped_round"]), packed, sizes)

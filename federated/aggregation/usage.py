@@ -17,6 +17,8 @@ from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 from models.remote_code.routing_fedgraft import Walk
 
 _WIDTH = 32  # bits of a count
+# Demands of a layer that a client reports.
+DEMANDS = 256
 
 
 class UsageCounter:
@@ -44,6 +46,15 @@ class UsageCounter:
         """The counts so far, per layer int64 ``[E, E]``."""
         return [count.numpy().copy() for count in self._counts]
 
+    def largest_counts(self) -> list[np.ndarray]:
+        """The counts so far, with zero in place of all demands but the ``DEMANDS`` largest of each layer.
+
+        Edits need the largest demands only; among many experts, those of all pairs take more bytes than an update.
+        """
+        return [
+            _largest_demands(count, absent) for count, absent in zip(self.counts(), self._absent, strict=True)
+        ]
+
     def _observer(self, index: int) -> Observer:
         @torch.no_grad()
         def observe(layer: ExpertGraphMLP, scores_TE: Tensor, walk: Walk, weights_TK: Tensor) -> None:
@@ -52,6 +63,17 @@ class UsageCounter:
             self._counts[index] += wanted * self._absent[index]
 
         return observe
+
+
+def _largest_demands(count_EE: np.ndarray, absent_EE: Tensor) -> np.ndarray:
+    absent = absent_EE.numpy()
+    if absent.sum() <= DEMANDS:
+        return count_EE
+    demands = np.sort(count_EE[absent])[::-1]
+    lowest = demands[DEMANDS - 1]
+    # Pairs that tie with the last one are left out, so that no more than ``DEMANDS`` remain.
+    least = lowest if demands[DEMANDS] < lowest else lowest + 1
+    return np.where(absent & (count_EE < least), 0, count_EE)
 
 
 def traversals(walk: Walk, num_experts: int) -> Tensor:

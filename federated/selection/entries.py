@@ -28,6 +28,8 @@ _BIN_SHIFT, _BINS = 16, 2**15
 # A packed update this near to its budget is not filled further.
 _FILLED = 0.995
 _MOST_TRIALS = 12
+# Entries after whose scores freed memory is returned, which takes as long as the scores of a small unit.
+_FREED_ENTRIES = 1 << 20
 
 
 class _Scored(NamedTuple):
@@ -216,14 +218,17 @@ def _scores(score: Score, unit: Unit, vector: Tensor) -> Tensor:
 
 def _gather(units: Iterable[Unit], entries_of: Callable[[Unit], _Scored]) -> dict[Unit, _Scored]:
     """Entries of each unit, without units that have none."""
-    found = {}
+    found, freed = {}, 0
     for unit in units:
         kept = entries_of(unit)
         if kept.entries.indices.size:
             found[unit] = kept
+        freed += kept.entries.size
         del kept
         # Kept entries fragment the freed memory, so that without this each unit would allocate new pages.
-        return_freed_memory()
+        if freed >= _FREED_ENTRIES:
+            return_freed_memory()
+            freed = 0
     return found
 
 

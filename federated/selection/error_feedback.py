@@ -78,6 +78,7 @@ def choose_update(
     graph_version: int,
     graph_hash: str,
     generator: torch.Generator | None = None,
+    in_memory: bool = False,
 ) -> PreparedUpdate:
     """Select, sparsify and quantize the sum of ``deltas`` and the decayed residual.
 
@@ -93,11 +94,13 @@ def choose_update(
         value_bits, residual_decay: bits per value (2, 4, 8 or 16) and factor on the residual.
         graph_version, graph_hash: version and digest of the trained graph.
         generator: random generator of the draw.
+        in_memory: compute the sum of each unit once and keep it, in place of three times.
 
     Raises:
         UserError: no change and no residual to ship, values that are not finite, ``max_bytes`` below one entry.
     """
     totals = _totals(deltas, residual, residual_decay)
+    totals = dict(totals) if in_memory else totals
     inclusion = _select(totals, selection, limits.per_layer, generator)
     empty = SparseUpdate(graph_version, graph_hash, {})
     entries = _entries(totals, inclusion, limits, empty, value_bits, score)

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig
 
 from configs.errors import UserError
 from models.files.config_file import check_is_graph
-from models.files.safetensors_files import checkpoint_files
+from models.files.safetensors_files import checkpoint_files, read_stored, stored_tensors
 from models.files.tied_head import stored_config
 from models.graph.graph_state import check_graph
 from models.graph.runtime_settings import held_experts
@@ -39,9 +37,7 @@ class MovedExperts(Protocol):
 
 
 class GraphFiles:
-    """Reader of single tensors and experts of a checkpoint.
-
-    A file is mapped for one read only, because mapped pages count as memory of this process.
+    """Reader of single tensors and experts of a checkpoint, each with plain reads of its bytes.
 
     Args:
         source: directory or hub id.
@@ -51,36 +47,28 @@ class GraphFiles:
     """
 
     def __init__(self, source: str) -> None:
-        self._file_of: dict[str, Path] = {}
-        self._shapes: dict[str, list[int]] = {}
-        for path in checkpoint_files(source):
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118
-                    self._file_of[name], self._shapes[name] = path, file.get_slice(name).get_shape()
+        paths = checkpoint_files(source)
+        self._stored = {tensor.name: tensor for path in paths for tensor in stored_tensors(path)}
 
     def names(self) -> list[str]:
         """Names of all tensors, sorted."""
-        return sorted(self._file_of)
+        return sorted(self._stored)
 
     def tensor(self, name: str) -> Tensor:
         """Read a whole tensor by its stored name."""
-        with safe_open(self._file_of[name], framework="pt") as file:
-            return file.get_tensor(name)
+        return read_stored(self._stored[name])
 
     def expert(self, layer: int, expert: int) -> tuple[Tensor, Tensor]:
         """``gate_up [2h, d]`` and ``down [d, h]`` of one expert, in the checkpoint's dtype."""
         gate_up, down = (
-            self._row(f"model.layers.{layer}.mlp.{name}", expert) for name in ("gate_up_proj", "down_proj")
+            read_stored(self._stored[f"model.layers.{layer}.mlp.{name}"], expert)
+            for name in ("gate_up_proj", "down_proj")
         )
         return gate_up, down
 
     def shape(self, name: str) -> list[int]:
         """Shape of a tensor."""
-        return self._shapes[name]
-
-    def _row(self, name: str, row: int) -> Tensor:
-        with safe_open(self._file_of[name], framework="pt") as file:
-            return file.get_slice(name)[row]
+        return self._stored[name].shape
 
 
 class MappedExperts:

@@ -15,7 +15,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from configs.errors import UserError
 from configs.output import replacing, write_bytes
+from models.files.safetensors_files import StoredTensor, read_stored, stored_tensors
 
 # Names of the dtypes that ``write_in_turn`` supports.
 _DTYPES = {torch.float32: "F32", torch.uint8: "U8"}
@@ -80,26 +82,21 @@ def write_in_turn(
         file.write(room.to_bytes(8, "little") + header.ljust(room).encode())
 
 
-def check_in_turn(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]] | None:
-    """Shapes and metadata of a file, verified tensor by tensor; None for a missing or damaged one."""
+def check_in_turn(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]] | None:
+    """Headers of the tensors, for ``read_stored``, and metadata of a file; None for a missing or damaged one.
+
+    The contents are verified tensor by tensor.
+    """
     try:
         with safe_open(path, framework="pt") as file:
-            metadata, names = dict(file.metadata() or {}), sorted(file.keys())
+            metadata = dict(file.metadata() or {})
         checksum = metadata.pop("checksum", "")
-        digest, shapes = _Digest(metadata), {}
-        for name in names:
-            tensor = read_tensor(path, name)
-            digest.add(name, tensor)
-            shapes[name] = tuple(tensor.shape)
-    except (FileNotFoundError, SafetensorError):
+        digest, stored = _Digest(metadata), {tensor.name: tensor for tensor in stored_tensors(path)}
+        for name in sorted(stored):
+            digest.add(name, read_stored(stored[name]))
+    except (FileNotFoundError, SafetensorError, UserError):
         return None
-    return (shapes, metadata) if checksum == digest.hexdigest() else None
-
-
-def read_tensor(path: Path, name: str) -> Tensor:
-    """One tensor of a file; the file is mapped for this read only, since mapped pages count as memory."""
-    with safe_open(path, framework="pt") as file:
-        return file.get_tensor(name)
+    return (stored, metadata) if checksum == digest.hexdigest() else None
 
 
 class _Digest:

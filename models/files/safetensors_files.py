@@ -6,14 +6,26 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+import torch
 from huggingface_hub import parse_local_safetensors_file_metadata
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from configs.errors import UserError, first_line
 
 _CHUNK_BYTES = 1 << 20
+_TORCH_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 
 class StoredTensor(NamedTuple):
@@ -84,6 +96,34 @@ def stored_tensors(path: Path) -> list[StoredTensor]:
         StoredTensor(name, info.dtype, info.shape, path, *(data + offset for offset in info.data_offsets))
         for name, info in parse_local_safetensors_file_metadata(path).tensors.items()
     ]
+
+
+def read_stored(tensor: StoredTensor, row: int | None = None) -> Tensor:
+    """Values of a stored tensor, or of one row of its first axis, by plain reads of its bytes.
+
+    To open the file with ``safe_open`` parses its whole header each time, which for many tensors takes longer than to
+    read one; and its mapped pages count as memory of this process.
+
+    Args:
+        tensor: header of the tensor.
+        row: index of the first axis; None: all of it.
+
+    Raises:
+        UserError: the file ends before the tensor does, or has a dtype that is not supported.
+    """
+    shape, start, size = tensor.shape, tensor.start, tensor.stop - tensor.start
+    if row is not None:
+        size //= shape[0]
+        shape, start = shape[1:], start + row * size
+    with tensor.path.open("rb") as file:
+        file.seek(start)
+        data = bytearray(file.read(size))
+    if len(data) < size:
+        raise UserError(f"expected {size} bytes of {tensor.name} in {tensor.path}, got {len(data)}")
+    if tensor.dtype not in _TORCH_DTYPES:
+        raise UserError(f"expected a dtype among {', '.join(_TORCH_DTYPES)}, got {tensor.dtype}")
+    dtype = _TORCH_DTYPES[tensor.dtype]
+    return torch.frombuffer(data, dtype=dtype).view(shape) if size else torch.empty(shape, dtype=dtype)
 
 
 def bytes_between(file: BinaryIO, start: int, stop: int) -> Iterator[bytes]:

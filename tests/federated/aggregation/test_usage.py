@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from experts.graph.expert_graph import ExpertGraph
-from federated.aggregation.usage import UsageCounter, demand, pack_usage, traversals, unpack_usage
+from federated.aggregation.usage import DEMANDS, UsageCounter, demand, pack_usage, traversals, unpack_usage
 from federated.updates.update import RefusedUpdate
 from models.graph.graph_state import read_graph, write_graph
 from models.graph.runtime_settings import observing_walks, set_residents, set_walk, visiting
@@ -178,3 +178,27 @@ def test_shared_experts_are_never_demanded():
             wanted[p, q] += not layer.edges[p, q]
         missing = np.triu(~layer.edges.numpy(), 1)
         assert np.array_equal(counts * missing, wanted) and wanted.any()
+
+
+def test_only_the_largest_demands_are_reported():
+    mask = np.eye(40, dtype=bool)
+    mask[0, 1:] = True
+    counter = UsageCounter([mask, np.eye(3, dtype=bool)])
+    generator = torch.Generator().manual_seed(0)
+    for count in counter._counts:
+        count += torch.randint(0, 1000, count.shape, generator=generator).triu()
+    every, reported = counter.counts(), counter.largest_counts()
+    assert np.array_equal(reported[0][mask], every[0][mask])
+    absent = np.triu(~mask, 1)
+    kept = reported[0][absent] > 0
+    assert DEMANDS - 10 <= kept.sum() <= DEMANDS < absent.sum()
+    assert np.array_equal(reported[0][absent][kept], every[0][absent][kept])
+    assert every[0][absent][kept].min() > every[0][absent][~kept].max()
+    assert np.array_equal(reported[1], every[1])  # few experts: all pairs
+
+
+def test_demands_that_tie_beyond_the_limit_are_left_out():
+    counter = UsageCounter([np.eye(40, dtype=bool)])
+    counter._counts[0] += torch.ones(40, 40, dtype=torch.int64).triu()
+    (reported,) = counter.largest_counts()
+    assert np.array_equal(reported, np.eye(40))

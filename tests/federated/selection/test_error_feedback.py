@@ -128,6 +128,13 @@ def test_lazy_vectors_give_the_same_update_and_residual(limits):
         total = deltas.get(unit, torch.zeros(4)) + residual.get(unit, torch.zeros(()))
         shipped = lazy.update.vectors.get(unit)
         torch.testing.assert_close(vector + (torch.from_numpy(shipped.to_dense()) if shipped else 0), total)
+    asked.clear()
+    kept = choose_update(
+        LazyVectors(deltas, compute), residual, limits, value_bits=4, in_memory=True, **GRAPH
+    )
+    assert kept.update == eager.update
+    assert all(torch.equal(vector, eager.residual[unit]) for unit, vector in kept.residual.items())
+    assert sorted(asked) == sorted(deltas)
 
 
 def test_a_byte_budget_is_shared_among_the_units_chosen():

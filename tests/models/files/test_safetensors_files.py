@@ -11,7 +11,7 @@ from models.files import safetensors_files as module
 from models.files.fingerprint import (
     checkpoint_fingerprint,
 )
-from models.files.safetensors_files import check_file, checkpoint_files
+from models.files.safetensors_files import check_file, checkpoint_files, read_stored, stored_tensors
 from tests.conftest import tiny_llama
 from tests.models.files.test_fingerprint import refusal, saved
 
@@ -59,3 +59,24 @@ def test_files_cut_short_are_refused(tmp_path, tiny_llama_dir, kept):
     weights.write_bytes(weights.read_bytes()[:kept])
     assert "whole safetensors" in refusal(check_file, weights)
     assert "whole safetensors" in refusal(checkpoint_fingerprint, str(copy))
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.bool]
+)
+def test_tensors_and_rows_are_read_by_their_bytes(tmp_path, dtype):
+    values = torch.arange(24).view(4, 3, 2).to(dtype)
+    source = saved(tmp_path / "some", first=torch.ones(5), values=values, none=torch.zeros(0, 3).to(dtype))
+    stored = {tensor.name: tensor for tensor in stored_tensors(checkpoint_files(source)[0])}
+    whole = read_stored(stored["values"])
+    assert torch.equal(whole, values) and whole.dtype == dtype
+    assert torch.equal(read_stored(stored["values"], 2), values[2])
+    assert read_stored(stored["none"]).shape == (0, 3)
+
+
+def test_a_file_that_ends_before_a_tensor_and_unknown_dtypes_are_refused(tmp_path):
+    source = saved(tmp_path / "some", values=torch.arange(24))
+    (tensor,) = stored_tensors(checkpoint_files(source)[0])
+    assert "F9" in refusal(read_stored, tensor._replace(dtype="F9"))
+    tensor.path.write_bytes(tensor.path.read_bytes()[:-1])
+    assert "expected 192 bytes of values" in refusal(read_stored, tensor)
