@@ -92,15 +92,13 @@ def choose_update(
         selection: rule for experts; ``sample`` needs a ``generator``.
         unbiased: whether the server weights shipped units by 1/pi (see the module's docstring).
         value_bits, residual_decay: bits per value (2, 4, 8 or 16) and factor on the residual.
-        graph_version, graph_hash: version and digest of the trained graph.
-        generator: random generator of the draw.
-        in_memory: compute the sum of each unit once and keep it, in place of three times.
+        graph_version, graph_hash, generator: version and digest of the trained graph; random generator of the draw.
+        in_memory: keep the sum of each unit, which is computed three times otherwise.
 
     Raises:
         UserError: no change and no residual to ship, values that are not finite, ``max_bytes`` below one entry.
     """
-    totals = _totals(deltas, residual, residual_decay)
-    totals = dict(totals) if in_memory else totals
+    totals = _totals(deltas, residual, residual_decay, in_memory)
     inclusion = _select(totals, selection, limits.per_layer, generator)
     empty = SparseUpdate(graph_version, graph_hash, {})
     entries = _entries(totals, inclusion, limits, empty, value_bits, score)
@@ -134,9 +132,9 @@ def prepare_update(
 
 
 def _totals(
-    deltas: Mapping[Unit, Tensor], residual: Mapping[Unit, Tensor], decay: float
+    deltas: Mapping[Unit, Tensor], residual: Mapping[Unit, Tensor], decay: float, in_memory: bool
 ) -> Mapping[Unit, Tensor]:
-    """Sum of change and decayed residual of each trained unit, float32 ``[size]``."""
+    """Sum of change and decayed residual of each trained unit, float32 ``[size]``; ``in_memory``: computed once."""
 
     def total(unit: Unit) -> Tensor:
         delta = deltas[unit].detach().float().cpu()
@@ -146,7 +144,8 @@ def _totals(
             )
         return delta + residual[unit].float() * decay if unit in residual else delta
 
-    return LazyVectors(deltas, total)
+    totals = LazyVectors(deltas, total)
+    return dict(totals) if in_memory else totals
 
 
 def _select(
