@@ -89,10 +89,9 @@ def choose_update(
         score: ranking of entries.
         shapes: matrix shape of units that may be sent as low-rank factors if these hold more energy in as many bytes;
             None: no unit. Not with ``max_bytes`` or ``unbiased``.
-        selection: rule for experts; ``sample`` needs a ``generator``.
-        unbiased: whether the server weights shipped units by 1/pi (see the module's docstring).
+        selection, unbiased: rule for experts (``sample`` needs a ``generator``); whether the server weights by 1/pi.
         value_bits, residual_decay: bits per value (2, 4, 8 or 16) and factor on the residual.
-        graph_version, graph_hash, generator: version and digest of the trained graph; random generator of the draw.
+        graph_version, graph_hash, generator: version and digest of the trained graph; generator of the draw.
         in_memory: keep the sum of each unit, which is computed three times otherwise.
 
     Raises:
@@ -113,7 +112,7 @@ def choose_update(
             return _below_cut(totals[unit], score(unit, totals[unit]), limits, threshold)
         return _subtract(totals[unit], update.vectors.get(unit))
 
-    rest = LazyVectors([*totals, *(unit for unit in residual if unit not in totals)], left)
+    rest = LazyVectors([*totals, *residual], left)
     return PreparedUpdate(update, rest, {unit: inclusion[unit] for unit in vectors})
 
 
