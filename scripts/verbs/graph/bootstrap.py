@@ -21,11 +21,12 @@ class ExpertOptions:
     """Construction of the experts and their routers."""
 
     features: Annotated[
-        Features,
+        Features | None,
         typer.Option(
-            help="Features of a neuron for k-means: rows of its weights, its activations, or those of its gate."
+            help="Features of a neuron for k-means: rows of its weights, its activations, or those of its gate; unless "
+            "given, activations of the gate with the router contribution, else rows of the gate."
         ),
-    ] = Features.GATE
+    ] = None
     clustering: Annotated[
         Clustering,
         typer.Option(
@@ -35,20 +36,25 @@ class ExpertOptions:
     router: Annotated[
         RouterFit,
         typer.Option(
-            help="Router: ridge regression to ranks of the experts, the mean gate row of each expert, or ridge "
-            "regression to the experts' contributions, layer by layer."
+            help="Router: ridge regression to the experts' contributions, layer by layer on the outputs of the layers "
+            "before, ridge regression to ranks of the experts, or the mean gate row of each expert."
         ),
-    ] = RouterFit.RIDGE
+    ] = RouterFit.CONTRIBUTION
     num_shared: Annotated[
-        int,
+        int | None,
         typer.Option(
             "--shared-experts",
-            help="Shared experts per layer: the neurons of largest contribution, visited by every token.",
+            help="Shared experts per layer: the neurons of largest contribution, visited by every token. Unless given, "
+            "30 % of the experts per token with the router contribution, else 0.",
         ),
-    ] = 0
+    ] = None
     default_rank: Annotated[
-        int, typer.Option(help="Rank of the default output of experts that are not visited; 0: none.")
-    ] = 0
+        int | None,
+        typer.Option(
+            help="Rank of the affine map that stands in for the experts that a token does not visit; 0: none. Unless "
+            "given, a ninth of the hidden width with the router contribution, else 0."
+        ),
+    ] = None
     experts_per_token: Annotated[
         int | None, typer.Option(help="Experts visited per token (k); half of them unless given.")
     ] = None
@@ -60,13 +66,12 @@ class ExpertOptions:
         ),
     ] = None
 
-    def bootstrap_options(self, experts: int) -> BootstrapOptions:
-        """The options in the terms of the library."""
+    def bootstrap_options(self, experts: int, hidden_size: int) -> BootstrapOptions:
+        """The options in the terms of the library, for a model of this hidden width."""
         from models.bootstrap.build import BootstrapOptions
 
-        return BootstrapOptions(
-            num_experts=experts, **{field.name: getattr(self, field.name) for field in fields(self)}
-        )
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        return BootstrapOptions.of_router(experts, hidden_size, **given)
 
 
 @dataclass(frozen=True)
@@ -98,14 +103,18 @@ def bootstrap(
 ) -> None:
     """Split the FFNs of a dense Llama into experts by balanced k-means, without training.
 
-    With every expert active the new model computes what the dense one computes. The report shows the held-out
+    The most contributing neurons form shared experts; routers, and default outputs of the experts that a token does not
+    visit, are fitted layer by layer. With every expert active the new model computes what the dense one computes. The
+    report shows the held-out
     perplexity with 75, 50 and 25 % of the experts active, next to other selections of equally many neurons.
     """
     from models.bootstrap.pipeline import bootstrap_checkpoint
     from models.checkpoints.convert import as_checkpoint
+    from models.files.config_file import read_config
 
     quiet_libraries()
-    options, model = build.bootstrap_options(experts), as_checkpoint(model)
+    model = as_checkpoint(model)
+    options = build.bootstrap_options(experts, getattr(read_config(model), "hidden_size", 0))
     tokens = text.calibration_tokens + text.evaluation_tokens
     with progress() as on_step:
         result = bootstrap_checkpoint(

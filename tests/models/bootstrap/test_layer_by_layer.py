@@ -113,3 +113,17 @@ def test_budgets_keep_shared_experts(graph):
 def test_options_that_do_not_go_together_are_refused(changes, message):
     with pytest.raises(UserError, match=message):
         BootstrapOptions(**{**OPTIONS.__dict__, **changes})
+
+
+def test_options_that_are_not_given_go_with_the_router():
+    layerwise = BootstrapOptions.of_router(256, 576, features=None, num_shared=None, seed=3)
+    assert (layerwise.router, layerwise.features) == ("contribution", "gate-activation")
+    assert (layerwise.num_shared, layerwise.default_rank, layerwise.seed) == (38, 64, 3)
+    plain = BootstrapOptions.of_router(16, 576, router="ridge", default_rank=None)
+    assert (plain.features, plain.num_shared, plain.default_rank) == ("gate", 0, 0)
+    given = BootstrapOptions.of_router(8, 5, num_shared=0, default_rank=0, features="up", experts_per_token=1)
+    assert (given.num_shared, given.default_rank, given.features) == (0, 0, "up")
+    assert (
+        BootstrapOptions.of_router(2, 5).num_shared == 0
+        and BootstrapOptions.of_router(2, 5).default_rank == 1
+    )
