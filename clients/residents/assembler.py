@@ -126,7 +126,8 @@ def train_assembler(
         features: result of ``expert_features``.
         batches: endless ``(input_ids, labels)`` of the client's training blocks.
         budget: experts per layer that the client can hold; 0: all.
-        steps: optimizer steps; 0: the assembler is not trained.
+        steps: optimizer steps; 0: the assembler is not trained. Neither is it where the budget leaves nothing to
+            choose: the shared experts, or all, of every layer.
         learning_rate: Adam's rate for each expert's own logit; a thirtieth of it for the MLP.
         autocast: run matrix products in bf16.
 
@@ -137,7 +138,7 @@ def train_assembler(
     losses = []
     device = model.device.type
     with frozen(model), gating(model):
-        for _ in range(steps):
+        for _ in range(steps if _chooses(model, budget) else 0):
             _set_residency(model, assembler, features, budget, learn=True)
             input_ids, labels = (each.to(model.device) for each in next(batches))
             with torch.autocast(device, dtype=torch.bfloat16, enabled=autocast):
@@ -149,6 +150,11 @@ def train_assembler(
     with torch.no_grad():
         _set_residency(model, assembler, features, budget, learn=False)
     return losses
+
+
+def _chooses(model: FedGraftForCausalLM, budget: int) -> bool:
+    """Whether the budget holds some, but not all, of the routed experts of a layer."""
+    return any(layer.num_shared < budget < layer.num_experts for layer in model.expert_layers())
 
 
 def _optimizer(assembler: Assembler, learning_rate: float) -> torch.optim.Optimizer:

@@ -87,12 +87,10 @@ class FedGraftConfig(LlamaConfig):
             raise ValueError(
                 f"num_shared must name for each layer at most its experts {self.num_experts}, got {self.num_shared}"
             )
-        fitted = self.default_experts
-        if fitted is not None and (
-            len(fitted) != len(counts) or any(n < count for n, count in zip(fitted, counts, strict=True))
-        ):
+        fitted = counts if self.default_experts is None else self.default_experts
+        if len(fitted) != len(counts) or any(n < count for n, count in zip(fitted, counts, strict=True)):
             raise ValueError(
-                f"default_experts must be at least num_experts {counts} in each layer, got {fitted}"
+                f"default_experts must name at least num_experts {counts} for each layer, got {fitted}"
             )
         if not 1 <= self.experts_per_token <= max(self.num_experts):
             raise ValueError(

@@ -19,7 +19,7 @@ from models.graph.runtime_settings import residents, set_residents
 from models.runtime.perplexity import evaluate_loss
 from tests.conftest import tiny_llama
 from tests.support.tiny_federation import all_equal
-from tests.support.tiny_graphs import graph_of, random_ids, with_random_gains
+from tests.support.tiny_graphs import graph_of, random_ids, shared_graph_of, with_random_gains
 
 
 @pytest.fixture
@@ -179,6 +179,16 @@ def test_without_steps_its_choice_is_that_of_the_features():
     assert losses == []
     for rows, held in zip(features, residents(model), strict=True):
         assert held.nonzero().flatten().tolist() == [int(rows[:, 0].argmax())]
+
+
+@pytest.mark.parametrize(("budget", "held"), [(2, 2), (8, 8), (0, 8), (3, 3)])
+def test_a_budget_of_the_shared_experts_or_of_all_leaves_nothing_to_learn(budget, held):
+    model = shared_graph_of()
+    ids = random_ids(model)
+    _, losses = learn(model, ids, ids, budget=budget)
+    assert len(losses) == (3 if budget == 3 else 0)
+    for resident in residents(model):
+        assert resident[:2].all() and resident.sum() == held
 
 
 def test_it_finds_an_expert_that_it_would_not_have_held():

@@ -28,6 +28,9 @@ def test_the_configuration_survives_the_disk(tmp_path):
         expert_size=16,
         experts_per_token=3,
         walk="depth-first",
+        num_shared=[1, 2],
+        default_rank=2,
+        default_experts=[4, 4],
         graph_version=5,
         base_fingerprint="ab",
     )
@@ -47,6 +50,10 @@ def test_the_configuration_survives_the_disk(tmp_path):
         ({"num_experts": [4, 0]}, "each of the 2 layers"),
         ({"num_experts": [4, 4], "experts_per_token": 5}, "between 1 and 4, got 5"),
         ({"num_experts": [4, 4], "experts_per_token": 0}, "between 1 and 4, got 0"),
+        ({"num_experts": [4, 4], "num_shared": [1]}, "num_shared must name .* got .1."),
+        ({"num_experts": [4, 4], "num_shared": [1, 5]}, "at most its experts"),
+        ({"num_experts": [4, 3], "default_experts": [4]}, "for each layer, got .4."),
+        ({"num_experts": [4, 3], "default_experts": [4, 2]}, "at least num_experts .4, 3. .* got .4, 2."),
         ({"num_experts": [4, 4], "walk": "sideways"}, "best-first.*sideways"),
     ],
 )

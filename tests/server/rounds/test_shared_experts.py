@@ -114,11 +114,14 @@ def test_the_result_opens_with_its_remote_code_and_evaluates_as_the_servers_mode
 
 @pytest.mark.parametrize(
     "changes",
-    [{"lora_rank": 4}, {"load_balance_weight": 0.01, "gradient_checkpointing": True}],
-    ids=["lora", "load-balance"],
+    [
+        {"budgets": "3,8", "lora_rank": 4},
+        {"budgets": "2,8", "load_balance_weight": 0.01, "gradient_checkpointing": True},
+    ],
+    ids=["lora", "load balance, a client with shared experts only"],
 )
 def test_adapters_and_router_losses_train_it_too(shared_graph_dir, tmp_path, changes):
-    config = tiny_config(shared_graph_dir, tmp_path, budgets="3,8", num_rounds=2, **changes)
+    config = tiny_config(shared_graph_dir, tmp_path, num_rounds=2, **changes)
     _, federation, summary = run(config)
     for client in summary["clients"]:
         assert client["refused"] is None and client["perplexity_after"] < client["perplexity_before"]

@@ -106,3 +106,18 @@ def test_without_usage_or_demand_there_is_nothing_to_rewire(global_model, valida
 def test_a_graph_used_the_same_way_settles(global_model, usage):
     made = [len(run(global_model, usage, None).edits) for _ in range(12)]
     assert made[0] > 0 and made[-1] == 0
+
+
+def test_demand_and_traversals_are_compared_by_the_routed_visits(shared_graph_dir, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "server.strategies.rewire.propose_edits", lambda *_, margin: seen.append(margin) or []
+    )
+    average = UsageAverage()
+    average.add([[np.zeros((8, 8))] * 2], decay=0.5)
+    global_model = GlobalModel(str(shared_graph_dir))
+    run(global_model, average, None)
+    global_model.model.config.experts_per_token = 7
+    run(global_model, average, None)
+    # 4 and 7 experts per token, two of them shared.
+    assert seen == [1.0, 2.5]
