@@ -60,7 +60,10 @@ def prune_checkpoint(
 
     New weight files have the old names and dtypes. Router rows and selection biases of removed experts are removed,
     too. An expert graph is edited by ``apply_expert_edits``; its shared experts stay, and so does its default output of
-    unvisited experts with the number of experts that it was fitted for, so that it also stands for removed ones.
+    unvisited experts with the number of experts that it was fitted for. Removed experts count as unvisited: with all
+    kept ones active the layer returns their sum plus the estimate for the removed ones. Relative to the number of kept
+    experts instead, the share gave a perplexity higher by 2 % and 5 % (two clusterings of a Llama of 7 M parameters,
+    6 of 16 experts removed).
 
     Args:
         source: folder of a checkpoint of a family in ``models.families.table``.
