@@ -136,8 +136,7 @@ def _all_runs(
     tuned, (seed,) = methods[:-1], settings.seeds
     total = sum(len(rates[name]) for name in tuned) + len(table) + len(methods) * len(settings.half_seeds)
     jobs = Jobs("real_llama", settings, quick, work, on_step, total)
-    for each in (seed, *settings.half_seeds):
-        bootstrapped_graph(each, settings, quick, work)
+    bootstrapped_graph(seed, settings, quick, work)
     tried = jobs.run([Job(name, seed, rate) for name in tuned for rate in rates[name]])
     best = {
         name: min((run for run in tried if run.method == name), key=lambda run: run.loss) for name in tuned
@@ -145,6 +144,8 @@ def _all_runs(
     ours = best["half ours"]
     rows = [ours, *jobs.run([Job("half ours", seed, ours.learning_rate, keys) for keys in table])]
     keys = {"half ours": chosen_row(rows, best["half dense"]).keys}
+    for each in settings.half_seeds:
+        bootstrapped_graph(each, settings, quick, work)
     reported = jobs.run(
         [
             Job(name, each, best[name].learning_rate if name in best else rates[name][0], keys.get(name, {}))
