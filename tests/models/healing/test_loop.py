@@ -7,6 +7,7 @@ import torch
 from transformers import get_cosine_schedule_with_warmup
 
 from configs.errors import UserError
+from models.healing import loop
 from models.healing.loop import TIMED_STEPS, Distillation, blocks_at, distill, rate_at
 from models.healing.options import HealingOptions
 from models.healing.parameters import select_parameters
@@ -123,13 +124,17 @@ def test_padding_does_not_train():
     assert all(torch.allclose(one[name], value, atol=1e-6) for name, value in two.items())
 
 
-def test_a_batch_is_the_mean_over_its_tokens():
-    """Two blocks of 512 tokens, which take a pass each, train as one batch of shorter blocks does."""
-    ids = random_ids(tiny_llama(), blocks=2, length=128, seed=1)
-    options = replace(OPTIONS, steps=1, batch_size=2, loss="kl")
-    _, together = run(options, ids=ids)
-    means = [run(replace(options, batch_size=1), ids=ids[index : index + 1])[1].losses[0] for index in (0, 1)]
-    assert together.losses[0] == pytest.approx(sum(means) / 2, rel=1e-5)
+def test_a_batch_is_the_mean_over_its_tokens_whatever_its_passes(monkeypatch):
+    ids = random_ids(tiny_llama(), blocks=3, length=32, seed=1)
+    options = replace(OPTIONS, steps=1, batch_size=3, loss="kl")
+    first = {}
+    for tokens in (32, 64, 512):
+        monkeypatch.setattr(loop, "_PASS_TOKENS", tokens)
+        first[tokens] = run(options, ids=ids)[1].losses[0]
+    singles = [
+        run(replace(options, batch_size=1), ids=ids[index : index + 1])[1].losses[0] for index in range(3)
+    ]
+    assert list(first.values()) == pytest.approx([sum(singles) / 3] * 3, rel=1e-5)
 
 
 def test_a_rate_too_large_is_an_error():
