@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import typer
@@ -11,7 +12,7 @@ from typer.testing import CliRunner
 from scripts.shared.expert_options import ChoiceOptions
 from scripts.shared.verb import verb
 
-EXPERTS = [4, 3]
+LAYOUT = SimpleNamespace(experts_per_layer=[4, 3], shared_per_layer=[0, 0])
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ def chosen(*arguments: object, as_json: bool = False):
     @app.command()
     @verb
     def choose(pick: ChoiceOptions = ChoiceOptions()) -> None:
-        (choice,) = pick.choices(EXPERTS, equalize=False, as_json=as_json)
+        (choice,) = pick.choices(LAYOUT, equalize=False, as_json=as_json)
         assert {layer: kept.tolist() for layer, kept in choice.keep_map.items()} == {0: [0], 1: [0]}
 
     with warnings.catch_warnings(record=True) as given:
