@@ -67,10 +67,6 @@ def _cost(quick: bool) -> dict[str, float]:
     model, amounts = model_path(name, quick=quick), (QUICK if quick else FULL)[name]
     options = {
         "--experts": amounts.options.num_experts,
-        "--router": amounts.options.router,
-        "--features": amounts.options.features,
-        "--shared-experts": amounts.options.num_shared,
-        "--default-rank": amounts.options.default_rank,
         "--calibration-tokens": amounts.calibration_blocks * amounts.block_size,
         "--evaluation-tokens": amounts.held_out_blocks * amounts.block_size,
         "--report": "short",

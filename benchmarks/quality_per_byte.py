@@ -24,6 +24,7 @@ import typer
 from benchmarks.support.quality.comparison import (
     both_directions,
     byte_ratios,
+    figure_notes,
     intervals,
     mean_figures,
     perplexities,
@@ -136,12 +137,11 @@ def _measured(settings: Settings, runs: Runs) -> Measured:
         "uplink_ratio_fedit": byte_ratios(fedit, ours, [run.loss for run in fedit], uplink),
         "worst_client_ratio": worst_ratios(ours, dense, goals),
     }
-    figures = mean_figures(found)
     searched = any(len(rates) > 1 for rates in settings.learning_rates.values())
     rates = "" if searched else "; learning rates of an earlier search"
     config = RunConfig().values()
     return Measured(
-        figures=figures,
+        figures=mean_figures(found),
         peers={
             "seeds": found,
             "intervals": intervals(found),
@@ -150,14 +150,7 @@ def _measured(settings: Settings, runs: Runs) -> Measured:
             "setting": vars(settings),
             "runs": {name: [vars(run) for run in each] for name, each in runs.items()},
         },
-        notes={
-            name: (
-                f"mean over seeds ({len(values)}){rates}"
-                if figures[name] is not None
-                else "not reached on every seed within the rounds there are"
-            )
-            for name, values in found.items()
-        },
+        notes=figure_notes(found, rates),
         seconds=sum(run.seconds for name, each in runs.items() if name not in METHODS for run in each),
     )
 

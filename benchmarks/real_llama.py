@@ -14,13 +14,13 @@ clients' held-out perplexities has reached 90 % of what FedAvg gains, and for Fe
 Sizes are chosen for jobs of about half an hour on one core of a processor without bf16 instructions, where a training
 step of 256 tokens takes 3 to 5 s, as much on the graph as on the dense model. A client trains 4 steps of 2 blocks of
 128 tokens a round, in fp32, for 6 rounds (ours: 8), and is evaluated on 4 blocks. Packing changes of 7,680 experts,
-most of which move in every round, takes ours another 25 s a client and round. The clients of a run train one after
-the other, so that memory holds one of them and the server; their state is on disk. Candidate rates are those around
-the best of 12 steps on text of all domains (graph: 1e-4, 3e-4 and 1e-3; LoRA: 1e-3 and 3e-3).
+most of which move in every round, takes ours an estimated 25 s more a client and round. The clients of a run train one
+after the other, so that memory holds one of them and the server; their state is on disk. Candidate rates are those
+around the best of 12 steps on text of all domains (graph: 1e-4, 3e-4 and 1e-3; LoRA: 1e-3 and 3e-3).
 
-The graph has no edges and is not edited: along edges a walk of 128 visits is sequential, and a step takes 4 times as
-long; ``benchmarks.graph_vs_topk`` finds no difference in quality. Each job and the clients of ours run in processes of
-their own, whose peak memory is measured, libraries included.
+The graph has no edges and is not edited: along edges a walk of 128 visits is sequential, and a training step of 4
+layers took 1.7 to 3.5 times as long; ``benchmarks.graph_vs_topk`` finds no difference in quality. Each job and the
+clients of ours run in processes of their own, whose peak memory is measured, libraries included.
 
 Every finished job is stored in a work folder and read from there or from ``benchmarks/results/real_llama_jobs``, and a
 benchmark that was interrupted goes on with the next job.
@@ -43,6 +43,7 @@ from benchmarks.support.quality.comparison import (
     Values,
     both_directions,
     byte_ratios,
+    figure_notes,
     intervals,
     mean_figures,
     perplexities,
@@ -193,10 +194,9 @@ def _measured(settings: Settings, runs: Runs) -> Measured:
         ],
         **_costs(ours, graph),
     }
-    figures = mean_figures(found)
     (reference,) = runs["table dense"]
     return Measured(
-        figures=figures,
+        figures=mean_figures(found),
         peers={
             "seeds": found,
             "intervals": intervals(found),
@@ -206,14 +206,7 @@ def _measured(settings: Settings, runs: Runs) -> Measured:
             "setting": vars(settings),
             "runs": {name: [vars(run) for run in each] for name, each in runs.items()},
         },
-        notes={
-            name: (
-                f"mean over seeds ({len(values)}) apart from the one of the choices"
-                if figures[name] is not None
-                else "not reached on every seed within the rounds there are"
-            )
-            for name, values in found.items()
-        },
+        notes=figure_notes(found, " apart from the one of the choices"),
         seconds=sum(run.seconds for name, each in runs.items() if name != "table dense" for run in each),
     )
 

@@ -11,6 +11,11 @@ from typing import Any
 from configs.output import write_json
 
 
+def digest(facts: Any) -> str:
+    """First 16 hexadecimal digits of the SHA-256 of facts as JSON."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def stored(folder: Path, facts: Mapping[str, Any], compute: Callable[[], Any]) -> Any:
     """Result of ``compute`` as JSON types, read from ``folder`` where one of the same facts is stored there.
 
@@ -19,7 +24,7 @@ def stored(folder: Path, facts: Mapping[str, Any], compute: Callable[[], Any]) -
         facts: everything that the result depends on, as JSON types.
         compute: measurement; its result is JSON.
     """
-    path = folder / f"{hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]}.json"
+    path = folder / f"{digest(facts)}.json"
     if not path.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         write_json(path, {"facts": dict(facts), "result": compute()})

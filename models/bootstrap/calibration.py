@@ -12,6 +12,9 @@ from transformers import PreTrainedModel
 
 from models.bootstrap.fisher import output_metrics
 
+# Tokens of the activation profiles of neurons.
+PROFILE_TOKENS = 512
+
 
 @torch.no_grad()
 def sample_text(
@@ -94,7 +97,7 @@ class NeuronStatistics:
 
 
 def neuron_statistics(
-    model: PreTrainedModel, input_ids: Tensor, *, profile_tokens: int = 512
+    model: PreTrainedModel, input_ids: Tensor, *, profile_tokens: int = PROFILE_TOKENS
 ) -> NeuronStatistics:
     """Compute ``NeuronStatistics`` of a dense Llama over ``input_ids [N, S]``."""
     layers = [layer.mlp for layer in model.model.layers]
@@ -130,7 +133,7 @@ class Calibration:
 
     model: PreTrainedModel
     input_ids: Tensor
-    profile_tokens: int = 512
+    profile_tokens: int = PROFILE_TOKENS
 
     @cached_property
     def statistics(self) -> NeuronStatistics:

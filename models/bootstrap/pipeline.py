@@ -15,7 +15,7 @@ from configs.errors import UserError
 from configs.output import check_output_directory, new_directory, write_bytes
 from experts.clustering import check_expert_count
 from models.bootstrap.build import BootstrapOptions, LayerExperts, build_graph, plan_experts
-from models.bootstrap.calibration import Calibration, sample_text
+from models.bootstrap.calibration import PROFILE_TOKENS, Calibration, sample_text
 from models.bootstrap.cluster_table import cluster_table
 from models.bootstrap.equality_check import check_equality
 from models.bootstrap.recipe import RECIPE_NAME, recipe_of, write_recipe
@@ -74,7 +74,7 @@ def bootstrap_checkpoint(
     dense = dense.float() if dense.num_parameters() <= _FP32_PARAMETERS else dense
     sizes = (calibration_tokens, evaluation_tokens)
     calibration, held_out = _texts(dense, tokenizer, calibration_ids, sizes, options.seed, on_step)
-    measured = Calibration(dense, calibration, 512 if options.features == Features.ACTIVATION else 0)
+    measured = _calibration(dense, calibration, options)
     experts = _experts(measured, options, on_step)
     graph = build_graph(dense, experts, options.visits, base_fingerprint=base, share_weights=True)
     measures: dict[str, Any] = {"logit_difference": check_equality(dense, graph, held_out)}
@@ -102,6 +102,11 @@ def _texts(
     return_freed_memory()
     on_step("calibration text", 1, 1)
     return parts
+
+
+def _calibration(dense: PreTrainedModel, input_ids: Tensor, options: BootstrapOptions) -> Calibration:
+    """Statistics on calibration text, with activation profiles where these are the features of k-means."""
+    return Calibration(dense, input_ids, PROFILE_TOKENS if options.features == Features.ACTIVATION else 0)
 
 
 def _experts(measured: Calibration, options: BootstrapOptions, on_step: Step) -> list[LayerExperts]:

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from experts.graph.expert_edits import EditedGraph, apply_expert_edits, retirements
 from experts.graph.expert_graph import ExpertGraph
+from models.files.safetensors_files import read_stored
 from models.moe_files.layout import MoELayout
 
 MASK = "edges"
@@ -23,7 +23,7 @@ def read_stored_graph(layout: MoELayout) -> ExpertGraph:
         UserError: a mask that is not upper-triangular.
     """
     names = [name for layer in layout.layers for name in layer.pairs if name.endswith(MASK)]
-    masks = tuple(_read(layout, name).numpy() for name in names)
+    masks = tuple(read_stored(layout.tensors[name]).numpy() for name in names)
     version = layout.config.get(layout.family.version_key, 0)
     return ExpertGraph(masks, version, tuple(layout.shared_per_layer))
 
@@ -68,11 +68,6 @@ def edited_pairs(layout: MoELayout, edited: EditedGraph) -> dict[str, Tensor]:
             if name.endswith(MASK):
                 pairs[name] = torch.from_numpy(mask.copy())
             else:
-                values = _read(layout, name)[kept][:, kept]
+                values = read_stored(layout.tensors[name])[kept][:, kept]
                 pairs[name] = values.masked_fill(torch.from_numpy(added), 0)
     return pairs
-
-
-def _read(layout: MoELayout, name: str) -> Tensor:
-    with safe_open(layout.tensors[name].path, framework="pt") as file:
-        return file.get_tensor(name)

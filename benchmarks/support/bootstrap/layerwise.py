@@ -44,16 +44,12 @@ class Amounts:
     held_out_blocks: int = 16
 
 
-_LAYERWISE = BootstrapOptions(256, features="gate-activation", router="contribution")
-# Experts of 6 and 8 neurons; a third of the visits are shared experts; ranks of a ninth of the hidden width.
+# Experts of 6 and 8 neurons, and the options that the command takes where none are given.
 FULL = {
-    REAL_MODEL: Amounts(replace(_LAYERWISE, num_shared=38, default_rank=64)),
-    "mix7M": Amounts(replace(_LAYERWISE, num_experts=128, num_shared=19, default_rank=28)),
+    REAL_MODEL: Amounts(BootstrapOptions.of_router(256, hidden_size=576)),
+    "mix7M": Amounts(BootstrapOptions.of_router(128, hidden_size=256)),
 }
-QUICK = {
-    name: Amounts(replace(_LAYERWISE, num_experts=16, num_shared=2, default_rank=8), 64, 8, 4)
-    for name in FULL
-}
+QUICK = {name: Amounts(BootstrapOptions.of_router(16, hidden_size=192), 64, 8, 4) for name in FULL}
 
 
 @dataclass(frozen=True)

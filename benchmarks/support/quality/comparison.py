@@ -73,6 +73,18 @@ def intervals(found: Mapping[str, Values]) -> dict[str, Any]:
     return {name: interval(values) for name, values in complete.items() if len(values) > 1}
 
 
+def figure_notes(found: Mapping[str, Values], mean_of: str) -> dict[str, str]:
+    """Note on each figure: over how many seeds it is a mean (``mean_of`` says of which), or that it was not reached."""
+    return {
+        name: (
+            f"mean over seeds ({len(values)}){mean_of}"
+            if _mean(values) is not None
+            else "not reached on every seed within the rounds there are"
+        )
+        for name, values in found.items()
+    }
+
+
 def perplexities(run: Run) -> dict[str, Any]:
     """Geometric mean perplexity over clients at the start and at the end of a run, and its rounds and bytes."""
     start, end = (math.exp(mean_loss(run.trajectory[index])) for index in (0, -1))

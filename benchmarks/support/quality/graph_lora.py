@@ -9,13 +9,11 @@ Shape suffixes: D hidden width, E experts, H neurons per expert, F = E * H, R ra
 from __future__ import annotations
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from models.graph.lora import attach_attention_lora
 from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
-
-_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 class _Factors(nn.Module):
@@ -69,8 +67,8 @@ def graph_factors(
         alpha: scale of the product, times the rank.
         seed: seed of the first factors.
     """
+    attach_attention_lora(graph, rank=rank, alpha=alpha, seed=seed)
     torch.manual_seed(seed)
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(_ATTENTION)), graph)
     scale = alpha / rank
     for layer in graph.expert_layers():
         width, neurons = layer.hidden_size, layer.num_experts * layer.expert_size

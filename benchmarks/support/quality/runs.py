@@ -21,8 +21,8 @@ from benchmarks.support.quality.client_process import ClientProcess
 from benchmarks.support.quality.graph_lora import graph_factors
 from benchmarks.support.quality.result import Run
 from benchmarks.support.quality.settings import Job, Settings
-from benchmarks.support.quality.store import digest
 from benchmarks.support.runner import peak_bytes
+from benchmarks.support.stored import digest
 from clients.data_stream import client_documents, pack_client
 from clients.training.trainer import LocalTraining
 from configs.choices import Report

@@ -7,7 +7,6 @@ its default leaves earlier runs as they were.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 from benchmarks.support.quality.result import Run
 from benchmarks.support.quality.settings import Job, Settings
 from benchmarks.support.runner import commit
+from benchmarks.support.stored import digest
 from configs.output import write_json
 from configs.schema import RunConfig
 
@@ -53,11 +53,6 @@ def fits(stored: Any, facts: Any) -> bool:
     if isinstance(stored, Mapping) and isinstance(facts, Mapping):
         return all(name in facts and fits(value, facts[name]) for name, value in stored.items())
     return stored == facts
-
-
-def digest(facts: Any) -> str:
-    """First 16 hexadecimal digits of the SHA-256 of facts as JSON."""
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _finished(job: Job, facts: Mapping[str, Any], folders: Sequence[Path]) -> dict[str, Any] | None:

@@ -105,8 +105,8 @@ def bootstrap(
 
     The most contributing neurons form shared experts; routers, and default outputs of the experts that a token does not
     visit, are fitted layer by layer. With every expert active the new model computes what the dense one computes. The
-    report shows the held-out
-    perplexity with 75, 50 and 25 % of the experts active, next to other selections of equally many neurons.
+    report shows the held-out perplexity with 75, 50 and 25 % of the experts active, next to other selections of equally
+    many neurons.
     """
     from models.bootstrap.pipeline import bootstrap_checkpoint
     from models.checkpoints.convert import as_checkpoint

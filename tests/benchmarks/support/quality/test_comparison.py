@@ -7,6 +7,7 @@ import pytest
 from benchmarks.support.quality.comparison import (
     both_directions,
     byte_ratios,
+    figure_notes,
     intervals,
     mean_figures,
     perplexities,
@@ -66,3 +67,8 @@ def test_the_line_of_a_run_names_its_keys():
     assert run_line(run).startswith(
         "ours, seed 3, 0.001 linear, density 0.5: loss 4.5000 to 3.5000 in 1 rounds"
     )
+
+
+def test_notes_say_over_how_many_seeds_or_that_a_loss_was_not_reached():
+    notes = figure_notes({"a": [1.0, 2.0], "b": [1.0, None]}, " of two")
+    assert notes["a"] == "mean over seeds (2) of two" and notes["b"].startswith("not reached on every seed")

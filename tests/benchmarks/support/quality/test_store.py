@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.support.quality.result import Run
 from benchmarks.support.quality.settings import QUICK, Job
-from benchmarks.support.quality.store import digest, facts_of, fits, stored_run
+from benchmarks.support.quality.store import facts_of, fits, stored_run
 
 RATE = (1e-3, "linear")
 ENTRY = {"round": 0, "up": 0, "down": 0, "losses": {"a": 1.5}}
@@ -102,8 +102,3 @@ def test_facts_fit_where_all_stored_ones_are_equal():
     assert not fits({"a": {"b": 1, "c": 2}}, {"a": {"b": 1}})
     assert not fits({"a": {"b": 1}}, {"a": {"b": 2}})
     assert not fits({"a": {"b": 1}}, {"a": 1})
-
-
-def test_the_digest_does_not_depend_on_the_order():
-    assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1}) != digest({"a": 1, "b": 3})
-    assert len(digest({})) == 16
