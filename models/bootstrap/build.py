@@ -120,7 +120,7 @@ def build_graph(
     visits: int,
     *,
     base_fingerprint: str = "",
-    share_weights: bool = False,
+    consume: bool = False,
 ) -> FedGraftForCausalLM:
     """Build the expert graph from the weights of the dense ``model``, in its dtype.
 
@@ -131,7 +131,8 @@ def build_graph(
         experts: plan of each layer.
         visits: k, experts per token.
         base_fingerprint: fingerprint of ``model`` for the recipe.
-        share_weights: use the tensors of ``model`` outside its FFNs, not copies, for graphs that are not trained.
+        consume: take the tensors of ``model`` outside its FFNs instead of copies, and remove each FFN when its weights
+            are copied, so that memory holds one FFN twice; ``model`` cannot be used afterwards.
     """
     config = graph_config(model, [len(layer.edges) for layer in experts], visits)
     config.num_shared = [layer.num_shared for layer in experts]
@@ -140,9 +141,10 @@ def build_graph(
     graph = cast_weights(_empty_graph(config), model.dtype)
     graph.generation_config = copy.deepcopy(model.generation_config)
     rest = {name: value for name, value in model.state_dict().items() if ".mlp." not in name}
-    graph.load_state_dict(rest, strict=False, assign=share_weights)
+    graph.load_state_dict(rest, strict=False, assign=consume)
     graph.tie_weights()
     for target, source, planned in zip(graph.expert_layers(), model.model.layers, experts, strict=True):
+        init_expert_graph(target, config.initializer_range)
         members = torch.from_numpy(planned.clusters.members)
         target.gate_up_proj.copy_(fuse_gate_up(source.mlp, members))
         target.down_proj.copy_(source.mlp.down_proj.weight.T[members].transpose(1, 2))
@@ -152,16 +154,15 @@ def build_graph(
         if planned.default is not None:
             for parameter, value in zip(target.default.parameters(), planned.default, strict=True):
                 parameter.copy_(value)
+        if consume:
+            source.mlp = None
     return graph.eval()
 
 
 def _empty_graph(config: FedGraftConfig) -> FedGraftForCausalLM:
-    """Graph of ``config`` with initialized expert layers; all other weights have no values and take no memory yet."""
+    """Graph of ``config`` whose weights have no values and take no memory yet."""
     with no_init_weights():
-        graph = FedGraftForCausalLM(config)
-    for layer in graph.expert_layers():
-        init_expert_graph(layer, config.initializer_range)
-    return graph
+        return FedGraftForCausalLM(config)
 
 
 def fuse_gate_up(mlp: nn.Module, members_EH: Tensor) -> Tensor:

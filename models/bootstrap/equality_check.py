@@ -17,26 +17,29 @@ _TOKENS = 64
 
 
 @torch.no_grad()
+def first_logits(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
+    """Logits ``[1, T, V]`` of the first tokens of the first block of ``input_ids [N, S]``."""
+    return model(input_ids=input_ids[:1, :_TOKENS].to(model.device)).logits
+
+
 def check_equality(
-    dense: PreTrainedModel, graph: FedGraftForCausalLM, input_ids: Tensor, *, exact: bool = True
+    expected: Tensor, graph: FedGraftForCausalLM, input_ids: Tensor, *, exact: bool = True
 ) -> float:
     """Relative difference of the logits of a graph with all experts active: norm of the difference over norm of dense.
 
     Args:
-        dense: dense base, in the dtype of the graph.
+        expected: ``first_logits`` of the dense base, in the dtype of the graph.
         graph: its expert graph.
-        input_ids: ``[N, S]``; the first tokens of the first block are compared.
+        input_ids: ``[N, S]``.
         exact: whether the graph was built to equal the dense model.
 
     Raises:
         UserError: the graph was built to equal the dense model and does not.
     """
-    ids = input_ids[:1, :_TOKENS].to(dense.device)
-    expected = dense(input_ids=ids).logits.float()
     with visiting(graph, [layer.num_experts for layer in graph.expert_layers()]):
-        found = graph(input_ids=ids).logits.float()
-    difference = float((found - expected).norm() / expected.norm().clamp(min=1e-30))
-    tolerance = _TOLERANCE.get(dense.dtype, _TOLERANCE_16_BIT)
+        found = first_logits(graph, input_ids).float()
+    difference = float((found - expected.float()).norm() / expected.float().norm().clamp(min=1e-30))
+    tolerance = _TOLERANCE.get(expected.dtype, _TOLERANCE_16_BIT)
     if exact and not difference <= tolerance:
         raise UserError(
             f"expected logits within {tolerance:g} of those of the dense model with all experts active, got a relative "

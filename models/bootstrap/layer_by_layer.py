@@ -72,7 +72,7 @@ def _plan_layer(mlp: nn.Module, x_TD: Tensor, options: BootstrapOptions) -> tupl
     moments = Moments.of_features(x_TD, x_TD.shape[1])
     router = contribution_router(x_TD, _sizes(hidden_TM, norm_M, members), moments.gram_FF)
     visited_TE = visited_experts(x_TD, router, options.visits, options.num_shared)
-    output_TD = _outputs(mlp, x_TD, hidden_TM, visited_TE[:, experts_of_neurons(members)], moments)
+    output_TD = _outputs(mlp, x_TD, hidden_TM, visited_TE, experts_of_neurons(members), moments)
     default = _default_output(moments, options)
     if default is not None:
         down, up, bias = default
@@ -122,11 +122,13 @@ def _sizes(hidden_TM: Tensor, norm_M: Tensor, members_EH: Tensor) -> Tensor:
     return _by_rows(sizes, len(hidden_TM))
 
 
-def _outputs(mlp: nn.Module, x_TD: Tensor, hidden_TM: Tensor, visited_TM: Tensor, moments: Moments) -> Tensor:
-    """Outputs ``[T, D]`` of the visited neurons of each token; those of the others are added to ``moments``."""
+def _outputs(
+    mlp: nn.Module, x_TD: Tensor, hidden_TM: Tensor, visited_TE: Tensor, expert_M: Tensor, moments: Moments
+) -> Tensor:
+    """Outputs ``[T, D]`` of the visited experts of each token; those of the others are added to ``moments``."""
 
     def outputs(rows: slice) -> Tensor:
-        kept_TM = hidden_TM[rows] * visited_TM[rows]
+        kept_TM = hidden_TM[rows] * visited_TE[rows][:, expert_M]
         moments.add_targets(x_TD[rows], mlp.down_proj(hidden_TM[rows] - kept_TM))
         return mlp.down_proj(kept_TM)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,9 +19,14 @@ from experts.clustering import check_expert_count
 from models.bootstrap.build import BootstrapOptions, LayerExperts, build_graph, plan_experts
 from models.bootstrap.calibration import PROFILE_TOKENS, Calibration, sample_text
 from models.bootstrap.cluster_table import cluster_table
-from models.bootstrap.equality_check import check_equality
+from models.bootstrap.equality_check import check_equality, first_logits
 from models.bootstrap.recipe import RECIPE_NAME, recipe_of, write_recipe
-from models.bootstrap.selection_report import BASELINES, SHARES, selection_report
+from models.bootstrap.selection_report import (
+    BASELINES,
+    SHARES,
+    add_router_perplexities,
+    baseline_perplexities,
+)
 from models.checkpoints.load import load_dense, load_tokenizer
 from models.checkpoints.save import cast_weights, save_checkpoint
 from models.files.config_file import read_config
@@ -32,6 +39,7 @@ Step = Callable[[str, int, int], None]
 
 # Most parameters of a model that is calibrated in fp32; larger ones are calibrated in the dtype of their checkpoint.
 _FP32_PARAMETERS = 2_000_000_000
+_BASELINES = {Report.NONE: (), Report.SHORT: ("static",), Report.FULL: BASELINES}
 
 
 def bootstrap_checkpoint(
@@ -76,10 +84,10 @@ def bootstrap_checkpoint(
     calibration, held_out = _texts(dense, tokenizer, calibration_ids, sizes, options.seed, on_step)
     measured = _calibration(dense, calibration, options)
     experts = _experts(measured, options, on_step)
-    graph = build_graph(dense, experts, options.visits, base_fingerprint=base, share_weights=True)
-    measures: dict[str, Any] = {"logit_difference": check_equality(dense, graph, held_out)}
-    measures["perplexity"] = _report(measured, graph, experts, held_out, Report(report), on_step)
-    del dense, measured  # frees the dense FFNs before the graph is written
+    build = functools.partial(
+        build_graph, dense, experts, options.visits, base_fingerprint=base, consume=True
+    )
+    graph, measures = _measured_graph(measured, build, experts, held_out, Report(report), on_step)
     with new_directory(out, overwrite=overwrite) as directory:
         _write(cast_weights(graph, dtype), tokenizer, experts, directory)
     return _summary(out, options, experts) | measures
@@ -166,31 +174,31 @@ def split_tokens(ids: Tensor, calibration_tokens: int, evaluation_tokens: int) -
     return ids[:cut], ids[cut:]
 
 
-def _report(
+def _measured_graph(
     measured: Calibration,
-    graph: FedGraftForCausalLM,
+    build: Callable[[], FedGraftForCausalLM],
     experts: list[LayerExperts],
     held_out: Tensor,
     report: Report,
     on_step: Step,
-) -> dict[str, Any]:
-    if report == Report.NONE:
-        return {}
-    names = ("static",) if report == Report.SHORT else BASELINES
-    total, done = 1 + (1 + len(names)) * len(SHARES), 0
+) -> tuple[FedGraftForCausalLM, dict[str, Any]]:
+    """Graph that ``build`` makes, and its ``{"logit_difference", "perplexity"}``.
 
-    def count() -> None:
-        nonlocal done
-        done += 1
-        on_step("comparing routers", done, total)
+    What is measured on the dense model comes first, since ``build`` consumes its FFNs.
+    """
+    text, names = (held_out, held_out), _BASELINES[report]
+    expected, perplexity = first_logits(measured.model, held_out), {}
+    count = _counting(1 + (1 + len(names)) * len(SHARES), on_step)
+    if report != Report.NONE:
+        perplexity = baseline_perplexities(measured, experts, text, names=names, on_step=count)
+    graph = build()
+    difference = check_equality(expected, graph, held_out)
+    if report != Report.NONE:
+        add_router_perplexities(perplexity, graph, text, on_step=count)
+    return graph, {"logit_difference": difference, "perplexity": perplexity}
 
-    return selection_report(
-        measured.model,
-        graph,
-        experts,
-        measured.input_ids,
-        (held_out, held_out),
-        measured=measured,
-        names=names,
-        on_step=count,
-    )
+
+def _counting(total: int, on_step: Step) -> Callable[[], None]:
+    """Function that reports one more evaluation of ``total`` at each call."""
+    done = itertools.count(1)
+    return lambda: on_step("comparing routers", next(done), total)

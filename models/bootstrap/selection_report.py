@@ -38,50 +38,60 @@ class NeuronSelection:
     scores: list[Score]
 
 
-def selection_report(
-    dense: PreTrainedModel,
-    graph: FedGraftForCausalLM,
+def baseline_perplexities(
+    measured: Calibration,
     experts: Sequence[LayerExperts],
-    calibration_ids: Tensor,
     held_out: tuple[Tensor, Tensor],
     *,
-    measured: Calibration | None = None,
     names: Sequence[str] = BASELINES,
     on_step: Callable[[], None] = lambda: None,
 ) -> dict:
-    """Held-out perplexity of the graph's router and of four baselines with as many active neurons.
+    """Held-out perplexity of the dense model and of baseline selections of its neurons.
 
     ``centroid`` routes by mean gate rows; ``static`` always keeps the neurons of largest mean contribution; ``oracle``
     ranks experts by their actual contribution to the token; ``random`` routes by ridge among random experts.
 
     Args:
-        dense: dense model of the graph.
-        graph: graph with all roots open and zero affinities, so that its walk is a top-k.
-        experts: experts of ``graph``.
-        calibration_ids: ``[N, S]``, text for the baselines.
+        measured: dense model, and its statistics on calibration text, to which the baselines are fitted.
+        experts: experts whose neurons ``centroid`` and ``oracle`` select.
         held_out: ``input_ids`` and ``labels``, each ``[N, S]``.
-        measured: statistics of ``dense`` on ``calibration_ids`` to share with other callers; None to measure here.
         names: baselines to evaluate, of ``BASELINES``.
-        on_step: called after each of the ``1 + (1 + len(names)) * len(SHARES)`` evaluations.
+        on_step: called after each of the ``1 + len(names) * len(SHARES)`` evaluations.
 
     Returns:
-        ``{"dense": float, "75": {"router", "centroid", "static", "oracle", "random"}, "50": ..., "25": ...}``.
+        ``{"dense": float, "75": {"centroid", "static", "oracle", "random"}, "50": ..., "25": ...}``.
     """
-    selections = baselines(
-        measured or Calibration(dense, calibration_ids),
-        [torch.from_numpy(layer.clusters.members) for layer in experts],
-        names,
-    )
+    dense = measured.model
+    selections = baselines(measured, [torch.from_numpy(layer.clusters.members) for layer in experts], names)
     report: dict = {"dense": evaluate_loss(dense, *held_out).perplexity}
     on_step()
     for share in SHARES:
-        report[str(share)] = {"router": _graph_loss(graph, share, held_out).perplexity}
-        on_step()
+        report[str(share)] = {}
         for name, selection in selections.items():
             with select_neurons(dense, selection, share):
                 report[str(share)][name] = evaluate_loss(dense, *held_out).perplexity
             on_step()
     return report
+
+
+def add_router_perplexities(
+    report: dict,
+    graph: FedGraftForCausalLM,
+    held_out: tuple[Tensor, Tensor],
+    *,
+    on_step: Callable[[], None] = lambda: None,
+) -> None:
+    """Add the held-out perplexity of the graph's router as the first column of every share.
+
+    Args:
+        report: as ``baseline_perplexities`` returns it; changed in place.
+        graph: graph with all roots open and zero affinities, so that its walk is a top-k.
+        held_out: ``input_ids`` and ``labels``, each ``[N, S]``.
+        on_step: called after each of the ``len(SHARES)`` evaluations.
+    """
+    for share in SHARES:
+        report[str(share)] = {"router": _graph_loss(graph, share, held_out).perplexity, **report[str(share)]}
+        on_step()
 
 
 @contextmanager
@@ -124,7 +134,7 @@ def _graph_loss(graph: FedGraftForCausalLM, share: int, held_out: tuple[Tensor, 
 def baselines(
     measured: Calibration, members: Sequence[Tensor], names: Sequence[str] = BASELINES
 ) -> dict[str, NeuronSelection]:
-    """Baselines ``names`` of ``selection_report`` by name; ``members`` is ``[E, H]`` per layer."""
+    """Baselines ``names`` of ``baseline_perplexities`` by name; ``members`` is ``[E, H]`` per layer."""
     makers = {"centroid": _centroid, "static": _static, "oracle": _oracle, "random": _random}
     return {name: makers[name](measured, members) for name in names}
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from models.bootstrap.equality_check import check_equality
+from models.bootstrap.equality_check import check_equality, first_logits
 from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 from models.runtime.perplexity import evaluate_loss
 
@@ -45,7 +45,8 @@ class HeldOutReport:
         if "dense" not in self.perplexity:
             self._measure_perplexity("dense", self.dense)
         self._measure_perplexity(state, graph)
-        self.logit_difference[state] = check_equality(self.dense, graph, self.input_ids, exact=False)
+        expected = first_logits(self.dense, self.input_ids)
+        self.logit_difference[state] = check_equality(expected, graph, self.input_ids, exact=False)
         self.seconds += time.monotonic() - start
 
     def figures(self) -> dict[str, Any]:

@@ -93,7 +93,7 @@ def perplexities(case: Case, amounts: Amounts, quick: bool) -> dict[str, float]:
     started = time.perf_counter()
     experts = plan_experts(dense, text, options)
     seconds = time.perf_counter() - started
-    graph = build_graph(dense, experts, options.visits, share_weights=True)
+    graph = build_graph(dense, experts, options.visits, consume=True)
     found = {}
     for share in SHARES if case.selection == "router" else (50,):
         with visiting(graph, [active_count(options.num_experts, share)] * len(experts)):

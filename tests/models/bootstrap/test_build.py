@@ -220,9 +220,12 @@ def test_weights_that_are_not_finite_are_refused(ids):
         plan_experts(damaged, ids, BootstrapOptions(num_experts=4))
 
 
-def test_a_graph_may_share_the_tensors_outside_the_ffns_with_the_dense_model(dense, ids, experts):
-    shared, copied = (build_graph(dense, experts, 3, share_weights=share) for share in (True, False))
+def test_a_graph_that_consumes_the_dense_model_takes_its_tensors_and_removes_its_ffns(ids, experts):
+    dense = tiny_llama()
+    copied = build_graph(dense, experts, 3)
+    consuming = build_graph(dense, experts, 3, consume=True)
     attention = dense.model.layers[0].self_attn.q_proj.weight
-    assert shared.model.layers[0].self_attn.q_proj.weight.data_ptr() == attention.data_ptr()
+    assert consuming.model.layers[0].self_attn.q_proj.weight.data_ptr() == attention.data_ptr()
     assert copied.model.layers[0].self_attn.q_proj.weight.data_ptr() != attention.data_ptr()
-    torch.testing.assert_close(shared(ids).logits, copied(ids).logits)
+    assert all(layer.mlp is None for layer in dense.model.layers)
+    torch.testing.assert_close(consuming(ids).logits, copied(ids).logits, rtol=0, atol=0)

@@ -119,7 +119,9 @@ def test_little_text_wanted_of_long_blocks_still_leaves_two():
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-@pytest.mark.parametrize("stage", ["plan_experts", "selection_report", "save_checkpoint", "cluster_table"])
+@pytest.mark.parametrize(
+    "stage", ["plan_experts", "baseline_perplexities", "save_checkpoint", "cluster_table"]
+)
 def test_a_failure_at_any_stage_leaves_nothing(tmp_path, tiny_llama_dir, monkeypatch, stage, error):
     def failing(*args, **options):
         raise error

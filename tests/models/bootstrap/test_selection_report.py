@@ -12,9 +12,10 @@ from models.bootstrap.selection_report import (
     SHARES,
     NeuronSelection,
     active_count,
+    add_router_perplexities,
+    baseline_perplexities,
     linear_selection,
     select_neurons,
-    selection_report,
 )
 from models.graph.runtime_settings import visiting
 from models.runtime.perplexity import evaluate_loss
@@ -33,6 +34,14 @@ def made():
     return dense, build_graph(dense, experts, 4), experts, calibration, (held_out, held_out)
 
 
+def selection_report(dense, graph, experts, calibration, held_out, *, measured=None, on_step=lambda: None):
+    """The whole report, of baselines and router."""
+    measured = measured or Calibration(dense, calibration)
+    report = baseline_perplexities(measured, experts, held_out, on_step=on_step)
+    add_router_perplexities(report, graph, held_out, on_step=on_step)
+    return report
+
+
 @pytest.fixture(scope="module")
 def report(made):
     return selection_report(*made)
@@ -41,6 +50,7 @@ def report(made):
 def test_the_report_has_every_way_at_every_share(made, report):
     assert set(report) == {"dense", "75", "50", "25"} and SHARES == (75, 50, 25)
     assert all(set(report[str(share)]) == NAMES for share in SHARES)
+    assert all(next(iter(report[str(share)])) == "router" for share in SHARES)
     assert all(math.isfinite(value) for share in SHARES for value in report[str(share)].values())
     assert report["dense"] == evaluate_loss(made[0], *made[4]).perplexity
 
