@@ -1,4 +1,4 @@
-"""Perplexity of a bootstrapped expert graph relative to its dense model, and time and memory of the bootstrap.
+"""Perplexity of a bootstrapped expert graph relative to its dense model, healed or not; its time and memory.
 
 SmolLM2-135M-Instruct and a Llama of 7 M parameters (``small``) are bootstrapped layer by layer, with shared experts and
 default outputs, on training documents of three text mixes; perplexity is that of validation documents. The options were
@@ -8,22 +8,25 @@ geometric means over the mixes.
 ``static_over_router_50`` compares with the best fixed half of the neurons of each layer, chosen and compensated on the
 same text in the same way: by contribution, with a default output of the same rank. ``seconds_bootstrap`` and
 ``rss_over_weights`` are those of the command with its short report, libraries included, over the model's weights in
-fp32. Cases that the same commit has measured are read from the user's cache folder.
+fp32. ``healed_50_over_dense`` is the held-out perplexity of that graph at half of the experts after ``fedgraft heal``
+on training documents of the same domains, whose optimizer steps took ``core_minutes_healing``. Cases that the same
+commit has measured are read from the user's cache folder.
 """
 
 from __future__ import annotations
 
 import statistics
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from joblib import Parallel, delayed
 
-from benchmarks.support.bootstrap.layerwise import FULL, MIXES, QUICK, cases, ratios, stored_perplexities
-from benchmarks.support.material import REAL_MODEL, data_sources, model_path
-from benchmarks.support.runner import Measured, OnStep, measured_apart, run_benchmark
+from benchmarks.support.bootstrap.command import measure_commands
+from benchmarks.support.bootstrap.layerwise import MIXES, cases, ratios, stored_perplexities
+from benchmarks.support.material import REAL_MODEL
+from benchmarks.support.runner import Measured, OnStep, run_benchmark
 from configs.paths import cache_folder
-from models.checkpoints.load import load_dense
 
 _SEEDS = (1, 2, 3)
 
@@ -52,31 +55,18 @@ def measure(quick: bool, on_step: OnStep) -> Measured:
         for model in models
         for name, each in ratios(found, model).items()
     }
+    commands = measure_commands(quick)
     return Measured(
-        figures={name: statistics.geometric_mean(each) for name, each in values.items()} | _cost(quick),
-        peers={"cases": [{**vars(case), **each} for case, each in found], "ratios": values},
+        figures={name: statistics.geometric_mean(each) for name, each in values.items()} | commands.figures(),
+        peers={
+            "cases": [{**vars(case), **each} for case, each in found],
+            "ratios": values,
+            "commands": asdict(commands),
+        },
         notes={
             name: f"{min(each):.3f} to {max(each):.3f}, {len(each)} runs" for name, each in values.items()
         },
     )
-
-
-def _cost(quick: bool) -> dict[str, float]:
-    """Seconds of ``fedgraft bootstrap`` and its peak memory over the weights of the dense model in fp32."""
-    name = "mix7M" if quick else REAL_MODEL
-    model, amounts = model_path(name, quick=quick), (QUICK if quick else FULL)[name]
-    options = {
-        "--experts": amounts.options.num_experts,
-        "--calibration-tokens": amounts.calibration_blocks * amounts.block_size,
-        "--evaluation-tokens": amounts.held_out_blocks * amounts.block_size,
-        "--report": "short",
-        "--model": model,
-    }
-    text = [["--calibration", source] for source in data_sources(MIXES["all"], quick=quick)]
-    words = [str(word) for pair in [*options.items(), *text] for word in pair]
-    found = measured_apart("bootstrap.process", words)
-    weights = 4 * load_dense(model).num_parameters()
-    return {"seconds_bootstrap": found["seconds"], "rss_over_weights": found["peak_bytes"] / weights}
 
 
 if __name__ == "__main__":
