@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -25,6 +26,7 @@ BAD_INPUT = (
     103  # invalid input of the user (configuration, data, checkpoint); the reason is the plain message
 )
 
+_T = TypeVar("_T")
 # Exceptions of reading a record of another kind or a field of another type.
 _UNREADABLE = (KeyError, TypeError, ValueError, AttributeError, OverflowError)
 
@@ -169,14 +171,14 @@ def read_reply(content: RecordDict, num_experts: Sequence[int]) -> Reply:
     try:
         info = content["info"]
         return Reply(
-            name=str(info["name"]),
-            partition=int(info["partition"]),
-            budget=int(info["budget"]),
-            version=int(info["version"]),
-            graph_hash=str(info["graph-hash"]),
+            name=_checked(info["name"], str),
+            partition=_checked(info["partition"], int),
+            budget=_checked(info["budget"], int),
+            version=_checked(info["version"], int),
+            graph_hash=_checked(info["graph-hash"], str),
             numbers={key: float(value) for key, value in content["numbers"].items()},
             update=_to_bytes(content["arrays"]["update"]),
-            usage=_checked_bytes(info.get("usage", b"")),
+            usage=_checked(info.get("usage", b""), bytes),
             residents=_read_bits(info["residents"], num_experts) if "residents" in info else [],
             inclusion={key: float(value) for key, value in content.get("inclusion", {}).items()},
         )
@@ -216,15 +218,15 @@ def _to_bytes(array: Array) -> bytes:
     return bytes(array.data)
 
 
-def _checked_bytes(value: object) -> bytes:
-    # bytes(n) of an integer would allocate n zeros.
-    if not isinstance(value, bytes):
-        raise TypeError(f"expected bytes, got {type(value).__name__}")
+def _checked(value: object, kind: type[_T]) -> _T:
+    # No conversion: bytes(n) of an integer would allocate n zeros.
+    if type(value) is not kind:
+        raise TypeError(f"expected {kind.__name__}, got {type(value).__name__}")
     return value
 
 
 def _read_bits(value: object, num_experts: Sequence[int]) -> list[np.ndarray]:
-    data, sizes = _checked_bytes(value), [-(-count // 8) for count in num_experts]
+    data, sizes = _checked(value, bytes), [-(-count // 8) for count in num_experts]
     if len(data) != sum(sizes):
         raise RefusedUpdate(f"expected {sum(sizes)} bytes of residency bits, got {len(data)}")
     parts = np.split(np.frombuffer(data, dtype=np.uint8), np.cumsum(sizes)[:-1])

@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console, Group
 from rich.filesize import decimal
 from rich.live import Live
+from rich.markup import escape
 from rich.spinner import Spinner
 from rich.table import Table
 
@@ -62,7 +63,8 @@ def rounds_table(rounds: list[dict[str, Any]], edits: Mapping[int, int]) -> Tabl
     """Build the table of the completed rounds; ``edits``: number of graph edits by round."""
     names = _client_columns(rounds)
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for header in ("round", "time", "loss", "perplexity", *names, "up", "down", "density", "edges", "edits"):
+    shown = map(escape, names)
+    for header in ("round", "time", "loss", "perplexity", *shown, "up", "down", "density", "edges", "edits"):
         table.add_column(header, justify="right", overflow="fold")
     for row in rounds:
         table.add_row(*_cells(row, names, edits))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,9 @@ POLL_SECONDS = 0.2
 LARGEST_REST = 1 << 26  # bytes of a reply apart from its update; residency and usage counts need far less
 _PULLED_AT_ONCE = 2  # replies; all that Flower hands over in one pull are in memory together
 _LONGEST_VERSION = 16  # digits
+_LONGEST_REASON = 500  # characters
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,7 @@ def exchange(
         message_type: ``train`` or ``evaluate``.
         group: group id of the messages, for Flower's log.
         timeout: seconds.
-        spool: receives the packed updates; None: they stay in memory.
+        spool: receives the packed updates; None: they stay in memory and count as the rest of a reply.
     """
     messages = [
         Message(content, dst_node_id=node, message_type=message_type, group_id=group)
@@ -96,13 +100,21 @@ def exchange(
     deadline = time.monotonic() + timeout
     while waiting and time.monotonic() < deadline:
         for reply in _pull(grid, list(waiting)):
-            node = waiting.pop(reply.metadata.reply_to_message_id, None)
-            if node is not None:
+            node = waiting.get(reply.metadata.reply_to_message_id)
+            if node is not None and _from_another(reply, node):
+                _log.warning("a reply of node %s in place of %s is ignored", reply.metadata.src_node_id, node)
+            elif node is not None:
+                del waiting[reply.metadata.reply_to_message_id]
                 answers[node] = _read(reply, sent[node], spool)
         if waiting:
             time.sleep(POLL_SECONDS)
     late = f"no answer within {timeout:.0f} s"
     return answers | {node: Answer(None, late, None, 0, sent[node]) for node in waiting.values()}
+
+
+def _from_another(reply: Message, node: int) -> bool:
+    """Whether a reply comes from another node than ``node``; errors may come from the SuperLink."""
+    return not reply.has_error() and reply.metadata.src_node_id != node
 
 
 def _pull(grid: Grid, message_ids: list[str]) -> Iterator[Message]:
@@ -116,16 +128,20 @@ def _pull(grid: Grid, message_ids: list[str]) -> Iterator[Message]:
 def _read(reply: Message, bytes_down: int, spool: ReplySpool | None) -> Answer:
     size = message_bytes(reply)
     if reply.has_error():
-        reason = reply.error.reason or f"Flower error {reply.error.code}"
+        reason = _plain(reply.error.reason or "") or f"Flower error {reply.error.code}"
         held = _held_version(reply, reason)
         return Answer(None, reason, held, size, bytes_down, error_code=reply.error.code)
-    if spool is None:
-        return Answer(reply.content, "", None, size, bytes_down)
-    content, update = detach_update(reply.content)
+    content, update = (reply.content, b"") if spool is None else detach_update(reply.content)
     if size - len(update) > LARGEST_REST:
         reason = f"expected at most {LARGEST_REST} bytes apart from the update, got {size - len(update)}"
         return Answer(None, reason, None, size, bytes_down)
-    return Answer(content, "", None, size, bytes_down, spool.put(update))
+    return Answer(content, "", None, size, bytes_down, spool.put(update) if spool is not None else None)
+
+
+def _plain(reason: str) -> str:
+    """Reason of an error in one line of at most ``_LONGEST_REASON`` printable characters."""
+    line = " ".join(reason[: 2 * _LONGEST_REASON].split())
+    return "".join(letter for letter in line if letter.isprintable())[:_LONGEST_REASON]
 
 
 def _held_version(reply: Message, reason: str) -> int | None:

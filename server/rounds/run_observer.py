@@ -15,12 +15,11 @@ from experts.graph.expert_graph import ExpertGraph
 from federated.protocol.messages import Reply
 from federated.protocol.steps import step_stats
 from federated.wire.packed_stats import PackedStats
-from models.runtime.perplexity import LossSum
 from server.model.global_model import GlobalModel
 from server.reporting.run_log import ClientRecord, RewireRecord, RoundRecord, RunLog, pad_masks
 from server.reporting.tensorboard_log import TensorBoardLog
 from server.rounds.exchange import Answer
-from server.rounds.validation import Evaluations, RoundReplies, held_out_loss, reply_loss
+from server.rounds.validation import Evaluations, RoundReplies, held_out_loss, reply_loss, total_loss
 from server.state.checkpoint import CHECKPOINTS
 from server.strategies.strategy import Accepted
 
@@ -144,7 +143,7 @@ class RunObserver:
             client = self._client(evaluation.node, evaluation.reply)
             client["perplexity_after"] = evaluation.loss.perplexity
             client["graph_hash"] = evaluation.reply.graph_hash
-        total = sum((evaluation.loss for evaluation in evaluations.accepted), LossSum())
+        total = total_loss(evaluation.loss for evaluation in evaluations.accepted)
         after = {client["name"]: client["perplexity_after"] for client in self._clients.values()}
         self._tensorboard.perplexities(after, total.perplexity, self._rounds + 1)
 

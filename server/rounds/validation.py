@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from federated.aggregation.caps import capped
 from federated.protocol.messages import Reply, read_reply
+from federated.protocol.reply_bounds import check_reply
 from federated.updates.update import RefusedUpdate
 from models.runtime.perplexity import LossSum
 from server.model.global_model import GlobalModel
 from server.rounds.exchange import Answer
 from server.rounds.reply_spool import HeldBytes
 from server.strategies.strategy import Accepted, Strategy
+
+# Bound of one client's part in the loss that is logged and that ends a run early.
+LOSS_CAP = 4.0
 
 _log = logging.getLogger(__name__)
 
@@ -127,24 +131,27 @@ def check_sender(node: int, reply: Reply, owners: Mapping[int, int]) -> None:
 
 
 def held_out_loss(replies: RoundReplies) -> LossSum:
-    """Loss of the global model before training, summed over the held-out text of all accepted clients."""
-    return sum((reply_loss(accepted.reply, "valid") for accepted in replies.accepted), LossSum())
+    """Loss of the global model before training over the held-out text of all accepted clients (``total_loss``)."""
+    return total_loss([reply_loss(accepted.reply, "valid") for accepted in replies.accepted])
+
+
+def total_loss(losses: Iterable[LossSum]) -> LossSum:
+    """Sum over clients; tokens and mean loss of each count at most ``LOSS_CAP`` times the median over all."""
+    known = [loss for loss in losses if loss.tokens]
+    tokens = capped([loss.tokens for loss in known], LOSS_CAP)
+    means = capped([loss.mean for loss in known], LOSS_CAP)
+    return sum(
+        (
+            loss if (count, mean) == (loss.tokens, loss.mean) else LossSum(mean * int(count), int(count))
+            for loss, count, mean in zip(known, tokens, means, strict=True)
+        ),
+        LossSum(),
+    )
 
 
 def reply_loss(reply: Reply, name: str) -> LossSum:
     """Loss that a reply reports under ``name``; zero tokens where it reports none."""
     return LossSum(reply.numbers.get(f"{name}-nll", 0.0), int(reply.numbers.get(f"{name}-tokens", 0)))
-
-
-def check_numbers(reply: Reply) -> None:
-    """Refuse numbers that are not finite or are negative.
-
-    Raises:
-        RefusedUpdate: names the number.
-    """
-    for name, value in reply.numbers.items():
-        if not math.isfinite(value) or value < 0:
-            raise RefusedUpdate(f"expected {name} to be a finite number of at least 0, got {value}")
 
 
 def _sort_out(
@@ -164,8 +171,12 @@ def _sort_out(
             owners[result.reply.partition] = node
             accepted.append(result)
         except RefusedUpdate as error:
-            _log.warning("the %s of node %s is refused: %s", what, node, error.reason)
             refused[node] = error.reason
+        except Exception as error:  # noqa: BLE001 - the boundary to what clients send
+            _log.exception("the %s of node %s cannot be checked", what, node)
+            refused[node] = f"the {what} cannot be checked: {type(error).__name__}"
+        if node in refused:
+            _log.warning("the %s of node %s is refused: %s", what, node, refused[node])
     return accepted, refused
 
 
@@ -175,13 +186,11 @@ def _read(answer: Answer, global_model: GlobalModel) -> Reply:
         raise RefusedUpdate(answer.error)
     graph = global_model.graph
     reply = read_reply(answer.content, graph.num_experts)
-    check_numbers(reply)
+    check_reply(reply, num_experts=max(graph.num_experts))
     if reply.version != global_model.version:
         raise RefusedUpdate(
             f"expected an update of version {global_model.version}, got one of version {reply.version}"
         )
     if reply.graph_hash != graph.digest():
         raise RefusedUpdate(f"expected the graph {graph.digest()[:12]}, got {reply.graph_hash[:12]!r}")
-    if reply.partition < 0:
-        raise RefusedUpdate(f"expected a client of number 0 or above, got {reply.partition}")
     return reply

@@ -189,6 +189,7 @@ def check_run(run) -> None:
 def summary_lines(summary: dict[str, Any]) -> list:
     """Format the summary of a run: a table of clients, then bytes, edits and paths."""
     from rich.filesize import decimal
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table("client", "budget", title="held-out perplexity of the global model")
@@ -198,9 +199,10 @@ def summary_lines(summary: dict[str, Any]) -> list:
     for client in clients:
         names = ("perplexity_before", "perplexity_after", "perplexity_after_personal")
         cells = ["-" if client[name] is None else f"{client[name]:.2f}" for name in names]
-        table.add_row(client["name"], "-" if client["budget"] is None else str(client["budget"]), *cells)
-    lines: list = [table]
-    lines += [
+        table.add_row(
+            escape(client["name"]), "-" if client["budget"] is None else str(client["budget"]), *cells
+        )
+    lines = [
         f"no update of {each['name']} was used: {each['refused']}" for each in clients if each["refused"]
     ]
     if summary["stopped"]:
@@ -211,7 +213,9 @@ def summary_lines(summary: dict[str, Any]) -> list:
         lines.append(f"bytes {way}: {decimal(sent)}, dense FedAvg in bf16 {decimal(dense)}{ratio}")
     lines.append(f"graph edits: {summary['edits']}, graph {summary['graph_hash'][:12]}")
     lines.append(f"logs: {summary['log_dir']}")
-    return [*lines, f"model: {summary['out']}"] if summary["out"] else lines
+    if summary["out"]:
+        lines.append(f"model: {summary['out']}")
+    return [table, *map(escape, lines)]
 
 
 def _absolute(path: str | Path | None) -> str:

@@ -110,6 +110,13 @@ def test_many_clients_share_one_column_with_the_worst(tmp_path):
     assert "c0" not in columns
 
 
+def test_a_name_is_no_markup(tmp_path):
+    make_log(tmp_path).round(replace(ROUND, clients=[replace(CLIENT, name="[/red]x")]))
+    out = console(terminal=True)
+    follow_run(tmp_path, is_finished=lambda: True, num_rounds=1, console=out)
+    assert "[/red]x" in out.file.getvalue()
+
+
 def test_round_line_marks_what_is_unknown(tmp_path):
     unknown = replace(CLIENT, train_loss=None, perplexity=None)
     make_log(tmp_path).round(replace(ROUND, clients=[unknown], density=None, perplexity=123456.0))

@@ -92,6 +92,29 @@ def test_a_reply_with_much_beside_its_update_is_refused(tmp_path, monkeypatch):
         assert answer.error.startswith("expected at most 5000 bytes apart from the update") == refused
 
 
+def test_a_reply_that_stays_in_memory_is_bounded_as_a_whole(monkeypatch):
+    monkeypatch.setattr("server.rounds.exchange.LARGEST_REST", 5000)
+    for update, refused in ((b"u" * 100, False), (b"u" * 5000, True)):
+        (answer,) = exchange(*_reply_arguments(update=update), group="g", timeout=1).values()
+        assert (answer.content is None) == refused
+
+
+def test_the_reason_of_an_error_is_one_short_plain_line():
+    hostile = "\x1b[2J red\nnext\x00 " + "x" * 10**6
+    answers = ask(grid_with(_0=Error(code=2, reason=hostile), _1=Error(code=2, reason="\x07 ")))
+    assert answers[0].error.startswith("[2J red next xx") and len(answers[0].error) == 500
+    assert answers[1].error == "Flower error 2"
+
+
+def test_a_reply_from_another_node_than_asked_is_ignored():
+    def forged(reply: Message) -> Message:
+        reply.metadata.__dict__["_src_node_id"] = 4711
+        return reply
+
+    answers = ask(grid_with(_1=forged))
+    assert numbers(answers) == {0: 20, 1: "no answer within 0 s", 2: 24}
+
+
 def _reply_arguments(**arrays):
     app = ClientApp()
 

@@ -364,12 +364,19 @@ def changed(**records) -> Callable[[Message], Message]:
 @pytest.mark.parametrize(
     ("fault", "reason"),
     [
-        (changed(numbers__examples=1e300), "expected examples from 1 to"),
-        (changed(numbers__examples=float("nan")), "expected examples to be a finite number"),
-        (changed(numbers__train_loss=float("inf")), "expected train-loss to be a finite number"),
+        (changed(numbers__examples=1e300), "expected examples to be a whole number from 1 to"),
+        (changed(numbers__examples=float("nan")), "expected examples to be a whole number from 1 to"),
+        (
+            changed(numbers__train_loss=float("inf")),
+            "expected train-loss to be a finite number from 0 to 10000",
+        ),
+        (changed(numbers__valid_tokens=1.7e308), "expected valid-tokens to be a whole number"),
+        (changed(numbers__fun=1.0), "expected numbers among examples,"),
+        (changed(info__name="[/red]"), "expected a name of 1 to 96"),
+        (changed(info__budget=5), "expected budget to be a whole number from 0 to 4"),
         (changed(info__graph_hash="0" * 64), "expected the graph"),
         (changed(info__version=7), "expected an update of version"),
-        (changed(info__partition=-3), "number 0 or above"),
+        (changed(info__partition=-3), "expected partition to be a whole number"),
         (changed(info__partition="one"), "a reply cannot be read"),
         (changed(inclusion__x=0.5), "inclusion probability"),
         (changed(numbers__density=[1.0, 2.0]), "a reply cannot be read"),

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from configs.errors import UserError
+from scripts.shared.console import print_result
 from scripts.verbs.federation.simulate import PROJECT, read_run_config, summary_lines
 from server.flower.flower_process import RunFailed, job_processes, stop_job
 from tests.support.command import assert_refused, run, tree
@@ -254,6 +255,15 @@ def test_the_result_for_a_reader_is_a_table_and_what_was_written(place, simulati
         assert words in outcome.out
     assert len(summary_lines({**SUMMARY, "out": ""})) == len(summary_lines(SUMMARY)) - 1
     assert "stopped after round 2: no better" in summary_lines({**SUMMARY, "stopped": "no better"})
+
+
+def test_names_and_reasons_are_shown_as_they_are(capsys):
+    """Text in square brackets is markup of the console library, an end tag without a start an error."""
+    client = SUMMARY["clients"][0] | {"name": "[/red]a", "refused": "[/blue] b"}
+    summary = {**SUMMARY, "clients": [client], "stopped": "[/c]", "out": "/out/[/d]"}
+    print_result({}, as_json=False, lines=summary_lines(summary))
+    shown = capsys.readouterr().out
+    assert all(text in shown for text in ("[/red]a", "[/blue] b", "[/c]", "/out/[/d]"))
 
 
 def test_a_real_federation_on_flowers_simulation_engine(graph, tmp_path, capsys, monkeypatch):
