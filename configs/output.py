@@ -1,4 +1,4 @@
-"""Atomic output: files and directories are written under a temporary name next to the target, then renamed."""
+"""Atomic output: files and directories are written under a temporary name, flushed to disk and moved to their place."""
 
 from __future__ import annotations
 
@@ -7,28 +7,98 @@ import math
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from configs.errors import UserError
+from configs.directory_placement import entries, partial_directory, place_directory, staging_parent
+from configs.durable import sync_folder, sync_tree
+from configs.errors import UserError, first_line
 
 
-def check_output_directory(path: Path, *, overwrite: bool) -> None:
+class OutputKept(OSError):
+    """A finished output directory that could not be moved to its place, and was kept where it is.
+
+    Attributes:
+        folder: the finished directory.
+    """
+
+    def __init__(self, folder: Path, path: Path, reason: str) -> None:
+        super().__init__(f"the output could not be moved to {path}: {reason}; it is complete in {folder}")
+        self.folder = folder
+
+
+def check_output_directory(path: Path, *, overwrite: bool, size: int = 0) -> None:
     """Check that an output directory can be written and is empty, or may be replaced.
+
+    Args:
+        path: of the directory; it need not exist.
+        overwrite: whether its content may be replaced.
+        size: bytes that will be written; 0: unknown.
 
     Raises:
         UserError: the directory is not empty and ``overwrite`` is false; it is or contains the working or home
-            directory, which are never replaced; the path or a part of it is a file; it is not writable.
+            directory, which are never replaced; the path or a part of it is a file; it is not writable; its file system
+            has less than ``size`` bytes free.
     """
     path = path.absolute()
-    parent = next(part for part in (path, *path.parents) if part.exists())
+    parent = _existing(path)
     if not parent.is_dir():
         raise UserError(f"expected an output directory, got the file {parent}; name a directory")
-    if not os.access(parent, os.W_OK):
-        raise UserError(f"expected an output directory that can be written, got {path}; choose another")
-    if parent != path or not any(path.iterdir()):
+    _check_writable(staging_parent(path) if parent == path else parent, path)
+    _check_writable(parent, path)
+    check_free_space({path: size})
+    if parent == path:
+        _check_replaceable(path, overwrite=overwrite)
+
+
+def check_free_space(sizes: Mapping[Path, int]) -> None:
+    """Check that file systems have room for outputs.
+
+    Args:
+        sizes: bytes of each output by its path, which need not exist; those on one file system add up.
+
+    Raises:
+        UserError: a file system has fewer bytes free than its outputs need.
+    """
+    needed: Counter[int] = Counter()
+    for path, size in sizes.items():
+        folder = _existing(path.absolute())
+        needed[folder.stat().st_dev] += size
+        if (free := shutil.disk_usage(folder).free) < (total := needed[folder.stat().st_dev]):
+            raise UserError(
+                f"expected {_mib(total)} free on the file system of {path}, got {_mib(free)}; make room or choose "
+                "another"
+            )
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB"
+
+
+def _existing(path: Path) -> Path:
+    """The path itself or its nearest parent that exists."""
+    return next(part for part in (path, *path.parents) if part.exists())
+
+
+def _check_writable(directory: Path, path: Path, kind: str = "directory") -> None:
+    """Check the permissions of ``directory``, and that an entry can be created: file systems may refuse it, too."""
+    reason = "" if os.access(directory, os.W_OK) else "permission denied"
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=".fedgraft.", suffix=".partial", dir=directory))
+    except OSError as error:
+        reason = error.strerror or first_line(error)
+    if reason:
+        raise UserError(
+            f"expected an output {kind} that can be written, got {path} ({reason}); choose another"
+        )
+
+
+def _check_replaceable(path: Path, *, overwrite: bool, staged: str = "") -> None:
+    """Check that a directory is empty apart from the entry ``staged``, or may be replaced."""
+    if not entries(path, without=(staged,)):
         return
     if not overwrite:
         raise UserError(f"expected an empty output directory, got {path} with files in it; set `overwrite`")
@@ -48,60 +118,61 @@ def check_output_file(path: Path, *, overwrite: bool) -> None:
     path = path.absolute()
     if path.is_dir():
         raise UserError(f"expected an output file, got the directory {path}; name a file")
-    parent = next(part for part in path.parents if part.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UserError(f"expected an output file that can be written, got {path}; choose another")
+    parent = _existing(path.parent)
+    if not parent.is_dir():
+        raise UserError(
+            f"expected an output file that can be written, got {path} below a file; choose another"
+        )
+    _check_writable(parent, path, "file")
     if path.exists() and not overwrite:
         raise UserError(f"expected an output file that does not exist, got {path}; set `overwrite`")
 
 
 @contextmanager
-def new_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Yield a temporary directory that is renamed to ``path`` when the block ends without an error.
+def new_directory(path: Path, *, overwrite: bool = False, size: int = 0) -> Iterator[Path]:
+    """Yield a temporary directory that is moved to ``path`` when the block ends without an error.
+
+    Args:
+        path: of the directory; its parents are created.
+        overwrite: whether its content may be replaced.
+        size: bytes that will be written; 0: unknown.
 
     Raises:
         UserError: as ``check_output_directory``.
+        OutputKept: the finished directory could not be moved to ``path``, and is kept where the error says.
     """
     path = path.resolve()
-    check_output_directory(path, overwrite=overwrite)
+    check_output_directory(path, overwrite=overwrite, size=size)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+    partial = partial_directory(path)
     try:
         yield partial
         partial.chmod(0o755)
-        check_output_directory(path, overwrite=overwrite)
-        _replace_directory(partial, path)
-    finally:
+        sync_tree(partial)
+    except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _replace_directory(new: Path, path: Path) -> None:
-    """Rename ``new`` to ``path``; a directory of that name is deleted after the rename, and restored if it fails."""
-    if not path.exists():
-        os.replace(new, path)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+        raise
     try:
-        os.replace(path, old)
-        try:
-            os.replace(new, path)
-        except BaseException:
-            os.replace(old, path)
-            raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
+        if path.exists():
+            _check_replaceable(path, overwrite=overwrite, staged=partial.name)
+        place_directory(partial, path)
+    except (OSError, UserError) as error:
+        raise OutputKept(partial, path, str(error)) from error
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Yield a temporary file that is renamed to ``path`` when the block ends without an error."""
+    """Yield a temporary file that is flushed to disk and renamed to ``path`` when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
             yield file
+            file.flush()
+            os.fsync(file.fileno())
         os.chmod(partial, 0o644)
         os.replace(partial, path)
+        sync_folder(path.parent)
     except BaseException:
         Path(partial).unlink(missing_ok=True)
         raise

@@ -17,7 +17,7 @@ from federated.data.chat_template import ChatTemplate
 from federated.data.documents import load_documents
 from federated.run_setup import override_routing, prepare_process, with_block_size
 from models.bootstrap.calibration import sample_text
-from server.model.config_checks import check_fit
+from server.model.config_checks import check_fit, check_room
 from server.model.global_model import GlobalModel
 from server.reporting.call_trace import call_trace
 from server.reporting.failure import recording_failure
@@ -88,10 +88,11 @@ def open_global_model(config: RunConfig) -> GlobalModel:
     """Load the configured graph, with the run's walk and experts per token.
 
     Raises:
-        UserError: there is no graph, or the configuration does not fit it.
+        UserError: there is no graph, the configuration does not fit it, or there is no room for the result.
     """
     source = graph_or_default(config.graph)
     check_fit(config, source)
+    check_room(config, source)
     global_model = GlobalModel(source)
     override_routing(global_model.model, config)
     return global_model

@@ -9,6 +9,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -31,6 +32,12 @@ def _one_thread():
 def _own_cache(tmp_path_factory):
     """What tests leave in the user's cache folder goes to one of their own."""
     os.environ["FEDGRAFT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def little_room(monkeypatch):
+    """File systems with 100 bytes free, where output paths are checked."""
+    monkeypatch.setattr("configs.output.shutil.disk_usage", lambda path: SimpleNamespace(free=100))
 
 
 @pytest.fixture(scope="session")

@@ -86,7 +86,8 @@ def _foreign(path: Path) -> _Foreign | None:
 def _write(found: _Foreign, out: Path) -> None:
     model, tokenizer = found.open(found.path)
     record_own_head(model)
-    with new_directory(out) as directory:
+    size = sum(value.nbytes for value in model.parameters())
+    with new_directory(out, size=size) as directory:
         save_checkpoint(model, tokenizer, directory)
 
 

@@ -70,6 +70,18 @@ def checkpoint_files(source: str) -> list[Path]:
     return files
 
 
+def weight_bytes(source: str) -> int:
+    """Size in bytes of the weight files of a checkpoint, and about that of its copy in the same dtype.
+
+    Args:
+        source: directory or hub id.
+
+    Raises:
+        UserError: as ``checkpoint_files``.
+    """
+    return sum(file.stat().st_size for file in checkpoint_files(source))
+
+
 def check_file(path: Path) -> None:
     """Check the header and size of a weight file.
 

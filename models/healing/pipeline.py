@@ -14,12 +14,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from configs.directory_placement import staging_parent
 from configs.errors import UserError
 from configs.output import check_output_directory, new_directory
+from configs.paths import cache_folder
 from models.checkpoints.load import load_dense, load_graph, load_tokenizer
 from models.checkpoints.save import cast_weights, save_checkpoint
 from models.files.config_file import check_is_dense, check_is_graph, read_config, read_dtype
 from models.files.fingerprint import checkpoint_fingerprint, fingerprint
+from models.files.safetensors_files import weight_bytes
 from models.healing.loop import Distillation, distill
 from models.healing.options import HealingOptions
 from models.healing.parameters import finish_parameters, select_parameters
@@ -85,8 +88,8 @@ def heal_checkpoint(
     Raises:
         UserError: unusable checkpoints, a base of another shape, a loss that is not finite, a state of another run.
     """
-    check_output_directory(out, overwrite=overwrite)
     check_pair(graph, base)
+    check_output_directory(out, overwrite=overwrite, size=weight_bytes(graph))
     student = load_graph(graph, precision="fp32", device=device)
     dense = _load_base(base, student.config.base_fingerprint, device)
     shown = partial(on_step, "held-out perplexity")
@@ -127,8 +130,14 @@ def _train(
 
 
 def state_path(out: Path) -> Path:
-    """Path of the state of an interrupted healing that writes ``out``."""
+    """Path of the state of an interrupted healing that writes ``out``.
+
+    Beside ``out``, or in the user-cache folder where ``out`` is a mount point or its parent is not writable.
+    """
     out = out.absolute()
+    if staging_parent(out) == out.resolve():
+        name = hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:16]
+        return cache_folder() / "healing" / f"{name}.safetensors"
     return out.with_name(f".{out.name}.healing.safetensors")
 
 

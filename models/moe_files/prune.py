@@ -78,7 +78,8 @@ def prune_checkpoint(
     """
     check_output_directory(out, overwrite=overwrite)
     output = _output_layout(source, keep_map)
-    with new_directory(out, overwrite=overwrite) as directory:
+    size = sum(map(file_bytes, output.files.values()))
+    with new_directory(out, overwrite=overwrite, size=size) as directory:
         copy_side_files(source, directory)
         _write_weights(output, directory, on_step)
         write_json(directory / "config.json", output.config)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from configs.errors import UserError
+from configs.output import check_free_space
 from configs.schema import RunConfig
 from models.files.config_file import check_is_graph, read_config
+from models.files.safetensors_files import weight_bytes
 from models.graph.runtime_settings import fewest_residents
 
 
@@ -35,3 +39,20 @@ def check_fit(config: RunConfig, graph: str) -> None:
                 f"expected {key} to be at least the graph's {least} shared experts per layer, which every token "
                 f"visits, got {min(filter(None, counts))}"
             )
+
+
+def check_room(config: RunConfig, graph: str) -> None:
+    """Check that there is room for the trained model in ``out`` and for the checkpoints in the log directory.
+
+    Each takes as many bytes as the weights of ``graph``, a checkpoint folder.
+
+    Raises:
+        UserError: a file system has less.
+    """
+    size, every = weight_bytes(graph), config.checkpoint_every
+    sizes = (
+        {Path(config.log_dir): size * (config.num_rounds // every if every else 0)} if config.log_dir else {}
+    )
+    if config.out:
+        sizes[Path(config.out)] = size
+    check_free_space(sizes)

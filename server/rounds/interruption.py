@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from configs.output import OutputKept
 from configs.schema import RunConfig
 from server.rounds.loop import Federation
 from server.state.checkpoint import write_checkpoint, write_state
@@ -16,7 +17,8 @@ def save_interrupted(federation: Federation, error: BaseException) -> None:
     """Save model, state and summary of a run that ``error`` ends; nothing before the first trained round.
 
     The model is written to ``out``, or to ``checkpoints/round-N`` of the log directory where ``out`` is not
-    configured or cannot be written. A failure to save is logged and does not replace ``error``.
+    configured or cannot be written; one that could only not be moved to ``out`` stays where ``error`` says. A failure
+    to save is logged and does not replace ``error``.
 
     Args:
         federation: interrupted run.
@@ -26,7 +28,11 @@ def save_interrupted(federation: Federation, error: BaseException) -> None:
         return
     federation.state.stopped = next(iter(str(error).splitlines()), type(error).__name__)
     try:
-        folder = _save_model(federation, federation.config)
+        if isinstance(error, OutputKept):
+            folder = error.folder
+            write_state(federation.observer.log_dir, federation.state)
+        else:
+            folder = _save_model(federation, federation.config)
         federation.observer.close(out=str(folder), stopped=federation.state.stopped)
     except Exception:
         _log.exception("the interrupted run could not be saved")
@@ -41,6 +47,10 @@ def _save_model(federation: Federation, config: RunConfig) -> Path:
             global_model.save(Path(config.out), overwrite=config.overwrite)
             write_state(log_dir, state)
             return Path(config.out)
+        except OutputKept as error:
+            _log.error("%s", error)
+            write_state(log_dir, state)
+            return error.folder
         except Exception:
             _log.exception("the model could not be saved to %s", config.out)
     return write_checkpoint(log_dir, global_model, state)

@@ -1,13 +1,23 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from configs.errors import UserError
-from configs.output import check_output_directory, check_output_file, new_directory, write_bytes, write_json
+from configs.output import (
+    OutputKept,
+    check_free_space,
+    check_output_directory,
+    check_output_file,
+    new_directory,
+    write_bytes,
+    write_json,
+)
 
 
 class Interrupted(BaseException):
@@ -16,6 +26,12 @@ class Interrupted(BaseException):
 
 def names(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir())
+
+
+def assert_kept(error: OutputKept, parent: Path, content: list[str]) -> None:
+    """The error names the only other directory in ``parent``, which has the content."""
+    assert names(parent) == sorted([error.folder.name, "out"])
+    assert str(error.folder) in str(error) and names(error.folder) == content
 
 
 def test_a_directory_appears_only_when_it_is_whole(tmp_path):
@@ -82,12 +98,13 @@ def test_a_failed_rename_puts_the_old_content_back(tmp_path, monkeypatch):
         replace(source, target)
 
     with (
-        pytest.raises(OSError, match="disk gone"),
+        pytest.raises(OutputKept, match="disk gone") as failed,
         new_directory(tmp_path / "out", overwrite=True) as directory,
     ):
         (directory / "new").touch()
         monkeypatch.setattr(os, "replace", failing)
-    assert names(tmp_path) == ["out"] and names(tmp_path / "out") == ["old"]
+    assert names(tmp_path / "out") == ["old"]
+    assert_kept(failed.value, tmp_path, ["new"])
 
 
 def test_the_working_and_the_home_directory_are_never_replaced(tmp_path, monkeypatch):
@@ -108,13 +125,48 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_work(tmp_path, mon
         check_output_directory(tmp_path / "absent" / "out", overwrite=False)
 
 
+def test_a_file_system_that_refuses_an_entry_is_found_before_the_work(tmp_path, monkeypatch):
+    def refused(**options):
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    monkeypatch.setattr("configs.output.tempfile.mkdtemp", refused)
+    with pytest.raises(UserError, match=r"out \(Disk quota exceeded\); choose another"):
+        check_output_directory(tmp_path / "out", overwrite=False)
+    with pytest.raises(UserError, match="output file .*quota exceeded"):
+        check_output_file(tmp_path / "file", overwrite=False)
+
+
+def test_room_is_checked_for_all_outputs_of_a_file_system_together(tmp_path, monkeypatch):
+    monkeypatch.setattr("configs.output.shutil.disk_usage", lambda path: SimpleNamespace(free=3 << 20))
+    check_free_space({tmp_path / "a": 1 << 20, tmp_path / "deep" / "b": 2 << 20})
+    with pytest.raises(UserError, match=r"expected 3.5 MiB free on .*b, got 3.0 MiB; make room"):
+        check_free_space({tmp_path / "a": 1 << 20, tmp_path / "deep" / "b": 5 << 19})
+    check_output_directory(tmp_path / "out", overwrite=False, size=3 << 20)
+    with (
+        pytest.raises(UserError, match="expected 4.0 MiB free"),
+        new_directory(tmp_path / "out", size=4 << 20),
+    ):
+        raise AssertionError("the block must not run")
+    assert names(tmp_path) == []
+
+
+def test_the_room_of_the_real_file_system_is_read(tmp_path):
+    check_free_space({tmp_path: 1})
+    with pytest.raises(UserError, match="MiB free"):
+        check_free_space({tmp_path / "out": 1 << 60})
+
+
 def test_a_full_directory_is_refused_before_and_after_the_work(tmp_path):
     (tmp_path / "out").mkdir()
     check_output_directory(tmp_path / "out", overwrite=False)
-    with pytest.raises(UserError, match="`overwrite`"), new_directory(tmp_path / "out") as directory:
+    with (
+        pytest.raises(OutputKept, match="`overwrite`; it is complete in") as failed,
+        new_directory(tmp_path / "out") as directory,
+    ):
         (directory / "mine").touch()
         (tmp_path / "out" / "theirs").touch()
-    assert names(tmp_path) == ["out"] and names(tmp_path / "out") == ["theirs"]
+    assert names(tmp_path / "out") == ["theirs"]
+    assert_kept(failed.value, tmp_path, ["mine"])
     with pytest.raises(UserError, match="`overwrite`"):
         check_output_directory(tmp_path / "out", overwrite=False)
     check_output_directory(tmp_path / "out", overwrite=True)

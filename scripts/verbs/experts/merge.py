@@ -114,12 +114,23 @@ def merge(
     for target in filter(None, targets):
         check_output_directory(target, overwrite=write.overwrite)
     opening = {"precision": Precision.AUTO, "device": device, **vars(blocks)}
+    _check_room(layout, choices, targets)
     results = [
         _merge(layout, choice, target, data, options if steps is None else steps, write.overwrite, opening)
         for choice, target in zip(choices, targets, strict=True)
     ]
     lines = [line for each in results for line in _lines(each)]
     print_result(joint_result(results, write), as_json=as_json, lines=lines)
+
+
+def _check_room(layout: MoELayout, choices: Sequence[ExpertChoice], targets: Sequence[Path | None]) -> None:
+    """Check that the file systems have room for the checkpoints, which are as large as pruned ones."""
+    from configs.output import check_free_space
+    from models.moe_files.prune import preview_prune
+
+    chosen = [(path, choice) for path, choice in zip(targets, choices, strict=True) if path]
+    sizes = {path: preview_prune(layout.source, choice.keep_map).bytes_after for path, choice in chosen}
+    check_free_space(sizes)
 
 
 def _planned(layout: MoELayout, steps: Sequence[Step]) -> ExpertChoice:

@@ -28,7 +28,7 @@ def prune(
     removed experts; formats whose configuration holds one number of experts need equally many in every layer
     (--equalize).
     """
-    from configs.output import check_output_directory
+    from configs.output import check_free_space, check_output_directory
     from experts.selection.choice import output_directories
     from models.files.side_files import local_checkpoint
     from models.moe_files.layout import read_moe_layout
@@ -43,6 +43,7 @@ def prune(
     for target in targets:
         check_output_directory(target, overwrite=write.overwrite)
     reports = [preview_prune(source, choice.keep_map) for choice in choices]
+    check_free_space({path: report.bytes_after for path, report in zip(targets, reports, strict=False)})
     for warning in dict.fromkeys(text for report in reports for text in report.warnings):
         warnings.warn(warning, stacklevel=1)
     if not write.preview:

@@ -155,7 +155,7 @@ def read_run_config(config: Path | None, given: dict[str, Any], assignments: lis
 
 
 def check_run(run) -> None:
-    """Check output directories, graph, and data of server and clients before any process starts.
+    """Check output directories, room on disk, graph, and data of server and clients before any process starts.
 
     Raises:
         UserError: the first problem, in one line.
@@ -167,13 +167,14 @@ def check_run(run) -> None:
     from federated.data.documents import load_documents
     from models.bootstrap.recipe_build import check_base
     from models.checkpoints.load import check_weights, load_tokenizer
-    from server.model.config_checks import check_fit
+    from server.model.config_checks import check_fit, check_room
 
     for folder in filter(None, (run.log_dir, run.out)):
         check_output_directory(Path(folder), overwrite=run.overwrite)
     graph = graph_or_default(run.graph)
     check_fit(run, graph)
     check_weights(graph)
+    check_room(run, graph)
     if run.base:
         check_base(run.base, graph)
         check_weights(run.base)

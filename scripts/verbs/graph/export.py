@@ -35,7 +35,8 @@ def export(
     check_output_directory(write.out, overwrite=write.overwrite)
     graph, tokenizer = load_graph(model), load_tokenizer(model)
     exported = export_dense(graph)
-    with new_directory(write.out, overwrite=write.overwrite) as directory:
+    size = sum(value.nbytes for value in exported.model.parameters())
+    with new_directory(write.out, overwrite=write.overwrite, size=size) as directory:
         save_checkpoint(exported.model, tokenizer, directory)
     result = {
         "out": str(write.out),

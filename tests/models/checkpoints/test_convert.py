@@ -113,3 +113,9 @@ def test_without_the_package_the_extra_is_named(cache, gguf_file, monkeypatch):
     monkeypatch.setattr("models.checkpoints.convert.importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="install.sh gguf"):
         as_checkpoint(str(gguf_file))
+
+
+def test_too_little_room_for_the_weights_is_refused(tmp_path, gguf_file, little_room):
+    with pytest.raises(UserError, match="MiB free"):
+        convert(str(gguf_file), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -11,7 +11,13 @@ from models.files import safetensors_files as module
 from models.files.fingerprint import (
     checkpoint_fingerprint,
 )
-from models.files.safetensors_files import check_file, checkpoint_files, read_stored, stored_tensors
+from models.files.safetensors_files import (
+    check_file,
+    checkpoint_files,
+    read_stored,
+    stored_tensors,
+    weight_bytes,
+)
 from tests.conftest import tiny_llama
 from tests.models.files.test_fingerprint import refusal, saved
 
@@ -80,3 +86,8 @@ def test_a_file_that_ends_before_a_tensor_and_unknown_dtypes_are_refused(tmp_pat
     assert "F9" in refusal(read_stored, tensor._replace(dtype="F9"))
     tensor.path.write_bytes(tensor.path.read_bytes()[:-1])
     assert "expected 192 bytes of values" in refusal(read_stored, tensor)
+
+
+def test_the_bytes_of_weights_are_those_of_all_files(sharded):
+    files = list(sharded.glob("*.safetensors"))
+    assert len(files) > 1 and weight_bytes(str(sharded)) == sum(path.stat().st_size for path in files)

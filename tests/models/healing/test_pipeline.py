@@ -131,3 +131,21 @@ def test_models_in_each_others_place_and_an_output_that_exists_are_refused(pair,
     with pytest.raises(UserError, match="empty output directory"):
         heal(pair, tmp_path / "new")
     assert [path.name for path in tmp_path.rglob("*")] == ["new", "file"]
+
+
+def test_too_little_room_for_the_result_is_refused_before_the_training(
+    pair, tmp_path, little_room, monkeypatch
+):
+    monkeypatch.setattr(pipeline, "distill", None)
+    with pytest.raises(UserError, match="MiB free on the file system of .*new"):
+        heal(pair, tmp_path / "new")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_state_of_a_directory_that_cannot_be_renamed_is_in_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEDGRAFT_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "out").mkdir()
+    assert state_path(tmp_path / "out").parent == tmp_path
+    monkeypatch.setattr(pipeline, "staging_parent", lambda path: path)
+    found = {state_path(tmp_path / name) for name in ("out", "other")}
+    assert len(found) == 2 and {path.parent for path in found} == {tmp_path / "cache" / "healing"}

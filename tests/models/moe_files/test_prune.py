@@ -428,3 +428,10 @@ def test_dense_layers_between_are_left_alone(tmp_path, tiny_tokenizer):
     dense = {name: value for name, value in before.items() if ".layers.1." in name}
     assert same_tensors(dense, {name: value for name, value in after.items() if ".layers.1." in name})
     load(tmp_path / "out")
+
+
+def test_too_little_room_for_the_new_weights_is_refused(tmp_path, tiny_tokenizer, little_room):
+    source = saved_moe("mixtral", tmp_path, tiny_tokenizer)
+    with pytest.raises(UserError, match="MiB free"):
+        prune_checkpoint(source, tmp_path / "out", KEEP)
+    assert not (tmp_path / "out").exists()

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from configs.errors import UserError
-from server.model.config_checks import check_fit
+from server.model.config_checks import check_fit, check_room
 from tests.support.tiny_federation import tiny_config
 
 
@@ -43,3 +45,17 @@ def test_shared_experts_fit_every_budget_and_every_token(shared_graph_dir, tmp_p
 def test_a_dense_model_is_no_graph(tiny_llama_dir, tiny_graph_dir, tmp_path):
     with pytest.raises(UserError, match="expected an expert graph, got a model of type 'llama'"):
         check_fit(tiny_config(tiny_graph_dir, tmp_path), str(tiny_llama_dir))
+
+
+def test_room_is_needed_for_the_model_and_for_every_checkpoint(tiny_graph_dir, tmp_path, monkeypatch):
+    size = (tiny_graph_dir / "model.safetensors").stat().st_size
+    config = tiny_config(
+        tiny_graph_dir, tmp_path, num_rounds=5, checkpoint_every=2, out=str(tmp_path / "out")
+    )
+    monkeypatch.setattr("configs.output.shutil.disk_usage", lambda path: SimpleNamespace(free=3 * size))
+    check_room(config, str(tiny_graph_dir))
+    with pytest.raises(UserError, match="MiB free"):
+        check_room(config.model_copy(update={"num_rounds": 6}), str(tiny_graph_dir))
+    check_room(config.model_copy(update={"num_rounds": 6, "out": ""}), str(tiny_graph_dir))
+    check_room(config.model_copy(update={"num_rounds": 600, "log_dir": ""}), str(tiny_graph_dir))
+    check_room(config.model_copy(update={"num_rounds": 600, "checkpoint_every": 0}), str(tiny_graph_dir))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import torch
 from flwr.app import Error, Message
 
 from configs.errors import UserError
+from configs.output import OutputKept
 from configs.schema import RunConfig
 from federated.protocol.messages import BAD_INPUT
 from models.checkpoints.load import load_graph
@@ -192,3 +195,42 @@ def test_checkpoints_hold_the_state_of_their_round(graph, tmp_path):
         assert (state.server_round, state.model_version) == (server_round, server_round)
         assert state.graph_version == read_graph(load_graph(str(folder))).version
         assert len(state.usage.counts) == 2 and len(state.sessions) == 2
+
+
+def refuse_renames(monkeypatch, out: Path, number: int) -> None:
+    """Fail every rename that names ``out``."""
+    replace = os.replace
+
+    def refuse(source, target) -> None:
+        if out in (Path(source), Path(target)):
+            raise OSError(number, os.strerror(number))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse)
+
+
+def test_a_model_in_an_empty_mount_point_is_saved_there(config, models, monkeypatch):
+    Path(config.out).mkdir()
+    refuse_renames(monkeypatch, Path(config.out), errno.EBUSY)
+    summary = run_federation(TinyGrid(config), config, run_id=RUN_ID)
+    assert summary["out"] == config.out
+    assert_saved(Path(config.out), models[0])
+
+
+def test_a_model_that_cannot_be_moved_to_out_is_written_once_and_named(config, models, monkeypatch, tmp_path):
+    refuse_renames(monkeypatch, Path(config.out), errno.EIO)
+    with pytest.raises(OutputKept, match="Input/output error; it is complete in .*partial") as error:
+        run_federation(TinyGrid(config), config, run_id=RUN_ID)
+    assert_saved(error.value.folder, models[0])
+    assert summary_of(config)["out"] == str(error.value.folder)
+    assert state_of(config, 3).server_round == 3
+    assert list(tmp_path.rglob("*.partial")) == [error.value.folder]
+
+
+def test_a_model_of_a_failed_run_that_cannot_be_moved_is_kept_as_well(config, models, monkeypatch, tmp_path):
+    refuse_renames(monkeypatch, Path(config.out), errno.EIO)
+    with pytest.raises(RuntimeError, match="no client gave a usable update"):
+        run_federation(TinyGrid(config, faults=in_round(2, Drop())), config, run_id=RUN_ID)
+    (kept,) = tmp_path.rglob("*.partial")
+    assert_saved(kept, models[0])
+    assert summary_of(config)["out"] == str(kept) and state_of(config, 1).server_round == 1

@@ -236,3 +236,15 @@ def test_unequal_layers_of_a_mixture_and_groups_too_small_are_refused(
     outcome = run(capsys, *base, "--expert-list", lists["even"], "--max-group-size", 1)
     assert outcome.code == 2 and "allow 2" in outcome.err
     assert tree(tmp_path) == before
+
+
+def test_too_little_room_is_refused_before_the_model_is_opened(
+    tmp_path, tiny_tokenizer, text, lists, capsys, little_room, monkeypatch
+):
+    source = saved_moe("mixtral", tmp_path, tiny_tokenizer)
+    before = tree(tmp_path)
+    monkeypatch.setattr(load, "load_causal_lm", None)
+    command = ("merge", "--model", source, "--data", text, "--expert-list", lists["even"])
+    outcome = run(capsys, *command, "--out", tmp_path / "merged", "--json")
+    assert outcome.code == 2 and "MiB free on the file system of" in outcome.json()["error"]
+    assert tree(tmp_path) == before

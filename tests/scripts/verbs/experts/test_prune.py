@@ -309,3 +309,12 @@ def test_nothing_to_remove_is_a_warning(tmp_path, capsys, moe, saliency):
     listed = list_of(tmp_path / "list.json", {0: [0, 1, 2, 3], 1: [0, 1, 2, 3]})
     outcome = run(capsys, "prune", "--model", moe, "--expert-list", listed, "--preview")
     assert outcome.code == 0 and f"nothing to remove with {listed}: all experts stay" in outcome.err
+
+
+def test_too_little_room_is_refused_before_the_first_of_several_outputs(
+    tmp_path, capsys, moe, saliency, little_room
+):
+    before = tree(tmp_path)
+    command = ("prune", "--model", moe, "--saliency", saliency, "--n-prune", 1, "--out", tmp_path / "out")
+    assert_refused(run(capsys, *command), "MiB free on the file system of", as_json=False)
+    assert tree(tmp_path) == before

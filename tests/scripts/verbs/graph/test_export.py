@@ -5,7 +5,7 @@ import pytest
 from models.checkpoints.load import load_dense, load_graph, load_tokenizer
 from models.checkpoints.save import save_checkpoint
 from models.files.fingerprint import fingerprint
-from tests.support.command import run
+from tests.support.command import assert_refused, run
 from tests.support.tiny_graphs import graph_of, with_random_gains
 
 KEYS = {"out", "to", "exact", "max_logit_difference", "not_representable"}
@@ -52,3 +52,9 @@ def test_a_graph_may_be_overwritten_by_its_own_export(tmp_path, capsys, tiny_tok
     assert run(capsys, "export", "--model", out, "--out", out, "--json").code == 2
     assert run(capsys, "export", "--model", out, "--out", out, "--overwrite", "--json").code == 0
     assert load_dense(str(out)).config.model_type == "llama"
+
+
+def test_too_little_room_is_refused(tmp_path, capsys, tiny_graph_dir, little_room):
+    outcome = run(capsys, "export", "--model", tiny_graph_dir, "--out", tmp_path / "dense")
+    assert_refused(outcome, "MiB free on the file system of", as_json=False)
+    assert list(tmp_path.iterdir()) == []
