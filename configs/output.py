@@ -161,26 +161,33 @@ def new_directory(path: Path, *, overwrite: bool = False, size: int = 0) -> Iter
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Yield a temporary file that is flushed to disk and renamed to ``path`` when the block ends without an error."""
+def replacing(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
+    """Yield a temporary file that is renamed to ``path`` when the block ends without an error.
+
+    Args:
+        path: of the file; its parents are created.
+        durable: flush the file and its name to disk; otherwise a power failure may leave any content under the name.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         os.chmod(partial, 0o644)
         os.replace(partial, path)
-        sync_folder(path.parent)
+        if durable:
+            sync_folder(path.parent)
     except BaseException:
         Path(partial).unlink(missing_ok=True)
         raise
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file atomically: a reader sees the old content or the new, never a part."""
-    with replacing(path) as file:
+def write_bytes(path: Path, data: bytes, *, durable: bool = True) -> None:
+    """Write a file atomically: a reader sees the old content or the new, never a part; ``durable`` as ``replacing``."""
+    with replacing(path, durable=durable) as file:
         file.write(data)
 
 

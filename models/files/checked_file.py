@@ -25,10 +25,13 @@ _DTYPES = {torch.float32: "F32", torch.uint8: "U8"}
 _HEADER, _HEADER_ENTRY = 1024, 128
 
 
-def write_checked(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write tensors and metadata atomically."""
+def write_checked(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, durable: bool = True
+) -> None:
+    """Write tensors and metadata atomically; ``durable`` as ``configs.output.replacing``."""
     whole = {name: value.contiguous() for name, value in tensors.items()}
-    write_bytes(path, save(whole, metadata={**metadata, "checksum": _checksum(whole, metadata)}))
+    data = save(whole, metadata={**metadata, "checksum": _checksum(whole, metadata)})
+    write_bytes(path, data, durable=durable)
 
 
 def read_checked(path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:

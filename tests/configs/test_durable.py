@@ -45,6 +45,9 @@ def test_content_is_on_disk_before_the_rename_and_the_rename_before_the_end(tmp_
     partial, *after = events
     assert partial.startswith(".file.") and after == ["-> file", tmp_path.name]
     events.clear()
+    write_bytes(tmp_path / "cache", b"x", durable=False)
+    assert events == ["-> cache"]
+    events.clear()
     with new_directory(tmp_path / "out") as directory:
         (directory / "a").touch()
     assert events == ["a", directory.name, "-> out", tmp_path.name]
