@@ -87,7 +87,9 @@ class Participant:
         node = load_node_config(context.node_config)
         partition = node.partition_id
         graph = local_graph(config, node, request)
-        store = ClientStore(client_folder(config, node, run_id=context.run_id) / f"client-{partition}")
+        store = ClientStore(
+            client_folder(config, node, run_id=request.run_id or context.run_id) / f"client-{partition}"
+        )
         model = open_mapped(graph, store.copy).to(choose_device(config.device))
         config = with_block_size(config, model.config)
         name, train, valid = store.blocks(lambda: _make_blocks(config, node, graph, model))
@@ -103,7 +105,7 @@ class Participant:
         training = self.training(request)
         stream = batches(self.train, self.config.batch_size, generator=self._generator(request, BATCH_ORDER))
         if not self._holds_all:
-            self._assemble(stream, training)
+            self._assemble(stream, training, request.server_round)
         hold_residents(self.model, self._residents(), self.config.adapters, seed=request.server_round)
         counter = UsageCounter(read_graph(self.model).masks)
         with visiting(self.model, self.visits()):
@@ -159,10 +161,11 @@ class Participant:
     def _residents(self) -> list[Tensor | None]:
         return [None] * len(self.model.expert_layers()) if self._holds_all else list(residents(self.model))
 
-    def _assemble(self, stream: Iterator[Batch], training: LocalTraining) -> None:
+    def _assemble(self, stream: Iterator[Batch], training: LocalTraining, server_round: int) -> None:
         """Train the assembler, then set the residents: its choice or the most used experts, by trial training."""
         config = self.config
-        assembler = self.store.load_assembler(config.seed + self.partition, self.model.config.num_experts)
+        seed, num_experts = config.seed + self.partition, self.model.config.num_experts
+        assembler = self.store.load_assembler(seed, num_experts, server_round)
         assemble(
             assembler,
             self.model,
@@ -174,7 +177,7 @@ class Participant:
             training=training,
             hold=materialize,
         )
-        self.store.save_assembler(assembler)
+        self.store.save_assembler(assembler, server_round)
 
     def visits(self) -> list[int]:
         """Experts per token, per layer: scaled with the budget unless the run sets experts-per-token."""
@@ -195,7 +198,8 @@ class Participant:
     ) -> tuple[bytes, float, dict[str, float]]:
         config, version = self.config, self.model.config.graph_version
         sizes = unit_sizes(self.model, attention=config.attention_lora)
-        residual = carried_over(self.store.residual.load(), request, sizes)
+        request = request.of_partition(self.partition)
+        residual = carried_over(self.store.load_residual(request.server_round), request, sizes)
         generator = self._generator(request, UPLOAD_SELECTION)
         prepared = choose_shipment(
             self.model,
@@ -207,7 +211,8 @@ class Participant:
             in_memory=keeps_changes(config),
         )
         packed = pack_update(prepared.update, value_bits=config.value_bits)
-        self.store.residual.save(prepared.residual, version, shipped_in(request, prepared.update, packed))
+        shipped = shipped_in(request, prepared.update, packed)
+        self.store.save_residual(request.server_round, prepared.residual, version, shipped)
         return packed, density(prepared.update), drawn_with(prepared)
 
     def _reply(self, request: Request, numbers: dict[str, float], **parts) -> Reply:

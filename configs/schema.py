@@ -58,6 +58,8 @@ class RunConfig(Views, Keys):
     """Folder that receives the logs of the run; empty: a new one in the user-cache folder."""
     overwrite: bool = False
     """Whether out and log-dir may exist and hold files already."""
+    resume: bool = False
+    """Whether the run continues from the state in log-dir, with the settings that it was started with."""
     data: str = "wikimix"
     """Data sources separated by ';': wikimix[:DOMAIN,...], a path or a hub id."""
     partition: str = "domain"

@@ -25,6 +25,8 @@ from server.reporting.unused_clients import check_all_used
 from server.rounds.interruption import save_interrupted
 from server.rounds.loop import Federation
 from server.rounds.run_observer import RunObserver
+from server.state.journal import Journal, SavedRound
+from server.state.settings import Settings, read_settings
 from server.strategies.sam_v2 import sam_v2
 
 app = ServerApp()
@@ -58,19 +60,29 @@ def run_federation(grid: Grid, config: RunConfig, *, run_id: int) -> dict:
         RuntimeError: no client gave a usable update in repeated exchanges of a round.
     """
     prepare_process(config)
+    log_dir = Path(config.log_dir) if config.log_dir else cache_folder() / "runs" / str(run_id)
     if config.out:
         check_output_directory(Path(config.out), overwrite=config.overwrite)
     global_model = open_global_model(config)
     config = with_block_size(config, global_model.model.config)
     validation = server_text(config, global_model)
-    log_dir = Path(config.log_dir) if config.log_dir else cache_folder() / "runs" / str(run_id)
-    observer = RunObserver(log_dir, global_model=global_model)
+    journal = Journal(log_dir)
+    settings, saved = open_state(journal, config, global_model, run_id=run_id)
+    observer = RunObserver(
+        log_dir,
+        global_model=global_model,
+        resumed=saved.state.server_round if saved else None,
+        history=saved.history if saved else None,
+    )
     federation = Federation(
         grid=grid,
         config=config,
         global_model=global_model,
         strategy=sam_v2(config, validation=validation),
         observer=observer,
+        journal=journal,
+        state=saved.state if saved else None,
+        run_id=settings.run_id if settings.run_id != run_id else 0,
     )
     try:
         federation.run()
@@ -82,6 +94,30 @@ def run_federation(grid: Grid, config: RunConfig, *, run_id: int) -> dict:
         save_interrupted(federation, error)
         raise
     return observer.close(out=config.out, stopped=federation.state.stopped)
+
+
+def open_state(
+    journal: Journal, config: RunConfig, global_model: GlobalModel, *, run_id: int
+) -> tuple[Settings, SavedRound | None]:
+    """Settings of the run, and the saved round that it continues from; ``global_model`` is brought to it.
+
+    Args:
+        journal: state in the log directory; that of an earlier run is removed unless it is continued.
+        config: run configuration; ``resume`` continues.
+        global_model: model as bootstrapped.
+        run_id: Flower's id of this run.
+
+    Raises:
+        UserError: no state to continue from, other settings, or only damaged states.
+    """
+    if config.resume:
+        settings = read_settings(journal.folder)
+        settings.check(config, global_model.fingerprint)
+        return settings, journal.restore(global_model)
+    journal.clear()
+    settings = Settings(run_id, global_model.fingerprint, config.values())
+    settings.write(journal.folder)
+    return settings, None
 
 
 def open_global_model(config: RunConfig) -> GlobalModel:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from clients.residents.assembler import Assembler
 from clients.state.global_copy import GlobalCopy
-from clients.state.residual import ResidualStore
+from clients.state.residual import Kept, ResidualStore, ShippedUpdate
+from clients.state.round_files import RoundFiles
 from federated.data.blocks import Blocks
 from models.files.checked_file import read_checked, write_checked
+from models.graph.unit_vectors import Unit
 
 
 class ClientStore:
@@ -25,25 +28,43 @@ class ClientStore:
 
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
-        self.residual = ResidualStore(self.folder / "residual.safetensors")
         self.copy = GlobalCopy(self.folder)
-        self._assembler = self.folder / "assembler.safetensors"
+        self._residuals = RoundFiles(self.folder, "residual")
+        self._assemblers = RoundFiles(self.folder, "assembler")
         self._blocks = self.folder / "blocks.safetensors"
 
-    def load_assembler(self, seed: int, num_experts: Sequence[int]) -> Assembler:
-        """The client's own assembler; a new one from ``seed`` without a file for these numbers of experts."""
+    def load_residual(self, server_round: int) -> Kept:
+        """Residual and last update before ``server_round``."""
+        return ResidualStore(self._residuals.before(server_round)).load()
+
+    def save_residual(
+        self, server_round: int, residual: Mapping[Unit, Tensor], graph_version: int, shipped: ShippedUpdate
+    ) -> None:
+        """Save the residual after ``server_round``; arguments as in ``ResidualStore.save``."""
+        ResidualStore(self._residuals.after(server_round)).save(residual, graph_version, shipped)
+        self._residuals.prune(server_round)
+
+    def load_assembler(self, seed: int, num_experts: Sequence[int], server_round: int) -> Assembler:
+        """The client's own assembler before a round; a new one from ``seed`` without a file for these experts.
+
+        Args:
+            seed: seed of the initial weights.
+            num_experts: experts per layer.
+            server_round: round in which the assembler is used.
+        """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             assembler = Assembler(num_experts)
-        saved = read_checked(self._assembler)
+        saved = read_checked(self._assemblers.before(server_round))
         if saved is not None:
             with suppress(RuntimeError):  # of another shape
                 assembler.load_state_dict(saved[0])
         return assembler
 
-    def save_assembler(self, assembler: Assembler) -> None:
-        """Save the assembler for the next round; it is never sent."""
-        write_checked(self._assembler, assembler.state_dict(), {})
+    def save_assembler(self, assembler: Assembler, server_round: int) -> None:
+        """Save the assembler after a round; it is never sent."""
+        write_checked(self._assemblers.after(server_round), assembler.state_dict(), {})
+        self._assemblers.prune(server_round)
 
     def blocks(self, make: Callable[[], tuple[str, Blocks, Blocks]]) -> tuple[str, Blocks, Blocks]:
         """Name, training blocks and held-out blocks of the client, built once and read from disk afterwards."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import numpy as np
@@ -46,6 +47,8 @@ class Request:
         copy_hash: hash of the global model after ``steps`` (``federated.protocol.copy_hash``); empty: not compared.
         snapshot: difference of ``version`` from the bootstrapped checkpoint, in place of ``steps``; empty: none.
         recipe: recipe that builds the bootstrapped checkpoint from its dense base; empty unless requested.
+        run_id: id of the run whose files the client uses, where this run continues another; 0: its own.
+        accepted_rounds: ``accepted_round`` by client index, where the server does not know which one the node is.
     """
 
     server_round: int
@@ -58,6 +61,12 @@ class Request:
     copy_hash: str = ""
     snapshot: bytes = b""
     recipe: bytes = b""
+    run_id: int = 0
+    accepted_rounds: Mapping[int, int] = field(default_factory=dict)
+
+    def of_partition(self, partition: int) -> Request:
+        """The request as client ``partition`` reads it, with its own ``accepted_round``."""
+        return replace(self, accepted_round=self.accepted_rounds.get(partition, self.accepted_round))
 
 
 @dataclass(frozen=True)
@@ -100,6 +109,10 @@ def write_request(request: Request) -> RecordDict:
         "accepted-round": request.accepted_round,
         "copy-hash": request.copy_hash,
     }
+    if request.run_id:
+        config["run-id"] = str(request.run_id)  # Flower's ids exceed its signed integers
+    if request.accepted_rounds:
+        config["accepted-rounds"] = json.dumps(dict(request.accepted_rounds))
     config |= {f"edits-{step.version}": step.edits_json() for step in request.steps}
     steps = {str(step.version): _to_array(step.packed) for step in request.steps}
     rare = {"snapshot": request.snapshot, "recipe": request.recipe}
@@ -128,6 +141,8 @@ def read_request(content: RecordDict) -> Request:
             last=bool(config["last"]),
             accepted_round=int(config["accepted-round"]),
             copy_hash=str(config["copy-hash"]),
+            run_id=int(str(config.get("run-id", 0))),
+            accepted_rounds=_read_rounds(str(config.get("accepted-rounds", "{}"))),
             snapshot=_to_bytes(content["snapshot"]["snapshot"]) if "snapshot" in content else b"",
             recipe=_to_bytes(content["recipe"]["recipe"]) if "recipe" in content else b"",
         )
@@ -216,6 +231,10 @@ def _to_array(data: bytes) -> Array:
 
 def _to_bytes(array: Array) -> bytes:
     return bytes(array.data)
+
+
+def _read_rounds(text: str) -> dict[int, int]:
+    return {int(client): int(last) for client, last in json.loads(text).items()}
 
 
 def _checked(value: object, kind: type[_T]) -> _T:

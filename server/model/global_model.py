@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -39,6 +39,11 @@ class GlobalModel:
     Args:
         source: checkpoint folder of the bootstrapped graph.
 
+    Attributes:
+        version: steps since the bootstrapped checkpoint.
+        steps: the last steps, for clients that lack them.
+        residual: error feedback ``[size]`` of each unit that moved.
+
     Raises:
         UserError: there is no such graph.
     """
@@ -51,7 +56,7 @@ class GlobalModel:
         self.version = 0
         self.steps: list[ServerStep] = []
         self._dtype = read_dtype(source)
-        self._residual: dict[Unit, Tensor] = {}
+        self.residual: dict[Unit, Tensor] = {}
         self._digests: dict[Unit, str] = {}
         self._copy_hash: str | None = None
         self._snapshot: bytes | None = None
@@ -79,18 +84,36 @@ class GlobalModel:
         graph = self.graph
         packed = pack_step(
             change,
-            self._residual,
+            self.residual,
             density=density,
             value_bits=value_bits,
             graph_version=graph.version,
             graph_hash=graph.digest(),
         )
-        step = ServerStep(self.version + 1, packed)
+        self._append(ServerStep(self.version + 1, packed))
+
+    def _append(self, step: ServerStep) -> None:
+        """Apply a step without edits and record it."""
         moved = apply_step(self.model, step)
         self._digests |= {unit: unit_digest(self.model, unit) for unit in moved}
         self.steps.append(step)
         self.version = step.version
         self._copy_hash = self._snapshot = None
+
+    def replay(self, steps: Iterable[ServerStep], residual: Mapping[Unit, Tensor], *, kept_from: int) -> None:
+        """Bring the bootstrapped model to a saved version by its steps, bit for bit.
+
+        Args:
+            steps: all steps from version 1, with their edits.
+            residual: server's residual after the last of them.
+            kept_from: version after which steps are kept for clients that lack them.
+        """
+        for step in steps:
+            self._append(ServerStep(step.version, step.packed))
+            if step.edits:
+                self.edit(step.edits)
+        self.residual = dict(residual)
+        self.drop_steps(kept_from)
 
     def edit(self, edits: list[EdgeEdit]) -> None:
         """Apply graph edits and append them to the latest step."""

@@ -94,19 +94,21 @@ class RunLog:
         log_dir: folder of the files; created where absent.
         num_layers: layers of the model.
         experts_per_layer: E of each layer.
-        resume: append to the files of an earlier run; they are removed otherwise.
+        resumed: last round of the run that is continued: lines of later rounds are removed; None: all files are.
     """
 
     def __init__(
-        self, log_dir: Path, *, num_layers: int, experts_per_layer: Sequence[int], resume: bool = False
+        self, log_dir: Path, *, num_layers: int, experts_per_layer: Sequence[int], resumed: int | None = None
     ) -> None:
         if len(experts_per_layer) != num_layers:
             raise ValueError(f"expected {num_layers} expert counts, got {len(experts_per_layer)}")
         self.log_dir = Path(log_dir)
         self.experts_per_layer = list(experts_per_layer)
         self.log_dir.mkdir(parents=True, exist_ok=True)
-        if not resume:
+        if resumed is None:
             clear_run(self.log_dir)
+        else:
+            _cut(self.log_dir, resumed)
 
     def round(self, record: RoundRecord) -> None:
         """Append one line to ``rounds.jsonl`` and flush it."""
@@ -176,6 +178,25 @@ def clear_run(log_dir: Path) -> None:
     names = [ROUNDS_FILE, MASK_FILE, TRACE_FILE, PACK_FILE]
     for path in [*map(Path(log_dir).joinpath, names), *Path(log_dir).glob("merge_round*.json")]:
         path.unlink(missing_ok=True)
+
+
+def _cut(log_dir: Path, last: int) -> None:
+    """Remove what a run wrote about rounds after ``last``, which it repeats."""
+    rows = [row for row in read_rounds(log_dir) if row["round"] <= last]
+    write_atomically(log_dir / ROUNDS_FILE, "".join(_to_json(row) + "\n" for row in rows))
+    sizes = log_dir / PACK_FILE
+    if sizes.exists():
+        lines = sizes.read_text(encoding="utf-8").splitlines(keepends=True)
+        write_atomically(sizes, "".join(line for line in lines if _is_kept(line, last)))
+    for rewiring in read_rewirings(log_dir):
+        if rewiring["round"] > last:
+            (log_dir / f"merge_round{rewiring['round']}.json").unlink()
+
+
+def _is_kept(line: str, last: int) -> bool:
+    """Whether a complete line of ``pack_sizes.txt`` is the header or belongs to a round up to ``last``."""
+    number = line.split(maxsplit=1)[0] if line.strip() else ""
+    return line.endswith("\n") and (not number.isdigit() or int(number) <= last)
 
 
 def pad_masks(masks: Sequence[Any] | np.ndarray, *, experts_per_layer: Sequence[int]) -> np.ndarray:

@@ -23,15 +23,21 @@ class TensorBoardLog:
 
     Args:
         log_dir: log directory of the run.
-        resume: keep the event files of an earlier run; they are removed otherwise, since TensorBoard would mix them.
+        resumed: last round of the run that is continued, whose events are shown up to it; None: event files of an
+            earlier run are removed, since TensorBoard would mix them.
     """
 
-    def __init__(self, log_dir: Path, *, resume: bool = False) -> None:
+    def __init__(self, log_dir: Path, *, resumed: int | None = None) -> None:
         folder = Path(log_dir) / "tensorboard"
-        for earlier in [] if resume else folder.glob("events.out.tfevents.*"):
+        for earlier in folder.glob("events.out.tfevents.*") if resumed is None else []:
             earlier.unlink()
-        self._writer = SummaryWriter(str(folder), flush_secs=5)
+        purged = None if resumed is None else resumed + 1
+        self._writer = SummaryWriter(str(folder), flush_secs=5, purge_step=purged)
         self._sent: Counter[str] = Counter()
+
+    def recall(self, sent: Mapping[str, int]) -> None:
+        """Continue the cumulative bytes of an earlier run from ``sent``."""
+        self._sent = Counter(sent)
 
     def round(self, record: RoundRecord) -> None:
         """Write the scalars of one round: loss, perplexity, bytes, density, seconds, edges per layer."""

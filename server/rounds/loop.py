@@ -18,7 +18,7 @@ from server.rounds.run_observer import RunObserver
 from server.rounds.validation import RoundReplies, check_evaluations, check_replies, held_out_loss
 from server.state.checkpoint import write_checkpoint
 from server.state.federation_state import FederationState
-from server.state.node_session import NodeSession
+from server.state.journal import Journal
 from server.strategies.strategy import Strategy
 
 ROUND_ATTEMPTS = 2  # exchanges of a round before the run ends for lack of a usable reply
@@ -36,6 +36,9 @@ class Federation:
         global_model: model that the clients share.
         strategy: federated method.
         observer: writer of the logs.
+        journal: saved state of the run; None: it is not saved.
+        state: state of the run that is continued; None: a new run.
+        run_id: id of the run that is continued, see ``Request``; 0: a new run.
 
     Attributes:
         state: everything that the rounds accumulate apart from the model.
@@ -49,11 +52,16 @@ class Federation:
         global_model: GlobalModel,
         strategy: Strategy,
         observer: RunObserver,
+        journal: Journal | None = None,
+        state: FederationState | None = None,
+        run_id: int = 0,
     ) -> None:
         self.grid, self.config, self.observer = grid, config, observer
         self.global_model, self.strategy = global_model, strategy
-        self.state = FederationState()
-        self._requests = NodeRequests(grid, global_model, strategy, config.reply_timeout)
+        self.state, self._journal = state or FederationState(), journal
+        self._requests = NodeRequests(
+            grid, global_model, strategy, config.reply_timeout, run_id, self.state.departed
+        )
 
     def run(self) -> None:
         """Run all rounds and the final evaluation.
@@ -63,7 +71,7 @@ class Federation:
             RuntimeError: no reply is usable in ``ROUND_ATTEMPTS`` exchanges of a round.
         """
         nodes = wait_for_nodes(self.grid, self.config.num_clients, timeout=_NODES_TIMEOUT)
-        self.state.sessions = {node: NodeSession() for node in nodes}
+        self.state.connect(nodes)
         while self.state.server_round < self.config.num_rounds and not self.state.stopped:
             self._round(self.state.server_round + 1)
         self._evaluate()
@@ -92,6 +100,8 @@ class Federation:
         self.state.graph_version = self.global_model.graph.version
         if record is not None:
             self.observer.rewire(record)
+        if self._journal is not None:
+            self._journal.save(self.global_model, self.state, self.observer.history())
         if self.config.checkpoint_every and server_round % self.config.checkpoint_every == 0:
             write_checkpoint(self.observer.log_dir, self.global_model, self.state)
 
@@ -121,7 +131,7 @@ class Federation:
         state, config = self.state, self.config
         state.server_round, state.model_version = server_round, self.global_model.version
         for accepted in replies.accepted:
-            state.sessions[accepted.node].accept(accepted.reply.partition, server_round)
+            state.accept(accepted.node, accepted.reply.partition)
         state.usage.add([accepted.usage for accepted in replies.accepted], decay=config.usage_decay)
         if server_round < config.num_rounds:
             state.stopped = state.early_stop.after(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from flwr.serverapp import Grid
 
@@ -24,12 +24,16 @@ class NodeRequests:
         global_model: current model.
         strategy: configures each request.
         timeout: seconds until a node without an answer is given up.
+        run_id: run whose files the clients use, where this run continues another; 0: their own.
+        departed: see ``FederationState``; sent to nodes whose client index is not known yet.
     """
 
     grid: Grid
     global_model: GlobalModel
     strategy: Strategy
     timeout: float
+    run_id: int = 0
+    departed: Mapping[int, int] = field(default_factory=dict)
 
     def ask(
         self,
@@ -73,7 +77,9 @@ class NodeRequests:
         contents = {}
         for node, session in sessions.items():
             request = self.strategy.configure(self.global_model, session, server_round)
-            contents[node] = write_request(replace(request, recipe=recipe))
+            last = self.departed if session.partition is None else {}
+            request = replace(request, recipe=recipe, run_id=self.run_id, accepted_rounds=last)
+            contents[node] = write_request(request)
         return exchange(
             self.grid, contents, message_type, group=str(server_round), timeout=self.timeout, spool=spool
         )

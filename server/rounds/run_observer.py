@@ -24,6 +24,8 @@ from server.state.checkpoint import CHECKPOINTS
 from server.strategies.strategy import Accepted
 
 SUMMARY_FILE = "summary.json"
+# Attributes of an observer that accumulate over the rounds, apart from the set of used nodes.
+_ACCUMULATED = ("_clients", "_names", "_partitions", "_unused", "_bytes", "_edits", "_rounds")
 # Keys of a client in the summary, beside the reason where no update of it was used.
 _CLIENT_KEYS = (
     "name",
@@ -41,17 +43,26 @@ class RunObserver:
     Args:
         log_dir: folder of the logs.
         global_model: model that the clients share, read only.
+        resumed: last completed round of the run that is continued, whose logs are kept up to it; None: a new run.
+        history: what ``history`` returned after that round.
     """
 
-    def __init__(self, log_dir: Path, *, global_model: GlobalModel) -> None:
+    def __init__(
+        self,
+        log_dir: Path,
+        *,
+        global_model: GlobalModel,
+        resumed: int | None = None,
+        history: Mapping[str, Any] | None = None,
+    ) -> None:
         experts = global_model.graph.num_experts
         self.log_dir, self._global_model = log_dir, global_model
-        self._log = RunLog(log_dir, num_layers=len(experts), experts_per_layer=experts)
+        self._log = RunLog(log_dir, num_layers=len(experts), experts_per_layer=experts, resumed=resumed)
         (log_dir / SUMMARY_FILE).unlink(missing_ok=True)
-        for folder in ("tensorboard", CHECKPOINTS):
+        for folder in ("tensorboard", CHECKPOINTS) if resumed is None else ():
             shutil.rmtree(log_dir / folder, ignore_errors=True)
         _copy_cluster_statistics(global_model.source, log_dir)
-        self._tensorboard = TensorBoardLog(log_dir)
+        self._tensorboard = TensorBoardLog(log_dir, resumed=resumed)
         self._clients: dict[int, dict[str, Any]] = {}
         self._names: dict[int, str] = {}
         self._partitions: dict[int, int] = {}
@@ -59,6 +70,22 @@ class RunObserver:
         self._used: set[int] = set()
         self._bytes = dict.fromkeys(("bytes_up", "bytes_down", "bytes_up_dense", "bytes_down_dense"), 0)
         self._edits = self._rounds = 0
+        if history:
+            self._recall(history)
+
+    def history(self) -> dict[str, Any]:
+        """What the rounds so far contribute to the summary and to later rounds' logs, as JSON types."""
+        return finite({name: getattr(self, name) for name in _ACCUMULATED} | {"_used": sorted(self._used)})
+
+    def _recall(self, history: Mapping[str, Any]) -> None:
+        """Undo ``history``."""
+        for name in _ACCUMULATED:
+            value = history[name]
+            if isinstance(value, Mapping) and name != "_bytes":
+                value = {int(key): item for key, item in value.items()}
+            setattr(self, name, value)
+        self._used = set(history["_used"])
+        self._tensorboard.recall(self._bytes)
 
     def round(
         self,

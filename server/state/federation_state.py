@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
@@ -28,6 +29,7 @@ class FederationState:
         usage: moving average of expert usage.
         early_stop: best held-out loss so far.
         sessions: by node id.
+        departed: round of the last accepted update by client index, of clients whose node is not connected any more.
     """
 
     server_round: int = 0
@@ -37,6 +39,25 @@ class FederationState:
     usage: UsageAverage = field(default_factory=UsageAverage)
     early_stop: EarlyStop = field(default_factory=EarlyStop)
     sessions: dict[int, NodeSession] = field(default_factory=dict)
+    departed: dict[int, int] = field(default_factory=dict)
+
+    def connect(self, nodes: Sequence[int]) -> None:
+        """Keep the sessions of these nodes, and open one for each that is new.
+
+        A restarted node has another id, and says only in its reply which client it is. It is taken to hold the present
+        model, since one that does not asks for what it lacks.
+        """
+        for node in set(self.sessions) - set(nodes):
+            session = self.sessions.pop(node)
+            if session.partition is not None:
+                self.departed[session.partition] = session.accepted_round
+        fresh = {node: NodeSession(held_version=self.model_version) for node in nodes}
+        self.sessions = {node: self.sessions.get(node, fresh[node]) for node in nodes}
+
+    def accept(self, node: int, partition: int) -> None:
+        """Record an accepted update of client ``partition`` in the present round."""
+        self.sessions[node].accept(partition, self.server_round)
+        self.departed.pop(partition, None)
 
     def partitions(self) -> dict[int, int]:
         """Client index by node id, for the nodes with an accepted reply."""
@@ -52,6 +73,7 @@ class FederationState:
             "stopped": self.stopped,
             "early_stop": asdict(self.early_stop) | {"best": best if math.isfinite(best) else None},
             "sessions": {str(node): asdict(session) for node, session in self.sessions.items()},
+            "departed": {str(partition): last for partition, last in self.departed.items()},
         }
         text = np.frombuffer(json.dumps(facts, allow_nan=False).encode(), dtype=np.uint8)
         usage = {f"usage.{layer}": np.ascontiguousarray(each) for layer, each in enumerate(self.usage.counts)}
@@ -71,4 +93,5 @@ class FederationState:
             usage=UsageAverage([tensors[f"usage.{layer}"] for layer in range(len(tensors))]),
             early_stop=EarlyStop(math.inf if best is None else best, **facts["early_stop"]),
             sessions={int(node): NodeSession(**session) for node, session in facts["sessions"].items()},
+            departed={int(partition): last for partition, last in facts.get("departed", {}).items()},
         )

@@ -16,6 +16,7 @@ from models.checkpoints.load import load_graph
 from models.graph.graph_state import read_graph
 from models.graph.unit_vectors import unit_sizes
 from models.runtime.perplexity import evaluate_loss
+from server.flower.in_process_grid import RUN_ID
 from tests.support.tiny_federation import (
     all_equal,
     client_folder_of,
@@ -196,7 +197,7 @@ def test_what_is_not_shipped_is_carried_to_the_next_round(config_of, model, requ
     client = Participant.open(config, node_context(), request_0)
     shipped = unpack_update(client.train_round(request_0).update, sizes=unit_sizes(model))
     assert sorted(layer for layer, _ in shipped.vectors) == [0, 1]
-    kept = ResidualStore(client_folder_of(config, 0) / "residual.safetensors").load().residual
+    kept = ResidualStore(client_folder_of(config, 0) / "residual-1.safetensors").load().residual
     assert set(kept) > set(shipped.vectors)
     for unit, vector in shipped.vectors.items():
         # Only quantization error is left of what was shipped.
@@ -216,17 +217,30 @@ def test_sampled_experts_come_with_their_probabilities(config_of, request_0):
 def test_the_assembler_learns_from_round_to_round_on_disk(config_of, request_0):
     config = config_of(expert_budget=3, assembler_steps=2)
     Participant.open(config, node_context(), request_0).train_round(request_0)
-    path = client_folder_of(config, 0) / "assembler.safetensors"
-    first = path.read_bytes()
-    Participant.open(config, node_context(), request_0).train_round(request_0)
-    assert path.read_bytes() != first
+    folder = client_folder_of(config, 0)
+    first = (folder / "assembler-1.safetensors").read_bytes()
+    Participant.open(config, node_context(), request_0).train_round(
+        dataclasses.replace(request_0, server_round=2)
+    )
+    assert (folder / "assembler-2.safetensors").read_bytes() != first
+    assert (folder / "assembler-1.safetensors").read_bytes() == first
+
+
+def test_a_repeated_round_gives_the_same_update_and_a_continued_run_finds_its_files(config_of, request_0):
+    config = config_of(expert_budget=3, ship_experts=1, density=0.1)
+    rounds = [dataclasses.replace(request_0, server_round=each, accepted_round=each - 1) for each in (1, 2)]
+    updates = [Participant.open(config, node_context(), each).train_round(each).update for each in rounds]
+    again = dataclasses.replace(rounds[1], accepted_round=0, accepted_rounds={0: 1, 1: 7}, run_id=RUN_ID)
+    elsewhere = node_context()
+    elsewhere.run_id = 77
+    assert Participant.open(config, elsewhere, again).train_round(again).update == updates[1] != updates[0]
 
 
 def test_with_every_expert_held_there_is_no_assembler(config_of, request_0):
     config = config_of(expert_budget=8)
     reply = Participant.open(config, node_context(), request_0).train_round(request_0)
     assert [bits.tolist() for bits in reply.residents] == [[True] * 8] * 2
-    assert not (client_folder_of(config, 0) / "assembler.safetensors").exists()
+    assert not (client_folder_of(config, 0) / "assembler-1.safetensors").exists()
 
 
 @pytest.mark.parametrize("walk", ["depth-first", "best-first"])

@@ -252,7 +252,7 @@ def test_a_change_that_the_server_did_not_take_arrives_in_the_next_round(graph, 
             expected = sum(trained[node][number - 1][unit] for number in rounds)
             found = torch.from_numpy(sent[node][3][unit].to_dense())
             torch.testing.assert_close(found, expected, rtol=2e-3, atol=1e-5)
-    kept = ClientStore(client_folder_of(config, 0)).residual.load()
+    kept = ClientStore(client_folder_of(config, 0)).load_residual(4)
     assert kept.shipped is not None and kept.shipped.server_round == 3
 
 

@@ -74,16 +74,27 @@ def simulate(
         typer.Option("--set", help="Run configuration key=value (see configs/default.toml); repeatable."),
     ] = None,
     client_cpus: Annotated[int, typer.Option(min=1, help="CPU cores of one client.")] = 1,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            help="Log directory of a run to continue after its last completed round; its settings are kept, so that "
+            "only --client-cpus and --json may be given, too."
+        ),
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Train and rewire an expert graph with several clients, each with its own data.
 
-    Runs real Flower processes: a SuperLink, the simulation engine, the ServerApp and the ClientApp of this project.
+    Runs real Flower processes: a SuperLink, the simulation engine, the ServerApp and the ClientApp of this project. The
+    state of the run is saved after each round: a run that was killed is continued with --resume.
     """
     from server.rounds.run_observer import read_summary
 
     quiet_libraries()
-    run = read_run_config(config, options.values(), settings or [])
+    if resume is not None:
+        run = read_resumed_config(resume, alone=options == RunOptions() and not config and not settings)
+    else:
+        run = read_run_config(config, options.values(), settings or [])
     check_run(run)
     failure = _run(run, client_cpus)
     summary = read_summary(Path(run.log_dir))
@@ -108,8 +119,9 @@ def _run(run: RunConfig, client_cpus: int) -> str:
     from server.rounds.loop import ROUND_ATTEMPTS
 
     folder = Path(run.log_dir)
-    clear_run(folder)  # the live table would show the rounds of an earlier run
-    shutil.rmtree(folder / "clients", ignore_errors=True)
+    if not run.resume:
+        clear_run(folder)  # the live table would show the rounds of an earlier run
+        shutil.rmtree(folder / "clients", ignore_errors=True)
     try:
         with following(folder, num_rounds=run.num_rounds, console=stderr):
             run_simulation(
@@ -154,6 +166,27 @@ def read_run_config(config: Path | None, given: dict[str, Any], assignments: lis
     return load_run_config(run.values() | absolute)
 
 
+def read_resumed_config(log_dir: Path, *, alone: bool):
+    """Read the run configuration of a run that is continued, from the state in its log directory.
+
+    Args:
+        log_dir: log directory of the run.
+        alone: whether no option of a run configuration was given beside it.
+
+    Raises:
+        UserError: other options were given, or the directory holds no state of a run.
+    """
+    from configs.errors import UserError
+    from configs.schema import load_run_config
+    from server.state.journal import STATE_FOLDER
+    from server.state.settings import read_settings
+
+    if not alone:
+        raise UserError("expected --resume alone, got other options of the run, too; its settings are kept")
+    values = dict(read_settings(log_dir.absolute() / STATE_FOLDER).values)
+    return load_run_config(values | {"log-dir": str(log_dir.absolute()), "resume": True})
+
+
 def check_run(run) -> None:
     """Check output directories, room on disk, graph, and data of server and clients before any process starts.
 
@@ -169,7 +202,8 @@ def check_run(run) -> None:
     from models.checkpoints.load import check_weights, load_tokenizer
     from server.model.config_checks import check_fit, check_room
 
-    for folder in filter(None, (run.log_dir, run.out)):
+    folders = (run.out,) if run.resume else (run.log_dir, run.out)
+    for folder in filter(None, folders):
         check_output_directory(Path(folder), overwrite=run.overwrite)
     graph = graph_or_default(run.graph)
     check_fit(run, graph)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from clients.residents.assembler import Assembler
+from clients.state.residual import ShippedUpdate
 from clients.state.store import ClientStore
 from federated.data.blocks import Blocks
 from models.checkpoints.disk_experts import open_mapped
@@ -64,32 +65,33 @@ def test_an_assembler_comes_from_its_seed_then_from_disk(store):
     expected_next = torch.rand(1)
     torch.manual_seed(5)
     first, same, other = (
-        store.load_assembler(1, [4, 4]),
-        store.load_assembler(1, [4, 4]),
-        store.load_assembler(2, [4, 4]),
+        store.load_assembler(1, [4, 4], 1),
+        store.load_assembler(1, [4, 4], 1),
+        store.load_assembler(2, [4, 4], 1),
     )
     assert torch.equal(torch.rand(1), expected_next)  # the caller's random state is left alone
     assert equal_state(first, same) and not equal_state(first, other)
     with torch.no_grad():
         first.root.bias += 1
-    store.save_assembler(first)
-    assert equal_state(again(store).load_assembler(9, [4, 4]), first)
+    store.save_assembler(first, 1)
+    assert equal_state(again(store).load_assembler(9, [4, 4], 2), first)
+    assert not equal_state(again(store).load_assembler(9, [4, 4], 1), first)  # round 1 starts without it
 
 
 @pytest.mark.parametrize("damage", ["empty", "half", "garbage", "flipped bit"])
 def test_a_damaged_assembler_starts_afresh(store, damage):
-    store.save_assembler(store.load_assembler(1, [4, 4]))
-    path = store.folder / "assembler.safetensors"
+    store.save_assembler(store.load_assembler(1, [4, 4], 1), 1)
+    path = store.folder / "assembler-1.safetensors"
     path.write_bytes(damaged(path.read_bytes(), damage))
     assert equal_state(
-        store.load_assembler(3, [4, 4]), ClientStore(store.folder / "none").load_assembler(3, [4, 4])
+        store.load_assembler(3, [4, 4], 2), ClientStore(store.folder / "none").load_assembler(3, [4, 4], 2)
     )
 
 
 def test_an_assembler_of_another_shape_starts_afresh(store):
-    store.save_assembler(Assembler([4, 4], hidden_size=4))
+    store.save_assembler(Assembler([4, 4], hidden_size=4), 1)
     assert equal_state(
-        store.load_assembler(3, [4, 4]), ClientStore(store.folder / "none").load_assembler(3, [4, 4])
+        store.load_assembler(3, [4, 4], 2), ClientStore(store.folder / "none").load_assembler(3, [4, 4], 2)
     )
 
 
@@ -104,9 +106,23 @@ def test_nothing_is_written_outside_the_folder(tiny_graph_dir, tmp_path, monkeyp
     model = open_mapped(str(tiny_graph_dir), store.copy)
     model.expert_layers()[0].write_expert(1, *model.expert_layers()[0].read_expert(2))
     store.copy.save(model, 1)
-    store.save_assembler(store.load_assembler(0, [4, 4]))
+    store.save_assembler(store.load_assembler(0, [4, 4], 1), 1)
     store.blocks(lambda: ("a", BLOCKS, OTHER))
-    store.residual.save({(0, 0): torch.ones(2)}, 0)
-    names = ["assembler", "blocks", "experts/0.1.1", "global", "residual"]
+    store.save_residual(1, {(0, 0): torch.ones(2)}, 0, ShippedUpdate(1, b"packed", {}))
+    names = ["assembler-1", "blocks", "experts/0.1.1", "global", "residual-1"]
     files = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
     assert files == [f"clients/client-0/{name}.safetensors" for name in names]
+
+
+def test_a_round_starts_from_the_residual_before_it_however_often_it_is_repeated(store):
+    assert store.load_residual(1).shipped is None
+    for server_round in (1, 2, 2, 5):
+        shipped = ShippedUpdate(server_round, b"packed", {})
+        store.save_residual(server_round, {(0, 0): torch.full((2,), float(server_round))}, 0, shipped)
+    kept = again(store).load_residual(5)
+    assert kept.shipped.server_round == 2 and kept.residual[0, 0].tolist() == [2.0, 2.0]
+    assert again(store).load_residual(6).shipped.server_round == 5
+    assert sorted(path.name for path in store.folder.iterdir()) == [
+        "residual-2.safetensors",
+        "residual-5.safetensors",
+    ]

@@ -189,7 +189,7 @@ def test_a_new_log_removes_the_earlier_run_and_a_resumed_one_goes_on(tmp_path):
     foreign = tmp_path / "notes.txt"
     foreign.write_text("mine")
     make_log(tmp_path).round(ROUND)
-    make_log(tmp_path, resume=True).round(replace(ROUND, round=2))
+    make_log(tmp_path, resumed=1).round(replace(ROUND, round=2))
     assert len(read_rounds(tmp_path)) == 2
     make_log(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]

@@ -54,7 +54,7 @@ def test_curves_per_client_and_overall(read_back):
 
 def test_a_new_log_replaces_an_earlier_one_and_a_resumed_one_goes_on(read_back, tmp_path):
     read_back(lambda log: log.round(ROUND))
-    resumed = TensorBoardLog(tmp_path, resume=True)
+    resumed = TensorBoardLog(tmp_path, resumed=1)
     resumed.round(replace(ROUND, round=2))
     resumed.close()
     assert len(list((tmp_path / "tensorboard").iterdir())) == 2

@@ -1,0 +1,166 @@
+"""State of a run on disk after each round, from which a killed run continues bit for bit.
+
+The model itself is not written: it follows from the bootstrapped checkpoint by the server's steps, which are small, as
+it does on the clients.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from configs.errors import UserError
+from federated.protocol.steps import ServerStep, read_step
+from federated.updates.update import RefusedUpdate, parse_unit, unit_name
+from models.files.checked_file import check_in_turn, read_checked, write_checked, write_in_turn
+from models.files.safetensors_files import StoredTensor, read_stored
+from models.graph.unit_vectors import Unit
+from server.model.global_model import GlobalModel
+from server.state.federation_state import FederationState
+
+STATE_FOLDER = "state"
+KEPT_ROUNDS = 2  # states kept: where the last one is damaged, the run continues from the one before
+
+_FACTS, _FEDERATION = "facts", "federation"
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SavedRound:
+    """State after a completed round.
+
+    Attributes:
+        state: federation state.
+        history: what the logs accumulate, see ``RunObserver.history``.
+    """
+
+    state: FederationState
+    history: Mapping[str, Any]
+
+
+class Journal:
+    """Files ``state/step-N.safetensors``, one per server step, and ``state/round-N.safetensors`` with everything else.
+
+    A round's file is written after the step that it needs, and replaced atomically, so that a kill at any moment leaves
+    a state to continue from.
+
+    Args:
+        log_dir: log directory of the run.
+    """
+
+    def __init__(self, log_dir: Path) -> None:
+        self.folder = Path(log_dir) / STATE_FOLDER
+
+    def clear(self) -> None:
+        """Remove the state of an earlier run."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def save(self, global_model: GlobalModel, state: FederationState, history: Mapping[str, Any]) -> None:
+        """Write the state after a round.
+
+        Args:
+            global_model: model after the round and its graph edits.
+            state: federation state after the round.
+            history: see ``SavedRound``.
+        """
+        latest = global_model.steps[-1]
+        packed = {"packed": _bytes_tensor(latest.packed)}
+        write_checked(self._step(latest.version), packed, {"edits": latest.edits_json()})
+        facts = {
+            "version": global_model.version,
+            "kept_from": global_model.steps[0].version - 1,
+            "copy_hash": global_model.copy_hash,
+            "history": dict(history),
+        }
+        texts = {_FACTS: json.dumps(facts).encode(), _FEDERATION: state.to_bytes()}
+        residual = {unit_name(unit): vector for unit, vector in global_model.residual.items()}
+
+        def read(name: str) -> Tensor:
+            return _bytes_tensor(texts[name]) if name in texts else residual[name]
+
+        write_in_turn(self._round(state.server_round), [*texts, *residual], read, {})
+        for earlier in self._rounds()[:-KEPT_ROUNDS]:
+            self._round(earlier).unlink()
+
+    def restore(self, global_model: GlobalModel) -> SavedRound | None:
+        """Bring a freshly opened model to the last saved round; None where no round was completed.
+
+        A damaged state is skipped with a warning.
+
+        Raises:
+            UserError: no saved round is intact.
+        """
+        rounds = self._rounds()
+        for server_round in reversed(rounds):
+            found = self._read(server_round)
+            if found is not None:
+                facts, state, residual, steps = found
+                global_model.replay(steps, residual, kept_from=facts["kept_from"])
+                if global_model.copy_hash == facts["copy_hash"]:
+                    return SavedRound(state, facts["history"])
+                raise UserError(
+                    f"expected the model of round {server_round} from the steps in {self.folder}, got another; the run "
+                    "cannot be continued on this machine's libraries: continue it where it was started"
+                )
+            _log.warning(
+                "the state of round %d in %s is damaged: the one before is used", server_round, self.folder
+            )
+        if rounds:
+            raise UserError(
+                f"expected an intact state in {self.folder}, got only damaged ones; start the run again"
+            )
+        return None
+
+    def _read(
+        self, server_round: int
+    ) -> tuple[dict[str, Any], FederationState, dict[Unit, Tensor], list[ServerStep]] | None:
+        """Contents of a saved round and its steps; None where a file is missing or damaged."""
+        saved = check_in_turn(self._round(server_round))
+        if saved is None:
+            return None
+        tensors = saved[0]
+        facts = json.loads(_read_bytes(tensors[_FACTS]))
+        state = FederationState.from_bytes(_read_bytes(tensors[_FEDERATION]))
+        steps = [self._read_step(version) for version in range(1, facts["version"] + 1)]
+        if any(step is None for step in steps):
+            return None
+        units = {name: tensor for name, tensor in tensors.items() if name not in (_FACTS, _FEDERATION)}
+        residual = {parse_unit(name): read_stored(tensor) for name, tensor in units.items()}
+        return facts, state, residual, [step for step in steps if step is not None]
+
+    def _read_step(self, version: int) -> ServerStep | None:
+        saved = read_checked(self._step(version))
+        if saved is None:
+            return None
+        try:
+            return read_step(version, saved[0]["packed"].numpy().tobytes(), saved[1]["edits"])
+        except RefusedUpdate:
+            return None
+
+    def _rounds(self) -> list[int]:
+        """Saved rounds, ascending."""
+        names = (path.stem.removeprefix("round-") for path in self.folder.glob("round-*.safetensors"))
+        return sorted(int(name) for name in names if name.isdigit())
+
+    def _round(self, server_round: int) -> Path:
+        return self.folder / f"round-{server_round}.safetensors"
+
+    def _step(self, version: int) -> Path:
+        return self.folder / f"step-{version}.safetensors"
+
+
+def _bytes_tensor(data: bytes) -> Tensor:
+    return torch.from_numpy(np.frombuffer(data, dtype=np.uint8).copy())
+
+
+def _read_bytes(tensor: StoredTensor) -> bytes:
+    return read_stored(tensor).numpy().tobytes()
