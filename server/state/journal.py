@@ -104,13 +104,8 @@ class Journal:
             found = self._read(server_round)
             if found is not None:
                 facts, state, residual, steps = found
-                global_model.replay(steps, residual, kept_from=facts["kept_from"])
-                if global_model.copy_hash == facts["copy_hash"]:
-                    return SavedRound(state, facts["history"])
-                raise UserError(
-                    f"expected the model of round {server_round} from the steps in {self.folder}, got another; the run "
-                    "cannot be continued on this machine's libraries: continue it where it was started"
-                )
+                self._replay(global_model, steps, residual, facts)
+                return SavedRound(state, facts["history"])
             _log.warning(
                 "the state of round %d in %s is damaged: the one before is used", server_round, self.folder
             )
@@ -119,6 +114,25 @@ class Journal:
                 f"expected an intact state in {self.folder}, got only damaged ones; start the run again"
             )
         return None
+
+    def _replay(
+        self,
+        global_model: GlobalModel,
+        steps: list[ServerStep],
+        residual: dict[Unit, Tensor],
+        facts: Mapping[str, Any],
+    ) -> None:
+        """Bring the model to the saved version; UserError where it is not the saved one then."""
+        try:
+            global_model.replay(steps, residual, kept_from=facts["kept_from"])
+            same = global_model.copy_hash == facts["copy_hash"]
+        except RefusedUpdate:
+            same = False
+        if not same:
+            raise UserError(
+                f"expected the saved model of version {facts['version']} from the steps in {self.folder}, got another; "
+                "continue the run with the graph and the version of torch that it was started with"
+            )
 
     def _read(
         self, server_round: int

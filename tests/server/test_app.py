@@ -20,7 +20,7 @@ from tests.support.tiny_federation import TinyGrid, tiny_config
 
 LOGS = {
     "mask_debug.npy", "expert_call_trace.json", "merge_round1.json", "cluster_stats.txt", "pack_sizes.txt",
-    "rounds.jsonl", "summary.json", "tensorboard", "checkpoints", "clients",
+    "rounds.jsonl", "summary.json", "tensorboard", "checkpoints", "clients", "state",
 }  # fmt: skip
 
 

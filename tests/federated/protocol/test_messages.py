@@ -112,6 +112,16 @@ def test_a_recipe_costs_no_byte_where_none_is_sent():
     assert 1000 < extra < 1500
 
 
+def test_a_continued_run_tells_each_client_its_last_accepted_round():
+    request = Request(5, 0, "", "", accepted_round=3, run_id=2**64 - 1, accepted_rounds={0: 4, 7: 2})
+    assert read_request(crossed(write_request(request))) == Request(
+        5, 0, "", "", steps=[], accepted_round=3, run_id=2**64 - 1, accepted_rounds={0: 4, 7: 2}
+    )
+    assert [request.of_partition(client).accepted_round for client in (0, 7, 1)] == [4, 2, 3]
+    plain = write_request(Request(5, 0, "", ""))["config"]
+    assert not {"run-id", "accepted-rounds"} & set(plain)
+
+
 def test_steps_come_in_order_of_their_versions():
     shuffled = Request(1, 11, "", "", steps=REQUEST.steps[::-1])
     assert [step.version for step in read_request(write_request(shuffled)).steps] == [9, 10, 11]

@@ -250,3 +250,17 @@ def test_steps_never_take_more_than_the_units_that_moved(global_model):
         sizes.append(sum(step.size() for step in global_model.steps))
     assert max(sizes) <= 4 * 2 * unit_sizes(global_model.model)[0, 0]
     assert global_model.steps[-1].version == 40 and len(global_model.steps) < 10
+
+
+def test_a_replayed_model_is_the_saved_one_and_goes_on_as_it_would(global_model, graph):
+    advanced(global_model, 2)
+    global_model.edit([RemoveEdge(0, *free_pair(global_model, edge=True))])
+    saved = list(global_model.steps)
+    again = GlobalModel(str(graph))
+    again.replay(saved, global_model.residual, kept_from=1)
+    assert all_equal(again.model, global_model.model) and again.version == 2
+    assert again.copy_hash == global_model.copy_hash and [step.version for step in again.steps] == [2]
+    for model in (global_model, again):
+        advanced(model, 1)
+    assert all_equal(again.model, global_model.model)
+    assert again.steps[-1] == global_model.steps[-1]

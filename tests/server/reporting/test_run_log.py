@@ -195,6 +195,23 @@ def test_a_new_log_removes_the_earlier_run_and_a_resumed_one_goes_on(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
+def test_a_resumed_log_drops_the_rounds_that_are_repeated_and_torn_lines(tmp_path):
+    log = make_log(tmp_path)
+    stats = PackedStats(1000, 40, 39, 1, 0.5, 1, 1)
+    for number in (1, 2, 3):
+        log.round(replace(ROUND, round=number))
+        log.pack_sizes(number, "client-0", stats)
+        log.rewire(RewireRecord(round=number, rho_max=1, edits=[]))
+    for name in ("rounds.jsonl", "pack_sizes.txt"):
+        with (tmp_path / name).open("a") as file:
+            file.write('{"round": 1' if name == "rounds.jsonl" else "     1  cli")
+    make_log(tmp_path, resumed=2)
+    assert [row["round"] for row in read_rounds(tmp_path)] == [1, 2]
+    assert [row["round"] for row in read_rewirings(tmp_path)] == [1, 2]
+    lines = (tmp_path / "pack_sizes.txt").read_text().splitlines()
+    assert [line.split()[0] for line in lines] == ["round", "1", "2"]
+
+
 def test_clear_run_removes_every_file_a_log_writes(tmp_path):
     log = make_log(tmp_path)
     log.round(ROUND)

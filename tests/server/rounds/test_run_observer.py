@@ -304,6 +304,22 @@ def test_a_new_run_replaces_the_files_of_an_earlier_one_and_no_others(global_mod
     assert (log_dir / "cluster_stats.txt").read_text() == "how well the clusters separate\n"
 
 
+def test_an_observer_goes_on_from_the_history_of_an_earlier_one(observer, global_model, log_dir):
+    answers = {index: answer_of(global_model, index) for index in (0, 1)}
+    observe(observer, global_model, answers)
+    history = json.loads(json.dumps(observer.history()))
+    again = RunObserver(log_dir, global_model=global_model, resumed=1, history=history)
+    assert again.history() == observer.history()
+    summaries = []
+    for each in (observer, again):
+        observe(each, global_model, answers, server_round=2)
+        summaries.append(each.close(out=""))
+    assert summaries[0] == summaries[1] and summaries[1]["rounds"] == 2
+    events = EventAccumulator(str(log_dir / "tensorboard")).Reload()
+    sent = [event.value for event in events.Scalars("bytes_cumulative/up")]
+    assert sent[-1] == summaries[1]["bytes_up"] == 2 * sent[0]
+
+
 def test_traffic_outside_of_completed_rounds_counts_in_the_summary(observer, global_model):
     observe(observer, global_model, {9: answer_of(global_model, 0)})
     observer.add_traffic({5: Answer(None, "gone", None, 3, 4), 9: Answer(None, "gone", None, 0, 4)})

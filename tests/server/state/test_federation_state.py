@@ -25,6 +25,7 @@ STATE = FederationState(
         2**63 + 5: NodeSession(held_version=6, partition=0, accepted_round=7),
         3: NodeSession(held_version=0, partition=None, accepted_round=0),
     },
+    departed={4: 6},
 )
 
 
@@ -63,3 +64,19 @@ def test_partitions_are_those_of_nodes_with_an_accepted_reply():
     state.sessions[9].accept(1, 5)
     assert state.partitions() == {9: 1}
     assert state.sessions[9] == NodeSession(held_version=2, partition=1, accepted_round=5)
+
+
+def test_nodes_that_stay_connected_keep_their_sessions_and_those_of_others_are_kept_by_client():
+    state = FederationState(server_round=7, model_version=7, departed={5: 2})
+    state.sessions = {4: NodeSession(6, 0, 6), 9: NodeSession(7, 1, 5), 10: NodeSession(3)}
+    state.connect([4, 11])
+    assert state.sessions == {4: NodeSession(6, 0, 6), 11: NodeSession(held_version=7)}
+    assert state.departed == {5: 2, 1: 5}
+    state.accept(11, 1)
+    assert state.sessions[11] == NodeSession(7, 1, 7) and state.departed == {5: 2}
+
+
+def test_a_state_without_departed_clients_is_read():
+    """States written before clients could return under another node id."""
+    data = FederationState.from_bytes(FederationState(server_round=3).to_bytes())
+    assert data.departed == {} and data.server_round == 3

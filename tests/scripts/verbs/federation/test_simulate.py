@@ -11,6 +11,8 @@ from configs.errors import UserError
 from scripts.shared.console import print_result
 from scripts.verbs.federation.simulate import PROJECT, read_run_config, summary_lines
 from server.flower.flower_process import RunFailed, job_processes, stop_job
+from server.state.journal import STATE_FOLDER
+from server.state.settings import Settings
 from tests.support.command import assert_refused, run, tree
 from tests.support.flower_apps import UNREACHABLE_PROXY
 from tests.support.tiny_federation import assert_run_succeeded, run_values, save_tiny_graph, write_texts
@@ -210,6 +212,35 @@ def test_any_other_failure_of_a_run_is_a_failure_of_one_line(place, capsys, monk
     monkeypatch.setattr("server.flower.simulation.run_simulation", fail)
     outcome = run(capsys, *COMMAND)
     assert (outcome.code, outcome.out) == (1, "") and "no memory" in outcome.err
+
+
+def test_a_run_is_continued_with_its_own_settings(place, simulations, capsys):
+    (place / "run.toml").write_text("num-rounds = 5\ndensity = 0.25")
+    run(capsys, *COMMAND, "--config", "run.toml", "--out", "model", "--overwrite")
+    (_, options), log_dir = simulations[0], place / "logs" / "run"
+    Settings(3, "f", options["run_config"]).write(log_dir / STATE_FOLDER)
+    kept = ["rounds.jsonl", "clients/run-3/client-0/blocks.safetensors"]
+    for name in kept:
+        (log_dir / name).parent.mkdir(parents=True, exist_ok=True)
+        (log_dir / name).touch()
+    outcome = run(capsys, "simulate", "--resume", "logs/run", "--client-cpus", "2", "--json")
+    assert (outcome.code, outcome.json()) == (0, SUMMARY)
+    continued = simulations[1][1]
+    assert continued["run_config"] == options["run_config"] | {"resume": True}
+    assert (continued["log_dir"], continued["client_cpus"]) == (log_dir, 2)
+    assert all((log_dir / name).exists() for name in kept)
+
+
+@pytest.mark.parametrize("other", [("--clients", "2"), ("--set", "seed=1"), ("--overwrite",)])
+def test_a_run_is_continued_without_other_options(place, simulations, capsys, other):
+    outcome = run(capsys, "simulate", "--resume", "logs/run", *other)
+    assert_refused(outcome, "--resume alone", as_json=False)
+
+
+def test_a_folder_without_a_state_cannot_be_continued(place, simulations, capsys):
+    outcome = run(capsys, "simulate", "--resume", "full")
+    assert_refused(outcome, "expected the state of a run", "settings.json", as_json=False)
+    assert simulations == []
 
 
 def configured(place: Path, text: str, given: dict, assignments: list[str]):
