@@ -92,6 +92,8 @@ class RunConfig(Views, Keys):
     """Server weighting of updates: entrywise, hajek (of whole experts), horvitz-thompson or mean."""
     client_weight: ClientWeight = "examples"
     """Weight of a client: its training blocks (examples) or the tokens it trained on in the round."""
+    weight_cap: NonNegative = 2.0
+    """Largest weight of a client as a multiple of the round's median, against false counts; 0: as claimed."""
     ship_experts: Whole = 0
     """Experts per layer a client ships each round; 0: all it trained."""
     density: Density = 0.006

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -92,6 +93,32 @@ def demand(scores_TE: Tensor, top_k: int, num_shared: int = 0) -> Tensor:
     best = scores_TE[:, num_shared:].topk(max(top_k - num_shared, 0), -1).indices + num_shared
     chosen = torch.zeros_like(scores_TE).scatter(-1, best, 1.0)
     return (chosen.T @ chosen).round().long().triu(1)
+
+
+def combine_usage(clients: Sequence[Sequence[np.ndarray]]) -> list[np.ndarray]:
+    """Sum of the clients' counts in which none of them decides alone, per layer float64 ``[E, E]``.
+
+    Each client's layer is scaled to the same total, the lower median of all totals. Of three clients or more, the
+    largest counts of a pair, from a fifth of the clients and at least one, are then reduced to the next largest: counts
+    that as many clients forge weigh no more than what another one reports.
+
+    Args:
+        clients: per client and layer ``[E, E]``; at least one client.
+    """
+    return [_sum_of_bounded(np.stack(layer).astype(np.float64)) for layer in zip(*clients, strict=True)]
+
+
+def _sum_of_bounded(counts_CEE: np.ndarray) -> np.ndarray:
+    totals = counts_CEE.sum((1, 2))
+    used = totals > 0
+    if not used.any():
+        return counts_CEE.sum(0)
+    totals[~used] = 1.0
+    counts_CEE *= (statistics.median_low(totals[used]) / totals)[:, None, None]
+    clients = len(totals)
+    most = max(1, clients // 5) if clients > 2 else 0
+    limit = np.partition(counts_CEE, clients - 1 - most, axis=0)[clients - 1 - most]
+    return np.minimum(counts_CEE, limit).sum(0)
 
 
 def pack_usage(counts: Sequence[np.ndarray]) -> bytes:

@@ -123,8 +123,13 @@ class Federation:
 
     def _exchange(self, server_round: int, spool: ReplySpool) -> tuple[dict[int, Answer], RoundReplies]:
         answers = self._requests.ask(self.state.sessions, MessageType.TRAIN, server_round, spool)
-        partitions = self.state.partitions()
-        return answers, check_replies(answers, self.global_model, self.strategy, partitions=partitions)
+        return answers, check_replies(
+            answers,
+            self.global_model,
+            self.strategy,
+            partitions=self.state.partitions(),
+            weight_cap=self.config.weight_cap,
+        )
 
     def _update_state(self, server_round: int, replies: RoundReplies) -> None:
         """Record that the round's change is in the model; decide on early stopping."""

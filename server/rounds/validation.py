@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from federated.aggregation.caps import capped
@@ -73,6 +73,7 @@ def check_replies(
     strategy: Strategy,
     *,
     partitions: Mapping[int, int] | None = None,
+    weight_cap: float = 0.0,
 ) -> RoundReplies:
     """Validate the answers of a training round.
 
@@ -83,6 +84,7 @@ def check_replies(
         global_model: model that the clients trained.
         strategy: validates the method-specific parts.
         partitions: client index by node, of nodes with an earlier accepted reply.
+        weight_cap: largest weight of a client as a multiple of the lower median of the round; 0: as claimed.
     """
 
     def accept(node: int, answer: Answer) -> Accepted:
@@ -91,7 +93,8 @@ def check_replies(
         return strategy.accept(node, reply, packed, global_model)
 
     accepted, refused = _sort_out(answers, accept, partitions, what="reply")
-    return RoundReplies(sorted(accepted, key=lambda each: each.reply.partition), refused)
+    accepted.sort(key=lambda each: each.reply.partition)
+    return RoundReplies(_with_capped_weights(accepted, weight_cap), refused)
 
 
 def check_evaluations(
@@ -152,6 +155,14 @@ def total_loss(losses: Iterable[LossSum]) -> LossSum:
 def reply_loss(reply: Reply, name: str) -> LossSum:
     """Loss that a reply reports under ``name``; zero tokens where it reports none."""
     return LossSum(reply.numbers.get(f"{name}-nll", 0.0), int(reply.numbers.get(f"{name}-tokens", 0)))
+
+
+def _with_capped_weights(accepted: Sequence[Accepted], multiple: float) -> list[Accepted]:
+    weights = capped([each.contribution.weight for each in accepted], multiple)
+    return [
+        replace(each, contribution=replace(each.contribution, weight=weight))
+        for each, weight in zip(accepted, weights, strict=True)
+    ]
 
 
 def _sort_out(

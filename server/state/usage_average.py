@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from experts.graph.edits import EdgeEdit
+from federated.aggregation.usage import combine_usage
 
 
 @dataclass
 class UsageAverage:
-    """Usage counts summed over clients and averaged over rounds.
+    """Usage counts summed over clients (``combine_usage``) and averaged over rounds.
 
     Attributes:
         counts: per layer float64 ``[E, E]``; empty before the first round.
@@ -29,7 +30,7 @@ class UsageAverage:
         """
         if not clients:
             return
-        total = [np.sum(layer, axis=0).astype(np.float64) for layer in zip(*clients, strict=True)]
+        total = combine_usage(clients)
         past = self.counts or [np.zeros_like(counts) for counts in total]
         weight = decay if self.counts else 0.0
         self.counts = [weight * old + (1 - weight) * new for old, new in zip(past, total, strict=True)]

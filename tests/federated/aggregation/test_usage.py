@@ -5,7 +5,15 @@ import pytest
 import torch
 
 from experts.graph.expert_graph import ExpertGraph
-from federated.aggregation.usage import DEMANDS, UsageCounter, demand, pack_usage, traversals, unpack_usage
+from federated.aggregation.usage import (
+    DEMANDS,
+    UsageCounter,
+    combine_usage,
+    demand,
+    pack_usage,
+    traversals,
+    unpack_usage,
+)
 from federated.updates.update import RefusedUpdate
 from models.graph.graph_state import read_graph, write_graph
 from models.graph.runtime_settings import observing_walks, set_residents, set_walk, visiting
@@ -202,3 +210,29 @@ def test_demands_that_tie_beyond_the_limit_are_left_out():
     counter._counts[0] += torch.ones(40, 40, dtype=torch.int64).triu()
     (reported,) = counter.largest_counts()
     assert np.array_equal(reported, np.eye(40))
+
+
+def test_every_client_has_the_same_say_per_layer():
+    few, many = np.array([[1, 2], [0, 1]]), np.array([[30, 0], [0, 10]])
+    (total,) = combine_usage([[few], [many]])
+    assert total.tolist() == [[1 + 3, 2], [0, 1 + 1]]
+
+
+def test_forged_counts_do_not_decide_alone():
+    honest = [np.array([[5, 3, 2], [0, 5, 4], [0, 0, 1]])] * 4
+    forged = np.zeros((3, 3), dtype=np.int64)
+    forged[0, 2] = 2**32 - 1
+    (total,) = combine_usage([[counts] for counts in [*honest, forged]])
+    assert total[0, 2] == 5 * 2 and total[1, 2] == 4 * 4
+    (pair,) = combine_usage([[counts] for counts in [*honest * 2, forged, forged]])
+    assert pair[0, 2] == 10 * 2
+
+
+def test_clients_without_counts_leave_those_of_others():
+    counts, none = np.array([[1, 2], [0, 1]]), np.zeros((2, 2), dtype=np.int64)
+    assert combine_usage([[counts], [none]])[0].tolist() == counts.tolist()
+    assert combine_usage([[none], [none]])[0].tolist() == none.tolist()
+    assert combine_usage([[counts]])[0].tolist() == counts.tolist()
+    given = counts.astype(np.float64)
+    combine_usage([[given], [given * 9]])
+    assert given.tolist() == counts.tolist()

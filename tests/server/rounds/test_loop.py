@@ -22,7 +22,7 @@ from clients.state.global_copy import GlobalCopy
 from clients.state.store import ClientStore
 from configs.errors import UserError
 from configs.schema import RunConfig
-from federated.aggregation.usage import unpack_usage
+from federated.aggregation.usage import combine_usage, unpack_usage
 from federated.protocol.messages import RESEND, message_bytes, read_reply, read_request
 from federated.updates.update import RefusedUpdate
 from models.checkpoints.disk_experts import open_mapped
@@ -180,9 +180,7 @@ def test_usage_is_the_average_of_what_the_clients_counted(plain):
         replies = [
             read_reply(reply.content, [4, 4]) for r, _, _, reply in plain.grid.sent if r == server_round
         ]
-        sums = [
-            np.sum(layer, 0) for layer in zip(*(unpack_usage(r.usage, [4, 4]) for r in replies), strict=True)
-        ]
+        sums = combine_usage([unpack_usage(r.usage, [4, 4]) for r in replies])
         total = [0.5 * old + 0.5 * new for old, new in zip(total, sums, strict=True)] if total else sums
         for edit in plain.merges[server_round]["edits"]:  # an edited pair starts again from its layer's mean
             counts = total[edit["layer"]] = total[edit["layer"]].astype(float)
@@ -390,6 +388,13 @@ def test_a_hostile_client_is_refused_in_every_round_and_the_rest_trains_on(
     refused = [client["refused"] for row in seen.rounds for client in row["clients"] if client["refused"]]
     assert len(refused) == 2 and all(reason in each for each in refused)
     assert all_equal(seen.federation.global_model.model, digits_alone.federation.global_model.model)
+
+
+def test_a_lie_about_examples_gives_no_more_than_twice_the_median_weight(graph, tmp_path):
+    config = tiny_config(graph, tmp_path, local_steps=1, num_rounds=1, num_clients=3, partition="iid")
+    seen = run(config, faults={(0, "1"): changed(numbers__examples=2.0**40)})
+    liar, *honest = sorted((client["weight"] for client in seen.rounds[0]["clients"]), reverse=True)
+    assert liar == 2 * max(honest) and min(honest) > 0
 
 
 def test_a_reply_of_an_earlier_round_is_refused_when_it_is_played_again(graph, tmp_path):

@@ -10,7 +10,7 @@ from server.state.usage_average import UsageAverage
 
 def test_usage_is_summed_over_clients_and_averaged_over_rounds():
     average = UsageAverage()
-    one, two = np.array([[1, 2], [0, 3]]), np.array([[10, 20], [0, 30]])
+    one, two = np.array([[1, 2], [0, 3]]), np.array([[3, 1], [0, 2]])
     average.add([[one, two], [two, two]], decay=0.75)
     assert np.array_equal(average.counts[0], one + two) and np.array_equal(average.counts[1], 2 * two)
     average.add([[two, one]], decay=0.75)
