@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, TypeVar
 
 Selection = Literal["top", "sample"]
-Combine = Literal["entrywise", "hajek", "horvitz-thompson", "mean"]
+Combine = Literal["entrywise", "hajek", "horvitz-thompson", "mean", "trimmed-mean", "median"]
 ClientWeight = Literal["examples", "tokens"]
 DensityScope = Literal["expert", "all"]
 EntryScore = Literal["saliency", "magnitude"]
@@ -87,6 +87,8 @@ class Aggregation:
     client_weight: ClientWeight
     server_learning_rate: float
     clip_norm_multiple: float
+    clip_unit_multiple: float
+    trim_share: float
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ class RunConfig(Views, Keys):
     selection: Selection = "top"
     """Experts a client ships: top (most update energy) or sample (known probability)."""
     combine: Combine = "entrywise"
-    """Server weighting of updates: entrywise, hajek (of whole experts), horvitz-thompson or mean."""
+    """Server weighting of updates: entrywise, hajek (whole experts), horvitz-thompson, mean, trimmed-mean or median."""
     client_weight: ClientWeight = "examples"
     """Weight of a client: its training blocks (examples) or the tokens it trained on in the round."""
     weight_cap: NonNegative = 2.0
@@ -116,6 +116,10 @@ class RunConfig(Views, Keys):
     """Factor on the combined update that the server applies."""
     clip_norm_multiple: NonNegative = 0.0
     """Clip client updates to this multiple of the round's median update norm; 0: off."""
+    clip_unit_multiple: NonNegative = 0.0
+    """Clip the change of each expert to this multiple of its median norm, with three clients or more; 0: off."""
+    trim_share: Annotated[float, Field(ge=0, le=0.5)] = 0.2
+    """Share of an entry's values that trimmed-mean leaves out at each end, with three or more; at least one value."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seed of every random choice in the run."""
     train: Trained = "all"

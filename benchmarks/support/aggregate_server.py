@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from flwr.app import Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from benchmarks.support.runner import peak_bytes
+from configs.run_views import Combine
 from configs.schema import RunConfig
 from federated.aggregation.combine import aggregate
 from federated.aggregation.usage import pack_usage
@@ -66,7 +68,7 @@ class ReplyGrid(InProcessGrid):
     def _reply_to(self, message: Message) -> Message:
         graph, node = self._server.graph, self.node_ids.index(message.metadata.dst_node_id)
         reply = Reply(
-            name=f"client {node}",
+            name=f"client-{node}",
             partition=node,
             budget=0,
             version=self._server.version,
@@ -79,7 +81,9 @@ class ReplyGrid(InProcessGrid):
         return Message(write_reply(reply), reply_to=message)
 
 
-def packed_round(server: GlobalModel, updates: list[Path], scratch: Path) -> None:
+def packed_round(
+    server: GlobalModel, updates: list[Path], scratch: Path, combine: Combine = RunConfig().combine
+) -> None:
     """Run one server round on packed replies: pull, check, aggregate, and apply the step."""
     grid = ReplyGrid(server, updates)
     contents = {node: RecordDict({}) for node in grid.get_node_ids()}
@@ -90,7 +94,7 @@ def packed_round(server: GlobalModel, updates: list[Path], scratch: Path) -> Non
             raise RuntimeError(f"replies were refused: {sorted(set(replies.refused.values()))}")
         change = aggregate(
             [accepted.contribution for accepted in replies.accepted],
-            combine=RunConfig().combine,
+            combine=combine,
             clip_norm_multiple=2.0,
         )
     server.advance(change, value_bits=4)
@@ -111,6 +115,7 @@ def dense_round(server: GlobalModel, updates: list[Path], scratch: Path) -> None
 METHODS: dict[str, Callable[[GlobalModel, list[Path], Path], None]] = {
     "packed": packed_round,
     "dense": dense_round,
+    "median": partial(packed_round, combine="median"),
 }
 
 

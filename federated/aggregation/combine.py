@@ -1,51 +1,25 @@
-"""Weighted combination of sparse client updates into one dense change per unit, with one update decoded at a time."""
+"""Combination of sparse client updates into one dense change per unit, with one update decoded at a time."""
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple, get_args
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from configs.run_views import Combine
+from federated.aggregation.clipping import clip_scales
+from federated.aggregation.contribution import Contribution, UpdateSummary
+from federated.aggregation.order_statistics import EntryRanges, trimmed_means
 from federated.updates.update import SparseUpdate, SparseVector
 from models.graph.unit_vectors import Unit
 
 _LARGEST_FACTOR = float(np.finfo(np.float32).max)
-
-
-class UpdateSummary(NamedTuple):
-    """Units of an update and its Euclidean norm over all values: all that the weights of a round depend on."""
-
-    units: frozenset[Unit]
-    norm: float
-
-
-@dataclass(frozen=True)
-class Contribution:
-    """One client's accepted update and its weight.
-
-    Attributes:
-        weight: share or number of examples or tokens, above 0.
-        unpack: decodes the update; called once per pass, so that a single update is in memory at a time.
-        inclusion: inclusion probability of each shipped unit, 1 where absent.
-        trained: units that the client trained; None for all.
-        summary: of the update; None: computed by an additional decode.
-    """
-
-    weight: float
-    unpack: Callable[[], SparseUpdate]
-    inclusion: dict[Unit, float] = field(default_factory=dict)
-    trained: set[Unit] | None = None
-    summary: UpdateSummary | None = None
-
-    def summarized(self) -> UpdateSummary:
-        """Units and norm of the update."""
-        return self.summary or summarize(self.unpack())
+# Combinations of each entry over the clients that shipped it, whose factors are those of ``hajek``.
+_ENTRYWISE = ("entrywise", "trimmed-mean", "median")
 
 
 def aggregate(
@@ -54,6 +28,8 @@ def aggregate(
     combine: Combine = "hajek",
     server_learning_rate: float = 1.0,
     clip_norm_multiple: float = 0.0,
+    clip_unit_multiple: float = 0.0,
+    trim_share: float = 0.2,
 ) -> dict[Unit, Tensor]:
     """Return the weighted combination of client updates, float32 [size], for each unit that a client shipped.
 
@@ -62,11 +38,13 @@ def aggregate(
     - ``hajek``: ``sum w/pi * change / sum w/pi`` over the clients that shipped the unit (Hajek, 1971);
     - ``horvitz-thompson``: ``sum w/pi * change`` over the weight of the clients that trained the unit (Horvitz and
       Thompson, 1952);
-    - ``mean``: ``sum w * change`` over the weight of all clients.
+    - ``mean``: ``sum w * change`` over the weight of all clients;
+    - ``trimmed-mean``, ``median``: as ``entrywise``, where three or more shipped an entry without ``trim_share``
+      of the values at each end, or all but the middle ones (Yin et al., 2018, arXiv:1803.01498).
 
-    Each update is first scaled down to at most ``clip_norm_multiple`` times the round's median norm (0: off).
-    The factors follow from the summaries alone; the updates are then decoded and added one at a time, so memory
-    stays near one model (``entrywise``: two) for any number of clients.
+    Updates and their units are first clipped to multiples of the round's median norms (``clip_scales``; 0: off). The
+    factors follow from the summaries alone; the updates are then decoded and added one at a time, so memory stays near
+    one model (``entrywise``: two; trimmed means and medians sort entries in files) for any number of clients.
 
     Raises ValueError for no client, or for invalid weights, probabilities, sizes or factors.
     """
@@ -77,25 +55,17 @@ def aggregate(
         if not 0 < contribution.weight < float("inf"):
             raise ValueError(f"expected a client weight above 0, got {contribution.weight}")
     summaries = [contribution.summarized() for contribution in contributions]
-    factors = unit_factors(contributions, [each.units for each in summaries], combine)
-    scales = _clip_scales([each.norm for each in summaries], clip_norm_multiple)
-    sums: dict[Unit, np.ndarray] = {}
-    covered: dict[Unit, np.ndarray] | None = {} if combine == "entrywise" else None
-    for contribution, own, scale in zip(contributions, factors, scales, strict=True):
-        _add_update(sums, covered, contribution.unpack(), own, server_learning_rate * scale)
-    for unit, total in (covered or {}).items():
-        np.divide(sums[unit], total, out=sums[unit], where=total > 0)
+    factors = unit_factors(contributions, summaries, combine)
+    scales = [
+        {unit: server_learning_rate * scale for unit, scale in own.items()}
+        for own in clip_scales(summaries, multiple=clip_norm_multiple, unit_multiple=clip_unit_multiple)
+    ]
+    if combine in ("trimmed-mean", "median"):
+        trim = 0.5 if combine == "median" else trim_share
+        sums = _trimmed(contributions, summaries, factors, scales, trim)
+    else:
+        sums = _summed(contributions, factors, scales, entrywise=combine == "entrywise")
     return {unit: torch.from_numpy(sums[unit]) for unit in sorted(sums)}
-
-
-def summarize(update: SparseUpdate) -> UpdateSummary:
-    """Units and norm of an update."""
-    return UpdateSummary(frozenset(update.vectors), update_norm(update))
-
-
-def update_norm(update: SparseUpdate) -> float:
-    """Return the Euclidean norm over all shipped values."""
-    return float(sum(np.square(v.values, dtype=np.float64).sum() for v in update.vectors.values()) ** 0.5)
 
 
 def unit_factors(
@@ -140,7 +110,7 @@ def _total(
     weights: Sequence[float],
     combine: Combine,
 ) -> float:
-    if combine in ("entrywise", "hajek"):
+    if combine in ("hajek", *_ENTRYWISE):
         return sum(own.get(unit, 0.0) for own in factors)
     everyone = combine == "mean"
     return sum(
@@ -150,21 +120,56 @@ def _total(
     )
 
 
-def _clip_scales(norms: Sequence[float], multiple: float) -> list[float]:
-    limit = multiple * statistics.median(norms) if multiple else float("inf")
-    return [limit / norm if norm > limit else 1.0 for norm in norms]
+def _summed(
+    contributions: Sequence[Contribution],
+    factors: Sequence[Mapping[Unit, float]],
+    scales: Sequence[Mapping[Unit, float]],
+    *,
+    entrywise: bool,
+) -> dict[Unit, np.ndarray]:
+    sums: dict[Unit, np.ndarray] = {}
+    covered: dict[Unit, np.ndarray] | None = {} if entrywise else None
+    for contribution, own, scale in zip(contributions, factors, scales, strict=True):
+        _add_update(sums, covered, contribution.unpack(), own, scale)
+    for unit, total in (covered or {}).items():
+        np.divide(sums[unit], total, out=sums[unit], where=total > 0)
+    return sums
+
+
+def _trimmed(
+    contributions: Sequence[Contribution],
+    summaries: Sequence[UpdateSummary],
+    factors: Sequence[Mapping[Unit, float]],
+    scales: Sequence[Mapping[Unit, float]],
+    trim: float,
+) -> dict[Unit, np.ndarray]:
+    sizes: dict[Unit, int] = {}
+    counts: Counter[Unit] = Counter()
+    for summary in summaries:
+        for unit, each in summary.items():
+            _check_size(unit, each.size, sizes.setdefault(unit, each.size))
+            counts[unit] += each.kept
+    changes = {unit: np.zeros(size, dtype=np.float32) for unit, size in sizes.items()}
+    with EntryRanges(sizes, counts) as ranges:
+        for contribution, own, scale in zip(contributions, factors, scales, strict=True):
+            ranges.add(contribution.unpack(), scale, own)
+        for spans, entries in ranges:
+            means = trimmed_means(entries, spans[-1].end, trim=trim)
+            for span in spans:
+                changes[span.unit][span.start : span.stop] = means[span.offset : span.end]
+    return changes
 
 
 def _add_update(
     sums: dict[Unit, np.ndarray],
     covered: dict[Unit, np.ndarray] | None,
     update: SparseUpdate,
-    factors: dict[Unit, float],
-    scale: float,
+    factors: Mapping[Unit, float],
+    scales: Mapping[Unit, float],
 ) -> None:
     # A separate function, so that one update is freed before the next is decoded.
     for unit, vector in update.vectors.items():
-        _add_scaled(sums, unit, vector, vector.values, scale * factors[unit])
+        _add_scaled(sums, unit, vector, vector.values, scales[unit] * factors[unit])
         if covered is not None:
             _add_scaled(covered, unit, vector, np.ones_like(vector.values), factors[unit])
 
@@ -175,6 +180,10 @@ def _add_scaled(
     if not abs(factor) <= _LARGEST_FACTOR:
         raise ValueError(f"expected a finite factor for unit {unit}, got {factor}")
     total = sums.setdefault(unit, np.zeros(vector.size, dtype=np.float32))
-    if total.size != vector.size:
-        raise ValueError(f"unit {unit} has {vector.size} entries from one client, {total.size} from another")
+    _check_size(unit, vector.size, total.size)
     total[vector.indices] += np.float32(factor) * values
+
+
+def _check_size(unit: Unit, size: int, other: int) -> None:
+    if size != other:
+        raise ValueError(f"unit {unit} has {size} entries from one client, {other} from another")

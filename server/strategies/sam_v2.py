@@ -8,7 +8,8 @@ from torch import Tensor
 
 from configs.run_views import Aggregation, Rewiring
 from configs.schema import RunConfig
-from federated.aggregation.combine import Contribution, aggregate
+from federated.aggregation.combine import aggregate
+from federated.aggregation.contribution import Contribution
 from federated.aggregation.usage import unpack_usage
 from federated.data.blocks import Blocks, take
 from federated.protocol.messages import Reply, Request
@@ -91,6 +92,8 @@ class SamV2:
             combine=self._aggregation.combine,
             server_learning_rate=self._aggregation.server_learning_rate,
             clip_norm_multiple=self._aggregation.clip_norm_multiple,
+            clip_unit_multiple=self._aggregation.clip_unit_multiple,
+            trim_share=self._aggregation.trim_share,
         )
 
     def after_round(self, global_model: GlobalModel, state: FederationState) -> RewireRecord | None:

@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
-from federated.aggregation.combine import Contribution
+from federated.aggregation.contribution import Contribution
 from federated.protocol.messages import Reply, Request
 from federated.wire.packed_stats import PackedStats
 from models.graph.unit_vectors import Unit

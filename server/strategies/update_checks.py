@@ -8,7 +8,7 @@ import numpy as np
 
 from configs.run_views import ClientWeight
 from experts.graph.expert_graph import ExpertGraph
-from federated.aggregation.combine import UpdateSummary, summarize
+from federated.aggregation.contribution import UpdateSummary, summarize
 from federated.protocol.messages import Reply
 from federated.updates.update import RefusedUpdate, SparseUpdate
 from federated.wire.codec import unpack_update, unpack_with_stats

@@ -2,19 +2,15 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 
-from federated.aggregation.combine import (
-    Contribution,
-    UpdateSummary,
-    aggregate,
-    summarize,
-    unit_factors,
-    update_norm,
-)
+from configs.run_views import Combine
+from federated.aggregation.combine import aggregate, unit_factors
+from federated.aggregation.contribution import Contribution, summarize
 from federated.updates.update import SparseUpdate, SparseVector
 
 SIZES = {(0, 0): 6, (0, 1): 6, (1, 0): 9, (1, -1): 3}
@@ -48,12 +44,12 @@ def walk(contributions, combine, learning_rate, clip):
         sum(x * x for v in c.unpack().vectors.values() for x in v.values.tolist()) ** 0.5
         for c in contributions
     ]
-    limit = clip * statistics.median(norms)
+    limit = clip * statistics.median_low(norms)
     steps = {}
     for unit, size in SIZES.items():
         if not any(unit in c.unpack().vectors for c in contributions):
             continue
-        sums, below, covered = [0.0] * size, 0.0, [0.0] * size
+        below, entries = 0.0, [[] for _ in range(size)]
         for c, norm in zip(contributions, norms, strict=True):
             probability = 1.0 if combine == "mean" else c.inclusion.get(unit, 1.0)
             shipped, trained = unit in c.unpack().vectors, c.trained is None or unit in c.trained
@@ -65,16 +61,25 @@ def walk(contributions, combine, learning_rate, clip):
                 factor = min(1.0, limit / norm) if clip and norm else 1.0
                 vector = c.unpack().vectors[unit]
                 for index, value in zip(vector.indices.tolist(), vector.values.tolist(), strict=True):
-                    sums[index] += c.weight / probability * factor * value
-                    covered[index] += c.weight / probability
-        below_each = [each or 1.0 for each in covered] if combine == "entrywise" else [below] * size
-        steps[unit] = [learning_rate * value / each for value, each in zip(sums, below_each, strict=True)]
+                    entries[index].append((factor * value, c.weight / probability))
+        steps[unit] = [learning_rate * combined(each, combine, below) for each in entries]
     return steps
 
 
-@pytest.mark.parametrize("combine", ["entrywise", "hajek", "horvitz-thompson", "mean"])
+def combined(entries, combine, below):
+    """One entry of a step, of its values and their weights."""
+    trim = {"trimmed-mean": 0.2, "median": 0.5}.get(combine)
+    if trim is not None and len(entries) > 2:
+        cut = min(max(int(trim * len(entries)), 1), (len(entries) - 1) // 2)
+        entries = sorted(entries)[cut : len(entries) - cut]
+    total = below if combine in ("mean", "hajek", "horvitz-thompson") else sum(w for _, w in entries)
+    return sum(w * value for value, w in entries) / (total or 1.0)
+
+
+@pytest.mark.parametrize("combine", get_args(Combine))
 @pytest.mark.parametrize(
-    "seed, clients, learning_rate, clip", [(0, 1, 1.0, 0), (1, 5, 0.7, 0), (2, 6, 1.0, 0.9)]
+    "seed, clients, learning_rate, clip",
+    [(0, 1, 1.0, 0), (1, 5, 0.7, 0), (2, 6, 1.0, 0.9), (3, 14, 1.0, 0.9)],
 )
 def test_equals_a_walk_over_the_entries(combine, seed, clients, learning_rate, clip):
     contributions = random_round(seed, clients)
@@ -127,11 +132,6 @@ def test_clipping_bounds_the_loud_client_and_leaves_the_others():
     assert aggregate([*quiet, loud])[(0, 0)][0] == pytest.approx(102 / 3)
 
 
-def test_norm_is_over_all_units():
-    assert update_norm(contribution(1.0, {(0, 0): {0: 3.0}, (1, 0): {5: 4.0}}).unpack()) == pytest.approx(5.0)
-    assert update_norm(SparseUpdate(0, "", {})) == 0.0
-
-
 def test_updates_may_be_unpacked_anew_for_each_pass_and_come_from_a_generator():
     contributions, unpacked = random_round(3, 4), []
 
@@ -168,7 +168,7 @@ def test_only_one_update_is_unpacked_at_a_time():
     assert alive[0] == 0 and most[0] == 1
 
 
-@pytest.mark.parametrize("combine", ["entrywise", "hajek", "horvitz-thompson", "mean"])
+@pytest.mark.parametrize("combine", get_args(Combine))
 def test_huge_weights_and_values_do_not_overflow(combine):
     entries = {(0, 0): {0: 1e30, 1: -1e30}}
     huge = [contribution(1e307, entries), contribution(1e308, entries), contribution(1e308, entries)]
@@ -187,6 +187,31 @@ def test_no_client_is_an_error(contributions):
         aggregate(contributions)
 
 
+@pytest.mark.parametrize("combine", ["trimmed-mean", "median"])
+def test_one_of_three_cannot_set_an_entry_that_all_ship(combine):
+    honest = [contribution(1.0, {(0, 0): {0: value, 1: 1.0}}) for value in (1.0, 2.0)]
+    for lie in (1e4, -1e4):
+        liar = contribution(2.0, {(0, 0): {0: lie, 5: lie}})
+        step = aggregate([*honest, liar], combine=combine)[(0, 0)].tolist()
+        assert step == [pytest.approx(2.0 if lie > 0 else 1.0), 1.0, 0.0, 0.0, 0.0, lie]
+
+
+def test_the_share_that_is_trimmed_can_be_set():
+    clients = [contribution(1.0, {(0, 0): {0: value}}) for value in (0.0, 1.0, 2.0, 6.0, 7.0)]
+    found = [
+        aggregate(clients, combine="trimmed-mean", trim_share=share)[(0, 0)][0].item()
+        for share in (0.0, 0.2, 0.4)
+    ]
+    assert found == [3.0, 3.0, 2.0]
+
+
+def test_units_are_clipped_apart():
+    quiet = [contribution(1.0, {(0, 0): {0: 1.0}, (1, 0): {0: 1.0}}) for _ in range(2)]
+    loud = contribution(1.0, {(0, 0): {0: 9.0}, (1, 0): {0: 1.0}})
+    step = aggregate([*quiet, loud], clip_unit_multiple=2.0)
+    assert step[(0, 0)][0] == pytest.approx(4 / 3) and step[(1, 0)][0] == pytest.approx(1.0)
+
+
 def test_what_cannot_be_is_an_error():
     entries = {(0, 0): {0: 1.0}}
     wrong_size = Contribution(1.0, lambda: SparseUpdate(0, "", {(0, 0): SparseVector(7, [0], [1.0])}))
@@ -200,22 +225,16 @@ def test_what_cannot_be_is_an_error():
         ([contribution(1e308, entries), contribution(5e-324, entries)], "vanishes"),
     ]
     for contributions, reason in cases:
-        with pytest.raises(ValueError, match=reason):
-            aggregate(contributions)
+        for combine in ("hajek", "median"):
+            with pytest.raises(ValueError, match=reason):
+                aggregate(contributions, combine=combine)
     tiny = contribution(1.0, entries, inclusion={(0, 0): 1e-300})
     with pytest.raises(ValueError, match="finite factor"):
         aggregate([tiny], combine="horvitz-thompson")
     with pytest.raises(ValueError, match="finite factor"):
         aggregate([contribution(1.0, entries)], server_learning_rate=1e300)
     with pytest.raises(ValueError, match="combine"):
-        aggregate([contribution(1.0, entries)], combine="median")
-
-
-def test_the_summary_holds_units_and_norm():
-    one = contribution(1.0, {(0, 0): {0: 3.0}, (1, 0): {5: 4.0}})
-    assert summarize(one.unpack()) == (frozenset({(0, 0), (1, 0)}), pytest.approx(5.0))
-    assert one.summarized() == summarize(one.unpack())
-    assert replace(one, summary=UpdateSummary(frozenset(), 1.0)).summarized() == (frozenset(), 1.0)
+        aggregate([contribution(1.0, entries)], combine="middle")
 
 
 def test_factors_of_one_unit_by_hand():

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from federated.aggregation.combine import Contribution, aggregate
+from federated.aggregation.combine import aggregate
+from federated.aggregation.contribution import Contribution
 from federated.selection.unit_selection import (
     inclusion_probabilities,
     select_sample,

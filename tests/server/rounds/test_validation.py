@@ -1,14 +1,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 from flwr.app import ConfigRecord, RecordDict
 
+from configs.run_views import Combine
 from configs.schema import RunConfig
-from federated.aggregation.combine import aggregate, summarize
+from federated.aggregation.combine import aggregate
+from federated.aggregation.contribution import summarize
 from federated.aggregation.usage import pack_usage
 from federated.protocol.messages import Reply, detach_update, write_reply
 from federated.wire.codec import packed_stats
@@ -81,7 +84,7 @@ def test_a_good_reply_becomes_a_contribution(global_model, reply):
     contribution = accepted.contribution
     assert contribution.weight == 12.0
     assert contribution.summary == summarize(contribution.unpack())
-    assert contribution.summary.units == {(0, 2), (1, 3)}
+    assert contribution.summary.keys() == {(0, 2), (1, 3)}
     assert contribution.trained == TRAINED
     assert contribution.inclusion == {(0, 2): 0.25}
     assert accepted.usage[1].tolist() == np.eye(4).tolist()
@@ -129,6 +132,21 @@ def test_clients_weigh_by_examples_or_by_tokens(global_model, reply):
 def test_weights_that_no_client_has_are_refused(global_model, reply, examples):
     reason = refusal(global_model, replace(reply, numbers=NUMBERS | {"examples": examples}))
     assert reason == f"expected examples to be a whole number from 1 to {2**40}, got {examples}"
+
+
+def test_a_claimed_weight_is_capped_against_the_median_of_the_round(global_model, reply):
+    """A claim of 2**40 examples outweighed all other clients."""
+    claims = {1: 10.0, 2: 2.0**40, 3: 12.0, 4: 30.0}
+    answers = {
+        node: answer(replace(reply, partition=node, numbers=NUMBERS | {"examples": claim}))
+        for node, claim in claims.items()
+    }
+    for cap, expected in ((2.0, [10, 24, 12, 24]), (0.0, [10, 2**40, 12, 30])):
+        strategy = sam_v2(RunConfig())
+        replies = check_replies(answers, global_model, strategy, weight_cap=cap)
+        assert [each.contribution.weight for each in replies.accepted] == expected
+    pair = check_replies({node: answers[node] for node in (1, 2)}, global_model, strategy, weight_cap=2.0)
+    assert [each.contribution.weight for each in pair.accepted] == [10, 20]
 
 
 def test_a_client_without_tokens_has_no_weight(global_model, reply):
@@ -181,7 +199,7 @@ def test_absurd_changes_are_refused_and_the_rest_counts(global_model, reply, sca
     assert "expected changes of at most 65504" in replies.refused[1]
 
 
-@pytest.mark.parametrize("combine", ["entrywise", "hajek", "horvitz-thompson", "mean"])
+@pytest.mark.parametrize("combine", get_args(Combine))
 @pytest.mark.parametrize("clip", [0.0, 1.0])
 def test_whatever_is_accepted_gives_a_finite_step(global_model, reply, combine, clip):
     """One client with the largest accepted change and weight and the smallest probability, and an ordinary one."""

@@ -62,7 +62,7 @@ def test_an_accepted_reply_holds_weight_units_usage_and_sizes(global_model, kind
     contribution = each.contribution
     assert contribution.weight == weight
     assert contribution.trained == {(0, 0), (0, 2), (1, 3)}
-    assert contribution.summary is not None and contribution.summary.units == {(0, 2)}
+    assert contribution.summary is not None and contribution.summary.keys() == {(0, 2)}
     assert each.usage[1].tolist() == np.eye(4).tolist()
     assert each.stats == packed_stats(each.reply.update)
 
