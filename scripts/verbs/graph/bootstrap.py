@@ -52,7 +52,7 @@ class ExpertOptions:
         int | None,
         typer.Option(
             help="Rank of the affine map that stands in for the experts that a token does not visit; 0: none. Unless "
-            "given, a ninth of the hidden width with the router contribution, else 0."
+            "given, two ninths of the hidden width with the router contribution, else 0."
         ),
     ] = None
     experts_per_token: Annotated[

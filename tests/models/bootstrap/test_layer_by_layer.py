@@ -118,7 +118,7 @@ def test_options_that_do_not_go_together_are_refused(changes, message):
 def test_options_that_are_not_given_go_with_the_router():
     layerwise = BootstrapOptions.of_router(256, 576, features=None, num_shared=None, seed=3)
     assert (layerwise.router, layerwise.features) == ("contribution", "gate-activation")
-    assert (layerwise.num_shared, layerwise.default_rank, layerwise.seed) == (38, 64, 3)
+    assert (layerwise.num_shared, layerwise.default_rank, layerwise.seed) == (38, 128, 3)
     plain = BootstrapOptions.of_router(16, 576, router="ridge", default_rank=None)
     assert (plain.features, plain.num_shared, plain.default_rank) == ("gate", 0, 0)
     given = BootstrapOptions.of_router(8, 5, num_shared=0, default_rank=0, features="up", experts_per_token=1)
