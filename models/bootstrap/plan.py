@@ -52,8 +52,8 @@ class BootstrapOptions:
         """Options, where those that are None take the value that goes with the router.
 
         With ``contribution``, the router unless one is given: clusters of gate activations, 30 % of the visits to
-        shared experts, and a default output of rank 2D/9, whose products are 6 % of those of an FFN of width 2.7 D. With
-        other routers: clusters of gate rows, neither shared experts nor default output.
+        shared experts, and a default output of rank 2D/9, whose products are 6 % of those of an FFN of width 2.7 D.
+        With other routers: clusters of gate rows, neither shared experts nor default output.
 
         Args:
             num_experts: experts per layer.
