@@ -7,7 +7,7 @@ import sys
 
 import click
 
-from configs.errors import UserError
+from configs.errors import Interrupted, UserError
 from scripts.shared.console import option_names, warnings_as_lines
 from scripts.shared.verb_group import Verb, VerbGroup
 
@@ -99,6 +99,8 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(error.format_message(), arguments, code=2)
     except UserError as error:
         return _fail(option_names(str(error)), arguments, code=2)
+    except Interrupted as error:
+        return _fail(str(error), arguments, code=130)
     except (KeyboardInterrupt, click.Abort):
         return _fail("interrupted", arguments, code=130)
     except Exception as error:  # noqa: BLE001 - the boundary: a failure is one line, not a traceback

@@ -16,6 +16,10 @@ class UserError(ValueError):
     """
 
 
+class Interrupted(Exception):
+    """An interruption by the user; the message states what was saved, in one line. Every command ends with code 130."""
+
+
 def name_fields(message: str, shown: Callable[[str], str]) -> str:
     """Replace every field in backquotes by ``shown(field)``, the name that an interface has for it."""
     return _FIELD.sub(lambda match: shown(match[1]), message)

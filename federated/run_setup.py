@@ -9,12 +9,17 @@ from transformers.utils.logging import disable_progress_bar
 
 from configs.block_size import choose_block_size, context_length
 from configs.schema import RunConfig
+from federated.driver_watch import end_with_driver
 from models.graph.runtime_settings import set_visits, set_walk
 from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 
 
 def prepare_process(config: RunConfig) -> None:
-    """Set torch's threads and seed from the run configuration; switch off progress bars, which would fill the log."""
+    """Set torch's threads and seed from the run configuration; switch off progress bars, which would fill the log.
+
+    The process ends with the command that drives the run, where there is one (``federated.driver_watch``).
+    """
+    end_with_driver()
     disable_progress_bar()
     torch.set_num_threads(config.num_threads)
     torch.manual_seed(config.seed)

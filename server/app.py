@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -25,8 +27,11 @@ from server.reporting.unused_clients import check_all_used
 from server.rounds.interruption import save_interrupted
 from server.rounds.loop import Federation
 from server.rounds.run_observer import RunObserver
+from server.rounds.stoppable_grid import StoppableGrid
 from server.state.journal import Journal, SavedRound
+from server.state.run_lock import SERVER_LOCK, holding
 from server.state.settings import Settings, read_settings
+from server.state.stop_request import clear_stop
 from server.strategies.sam_v2 import sam_v2
 
 app = ServerApp()
@@ -37,11 +42,12 @@ def main(grid: Grid, context: Context) -> None:
     """Run one federation from Flower's run configuration; an exception is also left as ``failure.json`` in ``log-dir``.
 
     Raises:
-        UserError: bad input of any kind.
+        UserError: bad input of any kind; another run uses ``log-dir``, in which nothing is written then.
         UnusedClients: no update of a client was used; the model is saved.
     """
     log_dir = context.run_config.get("log-dir")
-    with recording_failure(Path(str(log_dir)) if log_dir else None):
+    folder = Path(str(log_dir)) if log_dir else None
+    with _locked(folder), recording_failure(folder):
         check_all_used(run_federation(grid, load_run_config(context.run_config), run_id=context.run_id))
 
 
@@ -58,6 +64,7 @@ def run_federation(grid: Grid, config: RunConfig, *, run_id: int) -> dict:
     Raises:
         UserError: bad input; before the first trained round nothing has been written but logs.
         RuntimeError: no client gave a usable update in repeated exchanges of a round.
+        StopRequested: the run was interrupted.
     """
     prepare_process(config)
     log_dir = Path(config.log_dir) if config.log_dir else cache_folder() / "runs" / str(run_id)
@@ -75,7 +82,7 @@ def run_federation(grid: Grid, config: RunConfig, *, run_id: int) -> dict:
         history=saved.history if saved else None,
     )
     federation = Federation(
-        grid=grid,
+        grid=StoppableGrid(grid, log_dir),
         config=config,
         global_model=global_model,
         strategy=sam_v2(config, validation=validation),
@@ -118,6 +125,20 @@ def open_state(
     settings = Settings(run_id, global_model.fingerprint, config.values())
     settings.write(journal.folder)
     return settings, None
+
+
+@contextmanager
+def _locked(log_dir: Path | None) -> Iterator[None]:
+    """Lock the configured log directory and withdraw requests to stop; without one, its name is the run id's alone."""
+    if log_dir is None:
+        yield
+        return
+    with holding(log_dir, SERVER_LOCK):
+        clear_stop(log_dir)
+        try:
+            yield
+        finally:
+            clear_stop(log_dir)
 
 
 def open_global_model(config: RunConfig) -> GlobalModel:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config
 
 import fedgraft
-from configs.errors import UserError
+from configs.errors import Interrupted, UserError
 from tests.conftest import tiny_llama
 from tests.support.command import assert_refused, run, tree
 from tests.support.documents import write_documents
@@ -164,6 +164,7 @@ def test_a_damaged_checkpoint_is_one_line_and_leaves_nothing(place, capsys, dama
         (UserError("expected a,\n got b"), 2, "expected a, got b"),
         (UserError("expected `min_rank`"), 2, "expected --min-rank"),
         (KeyboardInterrupt(), 130, "interrupted"),
+        (Interrupted("interrupted; it is in out"), 130, "interrupted; it is in out"),
         (click.Abort(), 130, "interrupted"),
         (MemoryError(), 1, "MemoryError"),
     ],

@@ -40,29 +40,44 @@ fi
 WORK=$(mktemp -d)
 CACHE_DIR=$(realpath -m "${CACHE_DIR:-$WORK/cache}")
 JOB=fedgraft-local-$$-$RANDOM
-submit() { (cd "$ROOT" && exec env FEDGRAFT_JOB="$JOB" TMPDIR="$WORK" "$PYTHON" -m scripts.deploy.submit "$@"); }
+exec_submit() { cd "$ROOT" && exec env FEDGRAFT_JOB="$JOB" TMPDIR="$WORK" "$PYTHON" -m scripts.deploy.submit "$@"; }
+submit() { (exec_submit "$@"); }
 cleanup() {
     submit stop "$JOB" || true
     rm -rf "$WORK"
 }
 trap cleanup EXIT
-trap 'exit 130' INT
+# The server saves the model of the rounds so far before everything is stopped; a second Ctrl-C ends at once.
+trap 'trap "exit 130" INT; submit interrupt "$LOG_DIR" || true; ${RUN:+wait "$RUN"} || true; exit 130' INT
+# What this script starts has a process group of its own, which Ctrl-C on the console does not reach.
+apart() {
+    set -m
+    "$@" &
+    set +m
+}
 trap 'exit 143' TERM
 mkdir -p "$LOG_DIR" "$WORK/empty"
+# Stops everything where this script is killed and cannot.
+apart exec_submit guard "$JOB" $$ "$WORK"
+disown
 read -r LINK NODE_0 NODE_1 < <(submit ports 3)
 
 # Flower's processes start in an empty folder, install nothing, report nothing and keep to one thread each; a proxy of
 # the environment does not receive their connections over loopback.
 DIRECT=${no_proxy:-${NO_PROXY:-}}
 DIRECT=${DIRECT:+$DIRECT,}127.0.0.1,localhost,::1
-launch() {
+flower() {
     local log=$1
     shift
-    (cd "$WORK/empty" && exec env -u PYTHONPATH \
+    cd "$WORK/empty" && exec env -u PYTHONPATH \
         PATH="$(dirname "$PYTHON"):$PATH" FLWR_HOME="$WORK/home" FEDGRAFT_JOB="$JOB" OMP_NUM_THREADS=1 \
         FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1 FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 \
         FLWR_SUPEREXEC_TASK_POLL_INTERVAL=0.2 no_proxy="$DIRECT" NO_PROXY="$DIRECT" \
-        no_grpc_proxy="${no_grpc_proxy:+$no_grpc_proxy,}$DIRECT" "$@" >"$LOG_DIR/$log" 2>&1) &
+        no_grpc_proxy="${no_grpc_proxy:+$no_grpc_proxy,}$DIRECT" "$@" >"$LOG_DIR/$log" 2>&1
+}
+launch() {
+    apart flower "$@"
+    disown
 }
 node() {
     local index=$1 port=$2 data_dir=$3
@@ -88,6 +103,7 @@ SETTINGS=("graph=$GRAPH" "num-rounds=$ROUNDS" "log-dir=$LOG_DIR")
 if [[ -n ${FEDGRAFT_DATA:-} ]]; then SETTINGS+=("data=$(absolute_sources "$FEDGRAFT_DATA")"); fi
 if [[ -n ${OUT:-} ]]; then SETTINGS+=("out=$(realpath -m "$OUT")"); fi
 # In the background, so that a signal ends the wait at once and the trap above stops everything.
-submit run --app "$APP_DIR" --port "$LINK" --log "$LOG_DIR/flower.log" --timeout "${TIMEOUT:-3600}" \
-    "${SETTINGS[@]}" "$@" &
-wait $!
+apart exec_submit run --app "$APP_DIR" --port "$LINK" --log "$LOG_DIR/flower.log" --timeout "${TIMEOUT:-3600}" \
+    "${SETTINGS[@]}" "$@"
+RUN=$!
+wait "$RUN"

@@ -6,10 +6,12 @@ import argparse
 import os
 import sys
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 
-from configs.errors import UserError
+from configs.errors import Interrupted, UserError
 from configs.values import parse_assignments
+from federated.driver_watch import driver_mark
 from server.flower.flower_process import (
     JOB_VARIABLE,
     RunFailed,
@@ -19,38 +21,55 @@ from server.flower.flower_process import (
     wait_until_healthy,
     write_connection,
 )
-from server.flower.flower_run import run_and_wait
+from server.flower.flower_run import end_run, interruption, run_and_wait
+from server.flower.guard import guard
+from server.state.run_lock import DRIVER_LOCK, holding
+
+_STATUS = {UserError: 2, RunFailed: 1, Interrupted: 130}
 
 
 def main() -> int:
-    """Run one sub-command; returns the exit status: 0, 2 for bad input, 1 for a failed run."""
+    """Run one sub-command; returns the exit status: 0, 2 for bad input, 130 for an interruption, 1 for a failed run."""
     options = _parser().parse_args()
     try:
         if options.verb == "ports":
             print(*free_ports(options.count))
         elif options.verb == "stop":
             stop_job(options.job)
+        elif options.verb == "guard":
+            guard(options.job, driver_mark(options.pid), [options.folder])
+        elif options.verb == "interrupt":
+            end_run(options.log_dir)
         else:
             _run(options)
-    except (UserError, RunFailed) as error:
+    except (UserError, RunFailed, Interrupted) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UserError) else 1
+        return _STATUS[type(error)]
+    except KeyboardInterrupt:  # the second one, which ends at once
+        return _STATUS[Interrupted]
     return 0
 
 
 def _run(options: argparse.Namespace) -> None:
+    run_config = parse_assignments(options.assignments)
+    log_dir = Path(str(run_config["log-dir"])) if run_config.get("log-dir") else None
     wait_until_healthy(options.port)
-    with tempfile.TemporaryDirectory(prefix="fedgraft-submit-") as folder:
-        scratch = Path(folder)
+    with ExitStack() as stack:
+        if log_dir is not None:
+            stack.enter_context(holding(log_dir, DRIVER_LOCK))
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fedgraft-submit-")))
         write_connection(scratch / "home", f"127.0.0.1:{options.port}")
-        run_and_wait(
-            options.app,
-            run_config=parse_assignments(options.assignments),
-            env=flower_environment(scratch / "home", job=os.environ.get(JOB_VARIABLE, "")),
-            scratch=scratch,
-            log_file=options.log,
-            timeout=options.timeout,
-        )
+        try:
+            run_and_wait(
+                options.app,
+                run_config=run_config,
+                env=flower_environment(scratch / "home", job=os.environ.get(JOB_VARIABLE, "")),
+                scratch=scratch,
+                log_file=options.log,
+                timeout=options.timeout,
+            )
+        except KeyboardInterrupt:
+            raise (interruption(log_dir) if log_dir else Interrupted("interrupted")) from None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -60,6 +79,16 @@ def _parser() -> argparse.ArgumentParser:
     ports.add_argument("count", type=int)
     stop = verbs.add_parser("stop", help="end every process started for a job")
     stop.add_argument("job")
+    watch = verbs.add_parser(
+        "guard", help="wait for the end of a process, then end every process started for a job"
+    )
+    watch.add_argument("job")
+    watch.add_argument("pid", type=int, help="process id")
+    watch.add_argument("folder", type=Path, help="temporary folder, removed at the end")
+    interrupt = verbs.add_parser(
+        "interrupt", help="have the run of a log directory save its model and end; wait until it has"
+    )
+    interrupt.add_argument("log_dir", type=Path)
     run = verbs.add_parser(
         "run", help="submit a job to the SuperLink on a loopback port and wait for its end"
     )

@@ -18,6 +18,8 @@ import httpx
 import psutil
 import tomli_w
 
+from federated.driver_watch import DRIVER_VARIABLE, driver_mark
+
 CONNECTION = "local"  # name of the only SuperLink connection in config.toml
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 JOB_VARIABLE = (
@@ -35,9 +37,10 @@ def flower_environment(home: Path, *, job: str) -> dict[str, str]:
 
     Args:
         home: ``FLWR_HOME``.
-        job: mark of every process started with it, for :func:`stop_job`.
+        job: mark of every process started with it, for :func:`stop_job`; the client and server app among them end with
+            this process, see ``federated.driver_watch``.
     """
-    inherited = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "RAY_ADDRESS")}
+    inherited = {k: v for k, v in without_marks().items() if k not in ("PYTHONPATH", "RAY_ADDRESS")}
     commands = sysconfig.get_path("scripts")  # found also without an activated virtual environment
     return without_loopback_proxy(inherited) | {
         "PATH": os.pathsep.join([commands, inherited.get("PATH", os.defpath)]),
@@ -50,7 +53,13 @@ def flower_environment(home: Path, *, job: str) -> dict[str, str]:
         "OMP_NUM_THREADS": "1",
         "PYTHONUNBUFFERED": "1",
         JOB_VARIABLE: job,
+        DRIVER_VARIABLE: driver_mark(),
     }
+
+
+def without_marks() -> dict[str, str]:
+    """Environment of this process without the marks of a job and its driver."""
+    return {k: v for k, v in os.environ.items() if k not in (JOB_VARIABLE, DRIVER_VARIABLE)}
 
 
 def without_loopback_proxy(environment: Mapping[str, str]) -> dict[str, str]:

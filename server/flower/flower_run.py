@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
 import subprocess
@@ -15,9 +16,11 @@ from typing import Any
 
 import tomli_w
 
-from configs.errors import UserError
+from configs.errors import Interrupted, UserError
 from server.flower.flower_process import CONNECTION, RunFailed, resolve_program, start_process
 from server.reporting.failure import clear_failure, read_failure
+from server.state.run_lock import SERVER_LOCK, check_unused, wait_until_unused
+from server.state.stop_request import StopRequested, request_stop
 
 APP_SUFFIXES = frozenset(
     {".py", ".toml", ".json", ".jsonl", ".yaml", ".yml", ".md"}
@@ -27,6 +30,8 @@ _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _EXCEPTION = re.compile(r"^((?:\w+\.)*[A-Z]\w*)(?:: (.*))?$")
 # Message of the exception that Flower raises from the cause when the thread of the simulation ends.
 _WRAPPER = "An error was encountered. Ending simulation."
+
+_log = logging.getLogger(__name__)
 
 RunConfigValues = Mapping[str, bool | int | float | str]
 
@@ -66,18 +71,44 @@ def run_and_wait(
         federation_config: resources of simulated clients.
 
     Raises:
-        UserError: the ServerApp raised it.
+        UserError: the ServerApp raised it, or another ServerApp uses the log directory.
         RunFailed: any other failure.
+        KeyboardInterrupt: on Ctrl-C, after the ServerApp has saved the model of the rounds so far.
+        Interrupted: the end of the run was requested otherwise.
     """
     log_dir = Path(str(run_config["log-dir"])) if run_config.get("log-dir") else None
+    if log_dir is not None:
+        check_unused(log_dir, SERVER_LOCK)
     clear_failure(log_dir)
     empty = empty_folder(scratch)
     app = stage_app(Path(project), scratch / "app")
     config_file = scratch / "run-config.toml"
     config_file.write_text(tomli_w.dumps(dict(run_config)), encoding="utf-8")
     run_id = submit(app, config_file=config_file, federation_config=federation_config, env=env, cwd=empty)
-    status = wait_for_run(run_id, env=env, cwd=empty, log_file=log_file, timeout=timeout)
-    raise_for_status(status, log_file, failure=read_failure(log_dir))
+    try:
+        status = wait_for_run(run_id, env=env, cwd=empty, log_file=log_file, timeout=timeout)
+    except KeyboardInterrupt:
+        if log_dir is not None:
+            end_run(log_dir)
+        raise
+    failure = read_failure(log_dir)
+    if log_dir is not None and failure and failure[0] == StopRequested.__name__:
+        raise interruption(log_dir)
+    raise_for_status(status, log_file, failure=failure)
+
+
+def end_run(log_dir: Path) -> None:
+    """Request that the run of a log directory ends, and wait until its ServerApp has saved the model and ended."""
+    _log.warning("interrupted: the model is being saved; interrupt again to end at once without it")
+    request_stop(log_dir)
+    wait_until_unused(log_dir, SERVER_LOCK)
+
+
+def interruption(log_dir: Path) -> Interrupted:
+    """Exception of an interrupted run, which says what is saved, from its log directory."""
+    from server.rounds.interruption import interruption_line  # takes seconds: it opens models
+
+    return Interrupted(interruption_line(log_dir))
 
 
 def empty_folder(scratch: Path) -> Path:

@@ -23,6 +23,7 @@ from server.flower.flower_process import (
     write_connection,
 )
 from server.flower.flower_run import RunConfigValues, empty_folder, run_and_wait
+from server.flower.guard import guarded
 
 START_ATTEMPTS = 3  # another program may take the port between its choice and its use
 
@@ -38,7 +39,8 @@ def run_simulation(
 ) -> None:
     """Run a Flower app with simulated clients until it finishes.
 
-    Every process started is ended before this returns or raises, also on Ctrl-C and SIGTERM.
+    Every process started is ended before this returns or raises, also on Ctrl-C and SIGTERM, when the model of the
+    rounds so far is saved first; and within seconds if this process is killed.
 
     Args:
         project: folder of the app.
@@ -60,7 +62,13 @@ def run_simulation(
     log_dir = Path(log_dir).resolve()
     log_dir.mkdir(parents=True, exist_ok=True)
     federation = {"num-supernodes": num_supernodes, "client-resources-num-cpus": client_cpus}
-    with termination_as_interrupt(), _scratch_folder() as scratch, _simulator(scratch, log_dir) as env:
+    job = uuid.uuid4().hex
+    with (
+        termination_as_interrupt(),
+        _scratch_folder() as scratch,
+        guarded(job, scratch),
+        _simulator(job, scratch, log_dir) as env,
+    ):
         run_and_wait(
             project,
             run_config=run_config,
@@ -73,12 +81,12 @@ def run_simulation(
 
 
 @contextmanager
-def _simulator(scratch: Path, log_dir: Path) -> Iterator[Mapping[str, str]]:
+def _simulator(job: str, scratch: Path, log_dir: Path) -> Iterator[Mapping[str, str]]:
     """Start a SuperLink with the simulation engine; yields the environment of ``flwr`` commands for it.
 
     ``flwr run`` could start one, but a detached one on a fixed port, which outlasts the run.
     """
-    job, home = uuid.uuid4().hex, scratch / "home"
+    home = scratch / "home"
     env = flower_environment(home, job=job) | {"RAY_TMPDIR": str(scratch)}
     process = None
     try:

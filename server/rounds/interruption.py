@@ -8,6 +8,7 @@ from pathlib import Path
 from configs.output import OutputKept
 from configs.schema import RunConfig
 from server.rounds.loop import Federation
+from server.rounds.run_observer import read_summary
 from server.state.checkpoint import write_checkpoint, write_state
 
 _log = logging.getLogger(__name__)
@@ -38,6 +39,18 @@ def save_interrupted(federation: Federation, error: BaseException) -> None:
         _log.exception("the interrupted run could not be saved")
     else:
         _log.warning("the model after round %d is in %s", federation.state.server_round, folder)
+
+
+def interruption_line(log_dir: Path) -> str:
+    """Sentence about what an interrupted run has saved, from its log directory."""
+    try:
+        summary = read_summary(log_dir)
+    except FileNotFoundError:
+        return f"interrupted before the first round ended; no model was written (logs: {log_dir})"
+    where = f"the model after round {summary['rounds']} is in {summary['out']}"
+    return (
+        f"interrupted; {where}" if summary["out"] else f"interrupted after the last round (logs: {log_dir})"
+    )
 
 
 def _save_model(federation: Federation, config: RunConfig) -> Path:

@@ -7,6 +7,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+_PREFIX = ".replies."
+
 
 @dataclass(frozen=True)
 class HeldBytes:
@@ -41,6 +43,12 @@ class SpooledBytes:
         return self.path.read_bytes()
 
 
+def remove_spools(parent: Path) -> None:
+    """Remove the spools that killed processes left in ``parent``."""
+    for folder in Path(parent).glob(f"{_PREFIX}*"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 class ReplySpool:
     """Temporary folder of packed updates, removed at the end of its ``with`` block.
 
@@ -50,7 +58,7 @@ class ReplySpool:
 
     def __init__(self, parent: Path) -> None:
         Path(parent).mkdir(parents=True, exist_ok=True)
-        self.folder = Path(tempfile.mkdtemp(prefix=".replies.", dir=parent))
+        self.folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
         self._count = 0
 
     def put(self, data: bytes) -> SpooledBytes:

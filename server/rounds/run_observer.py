@@ -58,9 +58,10 @@ class RunObserver:
         experts = global_model.graph.num_experts
         self.log_dir, self._global_model = log_dir, global_model
         self._log = RunLog(log_dir, num_layers=len(experts), experts_per_layer=experts, resumed=resumed)
-        (log_dir / SUMMARY_FILE).unlink(missing_ok=True)
-        for folder in ("tensorboard", CHECKPOINTS) if resumed is None else ():
-            shutil.rmtree(log_dir / folder, ignore_errors=True)
+        if resumed is None:
+            (log_dir / SUMMARY_FILE).unlink(missing_ok=True)
+            for folder in ("tensorboard", CHECKPOINTS):
+                shutil.rmtree(log_dir / folder, ignore_errors=True)
         _copy_cluster_statistics(global_model.source, log_dir)
         self._tensorboard = TensorBoardLog(log_dir, resumed=resumed)
         self._clients: dict[int, dict[str, Any]] = {}

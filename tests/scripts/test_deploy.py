@@ -10,9 +10,12 @@ import sys
 import pytest
 
 from clients.state.store import ClientStore
+from configs.errors import UserError
 from models.checkpoints.disk_experts import open_mapped
 from models.graph.graph_state import read_graph
 from scripts.deploy import submit
+from server.state.run_lock import DRIVER_LOCK, check_unused, holding
+from server.state.stop_request import stop_requested
 from tests.support.flower_apps import UNREACHABLE_PROXY
 from tests.support.paths import ROOT
 from tests.support.tiny_federation import assert_run_succeeded, run_values, save_tiny_graph, write_texts
@@ -83,6 +86,43 @@ def test_submit_prints_as_many_ports_as_asked(monkeypatch, capsys):
     assert call(monkeypatch, "ports", "3") == 0
     ports = [int(port) for port in capsys.readouterr().out.split()]
     assert len(set(ports)) == 3
+
+
+def test_submit_has_a_run_save_its_model(monkeypatch, tmp_path):
+    assert call(monkeypatch, "interrupt", str(tmp_path)) == 0
+    assert stop_requested(tmp_path)
+
+    def again(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("server.flower.flower_run.wait_until_unused", again)
+    assert call(monkeypatch, "interrupt", str(tmp_path)) == 130
+
+
+def test_submit_guards_a_job(monkeypatch, tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    (tmp_path / "work").mkdir()
+    stopped = []
+    monkeypatch.setattr("server.flower.guard.stop_job", stopped.append)
+    assert call(monkeypatch, "guard", "job", str(process.pid), str(tmp_path / "work")) == 0
+    assert stopped == ["job"] and not (tmp_path / "work").exists()
+    process.wait()
+
+
+def test_submit_locks_the_log_directory_and_an_interrupt_exits_with_130(monkeypatch, capsys, tmp_path):
+    def interrupted(*_, **__):
+        with pytest.raises(UserError, match="in use by"):
+            check_unused(tmp_path / "logs")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("scripts.deploy.submit.wait_until_healthy", lambda port: None)
+    monkeypatch.setattr("scripts.deploy.submit.run_and_wait", interrupted)
+    arguments = ("run", "--app", str(tmp_path), "--port", "1", "--log", str(tmp_path / "log"))
+    assert call(monkeypatch, *arguments, f"log-dir={tmp_path / 'logs'}") == 130
+    assert "interrupted before the first round ended" in capsys.readouterr().err
+    with holding(tmp_path / "logs", DRIVER_LOCK):
+        assert call(monkeypatch, *arguments, f"log-dir={tmp_path / 'logs'}") == 2
+    assert f"in use by process {os.getpid()}" in capsys.readouterr().err
 
 
 def test_submit_reports_failures_in_one_line_with_their_status(monkeypatch, capsys, tmp_path):

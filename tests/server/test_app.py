@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from server import app as server_app
 from server.app import main, open_global_model, run_federation, server_text
 from server.flower.in_process_grid import RUN_ID
 from server.reporting.unused_clients import UnusedClients
+from server.state.run_lock import SERVER_LOCK, holding
 from tests.support.tiny_federation import TinyGrid, tiny_config
 
 LOGS = {
@@ -186,3 +188,15 @@ def test_a_run_on_answers_counts_the_tokens_of_answers_alone(config, tmp_path):
     assert blocks.num_tokens == 2 * len("yes") + 2, "two held-out answers, each with EOS"
     summary = run_federation(TinyGrid(config), config, run_id=RUN_ID)
     assert [client["perplexity_after"] > 1 for client in summary["clients"]] == [True, True]
+
+
+def test_a_log_directory_in_use_is_refused_and_nothing_is_written_there(config):
+    context = Context(
+        run_id=RUN_ID, node_id=0, node_config={}, state=RecordDict(), run_config=config.values()
+    )
+    logs = Path(config.log_dir)
+    with holding(logs, SERVER_LOCK), pytest.raises(UserError, match=f"in use by process {os.getpid()}"):
+        main(TinyGrid(config), context)
+    assert list(logs.iterdir()) == []
+    main(TinyGrid(config), context)
+    assert not (logs / SERVER_LOCK).exists()

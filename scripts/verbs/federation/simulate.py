@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -109,21 +111,23 @@ def _run(run: RunConfig, client_cpus: int) -> str:
 
     Returns:
         The failure of a completed run in which no update of a client was used; else an empty text.
+
+    Raises:
+        Interrupted: on Ctrl-C.
     """
     from server.flower.flower_process import RunFailed
     from server.flower.simulation import run_simulation
     from server.reporting.failure import read_failure
     from server.reporting.live_table import following
-    from server.reporting.run_log import clear_run
     from server.reporting.unused_clients import UnusedClients
     from server.rounds.loop import ROUND_ATTEMPTS
 
     folder = Path(run.log_dir)
-    if not run.resume:
-        clear_run(folder)  # the live table would show the rounds of an earlier run
-        shutil.rmtree(folder / "clients", ignore_errors=True)
     try:
-        with following(folder, num_rounds=run.num_rounds, console=stderr):
+        with (
+            _log_directory(folder, keep=run.resume),
+            following(folder, num_rounds=run.num_rounds, console=stderr),
+        ):
             run_simulation(
                 PROJECT,
                 run_config=run.values(),
@@ -138,6 +142,41 @@ def _run(run: RunConfig, client_cpus: int) -> str:
             raise
         return message
     return ""
+
+
+@contextmanager
+def _log_directory(folder: Path, *, keep: bool) -> Iterator[None]:
+    """Lock the log directory of a run and remove the files of an earlier one, which the live table would show.
+
+    Args:
+        folder: log directory.
+        keep: keep these files, for a run that is continued.
+
+    Raises:
+        UserError: another run uses it.
+        Interrupted: on Ctrl-C in the block; says what was saved.
+    """
+    from server.flower.flower_run import interruption
+    from server.reporting.run_log import clear_run
+    from server.rounds.reply_spool import remove_spools
+    from server.rounds.run_observer import SUMMARY_FILE
+    from server.state.run_lock import DRIVER_LOCK, SERVER_LOCK, check_unused, holding
+    from server.state.stop_request import clear_stop
+
+    with holding(folder, DRIVER_LOCK):
+        check_unused(folder, SERVER_LOCK)
+        if not keep:
+            clear_run(folder)
+            (folder / SUMMARY_FILE).unlink(missing_ok=True)
+            shutil.rmtree(folder / "clients", ignore_errors=True)
+        clear_stop(folder)
+        try:
+            yield
+        except KeyboardInterrupt:
+            raise interruption(folder) from None
+        finally:
+            clear_stop(folder)
+            remove_spools(folder)
 
 
 def read_run_config(config: Path | None, given: dict[str, Any], assignments: list[str]):
@@ -178,17 +217,22 @@ def read_resumed_config(log_dir: Path, *, alone: bool):
     """
     from configs.errors import UserError
     from configs.schema import load_run_config
+    from server.rounds.run_observer import read_summary
     from server.state.journal import STATE_FOLDER
     from server.state.settings import read_settings
 
     if not alone:
         raise UserError("expected --resume alone, got other options of the run, too; its settings are kept")
-    values = dict(read_settings(log_dir.absolute() / STATE_FOLDER).values)
-    return load_run_config(values | {"log-dir": str(log_dir.absolute()), "resume": True})
+    log_dir = log_dir.absolute()
+    values = dict(read_settings(log_dir / STATE_FOLDER).values)
+    with suppress(FileNotFoundError):
+        # The model that this run saved when it was interrupted is replaced by the final one.
+        values["overwrite"] |= bool(values["out"]) and read_summary(log_dir)["out"] == values["out"]
+    return load_run_config(values | {"log-dir": str(log_dir), "resume": True})
 
 
 def check_run(run) -> None:
-    """Check output directories, room on disk, graph, and data of server and clients before any process starts.
+    """Check log and output directories, room on disk, graph, and data of server and clients before any process starts.
 
     Raises:
         UserError: the first problem, in one line.
@@ -201,7 +245,9 @@ def check_run(run) -> None:
     from models.bootstrap.recipe_build import check_base
     from models.checkpoints.load import check_weights, load_tokenizer
     from server.model.config_checks import check_fit, check_room
+    from server.state.run_lock import check_unused
 
+    check_unused(Path(run.log_dir))
     folders = (run.out,) if run.resume else (run.log_dir, run.out)
     for folder in filter(None, folders):
         check_output_directory(Path(folder), overwrite=run.overwrite)

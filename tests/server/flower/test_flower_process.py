@@ -14,6 +14,7 @@ import tomllib
 import psutil
 import pytest
 
+from federated.driver_watch import DRIVER_VARIABLE, driver_mark
 from server.flower.flower_process import (
     JOB_VARIABLE,
     RunFailed,
@@ -26,6 +27,7 @@ from server.flower.flower_process import (
     termination_as_interrupt,
     wait_until_healthy,
     without_loopback_proxy,
+    without_marks,
     write_connection,
 )
 
@@ -68,11 +70,15 @@ def has_ended(process: psutil.Process) -> bool:
 def test_environment_is_isolated_and_finds_flower_without_activation(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", "/elsewhere")
     monkeypatch.setenv("RAY_ADDRESS", "1.2.3.4:1")
+    monkeypatch.setenv(JOB_VARIABLE, "outer")
+    monkeypatch.setenv(DRIVER_VARIABLE, "1:2.0")
+    assert {JOB_VARIABLE, DRIVER_VARIABLE}.isdisjoint(without_marks()) and "RAY_ADDRESS" in without_marks()
     monkeypatch.setenv("PATH", "/usr/bin")
     env = flower_environment(tmp_path, job="j")
     assert "PYTHONPATH" not in env
     assert "RAY_ADDRESS" not in env
     assert (env["FLWR_HOME"], env[JOB_VARIABLE], env["OMP_NUM_THREADS"]) == (str(tmp_path), "j", "1")
+    assert env[DRIVER_VARIABLE] == driver_mark()
     assert env["FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"] == "1"
     program = resolve_program(["flower-superlink", "--insecure"], env)
     assert os.access(program[0], os.X_OK)

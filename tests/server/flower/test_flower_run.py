@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import io
 import json
+import threading
+import time
 import zipfile
 from pathlib import Path
 
 import pytest
 from flwr.cli.build import build_fab_from_disk
 
-from configs.errors import UserError
+from configs.errors import Interrupted, UserError
 from server.flower.flower_process import RunFailed, flower_environment
 from server.flower.flower_run import (
     RunStatus,
@@ -23,6 +25,8 @@ from server.flower.flower_run import (
     submit,
     wait_for_run,
 )
+from server.state.run_lock import SERVER_LOCK, holding
+from server.state.stop_request import stop_requested
 from tests.support.flower_apps import write_throwaway_app
 from tests.support.paths import ROOT
 
@@ -112,6 +116,57 @@ esac"""
     kind, message = (UserError, "^of this run$") if recorded else (RunFailed, "KeyError: in the log")
     with pytest.raises(kind, match=message):
         run_and_wait(app, run_config={"log-dir": str(tmp_path)}, env=fake_flwr(script)["env"], **options)
+
+
+def test_an_interrupt_requests_the_end_of_the_run_and_waits_for_its_server(tmp_path, fake_flwr, monkeypatch):
+    logs, saved, held = tmp_path / "logs", [], threading.Event()
+
+    def serve() -> None:
+        """Stands for the ServerApp: it saves its model once it is requested to end."""
+        with holding(logs, SERVER_LOCK):
+            held.set()
+            while not stop_requested(logs):
+                time.sleep(0.05)
+            time.sleep(0.3)
+            saved.append(True)
+
+    def interrupted(*_, **__):
+        server.start()
+        held.wait()
+        raise KeyboardInterrupt
+
+    server = threading.Thread(target=serve)
+    monkeypatch.setattr("server.flower.flower_run.wait_for_run", interrupted)
+    env = fake_flwr("""echo '{"success": true, "run-id": "17"}'""")["env"]
+    app = write_throwaway_app(tmp_path / "project")
+    options = {"env": env, "scratch": tmp_path, "log_file": tmp_path / "log", "timeout": 30}
+    with pytest.raises(KeyboardInterrupt):
+        run_and_wait(app, run_config={"log-dir": str(logs)}, **options)
+    assert saved == [True]
+    server.join()
+
+
+def test_a_run_that_was_requested_to_end_says_what_it_saved(tmp_path, fake_flwr):
+    record = """{"type": "StopRequested", "message": "interrupted"}"""
+    failed = COMPLETED.replace("completed", "failed")
+    script = f"""
+case $1 in
+run) echo '{record}' > {tmp_path}/failure.json; echo '{{"success": true, "run-id": "17"}}' ;;
+ls) echo '{failed}' ;;
+esac"""
+    (tmp_path / "summary.json").write_text('{"rounds": 2, "out": "/out"}')
+    options = {"scratch": tmp_path, "log_file": tmp_path / "flower.log", "timeout": 30}
+    app, env = write_throwaway_app(tmp_path / "project"), fake_flwr(script)["env"]
+    with pytest.raises(Interrupted, match="^interrupted; the model after round 2 is in /out$"):
+        run_and_wait(app, run_config={"log-dir": str(tmp_path)}, env=env, **options)
+
+
+def test_a_log_directory_in_use_is_refused_before_its_failure_is_cleared(tmp_path):
+    (tmp_path / "failure.json").touch()
+    options = {"env": {}, "scratch": tmp_path / "scratch", "log_file": tmp_path / "log", "timeout": 1}
+    with holding(tmp_path, SERVER_LOCK), pytest.raises(UserError, match="in use by process"):
+        run_and_wait(tmp_path, run_config={"log-dir": str(tmp_path)}, **options)
+    assert (tmp_path / "failure.json").exists() and not (tmp_path / "scratch").exists()
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from server.rounds.reply_spool import ReplySpool
+from server.rounds.reply_spool import ReplySpool, remove_spools
 
 
 def test_what_is_put_is_read_again_and_gone_after_the_block(tmp_path):
@@ -29,3 +29,12 @@ def test_two_spools_of_one_folder_do_not_meet(tmp_path):
     with ReplySpool(tmp_path) as one, ReplySpool(tmp_path) as other:
         first, second = one.put(b"1"), other.put(b"2")
         assert (first.read(), second.read()) == (b"1", b"2")
+
+
+def test_spools_of_killed_processes_are_removed_and_nothing_else(tmp_path):
+    spool = ReplySpool(tmp_path)
+    spool.put(b"x")
+    (tmp_path / "replies.txt").touch()
+    remove_spools(tmp_path)
+    assert os.listdir(tmp_path) == ["replies.txt"]
+    remove_spools(tmp_path / "absent")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -12,7 +13,9 @@ from scripts.shared.console import print_result
 from scripts.verbs.federation.simulate import PROJECT, read_run_config, summary_lines
 from server.flower.flower_process import RunFailed, job_processes, stop_job
 from server.state.journal import STATE_FOLDER
+from server.state.run_lock import DRIVER_LOCK, SERVER_LOCK, check_unused, holding
 from server.state.settings import Settings
+from server.state.stop_request import request_stop
 from tests.support.command import assert_refused, run, tree
 from tests.support.flower_apps import UNREACHABLE_PROXY
 from tests.support.tiny_federation import assert_run_succeeded, run_values, save_tiny_graph, write_texts
@@ -189,7 +192,7 @@ def test_a_client_that_was_never_used_is_in_the_table_and_the_run_exits_with_1(
     summary = SUMMARY | {"clients": [*SUMMARY["clients"], unused]}
 
     def simulate(project: Path, *, log_dir: Path, **options) -> None:
-        log_dir.mkdir(parents=True)
+        log_dir.mkdir(parents=True, exist_ok=True)
         (log_dir / "summary.json").write_text(json.dumps(summary))
         failure = {"type": "UnusedClients", "message": "got none of node-7: disk full"}
         (log_dir / "failure.json").write_text(json.dumps(failure))
@@ -351,3 +354,66 @@ def scratch_folders(monkeypatch) -> list[Path]:
 
     monkeypatch.setattr("server.flower.simulation.tempfile.mkdtemp", remember)
     return folders
+
+
+def test_a_continued_run_replaces_the_model_that_it_saved_when_it_was_interrupted(place, simulations, capsys):
+    run(capsys, *COMMAND, "--out", "model")
+    (_, options), log_dir = simulations[0], place / "logs" / "run"
+    Settings(3, "f", options["run_config"]).write(log_dir / STATE_FOLDER)
+    write_texts(place / "model")
+    outcome = run(capsys, "simulate", "--resume", "logs/run")
+    assert_refused(outcome, "model with files in it", as_json=False)
+    (log_dir / "summary.json").write_text(json.dumps(SUMMARY | {"out": str(place / "model")}))
+    assert run(capsys, "simulate", "--resume", "logs/run").code == 0
+    assert simulations[1][1]["run_config"]["overwrite"] is True
+
+
+@pytest.mark.parametrize("name", [DRIVER_LOCK, SERVER_LOCK])
+def test_a_log_folder_of_a_living_run_is_refused_also_with_overwrite(place, simulations, capsys, name):
+    logs = place / "logs" / "run"
+    with holding(logs, name):
+        before = tree(place)
+        outcome = run(capsys, *COMMAND, "--overwrite", "--json")
+        assert_refused(outcome, f"in use by process {os.getpid()} on", "--log-dir", as_json=True)
+        assert simulations == [] and tree(place) == before
+    assert run(capsys, *COMMAND, "--overwrite").code == 0
+
+
+def test_the_log_folder_is_locked_while_the_run_lasts(place, capsys, monkeypatch):
+    def simulate(project: Path, *, log_dir: Path, **options) -> None:
+        with pytest.raises(UserError, match="in use by"):
+            check_unused(log_dir)
+        (log_dir / "summary.json").write_text(json.dumps(SUMMARY))
+
+    monkeypatch.setattr("server.flower.simulation.run_simulation", simulate)
+    assert run(capsys, *COMMAND).code == 0
+    assert [path.name for path in (place / "logs" / "run").iterdir()] == ["summary.json"]
+
+
+@pytest.mark.parametrize(
+    ("summary", "line"),
+    [
+        (SUMMARY, "interrupted; the model after round 2 is in /out"),
+        (SUMMARY | {"out": ""}, "interrupted after the last round (logs: "),
+        (None, "interrupted before the first round ended; no model was written (logs: "),
+    ],
+)
+def test_an_interrupted_run_says_in_one_line_what_was_saved_and_leaves_no_replies(
+    place, capsys, monkeypatch, summary, line
+):
+    logs = place / "logs" / "run"
+    logs.mkdir(parents=True)
+    (logs / "summary.json").write_text(json.dumps(SUMMARY | {"out": "/of/an/earlier/run"}))
+
+    def simulate(project: Path, **options) -> None:
+        (logs / ".replies.abc").mkdir()
+        request_stop(logs)
+        if summary:
+            (logs / "summary.json").write_text(json.dumps(summary))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("server.flower.simulation.run_simulation", simulate)
+    outcome = run(capsys, *COMMAND, "--overwrite")
+    (error,) = outcome.err.splitlines()
+    assert (outcome.code, outcome.out) == (130, "") and error.startswith(f"fedgraft: error: {line}")
+    assert [path.name for path in logs.iterdir()] == (["summary.json"] if summary else [])
