@@ -27,6 +27,7 @@ from server.rounds.validation import (
     held_out_loss,
     total_loss,
 )
+from server.state.federation_state import FederationState
 from server.strategies.sam_v2 import sam_v2
 from tests.support.tiny_federation import packed_change, random_change, save_tiny_graph
 from tests.support.tiny_graphs import graph_of
@@ -117,6 +118,25 @@ def test_a_node_stays_the_client_that_it_was(global_model, reply):
     assert "expected partition to be a whole number from 0" in refusal(
         global_model, replace(reply, partition=-1)
     )
+
+
+def test_a_client_stays_with_its_node_in_a_run_that_is_continued(global_model, reply):
+    """Until that node is gone: a restarted node has another id."""
+    state = FederationState()
+    state.connect([4, 9])
+    state.accept(9, 0)
+    restored = FederationState.from_bytes(state.to_bytes())
+    restored.connect([4, 9])
+    theft = {4: answer(reply)}
+    replies = checked(theft, global_model, partitions=restored.partitions())
+    assert replies.refused == {4: "client 0 has answered already, from another node"}
+    evaluations = check_evaluations(theft, global_model, restored.partitions())
+    assert evaluations.refused == replies.refused
+    both = checked({4: answer(reply), 9: answer(reply)}, global_model, partitions=restored.partitions())
+    assert [each.node for each in both.accepted] == [9]
+    restored.connect([4, 12])
+    replies = checked({12: answer(reply)}, global_model, partitions=restored.partitions())
+    assert [each.node for each in replies.accepted] == [12]
 
 
 def test_clients_weigh_by_examples_or_by_tokens(global_model, reply):
