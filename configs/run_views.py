@@ -89,6 +89,7 @@ class Aggregation:
     clip_norm_multiple: float
     clip_unit_multiple: float
     trim_share: float
+    opposition_limit: float
 
 
 @dataclass(frozen=True)

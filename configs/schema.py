@@ -114,12 +114,14 @@ class RunConfig(Views, Keys):
     """Share of the unshipped residual kept for next round."""
     server_learning_rate: Positive = 2.0
     """Factor on the combined update that the server applies."""
-    clip_norm_multiple: NonNegative = 0.0
+    clip_norm_multiple: NonNegative = 2.0
     """Clip client updates to this multiple of the round's median update norm; 0: off."""
     clip_unit_multiple: NonNegative = 0.0
     """Clip the change of each expert to this multiple of its median norm, with three clients or more; 0: off."""
     trim_share: Annotated[float, Field(ge=0, le=0.5)] = 0.2
     """Share of an entry's values that trimmed-mean leaves out at each end, with three or more; at least one value."""
+    opposition_limit: Share = 0.1
+    """Leave out an update whose signs oppose most others: agreeing minus opposing share below minus this; 0: none."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seed of every random choice in the run."""
     train: Trained = "all"

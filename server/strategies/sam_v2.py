@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
 from configs.run_views import Aggregation, Rewiring
 from configs.schema import RunConfig
+from federated.aggregation.agreement import opposed
 from federated.aggregation.combine import aggregate
 from federated.aggregation.contribution import Contribution
 from federated.aggregation.usage import unpack_usage
@@ -28,6 +30,8 @@ from server.strategies.update_checks import (
     inclusion_probabilities,
     trained_units,
 )
+
+_log = logging.getLogger(__name__)
 
 
 class SamV2:
@@ -86,15 +90,23 @@ class SamV2:
         return Accepted(node, reply, Contribution(weight, unpack, inclusion, trained, summary), usage, stats)
 
     def combine(self, accepted: Sequence[Accepted]) -> Mapping[Unit, Tensor]:
-        """Combine updates per ``combine``, with norm clipping and the server learning rate."""
+        """Combine updates per ``combine``, with norm clipping and the server learning rate; none that is opposed."""
         return aggregate(
-            [each.contribution for each in accepted],
+            self._unopposed(accepted),
             combine=self._aggregation.combine,
             server_learning_rate=self._aggregation.server_learning_rate,
             clip_norm_multiple=self._aggregation.clip_norm_multiple,
             clip_unit_multiple=self._aggregation.clip_unit_multiple,
             trim_share=self._aggregation.trim_share,
         )
+
+    def _unopposed(self, accepted: Sequence[Accepted]) -> list[Contribution]:
+        contributions = [each.contribution for each in accepted]
+        against = opposed(contributions, limit=self._aggregation.opposition_limit)
+        for each, is_against in zip(accepted, against, strict=True):
+            if is_against:
+                _log.warning("the update of node %s points against most others and is left out", each.node)
+        return [each for each, is_against in zip(contributions, against, strict=True) if not is_against]
 
     def after_round(self, global_model: GlobalModel, state: FederationState) -> RewireRecord | None:
         """Edit edges by usage every ``merge-every`` rounds."""

@@ -1,0 +1,1 @@
+"""Robustness against hostile clients: attacks, federations with and without attackers."""
