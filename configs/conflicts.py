@@ -23,6 +23,20 @@ def check_conflicts(config: Any) -> None:
     _check_training(config)
     _check_lora(config)
     _check_shipment(config)
+    _check_participation(config)
+
+
+def _check_participation(config: Any) -> None:
+    if config.min_clients > config.num_clients:
+        raise UserError(
+            f"expected min-clients to be at most the {config.num_clients} clients of num-clients, got "
+            f"{config.min_clients}"
+        )
+    if config.round_deadline > config.reply_timeout:
+        raise UserError(
+            f"expected round-deadline to be at most the {config.reply_timeout:g} s of reply-timeout, got "
+            f"{config.round_deadline:g}"
+        )
 
 
 def _check_budgets(config: Any) -> None:

@@ -101,7 +101,23 @@ class Rewiring:
     merge_max_drift: float
 
 
-View = TypeVar("View", Training, Adapters, Upload, Aggregation, Rewiring)
+@dataclass(frozen=True)
+class Participation:
+    """Keys of the choice of clients in a round, and of how long the server waits for them."""
+
+    fraction_train: float
+    min_clients: int
+    over_provision: float
+    round_deadline: float
+    reply_timeout: float
+
+    @property
+    def quorum(self) -> int:
+        """Usable updates that a round needs."""
+        return max(1, self.min_clients)
+
+
+View = TypeVar("View", Training, Adapters, Upload, Aggregation, Rewiring, Participation)
 
 
 def view_of(kind: type[View], config: Any) -> View:
@@ -131,6 +147,11 @@ class Views:
     def aggregation(self) -> Aggregation:
         """Keys of the server's combination of client updates."""
         return view_of(Aggregation, self)
+
+    @property
+    def participation(self) -> Participation:
+        """Keys of the choice of clients in a round."""
+        return view_of(Participation, self)
 
     @property
     def rewiring(self) -> Rewiring:

@@ -192,6 +192,14 @@ class RunConfig(Views, Keys):
     """Prompt template for instruction records: auto, a name in configs/templates or a JSON path."""
     loss_on: Annotated[str, one_of(LossOn)] = "all"
     """Tokens with a loss in training and evaluation: all, or answers (of chats and instruction records)."""
+    fraction_train: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the connected clients whose updates enter a round; they are drawn anew in each round."""
+    min_clients: Whole = 0
+    """Usable updates that a round needs; with fewer it is repeated once, then the run ends, saved; 0: one."""
+    over_provision: Annotated[float, Field(ge=1)] = 1.0
+    """Clients asked in a round, as a multiple of those whose updates are used: the first to answer."""
+    round_deadline: NonNegative = 0.0
+    """Seconds after which a round goes on with the replies so far, if they are min-clients; 0: reply-timeout."""
     reply_timeout: Positive = 600.0
     """Seconds the server waits for the replies of a round."""
     trace_tokens: Whole = 64

@@ -35,6 +35,7 @@ class Answer:
         bytes_down: bytes of the request.
         update: packed update of the reply, where it was moved from ``content`` to disk.
         error_code: Flower's code of the error or one of ``federated.protocol.messages``; 0 without an error reply.
+        surplus: whether the round went on without it because enough others had answered.
     """
 
     content: RecordDict | None
@@ -44,11 +45,40 @@ class Answer:
     bytes_down: int
     update: SpooledBytes | None = None
     error_code: int = 0
+    surplus: bool = False
+
+    @property
+    def silent(self) -> bool:
+        """Whether the node did not answer although it was waited for."""
+        return self.bytes_up == 0 and not self.surplus
 
     @property
     def needs_recipe(self) -> bool:
         """Whether the node requests the recipe of the graph."""
         return self.error_code == NEEDS_RECIPE
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long the replies of an exchange are waited for.
+
+    Attributes:
+        timeout: seconds after which no reply is waited for.
+        enough: replies, errors not counted, after which no other is waited for; None: all.
+        deadline: seconds after which no other reply is waited for once there are ``quorum``; None: ``timeout``.
+        quorum: see ``deadline``.
+    """
+
+    timeout: float
+    enough: int | None = None
+    deadline: float | None = None
+    quorum: int = 1
+
+    def ends(self, replies: int, seconds: float) -> bool:
+        """Whether the exchange ends with so many replies after so many seconds."""
+        if seconds >= self.timeout or (self.enough is not None and replies >= self.enough):
+            return True
+        return self.deadline is not None and seconds >= self.deadline and replies >= self.quorum
 
 
 def wait_for_nodes(grid: Grid, count: int, *, timeout: float) -> list[int]:
@@ -76,17 +106,17 @@ def exchange(
     message_type: str,
     *,
     group: str,
-    timeout: float,
+    patience: Patience,
     spool: ReplySpool | None = None,
 ) -> dict[int, Answer]:
-    """Send each node its content and collect one answer per node, an error for each node that exceeds the timeout.
+    """Send each node its content and collect one answer per node, an error for each node that was not waited for.
 
     Args:
         grid: Flower's.
         contents: request content by node id.
         message_type: ``train`` or ``evaluate``.
         group: group id of the messages, for Flower's log.
-        timeout: seconds.
+        patience: how long replies are waited for.
         spool: receives the packed updates; None: they stay in memory and count as the rest of a reply.
     """
     messages = [
@@ -97,8 +127,8 @@ def exchange(
     sent = {node: message_bytes(message) for node, message in zip(contents, messages, strict=True)}
     waiting = dict(zip(grid.push_messages(messages), contents, strict=True))
     answers: dict[int, Answer] = {}
-    deadline = time.monotonic() + timeout
-    while waiting and time.monotonic() < deadline:
+    started, replies = time.monotonic(), 0
+    while waiting and not patience.ends(replies, time.monotonic() - started):
         for reply in _pull(grid, list(waiting)):
             node = waiting.get(reply.metadata.reply_to_message_id)
             if node is not None and _from_another(reply, node):
@@ -106,10 +136,18 @@ def exchange(
             elif node is not None:
                 del waiting[reply.metadata.reply_to_message_id]
                 answers[node] = _read(reply, sent[node], spool)
+                replies += answers[node].content is not None
         if waiting:
             time.sleep(POLL_SECONDS)
-    late = f"no answer within {timeout:.0f} s"
-    return answers | {node: Answer(None, late, None, 0, sent[node]) for node in waiting.values()}
+    seconds = time.monotonic() - started
+    return answers | {node: _missing(patience, replies, seconds, sent[node]) for node in waiting.values()}
+
+
+def _missing(patience: Patience, replies: int, seconds: float, bytes_down: int) -> Answer:
+    """Answer of a node that was not waited for."""
+    if patience.enough is not None and replies >= patience.enough:
+        return Answer(None, f"{replies} other clients answered first", None, 0, bytes_down, surplus=True)
+    return Answer(None, f"no answer within {seconds:.0f} s", None, 0, bytes_down)
 
 
 def _from_another(reply: Message, node: int) -> bool:

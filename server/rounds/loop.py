@@ -11,8 +11,9 @@ from flwr.serverapp import Grid
 from configs.schema import RunConfig
 from federated.protocol.messages import raise_bad_input
 from server.model.global_model import GlobalModel
-from server.rounds.exchange import Answer, wait_for_nodes
+from server.rounds.exchange import Answer, Patience, wait_for_nodes
 from server.rounds.node_requests import NodeRequests, add_retries
+from server.rounds.participants import choose_participants
 from server.rounds.reply_spool import ReplySpool
 from server.rounds.run_observer import RunObserver
 from server.rounds.validation import RoundReplies, check_evaluations, check_replies, held_out_loss
@@ -60,7 +61,7 @@ class Federation:
         self.global_model, self.strategy = global_model, strategy
         self.state, self._journal = state or FederationState(), journal
         self._requests = NodeRequests(
-            grid, global_model, strategy, config.reply_timeout, run_id, self.state.departed
+            grid, global_model, strategy, run_id=run_id, departed=self.state.departed
         )
 
     def run(self) -> None:
@@ -68,7 +69,7 @@ class Federation:
 
         Raises:
             UserError: too few clients connect, or a client reports bad input and no reply is usable.
-            RuntimeError: no reply is usable in ``ROUND_ATTEMPTS`` exchanges of a round.
+            RuntimeError: fewer than ``min-clients`` replies are usable in ``ROUND_ATTEMPTS`` exchanges of a round.
         """
         nodes = wait_for_nodes(self.grid, self.config.num_clients, timeout=_NODES_TIMEOUT)
         self.state.connect(nodes)
@@ -77,7 +78,7 @@ class Federation:
         self._evaluate()
 
     def _round(self, server_round: int) -> None:
-        """Train on all nodes, apply the combined change, log the round, edit the graph."""
+        """Train on the nodes of the round, apply the combined change, log the round, edit the graph."""
         started, trained_on = time.perf_counter(), self.global_model.graph
         with ReplySpool(self.observer.log_dir) as spool:
             answers, replies = self._collect(server_round, spool)
@@ -106,23 +107,38 @@ class Federation:
             write_checkpoint(self.observer.log_dir, self.global_model, self.state)
 
     def _collect(self, server_round: int, spool: ReplySpool) -> tuple[dict[int, Answer], RoundReplies]:
-        """Request an update from every node; repeat the exchange where no reply is usable."""
-        answers, replies = self._exchange(server_round, spool)
-        for _ in range(ROUND_ATTEMPTS - 1):
-            if replies.accepted:
+        """Request an update from the nodes of the round; repeat the exchange where too few replies are usable."""
+        quorum = self.config.participation.quorum
+        answers, replies = self._exchange(server_round, 0, spool)
+        for attempt in range(1, ROUND_ATTEMPTS):
+            if len(replies.accepted) >= quorum:
                 break
             _raise_bad_input(answers)
             _log.warning("round %d is repeated: %s", server_round, _reasons(replies))
-            again, replies = self._exchange(server_round, spool)
+            again, replies = self._exchange(server_round, attempt, spool)
             answers = add_retries(answers, again)
-        if not replies.accepted:
+        if len(replies.accepted) < quorum:
             self.observer.add_traffic(answers)
             _raise_bad_input(answers)
-            raise RuntimeError(f"no client gave a usable update: {_reasons(replies)}")
+            raise RuntimeError(_too_few(replies, quorum))
         return answers, replies
 
-    def _exchange(self, server_round: int, spool: ReplySpool) -> tuple[dict[int, Answer], RoundReplies]:
-        answers = self._requests.ask(self.state.sessions, MessageType.TRAIN, server_round, spool)
+    def _exchange(
+        self, server_round: int, attempt: int, spool: ReplySpool
+    ) -> tuple[dict[int, Answer], RoundReplies]:
+        """Exchange with the nodes that are connected now and drawn for the round."""
+        keys, state = self.config.participation, self.state
+        connected = list(self.grid.get_node_ids())
+        if connected and set(connected) != set(state.sessions):
+            state.connect(sorted(connected))
+        chosen = choose_participants(
+            state.sessions, server_round, keys, seed=self.config.seed, attempt=attempt
+        )
+        patience = Patience(
+            keys.reply_timeout, chosen.enough, keys.round_deadline or None, min(keys.quorum, chosen.enough)
+        )
+        sessions = {node: state.sessions[node] for node in chosen.asked}
+        answers = self._requests.ask(sessions, MessageType.TRAIN, server_round, patience, spool)
         return answers, check_replies(
             answers,
             self.global_model,
@@ -145,7 +161,9 @@ class Federation:
 
     def _evaluate(self) -> None:
         """Evaluate the final model on the held-out text of every client."""
-        answers = self._requests.ask(self.state.sessions, MessageType.EVALUATE, self.state.server_round + 1)
+        patience = Patience(self.config.reply_timeout)
+        last = self.state.server_round + 1
+        answers = self._requests.ask(self.state.sessions, MessageType.EVALUATE, last, patience)
         evaluations = check_evaluations(answers, self.global_model, self.state.partitions())
         self.observer.finish(evaluations, answers)
 
@@ -153,6 +171,14 @@ class Federation:
 def _raise_bad_input(answers: dict[int, Answer]) -> None:
     for answer in answers.values():
         raise_bad_input(answer.error_code, answer.error)
+
+
+def _too_few(replies: RoundReplies, quorum: int) -> str:
+    """Why a round ends the run."""
+    if not replies.accepted:
+        return f"no client gave a usable update: {_reasons(replies)}"
+    found = f"expected usable updates of at least {quorum} clients, got {len(replies.accepted)}"
+    return f"{found}: {_reasons(replies)}" if replies.refused else f"{found}; lower min-clients"
 
 
 def _reasons(replies: RoundReplies) -> str:

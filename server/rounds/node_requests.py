@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from flwr.serverapp import Grid
 
 from federated.protocol.messages import write_request
 from server.model.global_model import GlobalModel
-from server.rounds.exchange import Answer, exchange
+from server.rounds.exchange import Answer, Patience, exchange
 from server.rounds.reply_spool import ReplySpool
 from server.state.node_session import NodeSession
 from server.strategies.strategy import Strategy
@@ -23,7 +24,6 @@ class NodeRequests:
         grid: Flower's.
         global_model: current model.
         strategy: configures each request.
-        timeout: seconds until a node without an answer is given up.
         run_id: run whose files the clients use, where this run continues another; 0: their own.
         departed: see ``FederationState``; sent to nodes whose client index is not known yet.
     """
@@ -31,7 +31,6 @@ class NodeRequests:
     grid: Grid
     global_model: GlobalModel
     strategy: Strategy
-    timeout: float
     run_id: int = 0
     departed: Mapping[int, int] = field(default_factory=dict)
 
@@ -40,6 +39,7 @@ class NodeRequests:
         sessions: Mapping[int, NodeSession],
         message_type: str,
         server_round: int,
+        patience: Patience,
         spool: ReplySpool | None = None,
     ) -> dict[int, Answer]:
         """Exchange one request and answer with each node and record the version that the node then holds.
@@ -51,27 +51,33 @@ class NodeRequests:
             sessions: by node id.
             message_type: ``train`` or ``evaluate``.
             server_round: current round.
+            patience: how long replies are waited for, in each exchange.
             spool: receives the packed updates; None: they stay in memory.
         """
-        answers = self._send(sessions, message_type, server_round, spool)
+        send = partial(self._send, message_type, server_round, patience, spool)
+        answers = send(sessions)
         lacking = [node for node, answer in answers.items() if answer.needs_recipe]
         if lacking and (recipe := self.global_model.recipe()):
             again = {node: sessions[node] for node in lacking}
-            answers = add_retries(answers, self._send(again, message_type, server_round, spool, recipe))
+            answers = add_retries(answers, send(again, recipe))
         behind = {node: each.held_version for node, each in answers.items() if each.held_version is not None}
         for node, version in behind.items():
             sessions[node].held_version = version
         if behind:
             again = {node: sessions[node] for node in behind}
-            answers = add_retries(answers, self._send(again, message_type, server_round, spool))
+            answers = add_retries(answers, send(again))
+        for node, answer in answers.items():
+            if not answer.surplus:
+                sessions[node].heard(not answer.silent, server_round)
         return {node: self._settle(sessions[node], answer) for node, answer in answers.items()}
 
     def _send(
         self,
-        sessions: Mapping[int, NodeSession],
         message_type: str,
         server_round: int,
+        patience: Patience,
         spool: ReplySpool | None,
+        sessions: Mapping[int, NodeSession],
         recipe: bytes = b"",
     ) -> dict[int, Answer]:
         contents = {}
@@ -81,7 +87,7 @@ class NodeRequests:
             request = replace(request, recipe=recipe, run_id=self.run_id, accepted_rounds=last)
             contents[node] = write_request(request)
         return exchange(
-            self.grid, contents, message_type, group=str(server_round), timeout=self.timeout, spool=spool
+            self.grid, contents, message_type, group=str(server_round), patience=patience, spool=spool
         )
 
     def _settle(self, session: NodeSession, answer: Answer) -> Answer:

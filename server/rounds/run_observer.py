@@ -130,7 +130,7 @@ class RunObserver:
             step_floor_bytes=step.entropy_floor_bytes if step else None,
         )
         self._rounds = server_round
-        self._note_refusals(replies)
+        self._note_refusals(replies, answers)
         for name in self._bytes:
             self._bytes[name] += getattr(record, name)
         self._log.round(record)
@@ -218,9 +218,10 @@ class RunObserver:
         }
         return self._clients.setdefault(reply.partition, fresh)
 
-    def _note_refusals(self, replies: RoundReplies) -> None:
+    def _note_refusals(self, replies: RoundReplies, answers: Mapping[int, Answer]) -> None:
         self._used |= {accepted.node for accepted in replies.accepted}
-        self._unused |= replies.refused
+        # A client that others were faster than has done nothing wrong.
+        self._unused |= {node: why for node, why in replies.refused.items() if not answers[node].surplus}
         self._unused = {node: reason for node, reason in self._unused.items() if node not in self._used}
 
     def _client_summaries(self) -> list[dict[str, Any]]:

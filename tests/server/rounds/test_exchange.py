@@ -9,7 +9,7 @@ from flwr.clientapp import ClientApp
 from configs.errors import UserError
 from federated.protocol.messages import NEEDS_RECIPE, RESEND, Reply, message_bytes, read_reply, write_reply
 from server.flower.in_process_grid import Drop, InProcessGrid, Late
-from server.rounds.exchange import Answer, exchange, wait_for_nodes
+from server.rounds.exchange import Answer, Patience, exchange, wait_for_nodes
 from server.rounds.reply_spool import ReplySpool
 
 NODES = [{"partition-id": number} for number in range(3)]
@@ -43,7 +43,7 @@ def ask(grid: InProcessGrid, timeout: float = 0.2) -> dict[int, Answer]:
     contents = {
         node: RecordDict({"c": ConfigRecord({"x": 10 + index})}) for index, node in enumerate(grid.node_ids)
     }
-    answers = exchange(grid, contents, "train", group="g", timeout=timeout)
+    answers = exchange(grid, contents, "train", group="g", patience=Patience(timeout))
     return {grid.node_ids.index(node): answer for node, answer in answers.items()}
 
 
@@ -72,12 +72,14 @@ def test_bytes_are_those_that_the_grid_sees_errors_included():
 
 def test_packed_updates_go_to_disk_and_the_rest_stays(tmp_path):
     with ReplySpool(tmp_path) as spool:
-        answers = exchange(*_reply_arguments(update=b"u" * 1000), group="g", timeout=1, spool=spool)
+        answers = exchange(
+            *_reply_arguments(update=b"u" * 1000), group="g", patience=Patience(1), spool=spool
+        )
         (answer,) = answers.values()
         assert answer.update.read() == b"u" * 1000
         reply = read_reply(answer.content, [4])
         assert (reply.update, reply.usage, reply.name) == (b"", b"v", "a")
-    (plain,) = exchange(*_reply_arguments(update=b"u" * 1000), group="g", timeout=1).values()
+    (plain,) = exchange(*_reply_arguments(update=b"u" * 1000), group="g", patience=Patience(1)).values()
     assert plain.update is None and read_reply(plain.content, [4]).update == b"u" * 1000
     assert plain.bytes_up == answer.bytes_up
 
@@ -87,7 +89,7 @@ def test_a_reply_with_much_beside_its_update_is_refused(tmp_path, monkeypatch):
     for usage, refused in ((b"v" * 100, False), (b"v" * 5000, True)):
         with ReplySpool(tmp_path) as spool:
             arguments = _reply_arguments(update=b"u" * 9000, usage=usage)
-            (answer,) = exchange(*arguments, group="g", timeout=1, spool=spool).values()
+            (answer,) = exchange(*arguments, group="g", patience=Patience(1), spool=spool).values()
         assert (answer.content is None) == refused
         assert answer.error.startswith("expected at most 5000 bytes apart from the update") == refused
 
@@ -95,7 +97,7 @@ def test_a_reply_with_much_beside_its_update_is_refused(tmp_path, monkeypatch):
 def test_a_reply_that_stays_in_memory_is_bounded_as_a_whole(monkeypatch):
     monkeypatch.setattr("server.rounds.exchange.LARGEST_REST", 5000)
     for update, refused in ((b"u" * 100, False), (b"u" * 5000, True)):
-        (answer,) = exchange(*_reply_arguments(update=update), group="g", timeout=1).values()
+        (answer,) = exchange(*_reply_arguments(update=update), group="g", patience=Patience(1)).values()
         assert (answer.content is None) == refused
 
 
@@ -206,7 +208,7 @@ def test_replies_to_messages_of_others_are_passed_over():
 
 
 def test_nobody_to_ask_is_no_answer():
-    assert exchange(grid_with(), {}, "train", group="g", timeout=1) == {}
+    assert exchange(grid_with(), {}, "train", group="g", patience=Patience(1)) == {}
 
 
 def test_the_first_nodes_in_order_are_taken():
@@ -230,3 +232,42 @@ def test_too_few_nodes_are_the_users_affair():
     with pytest.raises(UserError, match="expected 4 connected clients, got 3 within 0 s"):
         wait_for_nodes(grid_with(), 4, timeout=0.1)
     assert time.monotonic() - started < 5
+
+
+def patient(grid: InProcessGrid, patience: Patience) -> dict[int, Answer]:
+    contents = {node: RecordDict({"c": ConfigRecord({"x": 1})}) for node in grid.node_ids}
+    answers = exchange(grid, contents, "train", group="g", patience=patience)
+    return {grid.node_ids.index(node): answer for node, answer in answers.items()}
+
+
+def test_the_exchange_ends_with_enough_replies_and_errors_are_none():
+    faults = {"_0": Error(code=2, reason="x"), "_2": Late(10**6)}
+    answers = patient(grid_with(**faults), Patience(60, enough=1))
+    assert answers[1].content is not None and not answers[1].surplus
+    assert answers[0].error == "x" and not answers[0].silent and not answers[0].surplus
+    assert answers[2].surplus and not answers[2].silent and answers[2].bytes_down > 0
+    assert answers[2].error == "1 other clients answered first"
+
+
+def test_after_the_deadline_a_quorum_is_enough_and_without_one_the_timeout_counts():
+    answers = patient(grid_with(_2=Late(10**6)), Patience(60, deadline=0.1, quorum=2))
+    assert answers[2].silent and "no answer within 0 s" in answers[2].error
+    start = time.monotonic()
+    answers = patient(grid_with(_2=Late(10**6)), Patience(0.4, deadline=0.1, quorum=3))
+    assert time.monotonic() - start >= 0.4 and answers[2].silent
+
+
+@pytest.mark.parametrize(
+    "patience, replies, seconds, ends",
+    [
+        (Patience(10), 5, 9.9, False),
+        (Patience(10), 0, 10, True),
+        (Patience(10, enough=2), 1, 1, False),
+        (Patience(10, enough=2), 2, 0, True),
+        (Patience(10, deadline=3, quorum=2), 1, 5, False),
+        (Patience(10, deadline=3, quorum=2), 2, 2.9, False),
+        (Patience(10, deadline=3, quorum=2), 2, 3, True),
+    ],
+)
+def test_patience_ends_with_replies_deadline_or_timeout(patience, replies, seconds, ends):
+    assert patience.ends(replies, seconds) == ends

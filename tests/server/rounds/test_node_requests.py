@@ -10,7 +10,7 @@ from flwr.app import RecordDict
 
 from federated.protocol.messages import NEEDS_RECIPE, Request, read_request
 from server.rounds import node_requests
-from server.rounds.exchange import Answer
+from server.rounds.exchange import Answer, Patience
 from server.rounds.node_requests import NodeRequests, add_retries
 from server.state.node_session import NodeSession
 
@@ -57,8 +57,8 @@ def ask(monkeypatch):
     def run(exchanges, sessions, model=None):
         script = Script(exchanges)
         monkeypatch.setattr(node_requests, "exchange", script)
-        requests = NodeRequests(None, model or Model(), Strategy(), 1.0)  # type: ignore[arg-type]
-        return requests.ask(sessions, "train", 3), script.sent
+        requests = NodeRequests(None, model or Model(), Strategy())  # type: ignore[arg-type]
+        return requests.ask(sessions, "train", 3, Patience(1.0)), script.sent
 
     return run
 
@@ -101,6 +101,14 @@ def test_without_a_recipe_the_error_stays(ask):
     lacking = failed("no graph", error_code=NEEDS_RECIPE)
     answers, sent = ask([{1: lacking}], {1: NodeSession()}, Model(recipe_bytes=b""))
     assert answers == {1: lacking} and len(sent) == 1
+
+
+def test_nodes_that_do_not_answer_rest_and_those_that_others_outran_do_not(ask):
+    silent, outrun = failed(bytes_up=0), failed(bytes_up=0, surplus=True)
+    sessions = {1: NodeSession(silence=1), 2: NodeSession(silence=1), 3: NodeSession(silence=1)}
+    ask([{1: silent, 2: outrun, 3: failed()}], sessions)
+    assert [sessions[node].silence for node in (1, 2, 3)] == [2, 1, 0]
+    assert [sessions[node].rests_until for node in (1, 2, 3)] == [5, 0, 4]
 
 
 def test_traffic_of_a_retry_adds_up_and_other_answers_stay():
