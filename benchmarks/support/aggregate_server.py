@@ -29,7 +29,7 @@ from federated.wire.codec import unpack_update
 from models.graph.unit_vectors import unit_sizes
 from server.flower.in_process_grid import InProcessGrid
 from server.model.global_model import GlobalModel
-from server.rounds.exchange import exchange
+from server.rounds.exchange import Patience, exchange
 from server.rounds.reply_spool import ReplySpool
 from server.rounds.run_observer import (  # noqa: F401 - counts as import memory, as in a real server
     RunObserver,
@@ -88,7 +88,7 @@ def packed_round(
     grid = ReplyGrid(server, updates)
     contents = {node: RecordDict({}) for node in grid.get_node_ids()}
     with ReplySpool(scratch) as spool:
-        answers = exchange(grid, contents, "train", group="1", timeout=600, spool=spool)
+        answers = exchange(grid, contents, "train", group="1", patience=Patience(600), spool=spool)
         replies = check_replies(answers, server, sam_v2(RunConfig()))
         if len(replies.accepted) != len(updates):
             raise RuntimeError(f"replies were refused: {sorted(set(replies.refused.values()))}")

@@ -40,7 +40,7 @@ def test_numbers_follow_from_share_least_number_and_over_provisioning(fraction, 
 
 
 def test_the_draw_depends_on_seed_round_and_attempt_and_not_on_node_ids():
-    def clients(seed: int, server_round: int, attempt: int = 0, shift: int = 0) -> list[int]:
+    def clients(seed: int, server_round: int, attempt: int = 0, shift: int = 0) -> list[int | None]:
         found = {(node * 7919 + shift) % 1009: each for node, each in sessions(20).items()}
         chosen = choose_participants(found, server_round, keys(0.3), seed=seed, attempt=attempt)
         return [found[node].partition for node in chosen.asked]
