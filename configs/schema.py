@@ -193,7 +193,7 @@ class RunConfig(Views, Keys):
     loss_on: Annotated[str, one_of(LossOn)] = "all"
     """Tokens with a loss in training and evaluation: all, or answers (of chats and instruction records)."""
     fraction_train: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Share of the connected clients whose updates enter a round; they are drawn anew in each round."""
+    """Share of the connected clients whose updates enter a round; with another draw in each round."""
     min_clients: Whole = 0
     """Usable updates that a round needs; with fewer it is repeated once, then the run ends, saved; 0: one."""
     over_provision: Annotated[float, Field(ge=1)] = 1.0

@@ -43,7 +43,7 @@ def choose_participants(
         server_round: number of the round, from 1.
         keys: share of the nodes, least number of replies and over-provisioning.
         seed: seed of the run.
-        attempt: exchanges of this round so far; each draws anew.
+        attempt: exchanges of this round so far, each with another draw.
     """
     wanted = max(1, min(len(sessions), max(keys.min_clients, math.ceil(keys.fraction_train * len(sessions)))))
     asked = min(len(sessions), math.ceil(wanted * keys.over_provision))
