@@ -37,4 +37,4 @@ class NodeSession:
         """
         self.silence = 0 if answered else self.silence + 1
         rest = 2 ** min(self.silence - 1, _LONGEST_REST) - 1 if self.silence else 0
-        self.rests_until = server_round + 1 + rest
+        self.rests_until = server_round + (rest + 1 if rest else 0)

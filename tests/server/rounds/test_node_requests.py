@@ -108,7 +108,7 @@ def test_nodes_that_do_not_answer_rest_and_those_that_others_outran_do_not(ask):
     sessions = {1: NodeSession(silence=1), 2: NodeSession(silence=1), 3: NodeSession(silence=1)}
     ask([{1: silent, 2: outrun, 3: failed()}], sessions)
     assert [sessions[node].silence for node in (1, 2, 3)] == [2, 1, 0]
-    assert [sessions[node].rests_until for node in (1, 2, 3)] == [5, 0, 4]
+    assert [sessions[node].rests_until for node in (1, 2, 3)] == [5, 0, 3]
 
 
 def test_traffic_of_a_retry_adds_up_and_other_answers_stay():

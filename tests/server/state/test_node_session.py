@@ -15,4 +15,4 @@ def test_a_silent_node_rests_longer_and_longer_and_an_answer_ends_it():
     gaps = [later - earlier for earlier, later in zip(asked, asked[1:], strict=False)]
     assert gaps == [1, 2, 4, 8, 16, 32, 64, 64, 64]
     session.heard(True, 500)
-    assert (session.silence, session.rests_until) == (0, 501)
+    assert (session.silence, session.rests_until) == (0, 500)
