@@ -1,0 +1,21 @@
+"""Runs that are killed at a stage."""
+
+from __future__ import annotations
+
+import torch
+from safetensors.torch import save_file
+
+from benchmarks.support.resume.killed_run import STAGES, weights_hash
+
+
+def test_the_hash_depends_on_names_and_values(tmp_path):
+    def hash_of(name: str, value: float) -> str:
+        save_file({name: torch.full((3,), value)}, tmp_path / "model.safetensors")
+        return weights_hash(tmp_path)
+
+    assert hash_of("a", 1.0) == hash_of("a", 1.0)
+    assert len({hash_of("a", 1.0), hash_of("a", 2.0), hash_of("b", 1.0)}) == 3
+
+
+def test_every_stage_names_a_function():
+    assert all(name == "client_app" or callable(getattr(owner, name)) for owner, name, *_ in STAGES.values())
