@@ -1,7 +1,7 @@
 """One federation in a process of its own, killed with SIGKILL at a stage of its second round, or continued.
 
-``python -m benchmarks.support.resume.killed_run CONFIG STAGE`` reads a run configuration from the JSON file CONFIG; with
-the stage ``none`` the run goes to its end and prints JSON.
+``python -m benchmarks.support.resume.killed_run CONFIG STAGE`` reads a run configuration from the JSON file CONFIG;
+with the stage ``none`` the run goes to its end and prints JSON.
 """
 
 from __future__ import annotations
