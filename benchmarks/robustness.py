@@ -1,7 +1,7 @@
 """Perplexity after federated training with 20 % hostile clients over that of training without them, by attack.
 
-Ten clients with equal parts of five domains of real text train a graph of a small Llama in the default aggregation; two
-of them are hostile. The perplexity is the geometric mean over the honest clients of the held-out perplexity of the
+Ten clients with equal parts of five domains of real text train a graph of a small Llama with robust aggregation; two of
+them are hostile. The perplexity is the geometric mean over the honest clients of the held-out perplexity of the
 final model. The aggregation without caps and clipping is beside. Every finished federation is stored in a work folder,
 and a benchmark that was interrupted goes on from there.
 """

@@ -120,7 +120,7 @@ class RunConfig(Views, Keys):
     """Clip the change of each expert to this multiple of its median norm, with three clients or more; 0: off."""
     trim_share: Annotated[float, Field(ge=0, le=0.5)] = 0.2
     """Share of an entry's values that trimmed-mean leaves out at each end, with three or more; at least one value."""
-    opposition_limit: Share = 0.1
+    opposition_limit: Share = 0.0
     """Leave out an update whose signs oppose most others: agreeing minus opposing share below minus this; 0: none."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seed of every random choice in the run."""

@@ -10,7 +10,7 @@ from benchmarks.support.robustness.attacks import ATTACKS
 
 # Keys of the two ways of aggregating that are compared.
 AGGREGATIONS: dict[str, dict[str, Any]] = {
-    "robust": {},
+    "robust": {"combine": "trimmed-mean", "opposition_limit": 0.4},
     "mean": {
         "combine": "entrywise",
         "weight_cap": 0.0,
