@@ -17,6 +17,7 @@ from typing import Any
 import tomli_w
 
 from configs.errors import Interrupted, UserError
+from configs.output import write_bytes
 from server.flower.flower_process import CONNECTION, RunFailed, resolve_program, start_process
 from server.reporting.failure import clear_failure, read_failure
 from server.state.run_lock import SERVER_LOCK, check_unused, wait_until_unused
@@ -247,4 +248,5 @@ def _wait(process: subprocess.Popen[bytes], seconds: float) -> None:
 
 
 def _strip_colors(path: Path) -> None:
-    path.write_bytes(re.sub(rb"\x1b\[[0-9;]*m", b"", path.read_bytes()))
+    with suppress(OSError):  # a full disk: the log keeps its colors
+        write_bytes(path, re.sub(rb"\x1b\[[0-9;]*m", b"", path.read_bytes()))

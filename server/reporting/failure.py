@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from configs.errors import first_line
 from configs.output import write_json
+
+_log = logging.getLogger(__name__)
 
 FAILURE_FILE = "failure.json"
 
@@ -26,7 +29,10 @@ def recording_failure(log_dir: Path | None) -> Iterator[None]:
     except Exception as error:
         if log_dir is not None:
             message = first_line(error) if str(error) else ""
-            write_json(log_dir / FAILURE_FILE, {"type": type(error).__name__, "message": message})
+            try:
+                write_json(log_dir / FAILURE_FILE, {"type": type(error).__name__, "message": message})
+            except OSError as full:
+                _log.warning("%s could not be written: %s", FAILURE_FILE, full)
         raise
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,7 +113,7 @@ class RunLog:
             _cut(self.log_dir, resumed)
 
     def round(self, record: RoundRecord) -> None:
-        """Append one line to ``rounds.jsonl`` and flush it."""
+        """Append one line to ``rounds.jsonl`` and flush it to disk."""
         content = dataclasses.asdict(record) | {"train_loss": mean_train_loss(record.clients)}
         _append(self.log_dir / ROUNDS_FILE, _to_json(content) + "\n")
 
@@ -228,9 +230,17 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def _append(path: Path, text: str) -> None:
-    with path.open("a", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
+    """Append whole text and flush it to disk; after a failure the file is as before."""
+    with path.open("ab", buffering=0) as stream:
+        size = stream.tell()
+        try:
+            data = text.encode()
+            if (written := stream.write(data)) != len(data):
+                raise OSError(errno.ENOSPC, f"{written} of {len(data)} bytes written to {path}")
+            os.fsync(stream.fileno())
+        except OSError:
+            stream.truncate(size)
+            raise
 
 
 def _with_keys(entry: Mapping[str, Any], keys: Sequence[str], what: str) -> dict[str, Any]:

@@ -16,7 +16,18 @@ from federated.protocol.messages import Reply
 from federated.protocol.steps import step_stats
 from federated.wire.packed_stats import PackedStats
 from server.model.global_model import GlobalModel
-from server.reporting.run_log import ClientRecord, RewireRecord, RoundRecord, RunLog, pad_masks
+from server.reporting.log_failures import LogFailures
+from server.reporting.run_log import (
+    MASK_FILE,
+    PACK_FILE,
+    ROUNDS_FILE,
+    TRACE_FILE,
+    ClientRecord,
+    RewireRecord,
+    RoundRecord,
+    RunLog,
+    pad_masks,
+)
 from server.reporting.tensorboard_log import TensorBoardLog
 from server.rounds.exchange import Answer
 from server.rounds.validation import Evaluations, RoundReplies, held_out_loss, reply_loss, total_loss
@@ -24,6 +35,7 @@ from server.state.checkpoint import CHECKPOINTS
 from server.strategies.strategy import Accepted
 
 SUMMARY_FILE = "summary.json"
+_EVENTS = "tensorboard"
 # Attributes of an observer that accumulate over the rounds, apart from the set of used nodes.
 _ACCUMULATED = ("_clients", "_names", "_partitions", "_unused", "_bytes", "_edits", "_rounds")
 # Keys of a client in the summary, beside the reason where no update of it was used.
@@ -39,6 +51,8 @@ _CLIENT_KEYS = (
 
 class RunObserver:
     """Writer of a run's logs; removes those of an earlier run in the same folder.
+
+    A log file that cannot be written later does not end the run; the summary names it.
 
     Args:
         log_dir: folder of the logs.
@@ -62,7 +76,8 @@ class RunObserver:
             (log_dir / SUMMARY_FILE).unlink(missing_ok=True)
             for folder in ("tensorboard", CHECKPOINTS):
                 shutil.rmtree(log_dir / folder, ignore_errors=True)
-        _copy_cluster_statistics(global_model.source, log_dir)
+        self._failures = LogFailures()
+        self._failures.attempt("cluster_stats.txt", _copy_cluster_statistics, global_model.source, log_dir)
         self._tensorboard = TensorBoardLog(log_dir, resumed=resumed)
         self._clients: dict[int, dict[str, Any]] = {}
         self._names: dict[int, str] = {}
@@ -133,26 +148,35 @@ class RunObserver:
         self._note_refusals(replies, answers)
         for name in self._bytes:
             self._bytes[name] += getattr(record, name)
-        self._log.round(record)
-        self._tensorboard.round(record)
-        self._pictures(server_round, replies, graph, usage)
+        self._write_round(record, replies, graph, usage)
+
+    def _write_round(
+        self, record: RoundRecord, replies: RoundReplies, graph: ExpertGraph, usage: Sequence[np.ndarray]
+    ) -> None:
+        self._failures.attempt(ROUNDS_FILE, self._log.round, record)
+        self._failures.attempt(_EVENTS, self._tensorboard.round, record)
+        self._failures.attempt(_EVENTS, self._pictures, record.round, replies, graph, usage)
+        if record.round == 1:
+            first = graph.restrict(replies.accepted[0].reply.residents)
+            self._failures.attempt(MASK_FILE, self._log.mask_debug, first.masks)
 
     def _pack_sizes(self, server_round: int, replies: RoundReplies) -> PackedStats | None:
         """Write the sizes of all packed updates; returns those of the server's step, None without one."""
         for accepted in replies.accepted:
             self._note(accepted)
-            self._log.pack_sizes(server_round, accepted.reply.name, accepted.stats)
+            name = accepted.reply.name
+            self._failures.attempt(PACK_FILE, self._log.pack_sizes, server_round, name, accepted.stats)
         if not self._global_model.steps:
             return None
         step = step_stats(self._global_model.steps[-1])
-        self._log.pack_sizes(server_round, "server", step)
+        self._failures.attempt(PACK_FILE, self._log.pack_sizes, server_round, "server", step)
         return step
 
     def rewire(self, record: RewireRecord) -> None:
         """Write the graph edits of a round."""
         self._edits += len(record.edits)
-        self._log.rewire(record)
-        self._tensorboard.rewire(record)
+        self._failures.attempt(f"merge_round{record.round}.json", self._log.rewire, record)
+        self._failures.attempt(_EVENTS, self._tensorboard.rewire, record)
 
     def add_traffic(self, answers: Mapping[int, Answer]) -> None:
         """Add the bytes of an exchange that is not part of a completed round to the summary's totals."""
@@ -173,19 +197,21 @@ class RunObserver:
             client["graph_hash"] = evaluation.reply.graph_hash
         total = total_loss(evaluation.loss for evaluation in evaluations.accepted)
         after = {client["name"]: client["perplexity_after"] for client in self._clients.values()}
-        self._tensorboard.perplexities(after, total.perplexity, self._rounds + 1)
+        step = self._rounds + 1
+        self._failures.attempt(_EVENTS, self._tensorboard.perplexities, after, total.perplexity, step)
 
     def trace(self, entries: Sequence[Mapping[str, Any]]) -> None:
         """Write the call trace of the final model."""
-        self._log.call_trace(entries)
+        self._failures.attempt(TRACE_FILE, self._log.call_trace, entries)
 
     def close(self, *, out: str, stopped: str | None = None) -> dict[str, Any]:
-        """Write ``summary.json``, close the event files and return the summary.
+        """Close the event files, write ``summary.json`` and return the summary.
 
         Args:
             out: folder of the final model; empty: not written.
             stopped: reason why the run ended before its last planned round.
         """
+        self._failures.attempt(_EVENTS, self._tensorboard.close)
         summary = {
             "rounds": self._rounds,
             "stopped": stopped,
@@ -195,10 +221,10 @@ class RunObserver:
             "graph_hash": self._global_model.graph.digest(),
             "out": out,
             "log_dir": str(self.log_dir),
+            "log_errors": self._failures.reasons,
         }
         summary = finite(summary)
-        write_json(self.log_dir / SUMMARY_FILE, summary)
-        self._tensorboard.close()
+        self._failures.attempt(SUMMARY_FILE, write_json, self.log_dir / SUMMARY_FILE, summary)
         return summary
 
     def _note(self, accepted: Accepted) -> None:
@@ -270,9 +296,6 @@ class RunObserver:
             own = graph.restrict(accepted.reply.residents)
             masks = pad_masks(own.masks, experts_per_layer=experts)
             self._tensorboard.masks(accepted.reply.name, masks, server_round)
-        if server_round == 1:
-            first = graph.restrict(replies.accepted[0].reply.residents)
-            self._log.mask_debug(first.masks)
 
 
 def read_summary(log_dir: Path) -> dict[str, Any]:

@@ -99,7 +99,11 @@ def simulate(
         run = read_run_config(config, options.values(), settings or [])
     check_run(run)
     failure = _run(run, client_cpus)
-    summary = read_summary(Path(run.log_dir))
+    try:
+        summary = read_summary(Path(run.log_dir))
+    except FileNotFoundError:
+        model = f"; the model is in {run.out}" if run.out else ""
+        raise RuntimeError(f"the summary could not be written, see {run.log_dir}/flower.log{model}") from None
     print_result(summary, as_json=as_json, lines=summary_lines(summary))
     if failure:
         stderr.print(f"fedgraft: error: {failure}", soft_wrap=True, markup=False, highlight=False)
@@ -293,6 +297,8 @@ def summary_lines(summary: dict[str, Any]) -> list:
         ratio = f" ({dense / sent:.0f} times less)" if sent else ""
         lines.append(f"bytes {way}: {decimal(sent)}, dense FedAvg in bf16 {decimal(dense)}{ratio}")
     lines.append(f"graph edits: {summary['edits']}, graph {summary['graph_hash'][:12]}")
+    errors = summary.get("log_errors", {}).items()
+    lines += [f"the log file {file} is incomplete: {reason}" for file, reason in errors]
     lines.append(f"logs: {summary['log_dir']}")
     if summary["out"]:
         lines.append(f"model: {summary['out']}")

@@ -46,3 +46,13 @@ def test_without_a_log_directory_nothing_is_written(tmp_path, monkeypatch):
     clear_failure(None)
     assert read_failure(None) is None
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failure_that_cannot_be_recorded_does_not_replace_the_exception(tmp_path, monkeypatch, caplog):
+    def full(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("server.reporting.failure.write_json", full)
+    with pytest.raises(KeyError), recording_failure(tmp_path):
+        raise KeyError("the cause")
+    assert "failure.json could not be written: disk full" in caplog.text

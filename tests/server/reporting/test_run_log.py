@@ -16,6 +16,7 @@ from server.reporting.run_log import (
     RewireRecord,
     RoundRecord,
     RunLog,
+    _append,
     clear_run,
     mean_train_loss,
     pad_masks,
@@ -242,3 +243,19 @@ def test_write_atomically_leaves_no_partial_file(tmp_path):
     write_atomically(tmp_path / "a.json", "old")
     write_atomically(tmp_path / "a.json", "new")
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a.json", "new")]
+
+
+def test_a_line_that_cannot_be_written_whole_leaves_the_file_as_before(tmp_path, monkeypatch):
+    path = tmp_path / "lines"
+    _append(path, "one\n")
+
+    def full(handle: int) -> None:
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("server.reporting.run_log.os.fsync", full)
+        with pytest.raises(OSError, match="disk full"):
+            _append(path, "two\n")
+    assert path.read_text() == "one\n"
+    _append(path, "three \u00fc\n")
+    assert path.read_text() == "one\nthree \u00fc\n"

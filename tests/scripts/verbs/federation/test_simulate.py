@@ -417,3 +417,14 @@ def test_an_interrupted_run_says_in_one_line_what_was_saved_and_leaves_no_replie
     (error,) = outcome.err.splitlines()
     assert (outcome.code, outcome.out) == (130, "") and error.startswith(f"fedgraft: error: {line}")
     assert [path.name for path in logs.iterdir()] == (["summary.json"] if summary else [])
+
+
+def test_log_files_that_are_incomplete_are_in_the_result_for_a_reader():
+    lines = summary_lines(SUMMARY | {"log_errors": {"rounds.jsonl": "OSError: disk full"}})
+    assert "the log file rounds.jsonl is incomplete: OSError: disk full" in lines
+
+
+def test_a_run_without_a_summary_names_its_model(place, capsys, monkeypatch):
+    monkeypatch.setattr("server.flower.simulation.run_simulation", lambda *_, **__: None)
+    outcome = run(capsys, *COMMAND, "--out", "model")
+    assert outcome.code == 1 and f"the model is in {place / 'model'}" in outcome.err
