@@ -10,7 +10,7 @@ from benchmarks.support.robustness.attacks import ATTACKS
 
 # Keys of the two ways of aggregating that are compared.
 AGGREGATIONS: dict[str, dict[str, Any]] = {
-    "robust": {"combine": "trimmed-mean", "opposition_limit": 0.4},
+    "robust": {"combine": "trimmed-mean", "opposition_limit": 0.1},
     "mean": {
         "combine": "entrywise",
         "weight_cap": 0.0,

@@ -93,7 +93,7 @@ def test_the_change_is_the_aggregation_with_the_runs_keys(global_model):
 def test_an_update_against_most_others_is_left_out(global_model, caplog):
     change = random_change(global_model.model, [(0, 2)])
     updates = [packed_change(global_model.model, {(0, 2): sign * change[0, 2]}) for sign in (1.0, 1.0, -1.0)]
-    strategy = sam_v2(RunConfig(server_learning_rate=1.0, opposition_limit=0.4))
+    strategy = sam_v2(RunConfig(server_learning_rate=1.0, opposition_limit=0.1))
     replies = [accepted(strategy, global_model, node, update=update) for node, update in enumerate(updates)]
     (found,) = strategy.combine(replies).values()
     assert torch.allclose(found, aggregate([replies[0].contribution])[0, 2])
