@@ -18,7 +18,8 @@ from typing import Any
 from configs.output import write_json
 from configs.paths import default_graph
 from scripts.shared.console import stderr
-from scripts.verbs.federation.simulate import PROJECT, summary_lines
+from scripts.shared.run_summary import summary_lines
+from scripts.verbs.federation.simulate import PROJECT
 
 DEMO = Path("models/demo")
 CONFIG = Path("configs/quickstart.toml")
