@@ -27,6 +27,7 @@ from models.bootstrap.router_init import centroid_router, ridge_routers, visited
 from models.checkpoints.save import cast_weights
 from models.remote_code.configuration_fedgraft import FedGraftConfig
 from models.remote_code.modeling_fedgraft import FedGraftForCausalLM, init_expert_graph
+from models.runtime.memory import return_freed_memory
 
 # Fewest weights of a projection for which the clustering of a layer takes longer than the start of a process.
 _PARALLEL_WEIGHTS = 16_000_000
@@ -156,6 +157,7 @@ def build_graph(
                 parameter.copy_(value)
         if consume:
             source.mlp = None
+            return_freed_memory()
     return graph.eval()
 
 
