@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
@@ -37,6 +36,7 @@ from benchmarks.support.quality.result import Run
 from benchmarks.support.quality.runs import bootstrapped_graph
 from benchmarks.support.quality.settings import FULL, QUICK, Job, Rate, Settings
 from benchmarks.support.runner import Measured, OnStep, report
+from benchmarks.support.stored import work_folder
 from configs.paths import cache_folder
 from configs.schema import RunConfig
 from scripts.shared.console import quiet_libraries
@@ -68,10 +68,8 @@ def measure(quick: bool, on_step: OnStep, *, work: Path | None = None) -> Measur
         work: folder of finished runs; None: a temporary one.
     """
     settings = QUICK if quick else FULL
-    if work is not None:
-        return _measured(settings, _all_runs(settings, quick, work, on_step))
-    with TemporaryDirectory(prefix="fedgraft-") as folder:
-        return _measured(settings, _all_runs(settings, quick, Path(folder), on_step))
+    with work_folder(work) as folder:
+        return _measured(settings, _all_runs(settings, quick, folder, on_step))
 
 
 def _all_runs(settings: Settings, quick: bool, work: Path, on_step: OnStep) -> Runs:

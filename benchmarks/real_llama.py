@@ -33,7 +33,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import typer
@@ -58,6 +57,7 @@ from benchmarks.support.quality.settings import FULL as SMALL_FULL
 from benchmarks.support.quality.settings import QUICK as SMALL_QUICK
 from benchmarks.support.quality.settings import Job, Settings
 from benchmarks.support.runner import Measured, OnStep, report
+from benchmarks.support.stored import work_folder
 from configs.paths import cache_folder
 from configs.schema import RunConfig
 from scripts.shared.console import quiet_libraries
@@ -123,10 +123,8 @@ def measure(quick: bool, on_step: OnStep, *, work: Path | None = None, jobs: int
     """
     settings, table = (QUICK, TABLE[:1]) if quick else (FULL, TABLE)
     settings = replace(settings, jobs=jobs or settings.jobs)
-    if work is not None:
-        return _measured(settings, _all_runs(settings, table, quick, work, on_step))
-    with TemporaryDirectory(prefix="fedgraft-") as folder:
-        return _measured(settings, _all_runs(settings, table, quick, Path(folder), on_step))
+    with work_folder(work) as folder:
+        return _measured(settings, _all_runs(settings, table, quick, folder, on_step))
 
 
 def _all_runs(

@@ -19,11 +19,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from benchmarks.support.material import bootstrapped, data_sources, model_path
+from benchmarks.support.material import data_sources, model_path, write_bootstrapped
 from benchmarks.support.resume.killed_run import NONE, STAGES
 from benchmarks.support.runner import ROOT, Measured, OnStep, run_benchmark
-from models.checkpoints.load import load_graph, load_tokenizer
-from models.checkpoints.save import save_checkpoint
+from models.checkpoints.load import load_graph
 
 _QUICK_STAGES = ("after training",)
 
@@ -61,9 +60,7 @@ def measure(quick: bool, on_step: OnStep) -> Measured:
 def _settings(folder: Path, quick: bool) -> dict[str, Any]:
     """Run configuration, hyphenated; the graph is written to ``folder``."""
     model = model_path("mix7M", quick=quick)
-    graph = bootstrapped(model, 4 if quick else 16, 256 if quick else 2048)
-    (folder / "graph").mkdir()
-    save_checkpoint(graph, load_tokenizer(model), folder / "graph")
+    write_bootstrapped(folder / "graph", model, 4 if quick else 16, 256 if quick else 2048)
     return {
         "graph": str(folder / "graph"),
         "data": ";".join(data_sources(("recipes", "law_dc"), quick=quick)),

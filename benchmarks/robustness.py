@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import typer
@@ -20,6 +19,7 @@ import typer
 from benchmarks.support.robustness.runs import run_or_read
 from benchmarks.support.robustness.settings import AGGREGATIONS, FULL, QUICK, Job, Settings
 from benchmarks.support.runner import Measured, OnStep, report
+from benchmarks.support.stored import work_folder
 from configs.paths import cache_folder
 from scripts.shared.console import quiet_libraries
 from scripts.shared.options import JsonFlag
@@ -36,10 +36,8 @@ def measure(quick: bool, on_step: OnStep, *, work: Path | None = None) -> Measur
         work: folder of finished federations; None: a temporary one.
     """
     settings = QUICK if quick else FULL
-    if work is not None:
-        return _measured(settings, _results(settings, quick, work, on_step))
-    with TemporaryDirectory(prefix="fedgraft-") as folder:
-        return _measured(settings, _results(settings, quick, Path(folder), on_step))
+    with work_folder(work) as folder:
+        return _measured(settings, _results(settings, quick, folder, on_step))
 
 
 def _results(settings: Settings, quick: bool, work: Path, on_step: OnStep) -> Results:

@@ -19,6 +19,7 @@ from federated.data.wikimix import DOMAINS
 from models.bootstrap.build import BootstrapOptions, build_graph, plan_experts
 from models.bootstrap.pipeline import sample_calibration
 from models.checkpoints.load import load_dense, load_tokenizer
+from models.checkpoints.save import save_checkpoint
 from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 
 SHARED = Path(os.environ.get("FEDGRAFT_SHARED", Path(__file__).resolve().parents[3] / "shared"))
@@ -108,6 +109,13 @@ def bootstrapped(path: str, experts: int, calibration_tokens: int) -> FedGraftFo
     plan = BootstrapOptions(experts)
     ids = sample_calibration(dense, calibration_tokens, 0)
     return build_graph(dense, plan_experts(dense, ids, plan), plan.visits)
+
+
+def write_bootstrapped(folder: Path, path: str, experts: int, calibration_tokens: int) -> None:
+    """Write the graph of ``bootstrapped`` to the new folder ``folder``, with the tokenizer of the model."""
+    graph = bootstrapped(path, experts, calibration_tokens)
+    folder.mkdir(parents=True)
+    save_checkpoint(graph, load_tokenizer(path), folder)
 
 
 def data_sources(domains: Sequence[str], *, quick: bool = False) -> list[str]:

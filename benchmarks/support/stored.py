@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from configs.output import write_json
@@ -29,3 +31,13 @@ def stored(folder: Path, facts: Mapping[str, Any], compute: Callable[[], Any]) -
         folder.mkdir(parents=True, exist_ok=True)
         write_json(path, {"facts": dict(facts), "result": compute()})
     return json.loads(path.read_text(encoding="utf-8"))["result"]
+
+
+@contextmanager
+def work_folder(work: Path | None) -> Iterator[Path]:
+    """The folder ``work`` of finished results, or a temporary one for None."""
+    if work is not None:
+        yield work
+        return
+    with TemporaryDirectory(prefix="fedgraft-") as folder:
+        yield Path(folder)

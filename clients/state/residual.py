@@ -9,13 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from federated.updates.lazy_vectors import LazyVectors
 from federated.updates.update import parse_unit, unit_name
-from models.files.checked_file import check_in_turn, write_in_turn
+from models.files.checked_file import bytes_tensor, check_in_turn, tensor_bytes, write_in_turn
 from models.files.safetensors_files import StoredTensor, read_stored
 from models.graph.unit_vectors import Unit
 
@@ -101,7 +99,7 @@ class ResidualStore:
 
         def read(name: str) -> Tensor:
             if name in packed:
-                return torch.from_numpy(np.frombuffer(packed[name], dtype=np.uint8).copy())
+                return bytes_tensor(packed[name])
             return residual[names[name]].detach().float().cpu()
 
         write_in_turn(self._path, [*names, *packed], read, metadata)
@@ -122,5 +120,5 @@ def _shipped(stored: Mapping[str, StoredTensor], metadata: Mapping[str, str]) ->
     if "shipped_round" not in metadata:
         return None
     sizes = {parse_unit(name): size for name, size in json.loads(metadata["shipped_sizes"]).items()}
-    packed = read_stored(stored[_SHIPPED]).numpy().tobytes()
+    packed = tensor_bytes(read_stored(stored[_SHIPPED]))
     return ShippedUpdate(int(metadata["shipped_round"]), packed, sizes)

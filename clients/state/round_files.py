@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from models.files.numbered_files import NumberedFiles
+
 
 class RoundFiles:
     """Files ``NAME-ROUND.safetensors``: the state after a round in which the client trained.
@@ -17,26 +19,19 @@ class RoundFiles:
     """
 
     def __init__(self, folder: Path, name: str) -> None:
-        self._folder, self._name = Path(folder), name
+        self._files = NumberedFiles(folder, name)
 
     def after(self, server_round: int) -> Path:
         """Path of the state after ``server_round``."""
-        return self._folder / f"{self._name}-{server_round}.safetensors"
+        return self._files.path(server_round)
 
     def before(self, server_round: int) -> Path:
         """Path of the newest state before ``server_round``; that of round 0, which does not exist, without one."""
-        return self.after(max((each for each in self._rounds() if each < server_round), default=0))
+        return self.after(max((each for each in self._files.numbers() if each < server_round), default=0))
 
     def prune(self, server_round: int) -> None:
         """Remove all states but those before and after ``server_round``."""
         kept = (self.before(server_round), self.after(server_round))
-        for each in self._rounds():
+        for each in self._files.numbers():
             if self.after(each) not in kept:
                 self.after(each).unlink(missing_ok=True)
-
-    def _rounds(self) -> list[int]:
-        found = (
-            path.stem.removeprefix(f"{self._name}-")
-            for path in self._folder.glob(f"{self._name}-*.safetensors")
-        )
-        return [int(text) for text in found if text.isascii() and text.isdigit()]

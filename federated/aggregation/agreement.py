@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 from scipy.sparse import csr_array
 
 from federated.aggregation.clipping import ENOUGH
-from federated.aggregation.contribution import Contribution
+from federated.aggregation.contribution import Contribution, entry_counts
 from federated.aggregation.order_statistics import EntryRanges
-from models.graph.unit_vectors import Unit
 
 # Common entries without a sign that are added to those of each pair: with few, signs agree or disagree by chance.
 _UNDECIDED = 100
@@ -39,17 +37,11 @@ def opposed(contributions: Sequence[Contribution], *, limit: float) -> list[bool
 
 def sign_agreement(contributions: Sequence[Contribution]) -> np.ndarray:
     """Agreement of each pair of clients, float64 ``[clients, clients]``; near 0 for two with few common entries."""
-    sizes: dict[Unit, int] = {}
-    counts: Counter[Unit] = Counter()
-    for contribution in contributions:
-        for unit, each in contribution.summarized().items():
-            sizes[unit] = each.size
-            counts[unit] += each.kept
-    clients = len(contributions)
+    summaries, clients = [each.summarized() for each in contributions], len(contributions)
+    sizes, counts = entry_counts(summaries)
     balance, common = np.zeros((clients, clients)), np.zeros((clients, clients))
     with EntryRanges(sizes, counts) as ranges:
-        for client, contribution in enumerate(contributions):
-            units = contribution.summarized()
+        for client, (contribution, units) in enumerate(zip(contributions, summaries, strict=True)):
             ranges.add(contribution.unpack(), dict.fromkeys(units, 1.0), dict.fromkeys(units, float(client)))
         for spans, entries in ranges:
             signs = _signs(entries, clients, spans[-1].end)

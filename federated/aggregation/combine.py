@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import get_args
 
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from configs.run_views import Combine
 from federated.aggregation.clipping import clip_scales
-from federated.aggregation.contribution import Contribution, UpdateSummary
+from federated.aggregation.contribution import Contribution, UpdateSummary, check_size, entry_counts
 from federated.aggregation.order_statistics import EntryRanges, trimmed_means
 from federated.updates.update import SparseUpdate, SparseVector
 from models.graph.unit_vectors import Unit
@@ -143,12 +142,7 @@ def _trimmed(
     scales: Sequence[Mapping[Unit, float]],
     trim: float,
 ) -> dict[Unit, np.ndarray]:
-    sizes: dict[Unit, int] = {}
-    counts: Counter[Unit] = Counter()
-    for summary in summaries:
-        for unit, each in summary.items():
-            _check_size(unit, each.size, sizes.setdefault(unit, each.size))
-            counts[unit] += each.kept
+    sizes, counts = entry_counts(summaries)
     changes = {unit: np.zeros(size, dtype=np.float32) for unit, size in sizes.items()}
     with EntryRanges(sizes, counts) as ranges:
         for contribution, own, scale in zip(contributions, factors, scales, strict=True):
@@ -180,10 +174,5 @@ def _add_scaled(
     if not abs(factor) <= _LARGEST_FACTOR:
         raise ValueError(f"expected a finite factor for unit {unit}, got {factor}")
     total = sums.setdefault(unit, np.zeros(vector.size, dtype=np.float32))
-    _check_size(unit, vector.size, total.size)
+    check_size(unit, vector.size, total.size)
     total[vector.indices] += np.float32(factor) * values
-
-
-def _check_size(unit: Unit, size: int, other: int) -> None:
-    if size != other:
-        raise ValueError(f"unit {unit} has {size} entries from one client, {other} from another")

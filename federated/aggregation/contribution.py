@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -33,6 +34,31 @@ class UpdateSummary(dict[Unit, UnitSummary]):
     def norm(self) -> float:
         """Euclidean norm over all values."""
         return float(sum(unit.norm**2 for unit in self.values()) ** 0.5)
+
+
+def entry_counts(summaries: Iterable[UpdateSummary]) -> tuple[dict[Unit, int], Counter[Unit]]:
+    """All entries of each unit, and its kept entries summed over the clients.
+
+    Raises:
+        ValueError: two clients have different sizes of a unit.
+    """
+    sizes: dict[Unit, int] = {}
+    counts: Counter[Unit] = Counter()
+    for summary in summaries:
+        for unit, each in summary.items():
+            check_size(unit, each.size, sizes.setdefault(unit, each.size))
+            counts[unit] += each.kept
+    return sizes, counts
+
+
+def check_size(unit: Unit, size: int, other: int) -> None:
+    """Check that two clients have as many entries of a unit.
+
+    Raises:
+        ValueError: names the unit and both numbers.
+    """
+    if size != other:
+        raise ValueError(f"unit {unit} has {size} entries from one client, {other} from another")
 
 
 @dataclass(frozen=True)

@@ -102,6 +102,16 @@ def check_in_turn(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]] 
     return (stored, metadata) if checksum == digest.hexdigest() else None
 
 
+def bytes_tensor(data: bytes) -> Tensor:
+    """Bytes as a tensor, uint8 ``[N]``."""
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+
+
+def tensor_bytes(tensor: Tensor) -> bytes:
+    """Undo ``bytes_tensor``."""
+    return tensor.numpy().tobytes()
+
+
 class _Digest:
     """BLAKE2b digest of the contents of a file; safetensors itself has no checksum."""
 

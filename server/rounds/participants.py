@@ -50,7 +50,7 @@ def choose_participants(
     # Node ids are random, client indices are not: a run is repeated with the same clients.
     order = sorted(sessions, key=lambda node: (_index(sessions[node]), node))
     awake = [node for node in order if sessions[node].rests_until <= server_round]
-    resting = [node for node in order if node not in set(awake)]
+    resting = [node for node in order if sessions[node].rests_until > server_round]
     generator = np.random.default_rng([seed, server_round, attempt])
     drawn = {awake[index] for index in generator.permutation(len(awake))[:asked]}
     drawn |= set(resting[: max(0, keys.quorum - len(drawn))])

@@ -51,8 +51,9 @@ class FederationState:
             session = self.sessions.pop(node)
             if session.partition is not None:
                 self.departed[session.partition] = session.accepted_round
-        fresh = {node: NodeSession(held_version=self.model_version) for node in nodes}
-        self.sessions = {node: self.sessions.get(node, fresh[node]) for node in nodes}
+        self.sessions = {
+            node: self.sessions.get(node) or NodeSession(held_version=self.model_version) for node in nodes
+        }
 
     def accept(self, node: int, partition: int) -> None:
         """Record an accepted update of client ``partition`` in the present round."""

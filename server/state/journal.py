@@ -14,15 +14,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from configs.errors import UserError
 from federated.protocol.steps import ServerStep, read_step
 from federated.updates.update import RefusedUpdate, parse_unit, unit_name
-from models.files.checked_file import check_in_turn, read_checked, write_checked, write_in_turn
-from models.files.safetensors_files import StoredTensor, read_stored
+from models.files.checked_file import (
+    bytes_tensor,
+    check_in_turn,
+    read_checked,
+    tensor_bytes,
+    write_checked,
+    write_in_turn,
+)
+from models.files.numbered_files import NumberedFiles
+from models.files.safetensors_files import read_stored
 from models.graph.unit_vectors import Unit
 from server.model.global_model import GlobalModel
 from server.state.federation_state import FederationState
@@ -59,6 +65,8 @@ class Journal:
 
     def __init__(self, log_dir: Path) -> None:
         self.folder = Path(log_dir) / STATE_FOLDER
+        self._rounds = NumberedFiles(self.folder, "round")
+        self._steps = NumberedFiles(self.folder, "step")
 
     def clear(self) -> None:
         """Remove the state of an earlier run."""
@@ -73,8 +81,8 @@ class Journal:
             history: see ``SavedRound``.
         """
         latest = global_model.steps[-1]
-        packed = {"packed": _bytes_tensor(latest.packed)}
-        write_checked(self._step(latest.version), packed, {"edits": latest.edits_json()})
+        packed = {"packed": bytes_tensor(latest.packed)}
+        write_checked(self._steps.path(latest.version), packed, {"edits": latest.edits_json()})
         facts = {
             "version": global_model.version,
             "kept_from": global_model.steps[0].version - 1,
@@ -85,11 +93,11 @@ class Journal:
         residual = {unit_name(unit): vector for unit, vector in global_model.residual.items()}
 
         def read(name: str) -> Tensor:
-            return _bytes_tensor(texts[name]) if name in texts else residual[name]
+            return bytes_tensor(texts[name]) if name in texts else residual[name]
 
-        write_in_turn(self._round(state.server_round), [*texts, *residual], read, {})
-        for earlier in self._rounds()[:-KEPT_ROUNDS]:
-            self._round(earlier).unlink()
+        write_in_turn(self._rounds.path(state.server_round), [*texts, *residual], read, {})
+        for earlier in self._rounds.numbers()[:-KEPT_ROUNDS]:
+            self._rounds.path(earlier).unlink()
 
     def restore(self, global_model: GlobalModel) -> SavedRound | None:
         """Bring a freshly opened model to the last saved round; None where no round was completed.
@@ -99,7 +107,7 @@ class Journal:
         Raises:
             UserError: no saved round is intact.
         """
-        rounds = self._rounds()
+        rounds = self._rounds.numbers()
         for server_round in reversed(rounds):
             found = self._read(server_round)
             if found is not None:
@@ -138,12 +146,12 @@ class Journal:
         self, server_round: int
     ) -> tuple[dict[str, Any], FederationState, dict[Unit, Tensor], list[ServerStep]] | None:
         """Contents of a saved round and its steps; None where a file is missing or damaged."""
-        saved = check_in_turn(self._round(server_round))
+        saved = check_in_turn(self._rounds.path(server_round))
         if saved is None:
             return None
         tensors = saved[0]
-        facts = json.loads(_read_bytes(tensors[_FACTS]))
-        state = FederationState.from_bytes(_read_bytes(tensors[_FEDERATION]))
+        facts = json.loads(tensor_bytes(read_stored(tensors[_FACTS])))
+        state = FederationState.from_bytes(tensor_bytes(read_stored(tensors[_FEDERATION])))
         steps = [self._read_step(version) for version in range(1, facts["version"] + 1)]
         if any(step is None for step in steps):
             return None
@@ -152,29 +160,10 @@ class Journal:
         return facts, state, residual, [step for step in steps if step is not None]
 
     def _read_step(self, version: int) -> ServerStep | None:
-        saved = read_checked(self._step(version))
+        saved = read_checked(self._steps.path(version))
         if saved is None:
             return None
         try:
-            return read_step(version, saved[0]["packed"].numpy().tobytes(), saved[1]["edits"])
+            return read_step(version, tensor_bytes(saved[0]["packed"]), saved[1]["edits"])
         except RefusedUpdate:
             return None
-
-    def _rounds(self) -> list[int]:
-        """Saved rounds, ascending."""
-        names = (path.stem.removeprefix("round-") for path in self.folder.glob("round-*.safetensors"))
-        return sorted(int(name) for name in names if name.isdigit())
-
-    def _round(self, server_round: int) -> Path:
-        return self.folder / f"round-{server_round}.safetensors"
-
-    def _step(self, version: int) -> Path:
-        return self.folder / f"step-{version}.safetensors"
-
-
-def _bytes_tensor(data: bytes) -> Tensor:
-    return torch.from_numpy(np.frombuffer(data, dtype=np.uint8).copy())
-
-
-def _read_bytes(tensor: StoredTensor) -> bytes:
-    return read_stored(tensor).numpy().tobytes()

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from benchmarks.support.resume.killed_run import STAGES, dying
 from configs.errors import UserError
 from configs.schema import RunConfig
 from models.checkpoints.load import load_graph
 from server import app as server_app
 from server.app import run_federation
-from server.flower.in_process_grid import RUN_ID
-from server.rounds import loop
-from server.state.journal import Journal
+from server.flower.in_process_grid import RUN_ID, InProcessGrid
 from tests.support.tiny_federation import TinyGrid, all_equal, save_tiny_graph, tiny_config
 
 
@@ -48,42 +46,19 @@ def undisturbed(graph, tmp_path_factory) -> dict:
     return run_federation(TinyGrid(config), config, run_id=RUN_ID) | {"config": config}
 
 
-def kill(owner: object, name: str, monkeypatch: pytest.MonkeyPatch, *, call: int, before: bool) -> None:
-    """Raise ``Killed`` before or after the call with this number of ``owner.name``."""
-    original, calls = getattr(owner, name), []
+def die() -> None:
+    raise Killed
 
-    def killing(*args, **options):
-        calls.append(1)
-        if len(calls) == call and before:
-            raise Killed
-        result = original(*args, **options)
-        if len(calls) == call:
-            raise Killed
-        return result
 
-    monkeypatch.setattr(owner, name, killing)
+def kill_at(stage: str, grid: TinyGrid, patch: pytest.MonkeyPatch) -> None:
+    """Raise ``Killed`` at a stage of round 2."""
+    kind, name, number, before = STAGES[stage]
+    owner = grid if kind is InProcessGrid else kind
+    patch.setattr(owner, name, dying(getattr(owner, name), number, before, die))
 
 
 def resumed(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"resume": True})
-
-
-# The stage of round 2 at which the server dies; the first request of each round goes to node 0.
-STAGES: dict[str, Callable[[TinyGrid, pytest.MonkeyPatch], None]] = {
-    "before send": lambda grid, patch: kill(grid, "push_messages", patch, call=2, before=True),
-    "while training": lambda grid, patch: kill(grid, "client_app", patch, call=3, before=True),
-    "after a client has trained": lambda grid, patch: kill(grid, "client_app", patch, call=3, before=False),
-    "between replies": lambda grid, patch: kill(grid, "pull_messages", patch, call=3, before=True),
-    "before aggregation": lambda grid, patch: kill(
-        loop.GlobalModel, "drop_steps", patch, call=2, before=True
-    ),
-    "after aggregation": lambda grid, patch: kill(loop.GlobalModel, "advance", patch, call=2, before=False),
-    "after the log": lambda grid, patch: kill(loop.RunObserver, "round", patch, call=2, before=False),
-    "after the merge": lambda grid, patch: kill(loop.RunObserver, "rewire", patch, call=2, before=False),
-    "between step and state": lambda grid, patch: kill(Journal, "_round", patch, call=3, before=True),
-    "after the state": lambda grid, patch: kill(Journal, "save", patch, call=2, before=False),
-    "before the final model": lambda grid, patch: kill(loop.GlobalModel, "save", patch, call=1, before=True),
-}
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -93,7 +68,7 @@ def test_a_run_killed_at_any_stage_goes_on_as_if_undisturbed(
     config = config_in(graph, tmp_path)
     grid = TinyGrid(config)
     with monkeypatch.context() as patch:
-        STAGES[stage](grid, patch)
+        kill_at(stage, grid, patch)
         with pytest.raises(Killed):
             run_federation(grid, config, run_id=RUN_ID)
     assert not Path(config.out).exists()

@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from configs.schema import RunConfig, load_run_config
 from server.app import run_federation
 from server.flower.in_process_grid import RUN_ID, InProcessGrid
 from server.rounds import loop
-from server.state.journal import Journal
+from server.state import journal
 
 NONE = "none"
 # Owner and name of a function, number of its call, and whether the process dies before it rather than after it. With
@@ -38,8 +39,8 @@ STAGES: dict[str, _Call] = {
     "after aggregation": (loop.GlobalModel, "advance", 2, False),
     "after the log": (loop.RunObserver, "round", 2, False),
     "after the merge": (loop.RunObserver, "rewire", 2, False),
-    "between step and state": (Journal, "_round", 3, True),
-    "after the state": (Journal, "save", 2, False),
+    "between step and state": (journal, "write_in_turn", 2, True),
+    "after the state": (journal.Journal, "save", 2, False),
     "before the final model": (loop.GlobalModel, "save", 1, True),
 }
 
@@ -72,23 +73,32 @@ def _kill_at(grid: InProcessGrid, call: _Call) -> None:
     """Replace the function of ``call`` by one that kills this process."""
     kind, name, number, before = call
     owner: Any = grid if kind is InProcessGrid else kind
-    setattr(owner, name, _killing(getattr(owner, name), number, before))
+    die = partial(os.kill, os.getpid(), signal.SIGKILL)
+    setattr(owner, name, dying(getattr(owner, name), number, before, die))
 
 
-def _killing(original: Callable, number: int, before: bool) -> Callable:
+def dying(original: Callable, number: int, before: bool, die: Callable[[], Any]) -> Callable:
+    """Function that calls ``original``, and in one call ``die`` before or after it.
+
+    Args:
+        original: function to replace.
+        number: number of the call, from 1.
+        before: whether ``die`` comes before the call of ``original``.
+        die: ends the process or raises.
+    """
     calls = 0
 
-    def killing(*args: Any, **options: Any) -> Any:
+    def replaced(*args: Any, **options: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == number and before:
-            os.kill(os.getpid(), signal.SIGKILL)
+            die()
         result = original(*args, **options)
-        if calls == number:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if calls == number and not before:
+            die()
         return result
 
-    return killing
+    return replaced
 
 
 def weights_hash(folder: Path) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Mapping
@@ -14,14 +13,13 @@ from typing import Any
 
 import torch
 
-from benchmarks.support.material import bootstrapped, data_sources, model_path, write_client_data
+from benchmarks.support.material import data_sources, model_path, write_bootstrapped, write_client_data
 from benchmarks.support.robustness.attacks import ATTACKS, AttackedApp, Victim
 from benchmarks.support.robustness.settings import AGGREGATIONS, Job, Settings
 from benchmarks.support.stored import digest, stored
 from clients.client_app import app
 from configs.schema import RunConfig
-from models.checkpoints.load import load_graph, load_tokenizer
-from models.checkpoints.save import save_checkpoint
+from models.checkpoints.load import load_graph
 from models.graph.graph_state import read_graph
 from models.graph.unit_vectors import unit_sizes
 from server.app import run_federation
@@ -47,7 +45,6 @@ def run_or_read(job: Job, settings: Settings, quick: bool, work: Path) -> dict[s
         "quick": quick,
         "config": RunConfig(**keys).values(),
     }
-    facts = json.loads(json.dumps(facts))
     return stored(work, facts, lambda: run_job(job, settings, quick, work))
 
 
@@ -76,9 +73,7 @@ def graph_folder(seed: int, settings: Settings, quick: bool, work: Path) -> Path
     if not out.is_dir():
         source = model_path(settings.model, quick=quick)
         torch.manual_seed(seed)
-        graph = bootstrapped(source, settings.experts, settings.calibration_tokens)
-        out.mkdir(parents=True)
-        save_checkpoint(graph, load_tokenizer(source), out)
+        write_bootstrapped(out, source, settings.experts, settings.calibration_tokens)
     return out
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.support.stored import digest, stored
+from benchmarks.support.stored import digest, stored, work_folder
 
 
 def test_a_result_is_computed_once_for_the_same_facts(tmp_path):
@@ -21,3 +21,11 @@ def test_a_result_is_computed_once_for_the_same_facts(tmp_path):
 def test_the_digest_does_not_depend_on_the_order():
     assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1}) != digest({"a": 1, "b": 3})
     assert len(digest({})) == 16
+
+
+def test_results_go_to_the_folder_given_or_to_one_that_is_removed(tmp_path):
+    with work_folder(tmp_path) as folder:
+        assert folder == tmp_path
+    with work_folder(None) as folder:
+        assert folder.is_dir()
+    assert tmp_path.is_dir() and not folder.exists()

@@ -7,7 +7,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from models.files.checked_file import check_in_turn, read_checked, write_checked, write_in_turn
+from models.files.checked_file import (
+    bytes_tensor,
+    check_in_turn,
+    read_checked,
+    tensor_bytes,
+    write_checked,
+    write_in_turn,
+)
 from models.files.safetensors_files import read_stored
 
 TENSORS = {
@@ -152,3 +159,8 @@ def test_one_vector_at_a_time_is_in_memory_when_written_in_turn(path):
 
     write_in_turn(path, [str(number) for number in range(20)], read, {})
     assert len(alive) == 20
+
+
+@pytest.mark.parametrize("data", [b"", b"\x00\xff packed"])
+def test_bytes_survive_as_a_tensor(data):
+    assert bytes_tensor(data).dtype == torch.uint8 and tensor_bytes(bytes_tensor(data)) == data

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.support.resume.killed_run import STAGES, weights_hash
+from benchmarks.support.resume.killed_run import STAGES, dying, weights_hash
 
 
 def test_the_hash_depends_on_names_and_values(tmp_path):
@@ -19,3 +19,12 @@ def test_the_hash_depends_on_names_and_values(tmp_path):
 
 def test_every_stage_names_a_function():
     assert all(name == "client_app" or callable(getattr(owner, name)) for owner, name, *_ in STAGES.values())
+
+
+def test_a_function_dies_before_or_after_the_call_that_is_named():
+    seen: list[str] = []
+    for before in (True, False):
+        replaced = dying(lambda: seen.append("call"), 2, before, lambda: seen.append("die"))
+        for _ in range(3):
+            replaced()
+    assert seen == ["call", "die", "call", "call"] + ["call", "call", "die", "call"]
