@@ -40,7 +40,9 @@ class Jobs:
     def run(self, jobs: Sequence[Job]) -> list[Run]:
         """Results of jobs, in their order; each finished one is printed."""
         results = []
-        work = Parallel(n_jobs=self._settings.jobs, return_as="generator")(
+        # A thread waits for the process of a job apart: a worker process of joblib's cannot start one itself.
+        backend = "threading" if self._settings.apart else None
+        work = Parallel(n_jobs=self._settings.jobs, return_as="generator", backend=backend)(
             delayed(_run_or_read)(job, self._settings, self._quick, self._folders) for job in jobs
         )
         for run in work:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 
 import pytest
@@ -43,3 +44,17 @@ def test_a_full_run_reads_the_committed_runs_too(made, tmp_path, monkeypatch):
     Jobs("any", settings, False, tmp_path / "results" / "any_jobs", lambda *step: None, 1).run([job])
     Jobs("any", settings, False, tmp_path / "work", lambda *step: None, 1).run([job])
     assert made == [job]
+
+
+def run_with_process_id(job, settings, quick, work) -> Run:
+    """Run whose number of edits is the id of its process."""
+    return Run(job.method, job.seed, job.learning_rate, [ENTRY], edits=os.getpid())
+
+
+def test_jobs_apart_run_side_by_side_in_processes_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(jobs, "run_job", run_with_process_id)
+    settings = replace(QUICK, jobs=2, apart=True)
+    runner = Jobs("any", settings, True, tmp_path, lambda *step: None, 2)
+    first, second = runner.run([Job("ours", seed, (1e-3, "linear")) for seed in (0, 1)])
+    assert (first.seed, second.seed) == (0, 1)
+    assert len({os.getpid(), first.edits, second.edits}) == 3
