@@ -75,12 +75,7 @@ def run_federation(grid: Grid, config: RunConfig, *, run_id: int) -> dict:
     validation = server_text(config, global_model)
     journal = Journal(log_dir)
     settings, saved = open_state(journal, config, global_model, run_id=run_id)
-    observer = RunObserver(
-        log_dir,
-        global_model=global_model,
-        resumed=saved.state.server_round if saved else None,
-        history=saved.history if saved else None,
-    )
+    observer = RunObserver(log_dir, global_model=global_model, history=saved.history)
     federation = Federation(
         grid=StoppableGrid(grid, log_dir),
         config=config,
@@ -88,7 +83,7 @@ def run_federation(grid: Grid, config: RunConfig, *, run_id: int) -> dict:
         strategy=sam_v2(config, validation=validation),
         observer=observer,
         journal=journal,
-        state=saved.state if saved else None,
+        state=saved.state,
         run_id=settings.run_id if settings.run_id != run_id else 0,
     )
     try:
@@ -105,8 +100,8 @@ def run_federation(grid: Grid, config: RunConfig, *, run_id: int) -> dict:
 
 def open_state(
     journal: Journal, config: RunConfig, global_model: GlobalModel, *, run_id: int
-) -> tuple[Settings, SavedRound | None]:
-    """Settings of the run, and the saved round that it continues from; ``global_model`` is brought to it.
+) -> tuple[Settings, SavedRound]:
+    """Settings of the run, and the saved round that it starts from; ``global_model`` is brought to it.
 
     Args:
         journal: state in the log directory; that of an earlier run is removed unless it is continued.
@@ -120,11 +115,11 @@ def open_state(
     if config.resume:
         settings = read_settings(journal.folder)
         settings.check(config, global_model.fingerprint)
-        return settings, journal.restore(global_model)
+        return settings, journal.restore(global_model) or SavedRound()
     journal.clear()
     settings = Settings(run_id, global_model.fingerprint, config.values())
     settings.write(journal.folder)
-    return settings, None
+    return settings, SavedRound()
 
 
 @contextmanager

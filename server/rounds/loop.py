@@ -102,7 +102,7 @@ class Federation:
         if record is not None:
             self.observer.rewire(record)
         if self._journal is not None:
-            self._journal.save(self.global_model, self.state, self.observer.history())
+            self._journal.save(self.global_model, self.state, self.observer.history)
         if self.config.checkpoint_every and server_round % self.config.checkpoint_every == 0:
             write_checkpoint(self.observer.log_dir, self.global_model, self.state)
 

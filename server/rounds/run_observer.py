@@ -22,7 +22,6 @@ from server.reporting.run_log import (
     PACK_FILE,
     ROUNDS_FILE,
     TRACE_FILE,
-    ClientRecord,
     RewireRecord,
     RoundRecord,
     RunLog,
@@ -30,23 +29,14 @@ from server.reporting.run_log import (
 )
 from server.reporting.tensorboard_log import TensorBoardLog
 from server.rounds.exchange import Answer
-from server.rounds.validation import Evaluations, RoundReplies, held_out_loss, reply_loss, total_loss
+from server.rounds.round_record import round_record
+from server.rounds.validation import Evaluations, RoundReplies, reply_loss, total_loss
 from server.state.checkpoint import CHECKPOINTS
+from server.state.run_history import TRAFFIC, ClientFigures, RunHistory
 from server.strategies.strategy import Accepted
 
 SUMMARY_FILE = "summary.json"
 _EVENTS = "tensorboard"
-# Attributes of an observer that accumulate over the rounds, apart from the set of used nodes.
-_ACCUMULATED = ("_clients", "_names", "_partitions", "_unused", "_bytes", "_edits", "_rounds")
-# Keys of a client in the summary, beside the reason where no update of it was used.
-_CLIENT_KEYS = (
-    "name",
-    "budget",
-    "perplexity_before",
-    "perplexity_after",
-    "perplexity_after_personal",
-    "graph_hash",
-)
 
 
 class RunObserver:
@@ -57,51 +47,28 @@ class RunObserver:
     Args:
         log_dir: folder of the logs.
         global_model: model that the clients share, read only.
-        resumed: last completed round of the run that is continued, whose logs are kept up to it; None: a new run.
-        history: what ``history`` returned after that round.
+        history: record of the run that is continued, whose logs are kept up to its last round; None: a new run.
+
+    Attributes:
+        history: record of the run, with the rounds written since.
     """
 
     def __init__(
-        self,
-        log_dir: Path,
-        *,
-        global_model: GlobalModel,
-        resumed: int | None = None,
-        history: Mapping[str, Any] | None = None,
+        self, log_dir: Path, *, global_model: GlobalModel, history: RunHistory | None = None
     ) -> None:
         experts = global_model.graph.num_experts
+        self.history = history or RunHistory()
+        resumed = self.history.rounds or None
         self.log_dir, self._global_model = log_dir, global_model
         self._log = RunLog(log_dir, num_layers=len(experts), experts_per_layer=experts, resumed=resumed)
         if resumed is None:
             (log_dir / SUMMARY_FILE).unlink(missing_ok=True)
-            for folder in ("tensorboard", CHECKPOINTS):
+            for folder in (_EVENTS, CHECKPOINTS):
                 shutil.rmtree(log_dir / folder, ignore_errors=True)
         self._failures = LogFailures()
         self._failures.attempt("cluster_stats.txt", _copy_cluster_statistics, global_model.source, log_dir)
         self._tensorboard = TensorBoardLog(log_dir, resumed=resumed)
-        self._clients: dict[int, dict[str, Any]] = {}
-        self._names: dict[int, str] = {}
-        self._partitions: dict[int, int] = {}
-        self._unused: dict[int, str] = {}  # reason of the last refusal, of nodes without an accepted update
-        self._used: set[int] = set()
-        self._bytes = dict.fromkeys(("bytes_up", "bytes_down", "bytes_up_dense", "bytes_down_dense"), 0)
-        self._edits = self._rounds = 0
-        if history:
-            self._recall(history)
-
-    def history(self) -> dict[str, Any]:
-        """What the rounds so far contribute to the summary and to later rounds' logs, as JSON types."""
-        return finite({name: getattr(self, name) for name in _ACCUMULATED} | {"_used": sorted(self._used)})
-
-    def _recall(self, history: Mapping[str, Any]) -> None:
-        """Undo ``history``."""
-        for name in _ACCUMULATED:
-            value = history[name]
-            if isinstance(value, Mapping) and name != "_bytes":
-                value = {int(key): item for key, item in value.items()}
-            setattr(self, name, value)
-        self._used = set(history["_used"])
-        self._tensorboard.recall(self._bytes)
+        self._tensorboard.recall(self.history.traffic)
 
     def round(
         self,
@@ -126,29 +93,30 @@ class RunObserver:
             stopped: reason why this is the last round although more were planned.
         """
         step = self._pack_sizes(server_round, replies)
-        dense = self._global_model.dense_bytes() * len(answers)
-        record = RoundRecord(
-            round=server_round,
+        record = round_record(
+            server_round,
+            replies,
+            answers,
+            graph=graph,
+            history=self.history,
+            step=step,
+            dense_bytes=self._global_model.dense_bytes(),
             seconds=seconds,
-            bytes_up=sum(answer.bytes_up for answer in answers.values()),
-            bytes_down=sum(answer.bytes_down for answer in answers.values()),
-            bytes_up_dense=dense,
-            bytes_down_dense=dense,
-            density=_mean([accepted.stats.density for accepted in replies.accepted]),
-            edges=graph.edges_per_layer(),
-            graph_version=graph.version,
-            graph_hash=graph.digest(),
-            clients=[self._client_record(node, replies, answers[node]) for node in self._order(answers)],
-            perplexity=held_out_loss(replies).perplexity,
             stopped=stopped,
-            step_bytes=step.packed_bytes if step else None,
-            step_floor_bytes=step.entropy_floor_bytes if step else None,
         )
-        self._rounds = server_round
-        self._note_refusals(replies, answers)
-        for name in self._bytes:
-            self._bytes[name] += getattr(record, name)
+        self._add(record, replies, answers)
         self._write_round(record, replies, graph, usage)
+
+    def _add(self, record: RoundRecord, replies: RoundReplies, answers: Mapping[int, Answer]) -> None:
+        """Add a round to the history."""
+        self.history.rounds = record.round
+        for accepted in replies.accepted:
+            self.history.accepted(accepted.node)
+        for node, reason in replies.refused.items():
+            if not answers[node].surplus:  # a client that others were faster than has done nothing wrong
+                self.history.refused(node, reason)
+        for name in TRAFFIC:
+            self.history.traffic[name] += getattr(record, name)
 
     def _write_round(
         self, record: RoundRecord, replies: RoundReplies, graph: ExpertGraph, usage: Sequence[np.ndarray]
@@ -174,14 +142,14 @@ class RunObserver:
 
     def rewire(self, record: RewireRecord) -> None:
         """Write the graph edits of a round."""
-        self._edits += len(record.edits)
+        self.history.edits += len(record.edits)
         self._failures.attempt(f"merge_round{record.round}.json", self._log.rewire, record)
         self._failures.attempt(_EVENTS, self._tensorboard.rewire, record)
 
     def add_traffic(self, answers: Mapping[int, Answer]) -> None:
         """Add the bytes of an exchange that is not part of a completed round to the summary's totals."""
-        self._bytes["bytes_up"] += sum(answer.bytes_up for answer in answers.values())
-        self._bytes["bytes_down"] += sum(answer.bytes_down for answer in answers.values())
+        self.history.traffic["bytes_up"] += sum(answer.bytes_up for answer in answers.values())
+        self.history.traffic["bytes_down"] += sum(answer.bytes_down for answer in answers.values())
 
     def finish(self, evaluations: Evaluations, answers: Mapping[int, Answer]) -> None:
         """Write the held-out perplexity of the final global model, per client and overall.
@@ -193,11 +161,11 @@ class RunObserver:
         self.add_traffic(answers)
         for evaluation in evaluations.accepted:
             client = self._client(evaluation.node, evaluation.reply)
-            client["perplexity_after"] = evaluation.loss.perplexity
-            client["graph_hash"] = evaluation.reply.graph_hash
+            client.perplexity_after = evaluation.loss.perplexity
+            client.graph_hash = evaluation.reply.graph_hash
         total = total_loss(evaluation.loss for evaluation in evaluations.accepted)
-        after = {client["name"]: client["perplexity_after"] for client in self._clients.values()}
-        step = self._rounds + 1
+        after = {client.name: client.perplexity_after for client in self.history.clients.values()}
+        step = self.history.rounds + 1
         self._failures.attempt(_EVENTS, self._tensorboard.perplexities, after, total.perplexity, step)
 
     def trace(self, entries: Sequence[Mapping[str, Any]]) -> None:
@@ -213,11 +181,11 @@ class RunObserver:
         """
         self._failures.attempt(_EVENTS, self._tensorboard.close)
         summary = {
-            "rounds": self._rounds,
+            "rounds": self.history.rounds,
             "stopped": stopped,
-            "clients": self._client_summaries(),
-            **self._bytes,
-            "edits": self._edits,
+            "clients": self.history.client_summaries(),
+            **self.history.traffic,
+            "edits": self.history.edits,
             "graph_hash": self._global_model.graph.digest(),
             "out": out,
             "log_dir": str(self.log_dir),
@@ -230,57 +198,13 @@ class RunObserver:
     def _note(self, accepted: Accepted) -> None:
         reply = accepted.reply
         client = self._client(accepted.node, reply)
-        if client["perplexity_before"] is None:
-            client["perplexity_before"] = reply_loss(reply, "valid").perplexity
+        if client.perplexity_before is None:
+            client.perplexity_before = reply_loss(reply, "valid").perplexity
         if "personal-tokens" in reply.numbers:
-            client["perplexity_after_personal"] = reply_loss(reply, "personal").perplexity
+            client.perplexity_after_personal = reply_loss(reply, "personal").perplexity
 
-    def _client(self, node: int, reply: Reply) -> dict[str, Any]:
-        self._names[node], self._partitions[node] = reply.name, reply.partition
-        fresh = dict.fromkeys(_CLIENT_KEYS) | {
-            "name": reply.name,
-            "budget": reply.budget or max(self._global_model.graph.num_experts),
-            "graph_hash": reply.graph_hash,
-        }
-        return self._clients.setdefault(reply.partition, fresh)
-
-    def _note_refusals(self, replies: RoundReplies, answers: Mapping[int, Answer]) -> None:
-        self._used |= {accepted.node for accepted in replies.accepted}
-        # A client that others were faster than has done nothing wrong.
-        self._unused |= {node: why for node, why in replies.refused.items() if not answers[node].surplus}
-        self._unused = {node: reason for node, reason in self._unused.items() if node not in self._used}
-
-    def _client_summaries(self) -> list[dict[str, Any]]:
-        """Clients in order of their index, then the nodes without any valid reply; ``refused`` where none was used."""
-        reasons = {self._partitions.get(node): reason for node, reason in self._unused.items()}
-        found = [self._clients[index] | {"refused": reasons.get(index)} for index in sorted(self._clients)]
-        for node, reason in sorted(self._unused.items()):
-            if node not in self._partitions:
-                found.append(dict.fromkeys(_CLIENT_KEYS) | {"name": f"node-{node}", "refused": reason})
-        return found
-
-    def _order(self, answers: Mapping[int, Answer]) -> list[int]:
-        """Sort nodes by client name, so that a client keeps its position from round to round."""
-        return sorted(answers, key=lambda node: (self._names.get(node, f"~{node}"), node))
-
-    def _client_record(self, node: int, replies: RoundReplies, answer: Answer) -> ClientRecord:
-        name = self._names.get(node, f"node-{node}")
-        accepted = next((each for each in replies.accepted if each.node == node), None)
-        reply = accepted.reply if accepted else None
-        numbers = reply.numbers if reply else {}
-        return ClientRecord(
-            name=name,
-            budget=(reply.budget or max(self._global_model.graph.num_experts)) if reply else 0,
-            weight=accepted.contribution.weight if accepted else 0.0,
-            train_loss=numbers.get("train-loss"),
-            perplexity=reply_loss(reply, "valid").perplexity if reply else None,
-            bytes_up=answer.bytes_up,
-            bytes_down=answer.bytes_down,
-            density=accepted.stats.density if accepted else None,
-            refused=replies.refused.get(node),
-            update_bytes=accepted.stats.packed_bytes if accepted else None,
-            update_floor_bytes=accepted.stats.entropy_floor_bytes if accepted else None,
-        )
+    def _client(self, node: int, reply: Reply) -> ClientFigures:
+        return self.history.client(node, reply, num_experts=max(self._global_model.graph.num_experts))
 
     def _pictures(
         self, server_round: int, replies: RoundReplies, graph: ExpertGraph, usage: Sequence[np.ndarray]
@@ -308,7 +232,3 @@ def _copy_cluster_statistics(source: str, log_dir: Path) -> None:
     statistics = Path(source) / "cluster_stats.txt"
     if statistics.is_file():
         shutil.copyfile(statistics, log_dir / statistics.name)
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return sum(values) / len(values) if values else None

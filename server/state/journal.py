@@ -10,7 +10,7 @@ import json
 import logging
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from models.files.safetensors_files import read_stored
 from models.graph.unit_vectors import Unit
 from server.model.global_model import GlobalModel
 from server.state.federation_state import FederationState
+from server.state.run_history import RunHistory
 
 STATE_FOLDER = "state"
 KEPT_ROUNDS = 2  # states kept: where the last one is damaged, the run continues from the one before
@@ -42,15 +43,15 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SavedRound:
-    """State after a completed round.
+    """State after a completed round, or before the first.
 
     Attributes:
         state: federation state.
-        history: what the logs accumulate, see ``RunObserver.history``.
+        history: record of the run for its summary and logs.
     """
 
-    state: FederationState
-    history: Mapping[str, Any]
+    state: FederationState = field(default_factory=FederationState)
+    history: RunHistory = field(default_factory=RunHistory)
 
 
 class Journal:
@@ -72,7 +73,7 @@ class Journal:
         """Remove the state of an earlier run."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def save(self, global_model: GlobalModel, state: FederationState, history: Mapping[str, Any]) -> None:
+    def save(self, global_model: GlobalModel, state: FederationState, history: RunHistory) -> None:
         """Write the state after a round.
 
         Args:
@@ -87,7 +88,7 @@ class Journal:
             "version": global_model.version,
             "kept_from": global_model.steps[0].version - 1,
             "copy_hash": global_model.copy_hash,
-            "history": dict(history),
+            "history": history.to_json(),
         }
         texts = {_FACTS: json.dumps(facts).encode(), _FEDERATION: state.to_bytes()}
         residual = {unit_name(unit): vector for unit, vector in global_model.residual.items()}
@@ -113,7 +114,7 @@ class Journal:
             if found is not None:
                 facts, state, residual, steps = found
                 self._replay(global_model, steps, residual, facts)
-                return SavedRound(state, facts["history"])
+                return SavedRound(state, RunHistory.from_json(facts["history"]))
             _log.warning(
                 "the state of round %d in %s is damaged: the one before is used", server_round, self.folder
             )

@@ -20,6 +20,7 @@ from server.reporting.run_log import RewireRecord
 from server.rounds.exchange import Answer
 from server.rounds.run_observer import RunObserver, read_summary
 from server.rounds.validation import check_evaluations, check_replies
+from server.state.run_history import RunHistory
 from server.strategies.sam_v2 import sam_v2
 from tests.support.tiny_federation import packed_change, random_change, save_tiny_graph
 
@@ -307,9 +308,8 @@ def test_a_new_run_replaces_the_files_of_an_earlier_one_and_no_others(global_mod
 def test_an_observer_goes_on_from_the_history_of_an_earlier_one(observer, global_model, log_dir):
     answers = {index: answer_of(global_model, index) for index in (0, 1)}
     observe(observer, global_model, answers)
-    history = json.loads(json.dumps(observer.history()))
-    again = RunObserver(log_dir, global_model=global_model, resumed=1, history=history)
-    assert again.history() == observer.history()
+    history = RunHistory.from_json(json.loads(json.dumps(observer.history.to_json())))
+    again = RunObserver(log_dir, global_model=global_model, history=history)
     summaries = []
     for each in (observer, again):
         observe(each, global_model, answers, server_round=2)

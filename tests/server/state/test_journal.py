@@ -13,6 +13,7 @@ from configs.errors import UserError
 from server.model.global_model import GlobalModel
 from server.state.federation_state import FederationState
 from server.state.journal import Journal
+from server.state.run_history import RunHistory
 from server.state.usage_average import UsageAverage
 from tests.support.tiny_federation import all_equal, random_change, save_tiny_graph
 
@@ -30,7 +31,7 @@ def saved_rounds(graph: Path, folder: Path, count: int) -> tuple[GlobalModel, Jo
     for number in range(1, count + 1):
         model.advance(random_change(model.model, [(0, 1), (1, 2)], seed=number), value_bits=2, density=0.3)
         usage = UsageAverage([np.full((4, 4), number / 3)] * 2)
-        journal.save(model, FederationState(number, number, usage=usage), {"rounds": number})
+        journal.save(model, FederationState(number, number, usage=usage), RunHistory(rounds=number))
     return model, journal
 
 
@@ -41,7 +42,7 @@ def test_a_saved_round_comes_back_bit_for_bit(graph, tmp_path):
     assert all_equal(again.model, model.model) and again.copy_hash == model.copy_hash
     assert again.residual.keys() == model.residual.keys() != set()
     assert all(torch.equal(again.residual[unit], vector) for unit, vector in model.residual.items())
-    assert saved.state.server_round == 3 and saved.history == {"rounds": 3}
+    assert saved.state.server_round == 3 and saved.history == RunHistory(rounds=3)
     assert np.array_equal(saved.state.usage.counts[1], np.full((4, 4), 1.0))
 
 

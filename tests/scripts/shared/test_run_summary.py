@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import pytest
+
+from scripts.shared.console import print_result
+from scripts.shared.run_summary import summary_lines
+from tests.support.run_summaries import SUMMARY
+
+
+def shown(capsys, summary: dict) -> str:
+    capsys.readouterr()
+    print_result({}, as_json=False, lines=summary_lines(summary))
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "words", ["letters", "9.50", "4.25", "2.0 kB", "10.0 kB (5 times less)", "edits: 3", "/out", "/logs"]
+)
+def test_a_table_of_clients_then_bytes_edits_and_paths(capsys, words):
+    assert words in shown(capsys, SUMMARY)
+
+
+def test_without_a_model_its_line_is_left_out():
+    assert summary_lines({**SUMMARY, "out": ""})[1:] == summary_lines(SUMMARY)[1:-1]
+
+
+def test_the_reason_of_an_early_end_has_a_line():
+    assert "stopped after round 2: no better" in summary_lines({**SUMMARY, "stopped": "no better"})
+
+
+def test_unknown_figures_are_dashes_and_the_reason_of_a_refusal_has_a_line(capsys):
+    unused = dict.fromkeys(SUMMARY["clients"][0]) | {"name": "node-7", "refused": "disk full"}
+    text = shown(capsys, SUMMARY | {"clients": [unused]})
+    assert "no update of node-7 was used: disk full" in text
+    assert [cell.strip() for cell in text.splitlines()[4].strip("│ ").split("│")] == ["node-7", *"----"]
+
+
+def test_names_and_reasons_are_shown_as_they_are(capsys):
+    """Text in square brackets is markup of the console library, an end tag without a start an error."""
+    client = SUMMARY["clients"][0] | {"name": "[/red]a", "refused": "[/blue] b"}
+    text = shown(capsys, {**SUMMARY, "clients": [client], "stopped": "[/c]", "out": "/out/[/d]"})
+    assert all(part in text for part in ("[/red]a", "[/blue] b", "[/c]", "/out/[/d]"))
+
+
+def test_log_files_that_are_incomplete_are_named():
+    lines = summary_lines(SUMMARY | {"log_errors": {"rounds.jsonl": "OSError: disk full"}})
+    assert "the log file rounds.jsonl is incomplete: OSError: disk full" in lines

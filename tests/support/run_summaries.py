@@ -1,0 +1,13 @@
+"""The summary of a run, as ``summary.json`` holds it."""
+
+from __future__ import annotations
+
+SUMMARY = {
+    "rounds": 2, "stopped": None,
+    "clients": [
+        {"name": "letters", "budget": 4, "perplexity_before": 9.5, "perplexity_after": 4.25,
+         "perplexity_after_personal": None, "graph_hash": "ab" * 32, "refused": None},
+    ],
+    "bytes_up": 2000, "bytes_down": 0, "bytes_up_dense": 10_000, "bytes_down_dense": 10_000,
+    "edits": 3, "graph_hash": "ab" * 32, "out": "/out", "log_dir": "/logs",
+}  # fmt: skip
