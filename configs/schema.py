@@ -86,6 +86,8 @@ class RunConfig(Views, Keys):
     """Rise of the server's validation loss (nats per token) above which a merge is rolled back."""
     checkpoint_every: Whole = 0
     """Server rounds between two checkpoints in log-dir/checkpoints; 0: none but out."""
+    keep_best: bool = True
+    """Whether the model of the lowest held-out loss is written to log-dir/checkpoints/best, beside the last in out."""
     selection: Selection = "top"
     """Experts a client ships: top (most update energy) or sample (known probability)."""
     combine: Combine = "entrywise"

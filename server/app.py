@@ -24,6 +24,7 @@ from server.model.global_model import GlobalModel
 from server.reporting.call_trace import call_trace
 from server.reporting.failure import recording_failure
 from server.reporting.unused_clients import check_all_used
+from server.rounds.best_model import close_run
 from server.rounds.interruption import save_interrupted
 from server.rounds.loop import Federation
 from server.rounds.run_observer import RunObserver
@@ -95,7 +96,7 @@ def run_federation(grid: Grid, config: RunConfig, *, run_id: int) -> dict:
     except BaseException as error:
         save_interrupted(federation, error)
         raise
-    return observer.close(out=config.out, stopped=federation.state.stopped)
+    return close_run(federation, out=config.out)
 
 
 def open_state(

@@ -26,6 +26,7 @@ def summary_lines(summary: dict[str, Any]) -> list:
     ]
     if summary["stopped"]:
         lines.append(f"stopped after round {summary['rounds']}: {summary['stopped']}")
+    lines += [_model_line(name, summary[name]) for name in ("last", "best") if summary.get(name)]
     for way in ("up", "down"):
         sent, dense = summary[f"bytes_{way}"], summary[f"bytes_{way}_dense"]
         ratio = f" ({dense / sent:.0f} times less)" if sent else ""
@@ -37,3 +38,10 @@ def summary_lines(summary: dict[str, Any]) -> list:
     if summary["out"]:
         lines.append(f"model: {summary['out']}")
     return [table, *map(escape, lines)]
+
+
+def _model_line(name: str, model: dict[str, Any]) -> str:
+    """Round, perplexity and folder of the last or the best model."""
+    perplexity = "unknown" if model["perplexity"] is None else f"{model['perplexity']:.2f}"
+    where = f", in {model['out']}" if model.get("out") else ""
+    return f"{name} model: round {model['round']}, perplexity {perplexity}{where}"

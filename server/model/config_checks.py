@@ -42,7 +42,7 @@ def check_fit(config: RunConfig, graph: str) -> None:
 
 
 def check_room(config: RunConfig, graph: str) -> None:
-    """Check that there is room for the trained model in ``out`` and for the checkpoints in the log directory.
+    """Check that there is room for the trained model in ``out``, and for checkpoints and the best model in the logs.
 
     Each takes as many bytes as the weights of ``graph``, a checkpoint folder.
 
@@ -50,9 +50,8 @@ def check_room(config: RunConfig, graph: str) -> None:
         UserError: a file system has less.
     """
     size, every = weight_bytes(graph), config.checkpoint_every
-    sizes = (
-        {Path(config.log_dir): size * (config.num_rounds // every if every else 0)} if config.log_dir else {}
-    )
+    models = (config.num_rounds // every if every else 0) + bool(config.out and config.keep_best)
+    sizes = {Path(config.log_dir): size * models} if config.log_dir else {}
     if config.out:
         sizes[Path(config.out)] = size
     check_free_space(sizes)

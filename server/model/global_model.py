@@ -186,7 +186,14 @@ class GlobalModel:
         """Return the bytes of all FFN weights in bf16: what dense FedAvg sends per client, direction and round."""
         return 2 * sum(weight_count(layer) * layer.num_experts for layer in self.model.expert_layers())
 
-    def save(self, directory: Path, *, overwrite: bool) -> None:
-        """Write the model as a checkpoint in the dtype of the bootstrapped one."""
+    def save(self, directory: Path, *, overwrite: bool, keep: bool = True) -> None:
+        """Write the model as a checkpoint in the dtype of the bootstrapped one.
+
+        Args:
+            directory: of the checkpoint.
+            overwrite: whether its content may be replaced.
+            keep: whether the model is used afterwards; otherwise it is cast in place, without a second one in memory.
+        """
         with new_directory(directory, overwrite=overwrite) as partial:
-            save_checkpoint(cast_weights(copy.deepcopy(self.model), self._dtype), self.tokenizer, partial)
+            model = copy.deepcopy(self.model) if keep else self.model
+            save_checkpoint(cast_weights(model, self._dtype), self.tokenizer, partial)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
-from server.reporting.run_log import ClientRecord, RewireRecord, RoundRecord, mean_train_loss
+from experts.graph.expert_graph import ExpertGraph
+from server.reporting.run_log import ClientRecord, RewireRecord, RoundRecord, mean_train_loss, pad_masks
 
 CELL_SIDE = 240  # pixels that one layer's matrix is at least scaled up to
 SEPARATOR = 8  # pixels between the layers of a picture
@@ -68,6 +69,30 @@ class TensorBoardLog:
         for name in ("loss_before", "loss_after", "gamma_hat"):
             self._scalar(f"merge/{name}", getattr(record, name), record.round)
         self._writer.flush()
+
+    def pictures(
+        self,
+        step: int,
+        graph: ExpertGraph,
+        usage: Sequence[np.ndarray],
+        residents: Mapping[str, Sequence[np.ndarray]],
+    ) -> None:
+        """Write the masks of the global graph and of each client, and the traversals of the graph's edges.
+
+        Args:
+            step: server round.
+            graph: graph that the clients trained on.
+            usage: counts, per layer ``[E, E]``.
+            residents: experts that each client holds, by its name, bool ``[E]`` per layer.
+        """
+        experts = graph.num_experts
+        self.masks("global", pad_masks(graph.masks, experts_per_layer=experts), step)
+        padded = np.zeros((len(experts), max(experts), max(experts)))
+        for layer, (counts, mask) in enumerate(zip(usage, graph.masks, strict=True)):
+            padded[layer, : len(mask), : len(mask)] = counts * mask
+        self.usage(padded, step)
+        for name, held in residents.items():
+            self.masks(name, pad_masks(graph.restrict(held).masks, experts_per_layer=experts), step)
 
     def masks(self, name: str, masks: Any, step: int) -> None:
         """Write masks, bool ``[L, E, E]``, as one image ``masks/NAME``: white is an edge or an open root."""

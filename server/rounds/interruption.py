@@ -7,6 +7,7 @@ from pathlib import Path
 
 from configs.output import OutputKept
 from configs.schema import RunConfig
+from server.rounds.best_model import close_run
 from server.rounds.loop import Federation
 from server.rounds.run_observer import read_summary
 from server.state.checkpoint import write_checkpoint, write_state
@@ -34,7 +35,7 @@ def save_interrupted(federation: Federation, error: BaseException) -> None:
             write_state(federation.observer.log_dir, federation.state)
         else:
             folder = _save_model(federation, federation.config)
-        federation.observer.close(out=str(folder), stopped=federation.state.stopped)
+        close_run(federation, out=str(folder))
     except Exception:
         _log.exception("the interrupted run could not be saved")
     else:

@@ -10,6 +10,7 @@ from flwr.serverapp import Grid
 
 from configs.schema import RunConfig
 from federated.protocol.messages import raise_bad_input
+from models.runtime.perplexity import LossSum
 from server.model.global_model import GlobalModel
 from server.rounds.exchange import Answer, Patience, wait_for_nodes
 from server.rounds.node_requests import NodeRequests, add_retries
@@ -42,7 +43,7 @@ class Federation:
         run_id: id of the run that is continued, see ``Request``; 0: a new run.
 
     Attributes:
-        state: everything that the rounds accumulate apart from the model.
+        state: everything that the rounds accumulate apart from the model; the other attributes are the arguments.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class Federation:
     ) -> None:
         self.grid, self.config, self.observer = grid, config, observer
         self.global_model, self.strategy = global_model, strategy
-        self.state, self._journal = state or FederationState(), journal
+        self.state, self.journal = state or FederationState(), journal
         self._requests = NodeRequests(
             grid, global_model, strategy, run_id=run_id, departed=self.state.departed
         )
@@ -82,6 +83,7 @@ class Federation:
         started, trained_on = time.perf_counter(), self.global_model.graph
         with ReplySpool(self.observer.log_dir) as spool:
             answers, replies = self._collect(server_round, spool)
+            self._compare(held_out_loss(replies))
             change = self.strategy.combine(replies.accepted)
         self.global_model.drop_steps(min(each.held_version for each in self.state.sessions.values()))
         self.global_model.advance(
@@ -101,8 +103,8 @@ class Federation:
         self.state.graph_version = self.global_model.graph.version
         if record is not None:
             self.observer.rewire(record)
-        if self._journal is not None:
-            self._journal.save(self.global_model, self.state, self.observer.history)
+        if self.journal is not None:
+            self.journal.save(self.global_model, self.state, self.observer.history)
         if self.config.checkpoint_every and server_round % self.config.checkpoint_every == 0:
             write_checkpoint(self.observer.log_dir, self.global_model, self.state)
 
@@ -159,12 +161,22 @@ class Federation:
                 held_out_loss(replies), rounds=config.early_stop_rounds, delta=config.early_stop_delta
             )
 
+    def _compare(self, loss: LossSum) -> None:
+        """Compare the held-out loss of the present model with the lowest one."""
+        self.state.best.after(
+            loss,
+            server_round=self.state.server_round,
+            version=self.global_model.version,
+            copy_hash=self.global_model.copy_hash,
+        )
+
     def _evaluate(self) -> None:
         """Evaluate the final model on the held-out text of every client."""
         patience = Patience(self.config.reply_timeout)
         last = self.state.server_round + 1
         answers = self._requests.ask(self.state.sessions, MessageType.EVALUATE, last, patience)
         evaluations = check_evaluations(answers, self.global_model, self.state.partitions())
+        self._compare(evaluations.loss)
         self.observer.finish(evaluations, answers)
 
 

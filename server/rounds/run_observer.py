@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,11 @@ from server.reporting.run_log import (
     RewireRecord,
     RoundRecord,
     RunLog,
-    pad_masks,
 )
 from server.reporting.tensorboard_log import TensorBoardLog
 from server.rounds.exchange import Answer
 from server.rounds.round_record import round_record
-from server.rounds.validation import Evaluations, RoundReplies, reply_loss, total_loss
+from server.rounds.validation import Evaluations, RoundReplies, reply_loss
 from server.state.checkpoint import CHECKPOINTS
 from server.state.run_history import TRAFFIC, ClientFigures, RunHistory
 from server.strategies.strategy import Accepted
@@ -69,6 +68,8 @@ class RunObserver:
         self._failures.attempt("cluster_stats.txt", _copy_cluster_statistics, global_model.source, log_dir)
         self._tensorboard = TensorBoardLog(log_dir, resumed=resumed)
         self._tensorboard.recall(self.history.traffic)
+        self._last_perplexity: float | None = None
+        self._summary: dict[str, Any] = {}
 
     def round(
         self,
@@ -123,7 +124,8 @@ class RunObserver:
     ) -> None:
         self._failures.attempt(ROUNDS_FILE, self._log.round, record)
         self._failures.attempt(_EVENTS, self._tensorboard.round, record)
-        self._failures.attempt(_EVENTS, self._pictures, record.round, replies, graph, usage)
+        held = {each.reply.name: each.reply.residents for each in replies.accepted}
+        self._failures.attempt(_EVENTS, self._tensorboard.pictures, record.round, graph, usage, held)
         if record.round == 1:
             first = graph.restrict(replies.accepted[0].reply.residents)
             self._failures.attempt(MASK_FILE, self._log.mask_debug, first.masks)
@@ -163,35 +165,56 @@ class RunObserver:
             client = self._client(evaluation.node, evaluation.reply)
             client.perplexity_after = evaluation.loss.perplexity
             client.graph_hash = evaluation.reply.graph_hash
-        total = total_loss(evaluation.loss for evaluation in evaluations.accepted)
+        self._last_perplexity = evaluations.loss.perplexity
         after = {client.name: client.perplexity_after for client in self.history.clients.values()}
         step = self.history.rounds + 1
-        self._failures.attempt(_EVENTS, self._tensorboard.perplexities, after, total.perplexity, step)
+        self._failures.attempt(_EVENTS, self._tensorboard.perplexities, after, self._last_perplexity, step)
 
     def trace(self, entries: Sequence[Mapping[str, Any]]) -> None:
         """Write the call trace of the final model."""
         self._failures.attempt(TRACE_FILE, self._log.call_trace, entries)
 
-    def close(self, *, out: str, stopped: str | None = None) -> dict[str, Any]:
+    def close(
+        self, *, out: str, stopped: str | None = None, best: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
         """Close the event files, write ``summary.json`` and return the summary.
 
         Args:
             out: folder of the final model; empty: not written.
             stopped: reason why the run ended before its last planned round.
+            best: entry of the model with the lowest held-out loss (``BestRound.entry``); None: not known.
         """
         self._failures.attempt(_EVENTS, self._tensorboard.close)
-        summary = {
+        self._summary = {
             "rounds": self.history.rounds,
             "stopped": stopped,
             "clients": self.history.client_summaries(),
             **self.history.traffic,
             "edits": self.history.edits,
+            "last": {"round": self.history.rounds, "perplexity": self._last_perplexity},
+            "best": best,
             "graph_hash": self._global_model.graph.digest(),
             "out": out,
             "log_dir": str(self.log_dir),
-            "log_errors": self._failures.reasons,
         }
-        summary = finite(summary)
+        return self._write_summary()
+
+    def add_best(self, best: Mapping[str, Any], write: Callable[[Path], None]) -> dict[str, Any]:
+        """Write the best model, and its entry into the summary written before; returns the summary.
+
+        Args:
+            best: entry of the model.
+            write: writes the model to its folder.
+        """
+        folder = Path(best["out"])
+        name = str(folder.relative_to(self.log_dir))
+        self._failures.attempt(name, write, folder)
+        if name not in self._failures.reasons:
+            self._summary["best"] = best
+        return self._write_summary()
+
+    def _write_summary(self) -> dict[str, Any]:
+        summary = finite(self._summary | {"log_errors": self._failures.reasons})
         self._failures.attempt(SUMMARY_FILE, write_json, self.log_dir / SUMMARY_FILE, summary)
         return summary
 
@@ -205,21 +228,6 @@ class RunObserver:
 
     def _client(self, node: int, reply: Reply) -> ClientFigures:
         return self.history.client(node, reply, num_experts=max(self._global_model.graph.num_experts))
-
-    def _pictures(
-        self, server_round: int, replies: RoundReplies, graph: ExpertGraph, usage: Sequence[np.ndarray]
-    ) -> None:
-        experts = graph.num_experts
-        self._tensorboard.masks("global", pad_masks(graph.masks, experts_per_layer=experts), server_round)
-        traveled = [counts * mask for counts, mask in zip(usage, graph.masks, strict=True)]
-        padded = np.zeros((len(experts), max(experts), max(experts)))
-        for layer, counts in enumerate(traveled):
-            padded[layer, : len(counts), : len(counts)] = counts
-        self._tensorboard.usage(padded, server_round)
-        for accepted in replies.accepted:
-            own = graph.restrict(accepted.reply.residents)
-            masks = pad_masks(own.masks, experts_per_layer=experts)
-            self._tensorboard.masks(accepted.reply.name, masks, server_round)
 
 
 def read_summary(log_dir: Path) -> dict[str, Any]:

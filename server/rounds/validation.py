@@ -63,6 +63,11 @@ class Evaluations:
     accepted: list[Evaluation] = field(default_factory=list)
     refused: dict[int, str] = field(default_factory=dict)
 
+    @property
+    def loss(self) -> LossSum:
+        """Loss of the model over the held-out text of all clients (``total_loss``)."""
+        return total_loss(each.loss for each in self.accepted)
+
 
 _Checked = TypeVar("_Checked", Accepted, Evaluation)
 

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 from safetensors.numpy import load, save
 
+from server.state.best_round import BestRound
 from server.state.early_stop import EarlyStop
 from server.state.node_session import NodeSession
 from server.state.usage_average import UsageAverage
@@ -27,7 +28,8 @@ class FederationState:
         graph_version: version of its graph.
         stopped: reason why the run ended before its last planned round; None: it did not.
         usage: moving average of expert usage.
-        early_stop: best held-out loss so far.
+        early_stop: rounds without a lower held-out loss.
+        best: round whose model has the lowest held-out loss.
         sessions: by node id.
         departed: round of the last accepted update by client index, of clients whose node is not connected any more.
     """
@@ -38,6 +40,7 @@ class FederationState:
     stopped: str | None = None
     usage: UsageAverage = field(default_factory=UsageAverage)
     early_stop: EarlyStop = field(default_factory=EarlyStop)
+    best: BestRound = field(default_factory=BestRound)
     sessions: dict[int, NodeSession] = field(default_factory=dict)
     departed: dict[int, int] = field(default_factory=dict)
 
@@ -73,6 +76,7 @@ class FederationState:
             "graph_version": self.graph_version,
             "stopped": self.stopped,
             "early_stop": asdict(self.early_stop) | {"best": best if math.isfinite(best) else None},
+            "best": self.best.to_json(),
             "sessions": {str(node): asdict(session) for node, session in self.sessions.items()},
             "departed": {str(partition): last for partition, last in self.departed.items()},
         }
@@ -93,6 +97,7 @@ class FederationState:
             stopped=facts["stopped"],
             usage=UsageAverage([tensors[f"usage.{layer}"] for layer in range(len(tensors))]),
             early_stop=EarlyStop(math.inf if best is None else best, **facts["early_stop"]),
+            best=BestRound.from_json(facts.get("best", {})),
             sessions={int(node): NodeSession(**session) for node, session in facts["sessions"].items()},
             departed={int(partition): last for partition, last in facts.get("departed", {}).items()},
         )

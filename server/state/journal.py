@@ -153,12 +153,18 @@ class Journal:
         tensors = saved[0]
         facts = json.loads(tensor_bytes(read_stored(tensors[_FACTS])))
         state = FederationState.from_bytes(tensor_bytes(read_stored(tensors[_FEDERATION])))
-        steps = [self._read_step(version) for version in range(1, facts["version"] + 1)]
-        if any(step is None for step in steps):
+        steps = self.steps(facts["version"])
+        if steps is None:
             return None
         units = {name: tensor for name, tensor in tensors.items() if name not in (_FACTS, _FEDERATION)}
         residual = {parse_unit(name): read_stored(tensor) for name, tensor in units.items()}
-        return facts, state, residual, [step for step in steps if step is not None]
+        return facts, state, residual, steps
+
+    def steps(self, version: int) -> list[ServerStep] | None:
+        """Read the steps from the bootstrapped model to ``version``; None where one is missing or damaged."""
+        found = [self._read_step(number) for number in range(1, version + 1)]
+        steps = [step for step in found if step is not None]
+        return steps if len(steps) == len(found) else None
 
     def _read_step(self, version: int) -> ServerStep | None:
         saved = read_checked(self._steps.path(version))

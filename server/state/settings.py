@@ -18,6 +18,7 @@ MAY_CHANGE = (
     "checkpoint-every",
     "early-stop-delta",
     "early-stop-rounds",
+    "keep-best",
     "log-dir",
     "num-threads",
     "out",

@@ -84,7 +84,8 @@ def test_a_run_killed_at_any_stage_goes_on_as_if_undisturbed(
 def assert_same(summary: dict, undisturbed: dict, config: RunConfig) -> None:
     """The model, the summary and the logs are those of the undisturbed run, apart from times and bytes."""
     assert all_equal(load_graph(summary["out"]), load_graph(undisturbed["out"]))
-    free = {"out", "log_dir", "bytes_up", "bytes_down", "config"}
+    assert summary["best"].pop("out") == summary["out"] and summary["best"] == summary["last"]
+    free = {"out", "log_dir", "bytes_up", "bytes_down", "config", "best"}
     assert {key: value for key, value in summary.items() if key not in free} == {
         key: value
         for key, value in undisturbed.items()

@@ -9,5 +9,6 @@ SUMMARY = {
          "perplexity_after_personal": None, "graph_hash": "ab" * 32, "refused": None},
     ],
     "bytes_up": 2000, "bytes_down": 0, "bytes_up_dense": 10_000, "bytes_down_dense": 10_000,
-    "edits": 3, "graph_hash": "ab" * 32, "out": "/out", "log_dir": "/logs",
+    "edits": 3, "last": {"round": 2, "perplexity": 4.25}, "best": {"round": 1, "perplexity": 4.125, "out": "/b"},
+    "graph_hash": "ab" * 32, "out": "/out", "log_dir": "/logs",
 }  # fmt: skip

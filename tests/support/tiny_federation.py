@@ -209,7 +209,7 @@ def assert_run_succeeded(summary: dict[str, Any], *, logs: Path, out: Path, name
     """A run went well, by its summary, its logs and its checkpoint."""
     assert set(summary) == {
         "rounds", "stopped", "clients", "bytes_up", "bytes_down", "bytes_up_dense", "bytes_down_dense", "edits",
-        "graph_hash", "out", "log_dir", "log_errors",
+        "last", "best", "graph_hash", "out", "log_dir", "log_errors",
     }  # fmt: skip
     assert (summary["out"], summary["log_dir"], summary["log_errors"]) == (str(out), str(logs), {})
     assert [client["name"] for client in summary["clients"]] == list(names)
@@ -221,6 +221,8 @@ def assert_run_succeeded(summary: dict[str, Any], *, logs: Path, out: Path, name
         assert client["refused"] is None
         assert client["perplexity_after"] < client["perplexity_before"]
         assert client["graph_hash"] == summary["graph_hash"]
+    assert summary["last"]["round"] == summary["rounds"]
+    assert summary["best"] == summary["last"] | {"out": str(out)}  # each round is better than the one before
     rounds = [json.loads(line) for line in (logs / "rounds.jsonl").read_text().splitlines()]
     assert [row["round"] for row in rounds] == list(range(1, summary["rounds"] + 1))
     assert summary["bytes_up"] > sum(row["bytes_up"] for row in rounds) > 0

@@ -24,6 +24,19 @@ def test_without_a_model_its_line_is_left_out():
     assert summary_lines({**SUMMARY, "out": ""})[1:] == summary_lines(SUMMARY)[1:-1]
 
 
+@pytest.mark.parametrize(
+    ("changes", "lines"),
+    [
+        ({}, ["last model: round 2, perplexity 4.25", "best model: round 1, perplexity 4.12, in /b"]),
+        ({"last": {"round": 2, "perplexity": None}}, ["last model: round 2, perplexity unknown"]),
+        ({"best": None}, ["last model: round 2, perplexity 4.25"]),
+    ],
+)
+def test_last_and_best_model_have_a_line(changes, lines):
+    found = [line for line in summary_lines(SUMMARY | changes)[1:] if " model: round" in line]
+    assert found[: len(lines)] == lines and len(found) == 2 - (changes.get("best", 1) is None)
+
+
 def test_the_reason_of_an_early_end_has_a_line():
     assert "stopped after round 2: no better" in summary_lines({**SUMMARY, "stopped": "no better"})
 

@@ -47,15 +47,26 @@ def test_a_dense_model_is_no_graph(tiny_llama_dir, tiny_graph_dir, tmp_path):
         check_fit(tiny_config(tiny_graph_dir, tmp_path), str(tiny_llama_dir))
 
 
-def test_room_is_needed_for_the_model_and_for_every_checkpoint(tiny_graph_dir, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("changes", "models"),
+    [
+        ({}, 4),  # out, the best and the checkpoints of rounds 2 and 4
+        ({"num_rounds": 6}, 5),
+        ({"num_rounds": 6, "out": ""}, 3),
+        ({"num_rounds": 6, "keep_best": False}, 4),
+        ({"num_rounds": 600, "log_dir": ""}, 1),
+        ({"num_rounds": 600, "checkpoint_every": 0}, 2),
+    ],
+)
+def test_room_is_needed_for_last_and_best_model_and_for_every_checkpoint(
+    tiny_graph_dir, tmp_path, monkeypatch, changes, models
+):
     size = (tiny_graph_dir / "model.safetensors").stat().st_size
-    config = tiny_config(
-        tiny_graph_dir, tmp_path, num_rounds=5, checkpoint_every=2, out=str(tmp_path / "out")
-    )
-    monkeypatch.setattr("configs.output.shutil.disk_usage", lambda path: SimpleNamespace(free=3 * size))
+    own = {"num_rounds": 5, "checkpoint_every": 2, "out": str(tmp_path / "out"), **changes}
+    config = tiny_config(tiny_graph_dir, tmp_path).model_copy(update=own)
+    free = SimpleNamespace(free=models * size)
+    monkeypatch.setattr("configs.output.shutil.disk_usage", lambda path: free)
     check_room(config, str(tiny_graph_dir))
+    free.free -= 1
     with pytest.raises(UserError, match="MiB free"):
-        check_room(config.model_copy(update={"num_rounds": 6}), str(tiny_graph_dir))
-    check_room(config.model_copy(update={"num_rounds": 6, "out": ""}), str(tiny_graph_dir))
-    check_room(config.model_copy(update={"num_rounds": 600, "log_dir": ""}), str(tiny_graph_dir))
-    check_room(config.model_copy(update={"num_rounds": 600, "checkpoint_every": 0}), str(tiny_graph_dir))
+        check_room(config, str(tiny_graph_dir))

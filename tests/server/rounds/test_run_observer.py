@@ -202,14 +202,15 @@ def test_the_summary_takes_everything_together(observer, global_model, log_dir):
     last = evaluations.accepted[1]
     evaluations.accepted[1] = replace(last, reply=replace(last.reply, graph_hash="ab"))
     observer.finish(evaluations, answers)
-    summary = observer.close(out="/some/where")
+    summary = observer.close(out="/some/where", best={"round": 1})
     assert summary == read_summary(log_dir)
     assert set(summary) == {
         "rounds", "stopped", "clients", "bytes_up", "bytes_down", "bytes_up_dense", "bytes_down_dense", "edits",
-        "graph_hash", "out", "log_dir", "log_errors",
+        "last", "best", "graph_hash", "out", "log_dir", "log_errors",
     }  # fmt: skip
     assert (summary["rounds"], summary["edits"], summary["out"]) == (2, 4, "/some/where")
-    assert summary["stopped"] is None
+    assert summary["stopped"] is None and summary["best"] == {"round": 1}
+    assert summary["last"] == {"round": 2, "perplexity": pytest.approx(math.exp(7 / 20))}
     assert (summary["bytes_up"], summary["bytes_down"]) == (2 * 21 + 2, 2 * 41 + 4)
     assert summary["bytes_up_dense"] == 4 * global_model.dense_bytes()
     assert summary["graph_hash"] == global_model.graph.digest() and summary["log_dir"] == str(log_dir)

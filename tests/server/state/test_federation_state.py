@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from server.state.best_round import BestRound
 from server.state.early_stop import EarlyStop
 from server.state.federation_state import FederationState
 from server.state.node_session import NodeSession
@@ -21,6 +22,7 @@ STATE = FederationState(
         [np.triu(np.full((4, 4), 0.1)), np.array([[np.nextafter(1, 2), 1e300], [0.0, 5e-324]])]
     ),
     early_stop=EarlyStop(best=0.1 + 0.2, rounds_without=2),
+    best=BestRound(1 / 3, 5, 5, "ab"),
     sessions={
         2**63 + 5: NodeSession(held_version=6, partition=0, accepted_round=7),
         3: NodeSession(held_version=0, partition=None, accepted_round=0),
