@@ -102,6 +102,14 @@ class Rewiring:
 
 
 @dataclass(frozen=True)
+class DriftDetection:
+    """Keys of the detection of a change in the clients' text."""
+
+    drift_loss: float
+    drift_routing: float
+
+
+@dataclass(frozen=True)
 class Participation:
     """Keys of the choice of clients in a round, and of how long the server waits for them."""
 
@@ -117,7 +125,7 @@ class Participation:
         return max(1, self.min_clients)
 
 
-View = TypeVar("View", Training, Adapters, Upload, Aggregation, Rewiring, Participation)
+View = TypeVar("View", Training, Adapters, Upload, Aggregation, Rewiring, DriftDetection, Participation)
 
 
 def view_of(kind: type[View], config: Any) -> View:
@@ -152,6 +160,11 @@ class Views:
     def participation(self) -> Participation:
         """Keys of the choice of clients in a round."""
         return view_of(Participation, self)
+
+    @property
+    def drift_detection(self) -> DriftDetection:
+        """Keys of the detection of a change in the clients' text."""
+        return view_of(DriftDetection, self)
 
     @property
     def rewiring(self) -> Rewiring:

@@ -84,6 +84,10 @@ class RunConfig(Views, Keys):
     """Server rounds between two merges, i.e. edits of the graph."""
     merge_max_drift: NonNegative = 0.05
     """Rise of the server's validation loss (nats per token) above which a merge is rolled back."""
+    drift_loss: NonNegative = 0.2
+    """Rise of a client's held-out loss above its moving average, summed over rounds (nats), that is drift; 0: off."""
+    drift_routing: Share = 0.1
+    """Divergence of a client's expert visits from their moving average (Jensen-Shannon, bits) that is drift; 0: off."""
     checkpoint_every: Whole = 0
     """Server rounds between two checkpoints in log-dir/checkpoints; 0: none but out."""
     keep_best: bool = True

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
+
+_MOST_NAMES = 8  # clients whose rounds of drift are listed one by one
 
 
 def summary_lines(summary: dict[str, Any]) -> list:
@@ -31,6 +34,7 @@ def summary_lines(summary: dict[str, Any]) -> list:
         sent, dense = summary[f"bytes_{way}"], summary[f"bytes_{way}_dense"]
         ratio = f" ({dense / sent:.0f} times less)" if sent else ""
         lines.append(f"bytes {way}: {decimal(sent)}, dense FedAvg in bf16 {decimal(dense)}{ratio}")
+    lines += _drift_lines(summary)
     lines.append(f"graph edits: {summary['edits']}, graph {summary['graph_hash'][:12]}")
     errors = summary.get("log_errors", {}).items()
     lines += [f"the log file {file} is incomplete: {reason}" for file, reason in errors]
@@ -45,3 +49,26 @@ def _model_line(name: str, model: dict[str, Any]) -> str:
     perplexity = "unknown" if model["perplexity"] is None else f"{model['perplexity']:.2f}"
     where = f", in {model['out']}" if model.get("out") else ""
     return f"{name} model: round {model['round']}, perplexity {perplexity}{where}"
+
+
+def _drift_lines(summary: dict[str, Any]) -> list[str]:
+    """One line with the rounds in which clients and the federation had drifted; none without any."""
+    clients = {each["name"]: each.get("drift_rounds") for each in summary["clients"]}
+    known = {name: _ranges(rounds) for name, rounds in clients.items() if rounds}
+    if not known:
+        return []
+    names = ", ".join(f"{name} in rounds {rounds}" for name, rounds in known.items())
+    some = names if len(known) <= _MOST_NAMES else f"{len(known)} clients"
+    overall = _ranges(summary.get("drift_rounds", []))
+    return [f"drift: {some}; the federation in {f'rounds {overall}' if overall else 'none'}"]
+
+
+def _ranges(rounds: Sequence[int]) -> str:
+    """Rising numbers as text, runs of neighbours as their ends: ``1, 4-6``."""
+    runs: list[list[int]] = []
+    for each in rounds:
+        if runs and runs[-1][-1] == each - 1:
+            runs[-1][1:] = [each]
+        else:
+            runs.append([each])
+    return ", ".join("-".join(map(str, run)) for run in runs)

@@ -35,6 +35,8 @@ class ClientRecord:
 
     Bytes are as sent on the wire, framing included; ``update_bytes`` of ``bytes_up`` are its packed update, with
     entropy floor ``update_floor_bytes``. ``refused`` is the reason of a refusal, else None.
+    ``drift_loss`` (nats) and ``drift_routing`` (bits) are the statistics of the detection of drift, ``drifted`` whether
+    one exceeds its threshold.
     """
 
     name: str
@@ -48,6 +50,9 @@ class ClientRecord:
     refused: str | None = None
     update_bytes: int | None = None
     update_floor_bytes: int | None = None
+    drift_loss: float | None = None
+    drift_routing: float | None = None
+    drifted: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,8 @@ class RoundRecord:
     Bytes are totals over clients; ``*_dense`` are those of dense FedAvg in bf16. ``step_bytes`` is the size of the
     server's packed step, with entropy floor ``step_floor_bytes``. ``perplexity`` is token-weighted over the clients,
     ``edges`` holds one count per layer, ``stopped`` the reason if the run ended after this round before the last
-    planned one.
+    planned one, ``drifted`` whether the federation has drifted, ``drift_layers`` the divergence of routing per layer in
+    bits.
     """
 
     round: int
@@ -75,6 +81,8 @@ class RoundRecord:
     stopped: str | None = None
     step_bytes: int | None = None
     step_floor_bytes: int | None = None
+    drifted: bool = False
+    drift_layers: Sequence[float] = ()
 
 
 @dataclass(frozen=True)

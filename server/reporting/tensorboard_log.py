@@ -41,7 +41,7 @@ class TensorBoardLog:
         self._sent = Counter(sent)
 
     def round(self, record: RoundRecord) -> None:
-        """Write the scalars of one round: loss, perplexity, bytes, density, seconds, edges per layer."""
+        """Write the scalars of one round: loss, perplexity, bytes, density, drift, seconds, edges per layer."""
         step = record.round
         self._scalar("perplexity/overall", record.perplexity, step)
         self._scalar("loss/overall", mean_train_loss(record.clients), step)
@@ -51,6 +51,9 @@ class TensorBoardLog:
         for layer, edges in enumerate(record.edges):
             self._scalar(f"edges/layer_{layer:02d}", edges, step)
         self._scalar("edges/total", sum(record.edges), step)
+        self._scalar("drift/overall", float(record.drifted), step)
+        for layer, divergence in enumerate(record.drift_layers):
+            self._scalar(f"drift_routing/layer_{layer:02d}", divergence, step)
         for client in record.clients:
             self._client(client, step)
         self._writer.flush()
@@ -129,6 +132,8 @@ class TensorBoardLog:
             ("density", client.density),
             ("bytes_up", client.bytes_up),
             ("bytes_down", client.bytes_down),
+            ("drift_loss", client.drift_loss),
+            ("drift_routing", client.drift_routing),
         ):
             self._scalar(f"{tag}/{client.name}", value, step)
         if client.refused is not None:

@@ -12,6 +12,7 @@ from configs.schema import RunConfig
 from federated.protocol.messages import raise_bad_input
 from models.runtime.perplexity import LossSum
 from server.model.global_model import GlobalModel
+from server.rounds.drift_reports import drift_reports
 from server.rounds.exchange import Answer, Patience, wait_for_nodes
 from server.rounds.node_requests import NodeRequests, add_retries
 from server.rounds.participants import choose_participants
@@ -96,6 +97,7 @@ class Federation:
             answers,
             graph=trained_on,
             usage=self.state.usage.counts,
+            drift=self.state.drift,
             seconds=time.perf_counter() - started,
             stopped=self.state.stopped,
         )
@@ -150,12 +152,14 @@ class Federation:
         )
 
     def _update_state(self, server_round: int, replies: RoundReplies) -> None:
-        """Record that the round's change is in the model; decide on early stopping."""
+        """Record that the round's change is in the model; decide on drift and early stopping."""
         state, config = self.state, self.config
         state.server_round, state.model_version = server_round, self.global_model.version
         for accepted in replies.accepted:
             state.accept(accepted.node, accepted.reply.partition)
         state.usage.add([accepted.usage for accepted in replies.accepted], decay=config.usage_decay)
+        reports = drift_reports(replies, self.global_model.graph)
+        state.drift.add(reports, server_round, config.drift_detection)
         if server_round < config.num_rounds:
             state.stopped = state.early_stop.after(
                 held_out_loss(replies), rounds=config.early_stop_rounds, delta=config.early_stop_delta

@@ -9,6 +9,7 @@ from federated.wire.packed_stats import PackedStats
 from server.reporting.run_log import ClientRecord, RoundRecord
 from server.rounds.exchange import Answer
 from server.rounds.validation import RoundReplies, held_out_loss, reply_loss
+from server.state.drift import Drift
 from server.state.run_history import RunHistory
 
 
@@ -22,6 +23,7 @@ def round_record(
     step: PackedStats | None,
     dense_bytes: int,
     seconds: float,
+    drift: Drift | None = None,
     stopped: str | None = None,
 ) -> RoundRecord:
     """Compute the metrics of a round.
@@ -35,8 +37,10 @@ def round_record(
         step: sizes of the server's packed step; None: it made none.
         dense_bytes: bytes that dense FedAvg sends per client and direction.
         seconds: wall time.
+        drift: detection of drift after the round; None: as before the first.
         stopped: reason why this is the last round although more were planned.
     """
+    drift = drift or Drift()
     return RoundRecord(
         round=server_round,
         seconds=seconds,
@@ -49,22 +53,25 @@ def round_record(
         graph_version=graph.version,
         graph_hash=graph.digest(),
         clients=[
-            _client_record(history.name_of(node), node, replies, answers[node], max(graph.num_experts))
+            _client_record(history.name_of(node), node, replies, answers[node], max(graph.num_experts), drift)
             for node in history.in_order(answers)
         ],
         perplexity=held_out_loss(replies).perplexity,
         stopped=stopped,
+        drifted=drift.overall,
+        drift_layers=list(drift.layers),
         step_bytes=step.packed_bytes if step else None,
         step_floor_bytes=step.entropy_floor_bytes if step else None,
     )
 
 
 def _client_record(
-    name: str, node: int, replies: RoundReplies, answer: Answer, num_experts: int
+    name: str, node: int, replies: RoundReplies, answer: Answer, num_experts: int, drift: Drift
 ) -> ClientRecord:
     accepted = next((each for each in replies.accepted if each.node == node), None)
     reply = accepted.reply if accepted else None
     numbers = reply.numbers if reply else {}
+    detector = drift.clients.get(reply.partition) if reply else None
     return ClientRecord(
         name=name,
         budget=(reply.budget or num_experts) if reply else 0,
@@ -77,6 +84,9 @@ def _client_record(
         refused=replies.refused.get(node),
         update_bytes=accepted.stats.packed_bytes if accepted else None,
         update_floor_bytes=accepted.stats.entropy_floor_bytes if accepted else None,
+        drift_loss=detector.excess if detector else None,
+        drift_routing=detector.divergence if detector else None,
+        drifted=detector.drifted if detector else False,
     )
 
 

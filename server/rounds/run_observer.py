@@ -31,6 +31,7 @@ from server.rounds.exchange import Answer
 from server.rounds.round_record import round_record
 from server.rounds.validation import Evaluations, RoundReplies, reply_loss
 from server.state.checkpoint import CHECKPOINTS
+from server.state.drift import Drift
 from server.state.run_history import TRAFFIC, ClientFigures, RunHistory
 from server.strategies.strategy import Accepted
 
@@ -80,6 +81,7 @@ class RunObserver:
         graph: ExpertGraph,
         usage: Sequence[np.ndarray],
         seconds: float,
+        drift: Drift | None = None,
         stopped: str | None = None,
     ) -> None:
         """Write a completed round.
@@ -91,6 +93,7 @@ class RunObserver:
             graph: graph that the clients trained on.
             usage: moving average of usage, per layer ``[E, E]``.
             seconds: wall time.
+            drift: detection of drift after the round; None: as before the first.
             stopped: reason why this is the last round although more were planned.
         """
         step = self._pack_sizes(server_round, replies)
@@ -103,16 +106,23 @@ class RunObserver:
             step=step,
             dense_bytes=self._global_model.dense_bytes(),
             seconds=seconds,
+            drift=drift,
             stopped=stopped,
         )
-        self._add(record, replies, answers)
+        self._add(record, replies, answers, drift or Drift())
         self._write_round(record, replies, graph, usage)
 
-    def _add(self, record: RoundRecord, replies: RoundReplies, answers: Mapping[int, Answer]) -> None:
+    def _add(
+        self, record: RoundRecord, replies: RoundReplies, answers: Mapping[int, Answer], drift: Drift
+    ) -> None:
         """Add a round to the history."""
         self.history.rounds = record.round
+        if record.drifted:
+            self.history.drift_rounds.append(record.round)
         for accepted in replies.accepted:
             self.history.accepted(accepted.node)
+            if accepted.reply.partition in drift.drifted:
+                self.history.clients[accepted.reply.partition].drift_rounds.append(record.round)
         for node, reason in replies.refused.items():
             if not answers[node].surplus:  # a client that others were faster than has done nothing wrong
                 self.history.refused(node, reason)
@@ -193,6 +203,7 @@ class RunObserver:
             "edits": self.history.edits,
             "last": {"round": self.history.rounds, "perplexity": self._last_perplexity},
             "best": best,
+            "drift_rounds": self.history.drift_rounds,
             "graph_hash": self._global_model.graph.digest(),
             "out": out,
             "log_dir": str(self.log_dir),

@@ -11,11 +11,12 @@ import numpy as np
 from safetensors.numpy import load, save
 
 from server.state.best_round import BestRound
+from server.state.drift import Drift
 from server.state.early_stop import EarlyStop
 from server.state.node_session import NodeSession
 from server.state.usage_average import UsageAverage
 
-_FACTS = "facts"  # tensor that holds everything but the usage counts, as JSON in UTF-8
+_FACTS = "facts"  # tensor that holds everything but arrays, as JSON in UTF-8
 
 
 @dataclass
@@ -31,6 +32,7 @@ class FederationState:
         early_stop: rounds without a lower held-out loss.
         best: round whose model has the lowest held-out loss.
         sessions: by node id.
+        drift: detection of a change in the clients' text.
         departed: round of the last accepted update by client index, of clients whose node is not connected any more.
     """
 
@@ -42,6 +44,7 @@ class FederationState:
     early_stop: EarlyStop = field(default_factory=EarlyStop)
     best: BestRound = field(default_factory=BestRound)
     sessions: dict[int, NodeSession] = field(default_factory=dict)
+    drift: Drift = field(default_factory=Drift)
     departed: dict[int, int] = field(default_factory=dict)
 
     def connect(self, nodes: Sequence[int]) -> None:
@@ -68,7 +71,7 @@ class FederationState:
         return {node: each.partition for node, each in self.sessions.items() if each.partition is not None}
 
     def to_bytes(self) -> bytes:
-        """Serialize as a safetensors file: the usage counts as tensors, everything else as JSON."""
+        """Serialize as a safetensors file: usage counts and averages of routing as tensors, everything else as JSON."""
         best = self.early_stop.best
         facts = {
             "server_round": self.server_round,
@@ -77,12 +80,13 @@ class FederationState:
             "stopped": self.stopped,
             "early_stop": asdict(self.early_stop) | {"best": best if math.isfinite(best) else None},
             "best": self.best.to_json(),
+            "drift": self.drift.to_json(),
             "sessions": {str(node): asdict(session) for node, session in self.sessions.items()},
             "departed": {str(partition): last for partition, last in self.departed.items()},
         }
         text = np.frombuffer(json.dumps(facts, allow_nan=False).encode(), dtype=np.uint8)
         usage = {f"usage.{layer}": np.ascontiguousarray(each) for layer, each in enumerate(self.usage.counts)}
-        return save({_FACTS: text, **usage})
+        return save({_FACTS: text, **usage, **self.drift.tensors()})
 
     @classmethod
     def from_bytes(cls, data: bytes) -> FederationState:
@@ -90,14 +94,16 @@ class FederationState:
         tensors = load(data)
         facts = json.loads(tensors.pop(_FACTS).tobytes())
         best = facts["early_stop"].pop("best")
+        layers = sum(name.startswith("usage.") for name in tensors)
         return cls(
             server_round=facts["server_round"],
             model_version=facts["model_version"],
             graph_version=facts["graph_version"],
             stopped=facts["stopped"],
-            usage=UsageAverage([tensors[f"usage.{layer}"] for layer in range(len(tensors))]),
+            usage=UsageAverage([tensors[f"usage.{layer}"] for layer in range(layers)]),
             early_stop=EarlyStop(math.inf if best is None else best, **facts["early_stop"]),
             best=BestRound.from_json(facts.get("best", {})),
+            drift=Drift.from_parts(facts.get("drift", {}), tensors),
             sessions={int(node): NodeSession(**session) for node, session in facts["sessions"].items()},
             departed={int(partition): last for partition, last in facts.get("departed", {}).items()},
         )

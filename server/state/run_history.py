@@ -23,6 +23,7 @@ class ClientFigures:
         perplexity_after: of the final global model.
         perplexity_after_personal: of its own model, in the last round that reported one.
         graph_hash: hash of the graph that it held.
+        drift_rounds: rounds in whose report its text had drifted.
     """
 
     name: str
@@ -31,6 +32,7 @@ class ClientFigures:
     perplexity_after: float | None = None
     perplexity_after_personal: float | None = None
     graph_hash: str | None = None
+    drift_rounds: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -57,6 +59,7 @@ class RunHistory:
     Attributes:
         rounds: completed rounds.
         edits: graph edits.
+        drift_rounds: rounds after which the federation had drifted.
         traffic: bytes of each kind of ``TRAFFIC``.
         clients: by client index.
         nodes: by Flower node id.
@@ -64,6 +67,7 @@ class RunHistory:
 
     rounds: int = 0
     edits: int = 0
+    drift_rounds: list[int] = field(default_factory=list)
     traffic: dict[str, int] = field(default_factory=lambda: dict.fromkeys(TRAFFIC, 0))
     clients: dict[int, ClientFigures] = field(default_factory=dict)
     nodes: dict[int, NodeRecord] = field(default_factory=dict)
@@ -127,6 +131,7 @@ class RunHistory:
         return cls(
             rounds=value["rounds"],
             edits=value["edits"],
+            drift_rounds=list(value.get("drift_rounds", [])),
             traffic=dict(value["traffic"]),
             clients={int(index): ClientFigures(**each) for index, each in value["clients"].items()},
             nodes={int(node): NodeRecord(**each) for node, each in value["nodes"].items()},

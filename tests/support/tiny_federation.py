@@ -209,14 +209,14 @@ def assert_run_succeeded(summary: dict[str, Any], *, logs: Path, out: Path, name
     """A run went well, by its summary, its logs and its checkpoint."""
     assert set(summary) == {
         "rounds", "stopped", "clients", "bytes_up", "bytes_down", "bytes_up_dense", "bytes_down_dense", "edits",
-        "last", "best", "graph_hash", "out", "log_dir", "log_errors",
+        "drift_rounds", "last", "best", "graph_hash", "out", "log_dir", "log_errors",
     }  # fmt: skip
     assert (summary["out"], summary["log_dir"], summary["log_errors"]) == (str(out), str(logs), {})
     assert [client["name"] for client in summary["clients"]] == list(names)
     for client in summary["clients"]:
         assert set(client) == {
             "name", "budget", "perplexity_before", "perplexity_after", "perplexity_after_personal", "graph_hash",
-            "refused",
+            "drift_rounds", "refused",
         }  # fmt: skip
         assert client["refused"] is None
         assert client["perplexity_after"] < client["perplexity_before"]

@@ -48,6 +48,16 @@ def test_unknown_figures_are_dashes_and_the_reason_of_a_refusal_has_a_line(capsy
     assert [cell.strip() for cell in text.splitlines()[4].strip("│ ").split("│")] == ["node-7", *"----"]
 
 
+def test_rounds_of_drift_have_one_line():
+    first = SUMMARY["clients"][0] | {"drift_rounds": [2, 4, 5, 6]}
+    summary = SUMMARY | {"clients": [first, first | {"name": "digits", "drift_rounds": [7]}]}
+    expected = "drift: letters in rounds 2, 4-6, digits in rounds 7; the federation in "
+    assert expected + "none" in summary_lines(summary)
+    assert expected + "rounds 5-6" in summary_lines(summary | {"drift_rounds": [5, 6]})
+    many = [first | {"name": str(index)} for index in range(9)]
+    assert "drift: 9 clients; the federation in none" in summary_lines(SUMMARY | {"clients": many})
+
+
 def test_names_and_reasons_are_shown_as_they_are(capsys):
     """Text in square brackets is markup of the console library, an end tag without a start an error."""
     client = SUMMARY["clients"][0] | {"name": "[/red]a", "refused": "[/blue] b"}

@@ -81,7 +81,11 @@ def test_rounds_are_appended_as_lines_with_every_field(tmp_path):
         "refused": None,
         "update_bytes": None,
         "update_floor_bytes": None,
+        "drift_loss": None,
+        "drift_routing": None,
+        "drifted": False,
     }
+    assert (first["drifted"], first["drift_layers"]) == (False, [])
     assert (first["edges"], first["graph_hash"], first["bytes_up_dense"]) == ([6, 5], "ab12", 9000)
     assert first["train_loss"] == pytest.approx(0.25 * 2 + 0.75 * 4)
     assert read_rounds(tmp_path) == [strict_json(line) for line in lines]

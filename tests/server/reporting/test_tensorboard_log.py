@@ -52,6 +52,17 @@ def test_curves_per_client_and_overall(read_back):
     assert scalars(events, "bytes_cumulative/up_dense") == [(1, 9000), (2, 18000)]
 
 
+def test_statistics_of_drift_are_curves(read_back):
+    client = replace(CLIENT, drift_loss=0.75, drift_routing=0.25, drifted=True)
+    events = read_back(
+        lambda log: log.round(replace(ROUND, clients=[client], drifted=True, drift_layers=[0.5, 0.125]))
+    )
+    assert scalars(events, "drift/overall") == [(1, 1.0)]
+    assert scalars(events, "drift_loss/recipes") == [(1, 0.75)]
+    assert scalars(events, "drift_routing/recipes") == [(1, 0.25)]
+    assert scalars(events, "drift_routing/layer_01") == [(1, 0.125)]
+
+
 def test_a_new_log_replaces_an_earlier_one_and_a_resumed_one_goes_on(read_back, tmp_path):
     read_back(lambda log: log.round(ROUND))
     resumed = TensorBoardLog(tmp_path, resumed=1)

@@ -13,6 +13,8 @@ from federated.wire.packed_stats import PackedStats
 from server.rounds.exchange import Answer
 from server.rounds.round_record import round_record
 from server.rounds.validation import RoundReplies
+from server.state.client_drift import ClientDrift
+from server.state.drift import Drift
 from server.state.run_history import RunHistory
 from server.strategies.strategy import Accepted
 
@@ -41,6 +43,7 @@ def test_totals_are_over_all_answers_and_means_over_the_accepted_ones():
         step=STATS,
         dense_bytes=100,
         seconds=1.5,
+        drift=Drift({1: ClientDrift(2, 4.0, 0.5, 0.125, drifted=True)}, True, [1], [0.25]),
         stopped="why",
     )
     assert (record.round, record.seconds, record.stopped) == (2, 1.5, "why")
@@ -54,6 +57,10 @@ def test_totals_are_over_all_answers_and_means_over_the_accepted_ones():
     ]  # fmt: skip
     first, _, last = record.clients
     assert (first.train_loss, first.perplexity, first.update_bytes) == (1.5, pytest.approx(math.exp(2)), 40)
+    assert [(each.drift_loss, each.drift_routing, each.drifted) for each in record.clients] == [
+        (None, None, False), (0.5, 0.125, True), (None, None, False),
+    ]  # fmt: skip
+    assert (record.drifted, record.drift_layers) == (True, [0.25])
     assert (last.train_loss, last.perplexity, last.update_bytes, last.density) == (None,) * 4
 
 
@@ -65,3 +72,4 @@ def test_a_round_of_refusals_without_a_step_has_no_means():
     )
     assert record.density is None and not math.isfinite(record.perplexity)
     assert (record.step_bytes, record.step_floor_bytes) == (None, None)
+    assert (record.drifted, record.drift_layers) == (False, [])

@@ -20,6 +20,8 @@ from server.reporting.run_log import RewireRecord
 from server.rounds.exchange import Answer
 from server.rounds.run_observer import RunObserver, read_summary
 from server.rounds.validation import check_evaluations, check_replies
+from server.state.client_drift import ClientDrift
+from server.state.drift import Drift
 from server.state.run_history import RunHistory
 from server.strategies.sam_v2 import sam_v2
 from tests.support.tiny_federation import packed_change, random_change, save_tiny_graph
@@ -32,6 +34,7 @@ CLIENT_KEYS = {
     "perplexity_after",
     "perplexity_after_personal",
     "graph_hash",
+    "drift_rounds",
     "refused",
 }
 
@@ -169,6 +172,7 @@ def test_a_refused_client_has_a_reason_and_a_name_once_it_is_known(observer, glo
     assert row["clients"][1] | {"name": 0, "refused": 0, "bytes_up": 9, "bytes_down": 30} == {
         "name": 0, "budget": 0, "weight": 0.0, "train_loss": None, "perplexity": None, "bytes_up": 9,
         "bytes_down": 30, "density": None, "refused": 0, "update_bytes": None, "update_floor_bytes": None,
+        "drift_loss": None, "drift_routing": None, "drifted": False,
     }  # fmt: skip
     assert (row["bytes_up"], row["bytes_down"]) == (19, 50)
     observe(observer, global_model, {5: answer_of(global_model, 1), 9: answer_of(global_model, 0)}, 2)
@@ -206,7 +210,7 @@ def test_the_summary_takes_everything_together(observer, global_model, log_dir):
     assert summary == read_summary(log_dir)
     assert set(summary) == {
         "rounds", "stopped", "clients", "bytes_up", "bytes_down", "bytes_up_dense", "bytes_down_dense", "edits",
-        "last", "best", "graph_hash", "out", "log_dir", "log_errors",
+        "drift_rounds", "last", "best", "graph_hash", "out", "log_dir", "log_errors",
     }  # fmt: skip
     assert (summary["rounds"], summary["edits"], summary["out"]) == (2, 4, "/some/where")
     assert summary["stopped"] is None and summary["best"] == {"round": 1}
@@ -221,6 +225,16 @@ def test_the_summary_takes_everything_together(observer, global_model, log_dir):
     assert first["perplexity_before"] == pytest.approx(math.exp(2.0))  # of the first round
     assert first["perplexity_after"] == pytest.approx(math.exp(0.3))
     assert first["perplexity_after_personal"] == pytest.approx(math.exp(0.5))
+
+
+def test_rounds_of_drift_are_in_the_summary(observer, global_model):
+    answers = {5: answer_of(global_model, 1), 9: answer_of(global_model, 0)}
+    detectors = {0: ClientDrift(1), 1: ClientDrift(1, 4.0, 0.5, drifted=True)}
+    for server_round, overall in ((1, False), (2, True)):
+        observe(observer, global_model, answers, server_round, drift=Drift(detectors, overall, [1]))
+    summary = observer.close(out="")
+    assert summary["drift_rounds"] == [2]
+    assert [each["drift_rounds"] for each in summary["clients"]] == [[], [1, 2]]
 
 
 def test_a_run_that_stops_early_says_why_and_counts_the_rounds_done(observer, global_model):
@@ -248,7 +262,7 @@ def test_a_client_whose_every_update_was_refused_is_in_the_summary_with_its_last
     ]  # fmt: skip
     assert all(set(client) == CLIENT_KEYS for client in clients)
     assert clients[1]["perplexity_after"] == pytest.approx(math.exp(0.4))
-    unknown = dict.fromkeys(CLIENT_KEYS) | {"name": "node-3", "refused": "away"}
+    unknown = dict.fromkeys(CLIENT_KEYS) | {"name": "node-3", "refused": "away", "drift_rounds": []}
     assert clients[3] == unknown
 
 
