@@ -159,6 +159,14 @@ class LossOn(StrEnum):
     ANSWERS = "answers"
 
 
+class SamplingWeights(StrEnum):
+    """Quantity that a client's probability to be drawn for a round is proportional to (see ``Participation``)."""
+
+    UNIFORM = "uniform"
+    EXAMPLES = "examples"
+    STALENESS = "staleness"
+
+
 class Precision(StrEnum):
     """Precision in which weights are held; auto: as stored, or fp32 where that is faster than 16 bits."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from configs.choices import SamplingWeights
 from configs.errors import UserError
 from configs.values import parse_budgets
 
@@ -31,6 +32,11 @@ def _check_participation(config: Any) -> None:
         raise UserError(
             f"expected min-clients to be at most the {config.num_clients} clients of num-clients, got "
             f"{config.min_clients}"
+        )
+    if config.sampling_weights != SamplingWeights.UNIFORM and config.fraction_train == 1:
+        raise UserError(
+            f"expected fraction-train below 1 with sampling-weights {config.sampling_weights}, got 1; all clients are "
+            "asked then"
         )
     if config.round_deadline > config.reply_timeout:
         raise UserError(

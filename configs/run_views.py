@@ -114,6 +114,8 @@ class Participation:
     """Keys of the choice of clients in a round, and of how long the server waits for them."""
 
     fraction_train: float
+    sampling_weights: str
+    weight_cap: float
     min_clients: int
     over_provision: float
     round_deadline: float

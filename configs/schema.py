@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from configs.choices import Device, LossOn
+from configs.choices import Device, LossOn, SamplingWeights
 from configs.conflicts import check_conflicts
 from configs.keys import (
     BlockSize,
@@ -200,6 +200,8 @@ class RunConfig(Views, Keys):
     """Tokens with a loss in training and evaluation: all, or answers (of chats and instruction records)."""
     fraction_train: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of the connected clients whose updates enter a round; with another draw in each round."""
+    sampling_weights: Annotated[str, one_of(SamplingWeights)] = "uniform"
+    """Probability to be drawn: uniform, or proportional to examples or to staleness (rounds since the last request)."""
     min_clients: Whole = 0
     """Usable updates that a round needs; with fewer it is repeated once, then the run ends, saved; 0: one."""
     over_provision: Annotated[float, Field(ge=1)] = 1.0

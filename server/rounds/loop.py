@@ -142,6 +142,8 @@ class Federation:
             keys.reply_timeout, chosen.enough, keys.round_deadline or None, min(keys.quorum, chosen.enough)
         )
         sessions = {node: state.sessions[node] for node in chosen.asked}
+        for session in sessions.values():
+            session.asked_round = server_round
         answers = self._requests.ask(sessions, MessageType.TRAIN, server_round, patience, spool)
         return answers, check_replies(
             answers,
@@ -149,6 +151,7 @@ class Federation:
             self.strategy,
             partitions=self.state.partitions(),
             weight_cap=self.config.weight_cap,
+            inclusion=chosen.inclusion,
         )
 
     def _update_state(self, server_round: int, replies: RoundReplies) -> None:
@@ -156,7 +159,8 @@ class Federation:
         state, config = self.state, self.config
         state.server_round, state.model_version = server_round, self.global_model.version
         for accepted in replies.accepted:
-            state.accept(accepted.node, accepted.reply.partition)
+            examples = accepted.reply.numbers.get("examples", 0.0)
+            state.accept(accepted.node, accepted.reply.partition, examples=examples)
         state.usage.add([accepted.usage for accepted in replies.accepted], decay=config.usage_decay)
         reports = drift_reports(replies, self.global_model.graph)
         state.drift.add(reports, server_round, config.drift_detection)

@@ -79,6 +79,7 @@ def check_replies(
     *,
     partitions: Mapping[int, int] | None = None,
     weight_cap: float = 0.0,
+    inclusion: Mapping[int, float] | None = None,
 ) -> RoundReplies:
     """Validate the answers of a training round.
 
@@ -90,6 +91,7 @@ def check_replies(
         strategy: validates the method-specific parts.
         partitions: client index by node, of nodes with an earlier accepted reply.
         weight_cap: largest weight of a client as a multiple of the lower median of the round; 0: as claimed.
+        inclusion: probability of a node to be asked, by which its weight is divided (``Participants``); 1 where absent.
     """
 
     def accept(node: int, answer: Answer) -> Accepted:
@@ -99,7 +101,7 @@ def check_replies(
 
     accepted, refused = _sort_out(answers, accept, partitions, what="reply")
     accepted.sort(key=lambda each: each.reply.partition)
-    return RoundReplies(_with_capped_weights(accepted, weight_cap), refused)
+    return RoundReplies(_with_weights(accepted, weight_cap, inclusion or {}), refused)
 
 
 def check_evaluations(
@@ -162,8 +164,17 @@ def reply_loss(reply: Reply, name: str) -> LossSum:
     return LossSum(reply.numbers.get(f"{name}-nll", 0.0), int(reply.numbers.get(f"{name}-tokens", 0)))
 
 
-def _with_capped_weights(accepted: Sequence[Accepted], multiple: float) -> list[Accepted]:
+def _with_weights(
+    accepted: Sequence[Accepted], multiple: float, inclusion: Mapping[int, float]
+) -> list[Accepted]:
+    """Cap the claimed weights, divide them by the inclusion probabilities and cap them again.
+
+    The probability follows from what a client claimed before, so that its quotient with the claim of now needs a bound
+    of its own.
+    """
     weights = capped([each.contribution.weight for each in accepted], multiple)
+    weights = [weight / inclusion.get(each.node, 1.0) for each, weight in zip(accepted, weights, strict=True)]
+    weights = capped(weights, multiple)
     return [
         replace(each, contribution=replace(each.contribution, weight=weight))
         for each, weight in zip(accepted, weights, strict=True)

@@ -61,9 +61,9 @@ class FederationState:
             node: self.sessions.get(node) or NodeSession(held_version=self.model_version) for node in nodes
         }
 
-    def accept(self, node: int, partition: int) -> None:
-        """Record an accepted update of client ``partition`` in the present round."""
-        self.sessions[node].accept(partition, self.server_round)
+    def accept(self, node: int, partition: int, *, examples: float = 0.0) -> None:
+        """Record an accepted update of client ``partition`` in the present round, which claims ``examples`` blocks."""
+        self.sessions[node].accept(partition, self.server_round, examples=examples)
         self.departed.pop(partition, None)
 
     def partitions(self) -> dict[int, int]:

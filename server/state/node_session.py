@@ -17,6 +17,8 @@ class NodeSession:
         accepted_round: server round of its last update in the global model; 0: none.
         silence: requests in a row that it did not answer.
         rests_until: round from which it is asked again.
+        asked_round: server round in which it was last asked to train; 0: never.
+        examples: training blocks that its last accepted reply claimed; 0: not known.
     """
 
     held_version: int = 0
@@ -24,10 +26,12 @@ class NodeSession:
     accepted_round: int = 0
     silence: int = 0
     rests_until: int = 0
+    asked_round: int = 0
+    examples: float = 0.0
 
-    def accept(self, partition: int, server_round: int) -> None:
-        """Record an accepted update of client ``partition`` in ``server_round``."""
-        self.partition, self.accepted_round = partition, server_round
+    def accept(self, partition: int, server_round: int, *, examples: float = 0.0) -> None:
+        """Record an accepted update of client ``partition`` in ``server_round``, which claims ``examples`` blocks."""
+        self.partition, self.accepted_round, self.examples = partition, server_round, examples
 
     def heard(self, answered: bool, server_round: int) -> None:
         """Record whether the node answered a request of ``server_round``.

@@ -36,6 +36,9 @@ def test_the_defaults_agree_with_each_other():
         ({"train": "routing", "lora_rank": 1}, ["train", "lora-rank"]),
         ({"weights": "nf4"}, ["lora-rank", "weights nf4"]),
         ({"attention_lora": True}, ["lora-rank", "attention-lora"]),
+        ({"sampling_weights": "examples"}, ["fraction-train", "sampling-weights examples"]),
+        ({"min_clients": 3}, ["min-clients", "num-clients"]),
+        ({"round_deadline": 601.0}, ["round-deadline", "reply-timeout"]),
         ({"low_rank": True, "upload_budget_mb": 1.0}, ["low-rank", "upload-budget-mb"]),
         ({"low_rank": True, "selection": "sample"}, ["low-rank", "selection=sample"]),
     ],
@@ -53,6 +56,7 @@ def test_each_conflict_names_its_keys(changes, keys):
         {"warmup_steps": 59, "total_steps": 60},
         {"train": "experts", "lora_rank": 4, "weights": "nf4", "attention_lora": True},
         {"low_rank": True},
+        {"sampling_weights": "staleness", "fraction_train": 0.9, "min_clients": 2, "round_deadline": 600.0},
     ],
 )
 def test_what_stops_short_of_a_conflict_is_allowed(changes):

@@ -9,12 +9,8 @@ import torch
 
 from federated.aggregation.combine import aggregate
 from federated.aggregation.contribution import Contribution
-from federated.selection.unit_selection import (
-    inclusion_probabilities,
-    select_sample,
-    select_top,
-    update_energy,
-)
+from federated.selection.systematic import inclusion_probabilities
+from federated.selection.unit_selection import select_sample, select_top, update_energy
 from federated.updates.update import SparseUpdate, SparseVector
 from federated.wire.codec import pack_update, unpack_update
 
@@ -40,26 +36,6 @@ def test_top_takes_the_largest_of_each_layer_and_the_rest_of_the_layer():
     assert select_top(VECTORS, 2) == [(0, -1), (0, 0), (0, 2), (1, 0), (1, 1)]
     assert select_top(VECTORS, 0) == select_top(VECTORS, 99) == sorted(VECTORS)
     assert select_top({}, 2) == []
-
-
-@pytest.mark.parametrize(
-    "sizes, draws, expected",
-    [
-        ([1, 1, 2], 1, [0.25, 0.25, 0.5]),
-        ([1, 1, 10], 2, [0.5, 0.5, 1.0]),
-        ([1, 1, 10, 100], 3, [0.5, 0.5, 1.0, 1.0]),
-        ([1, 2], 2, [1.0, 1.0]),
-        ([1, 2, 3], 0, [1.0, 1.0, 1.0]),
-    ],
-)
-def test_inclusion_probabilities(sizes, draws, expected):
-    result = inclusion_probabilities({(0, e): size for e, size in enumerate(sizes)}, draws)
-    assert [result[(0, e)] for e in range(len(sizes))] == pytest.approx(expected)
-
-
-def test_units_without_change_have_no_probability():
-    assert inclusion_probabilities({(0, 0): 0.0, (0, 1): 1.0, (0, 2): 3.0}, 1) == {(0, 1): 0.25, (0, 2): 0.75}
-    assert inclusion_probabilities({}, 2) == {}
 
 
 def test_sampling_draws_each_unit_as_often_as_its_probability_says():

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections import Counter
 
+import numpy as np
 import pytest
 
 from configs.run_views import Participation
-from server.rounds.participants import choose_participants
+from federated.selection.systematic import inclusion_probabilities
+from server.rounds.participants import choose_participants, sampling_sizes
 from server.state.node_session import NodeSession
 
 
-def keys(fraction: float = 1.0, least: int = 0, over: float = 1.0) -> Participation:
-    return Participation(fraction, least, over, 0.0, 60.0)
+def keys(
+    fraction: float = 1.0, least: int = 0, over: float = 1.0, weights: str = "uniform", cap: float = 2.0
+) -> Participation:
+    return Participation(fraction, weights, cap, least, over, 0.0, 60.0)
 
 
 def sessions(count: int, **changes) -> dict[int, NodeSession]:
@@ -72,3 +76,98 @@ def test_resting_nodes_are_asked_only_where_too_few_others_are():
         nodes[node].rests_until = 6
     assert choose_participants(nodes, 5, keys(), seed=0).asked == [1000]  # one at least
     assert len(choose_participants(nodes, 6, keys(), seed=0).asked) == 4
+
+
+def with_examples(claims: list[float]) -> dict[int, NodeSession]:
+    return {1000 - index: NodeSession(partition=index, examples=claim) for index, claim in enumerate(claims)}
+
+
+@pytest.mark.parametrize(
+    ("claims", "cap", "expected"),
+    [
+        ([1.0, 2.0, 3.0, 4.0], 0.0, [1, 2, 3, 4]),
+        (
+            [10.0, 12.0, 30.0, 2.0**40],
+            2.0,
+            [10, 12, 24, 24],
+        ),  # against a claim that draws a client in each round
+        ([3.0, 5.0, 0.0], 0.0, [3, 5, 4]),  # of a client that has not answered: the mean
+        ([0.0, 0.0], 2.0, [1, 1]),
+    ],
+)
+def test_sizes_by_examples_are_capped_claims(claims, cap, expected):
+    sizes = sampling_sizes(with_examples(claims), 1, keys(0.5, weights="examples", cap=cap))
+    assert list(sizes.values()) == expected
+
+
+def test_sizes_by_staleness_are_rounds_since_the_last_request_and_at_least_one():
+    nodes = {node: NodeSession(asked_round=node) for node in (0, 3, 6, 7)}
+    assert sampling_sizes(nodes, 7, keys(0.5, weights="staleness")) == {0: 7, 3: 4, 6: 1, 7: 1}
+    assert sampling_sizes(nodes, 7, keys(0.5)) is None
+
+
+@pytest.mark.parametrize("over, asked", [(1.0, 2), (1.5, 3)])
+def test_by_examples_a_client_is_asked_as_often_as_its_size_says_and_weighs_the_inverse(over, asked):
+    claims, values = [4.0, 8.0, 12.0, 16.0, 40.0, 20.0], np.array([1.0, -2.0, 3.0, 0.5, 7.0, -1.0])
+    nodes, drawing = with_examples(claims), keys(1 / 3, over=over, weights="examples", cap=0.0)
+    expected = inclusion_probabilities(dict(zip(nodes, claims, strict=True)), asked)
+    counts: Counter[int] = Counter()
+    estimates, total = [], 3000
+    for number in range(total):
+        chosen = choose_participants(nodes, number, drawing, seed=7)
+        assert (len(chosen.asked), chosen.enough) == (asked, 2)
+        assert chosen.inclusion == {node: pytest.approx(expected[node]) for node in chosen.inclusion}
+        assert set(chosen.inclusion) == set(chosen.asked)
+        counts.update(chosen.asked)
+        weights = {node: nodes[node].examples / share for node, share in chosen.inclusion.items()}
+        estimates.append(sum(weight * values[1000 - node] for node, weight in weights.items()))
+    for node, probability in expected.items():
+        error = (probability * (1 - probability) / total) ** 0.5
+        assert abs(counts[node] / total - probability) < 4 * error + 1e-9
+    # Weighted by examples over probability, the sum over the draw estimates that over all clients.
+    error = np.std(estimates) / total**0.5
+    assert abs(np.mean(estimates) - np.dot(claims, values)) < 4 * error
+
+
+def test_which_pairs_are_drawn_by_examples_is_up_to_chance():
+    nodes = with_examples([1.0] * 6)
+    drawing = keys(1 / 3, weights="examples")
+    pairs = Counter(tuple(choose_participants(nodes, number, drawing, seed=1).asked) for number in range(600))
+    assert len(pairs) == 15 and min(pairs.values()) > 15  # 40 expected
+
+
+def staleness_run(weights: str, rounds: int) -> tuple[Counter, list[int]]:
+    """How often each of 8 clients was asked, two in each round, and the gaps between its requests."""
+    counts: Counter[int] = Counter()
+    nodes, gaps = sessions(8), []
+    for number in range(1, rounds + 1):
+        for node in choose_participants(nodes, number, keys(0.25, weights=weights), seed=5).asked:
+            counts[node] += 1
+            gaps.append(number - nodes[node].asked_round)
+            nodes[node].asked_round = number
+    return counts, gaps[8:]
+
+
+def test_by_staleness_all_are_asked_equally_often_with_more_even_gaps():
+    counts, gaps = staleness_run("staleness", 800)
+    _, uniform = staleness_run("uniform", 800)
+    assert len(counts) == 8 and all(150 < count < 250 for count in counts.values())  # 200 expected
+    assert np.std(gaps) < 0.75 * np.std(uniform) and max(gaps) < max(uniform)
+    nodes = {node: NodeSession(partition=node, asked_round=asked) for node, asked in enumerate((9, 8, 6, 3))}
+    drawn = Counter(
+        node
+        for seed in range(2000)
+        for node in choose_participants(nodes, 10, keys(0.25, weights="staleness"), seed=seed).asked
+    )
+    shares = [drawn[node] / 2000 for node in range(4)]
+    assert shares == pytest.approx([1 / 14, 2 / 14, 4 / 14, 7 / 14], abs=0.045)  # 4 deviations
+
+
+def test_only_draws_by_examples_change_the_weights():
+    for weights in ("uniform", "staleness"):
+        assert choose_participants(sessions(8), 3, keys(0.5, weights=weights), seed=0).inclusion == {}
+    nodes = with_examples([4.0, 4.0, 4.0])
+    nodes[1000].rests_until = 9
+    chosen = choose_participants(nodes, 3, keys(0.5, least=3, weights="examples"), seed=0)
+    # The resting node is asked for want of others, not drawn.
+    assert chosen.asked == [1000, 999, 998] and chosen.inclusion == {999: 1.0, 998: 1.0}

@@ -9,7 +9,7 @@ import pytest
 
 from configs.schema import RunConfig
 from server.flower.in_process_grid import Drop, Late
-from tests.support.tiny_federation import TinyGrid, save_tiny_graph, tiny_config, tiny_federation
+from tests.support.tiny_federation import TinyGrid, all_equal, save_tiny_graph, tiny_config, tiny_federation
 
 NAMES = ("letters", "digits")
 
@@ -126,3 +126,35 @@ def test_a_node_that_joins_late_takes_part(graph, tmp_path):
     federation.run()
     assert trained(grid, 4) == [[0], [0], [0, 1], [0, 1]]
     assert federation.state.sessions[late].accepted_round == 4
+
+
+def test_a_reply_after_the_end_of_its_round_is_not_folded_into_a_later_one(graph, tmp_path):
+    """The client's residual brings its content: the run with a late reply equals that with a lost one."""
+    models = {}
+    for name, fault in (("late", Late(1)), ("lost", Late(10**6)), ("in time", Late(0))):
+        config = config_in(graph, tmp_path / name, round_deadline=0.05, reply_timeout=60.0, num_rounds=3)
+        grid = TinyGrid(config, faults={(1, "2"): fault})
+        federation = tiny_federation(grid, config)
+        federation.run()
+        models[name] = federation.global_model.model
+        refused = [client["refused"] for client in rows(config)[1]["clients"] if client["refused"]]
+        assert refused == ([] if name == "in time" else ["no answer within 0 s"])
+    assert all_equal(models["late"], models["lost"]) and not all_equal(models["late"], models["in time"])
+
+
+@pytest.mark.parametrize("weights", ["examples", "staleness"])
+def test_a_run_with_weighted_draws_asks_weighs_and_continues_alike(graph, tmp_path, weights):
+    config = config_in(graph, tmp_path, fraction_train=0.5, sampling_weights=weights, seed=3)
+    grid = TinyGrid(config)
+    federation = tiny_federation(grid, config)
+    federation.run()
+    asked, sessions = trained(grid, 4), federation.state.sessions
+    assert [len(each) for each in asked] == [1] * 4 and {node for (node,) in asked} == {0, 1}
+    last = {index: max(r for r in range(1, 5) if index in asked[r - 1]) for index in (0, 1)}
+    assert [sessions[node].asked_round for node in grid.node_ids] == [last[0], last[1]]
+    examples = {sessions[node].examples for node in grid.node_ids}
+    weight = {client["weight"] for row in rows(config) for client in row["clients"]}
+    if weights == "staleness":
+        assert weight == examples
+    else:  # half of the clients are asked, and both have as many examples
+        assert weight == {2 * each for each in examples} and len(examples) == 1

@@ -169,6 +169,23 @@ def test_a_claimed_weight_is_capped_against_the_median_of_the_round(global_model
     assert [each.contribution.weight for each in pair.accepted] == [10, 20]
 
 
+def test_weights_are_divided_by_the_probability_to_be_asked_and_bounded_again(global_model, reply):
+    """Claims may have changed since the draw."""
+    claims, drawn = {1: 10.0, 2: 20.0, 3: 10.0}, {1: 0.25, 2: 0.5}
+    answers = {
+        node: answer(replace(reply, partition=node, numbers=NUMBERS | {"examples": claim}))
+        for node, claim in claims.items()
+    }
+    for inclusion, cap, expected in (
+        (drawn, 2.0, [40, 40, 10]),
+        (drawn | {2: 0.01}, 2.0, [40, 80, 10]),
+        (drawn | {2: 0.01}, 0.0, [40, 2000, 10]),
+    ):
+        strategy = sam_v2(RunConfig())
+        replies = check_replies(answers, global_model, strategy, weight_cap=cap, inclusion=inclusion)
+        assert [each.contribution.weight for each in replies.accepted] == expected
+
+
 def test_a_client_without_tokens_has_no_weight(global_model, reply):
     silent = answer(replace(reply, numbers=NUMBERS | {"train-tokens": 0.0}))
     replies = checked({7: silent}, global_model, client_weight="tokens")

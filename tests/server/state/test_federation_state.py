@@ -28,7 +28,7 @@ STATE = FederationState(
     early_stop=EarlyStop(best=0.1 + 0.2, rounds_without=2),
     best=BestRound(1 / 3, 5, 5, "ab"),
     sessions={
-        2**63 + 5: NodeSession(held_version=6, partition=0, accepted_round=7),
+        2**63 + 5: NodeSession(held_version=6, partition=0, accepted_round=7, asked_round=7, examples=0.1),
         3: NodeSession(held_version=0, partition=None, accepted_round=0),
     },
     drift=Drift(
@@ -91,8 +91,8 @@ def test_nodes_that_stay_connected_keep_their_sessions_and_those_of_others_are_k
     state.connect([4, 11])
     assert state.sessions == {4: NodeSession(6, 0, 6), 11: NodeSession(held_version=7)}
     assert state.departed == {5: 2, 1: 5}
-    state.accept(11, 1)
-    assert state.sessions[11] == NodeSession(7, 1, 7) and state.departed == {5: 2}
+    state.accept(11, 1, examples=12.0)
+    assert state.sessions[11] == NodeSession(7, 1, 7, examples=12.0) and state.departed == {5: 2}
 
 
 def test_states_of_earlier_versions_are_read():
