@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from benchmarks.support.stored import digest
 from configs.errors import UserError
 from configs.paths import cache_folder
 from federated.data.blocks import Blocks, pack_blocks
@@ -116,6 +117,26 @@ def write_bootstrapped(folder: Path, path: str, experts: int, calibration_tokens
     graph = bootstrapped(path, experts, calibration_tokens)
     folder.mkdir(parents=True)
     save_checkpoint(graph, load_tokenizer(path), folder)
+
+
+def stored_graph(
+    work: Path, *, model: str, experts: int, calibration_tokens: int, seed: int, quick: bool
+) -> Path:
+    """Folder in ``work`` of the graph of the Llama ``model``, bootstrapped where it is absent.
+
+    Args:
+        work: folder of graphs.
+        model: name of the dense model; the embedded one is taken for a quick run.
+        experts: E of each layer.
+        calibration_tokens: tokens sampled from the model.
+        seed: of the clusters.
+        quick: whether this is a quick run.
+    """
+    out = work / f"graph-{digest([seed, experts, calibration_tokens, model, quick])}"
+    if not out.is_dir():
+        torch.manual_seed(seed)
+        write_bootstrapped(out, model_path(model, quick=quick), experts, calibration_tokens)
+    return out
 
 
 def data_sources(domains: Sequence[str], *, quick: bool = False) -> list[str]:

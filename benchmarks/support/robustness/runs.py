@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.support.material import data_sources, model_path, write_bootstrapped, write_client_data
+from benchmarks.support.material import data_sources, model_path, stored_graph, write_client_data
 from benchmarks.support.robustness.attacks import ATTACKS, AttackedApp, Victim
 from benchmarks.support.robustness.settings import AGGREGATIONS, Job, Settings
-from benchmarks.support.stored import digest, stored
+from benchmarks.support.stored import stored
 from clients.client_app import app
 from configs.schema import RunConfig
 from models.checkpoints.load import load_graph
@@ -52,9 +52,17 @@ def run_job(job: Job, settings: Settings, quick: bool, work: Path) -> dict[str, 
     """Train the federation of a job; the folder ``work`` holds the bootstrapped graphs."""
     torch.set_num_threads(1)
     started = time.perf_counter()
+    graph = stored_graph(
+        work,
+        model=settings.model,
+        experts=settings.experts,
+        calibration_tokens=settings.calibration_tokens,
+        seed=job.seed,
+        quick=quick,
+    )
     with TemporaryDirectory(prefix="fedgraft-") as scratch:
         folder = Path(scratch)
-        config = _config(job, settings, folder, graph_folder(job.seed, settings, quick, work))
+        config = _config(job, settings, folder, graph)
         nodes = [
             {"partition-id": client, "num-partitions": settings.num_clients, "data-dir": str(data)}
             for client, data in enumerate(_write_data(folder / "data", job.seed, settings, quick))
@@ -63,18 +71,6 @@ def run_job(job: Job, settings: Settings, quick: bool, work: Path) -> dict[str, 
         summary = run_federation(InProcessGrid(client_app, nodes, config.values()), config, run_id=RUN_ID)
         rounds = read_rounds(Path(config.log_dir))
     return _result(summary, rounds, settings) | {"seconds": round(time.perf_counter() - started, 1)}
-
-
-def graph_folder(seed: int, settings: Settings, quick: bool, work: Path) -> Path:
-    """Folder in ``work`` of the graph of a seed, bootstrapped where it is absent."""
-    out = (
-        work / f"graph-{digest([seed, settings.experts, settings.calibration_tokens, settings.model, quick])}"
-    )
-    if not out.is_dir():
-        source = model_path(settings.model, quick=quick)
-        torch.manual_seed(seed)
-        write_bootstrapped(out, source, settings.experts, settings.calibration_tokens)
-    return out
 
 
 def _config(job: Job, settings: Settings, scratch: Path, graph: Path) -> RunConfig:

@@ -5,7 +5,14 @@ import json
 import pytest
 import torch
 
-from benchmarks.support.material import domain_blocks, mixed_blocks, model_path, write_client_data
+from benchmarks.support import material
+from benchmarks.support.material import (
+    domain_blocks,
+    mixed_blocks,
+    model_path,
+    stored_graph,
+    write_client_data,
+)
 from clients.data_stream import client_documents, pack_client
 from configs.schema import RunConfig
 from models.checkpoints.load import load_tokenizer
@@ -61,3 +68,18 @@ def test_mixed_blocks_are_those_of_each_source_in_order():
         alone = domain_blocks(source, model, split="valid", block_size=16, max_blocks=3, seed=2)
         assert torch.equal(mixed.input_ids[3 * number : 3 * number + 3], alone.input_ids)
         assert torch.equal(mixed.labels[3 * number : 3 * number + 3], alone.labels)
+
+
+def test_a_graph_is_bootstrapped_once_for_the_same_facts(tmp_path, monkeypatch):
+    made = []
+
+    def write(folder, path, experts, tokens):
+        made.append((path, experts, tokens))
+        folder.mkdir()
+
+    monkeypatch.setattr(material, "write_bootstrapped", write)
+    facts = {"model": "any", "calibration_tokens": 64, "seed": 0, "quick": True}
+    first = stored_graph(tmp_path, experts=4, **facts)
+    assert stored_graph(tmp_path, experts=4, **facts) == first and first.parent == tmp_path
+    assert stored_graph(tmp_path, experts=8, **facts) != first
+    assert made == [(model_path("any", quick=True), experts, 64) for experts in (4, 8)]
