@@ -1,4 +1,4 @@
-"""Edits of edges: their application to a graph, and the server's proposals by usage."""
+"""Edits of edges and roots: their application to a graph, and the server's proposals of edges by usage."""
 
 from __future__ import annotations
 
@@ -8,23 +8,31 @@ from dataclasses import replace
 import numpy as np
 
 from configs.errors import UserError
-from experts.graph.edits import EDGE_EDITS, AddEdge, EdgeEdit, Edit, RemoveEdge
-from experts.graph.expert_graph import ExpertGraph, reachable
+from experts.graph.edits import AddEdge, CloseRoot, EdgeEdit, Edit, OpenRoot, RemoveEdge, RootEdit
+from experts.graph.expert_graph import ExpertGraph, check_reachable, reachable
 
 
 def apply_edits(graph: ExpertGraph, edits: Sequence[Edit]) -> ExpertGraph:
     """Graph of the next version, after all ``edits`` in order; ``graph`` stays as it is.
 
     Raises:
-        UserError: an edit of experts, an unknown layer or expert, a shared expert, an added edge that exists, a removed
-            one that does not.
+        UserError: an edit of experts, an unknown layer or expert, a shared or attached expert, an added edge or root
+            that exists, a removed one that does not, a root without which its expert cannot be reached.
     """
     masks = [mask.copy() for mask in graph.masks]
     for edit in edits:
-        if not isinstance(edit, AddEdge | RemoveEdge):
-            raise UserError(f"expected an edit to be one of {', '.join(EDGE_EDITS)}, got {edit.op!r}")
-        _check(edit, masks, graph.shared_per_layer)
-        masks[edit.layer][edit.p, edit.q] = isinstance(edit, AddEdge)
+        if isinstance(edit, AddEdge | RemoveEdge):
+            _check_edge(edit, graph, masks)
+            masks[edit.layer][edit.p, edit.q] = isinstance(edit, AddEdge)
+        elif isinstance(edit, OpenRoot | CloseRoot):
+            _check_root(edit, graph, masks)
+            masks[edit.layer][edit.expert, edit.expert] = isinstance(edit, OpenRoot)
+            check_reachable(masks[edit.layer], edit.layer)
+        else:
+            known = (AddEdge, RemoveEdge, OpenRoot, CloseRoot)
+            raise UserError(
+                f"expected an edit to be one of {', '.join(kind.op for kind in known)}, got {edit.op!r}"
+            )
     return replace(graph, masks=tuple(masks), version=graph.version + 1)
 
 
@@ -35,7 +43,7 @@ def propose_edits(
 
     A swap stays in its layer and needs a demand for the new edge above ``margin`` times the traversals of the old;
     swaps are chosen by gain. An odd ``rho_max`` leaves one more edit: the most demanded edge. No expert becomes
-    unreachable. Edges of shared experts are neither added nor removed, since every token visits these anyway.
+    unreachable. Edges of shared and attached experts are neither added nor removed: these are visited in any case.
 
     Args:
         graph: current graph.
@@ -56,13 +64,13 @@ def propose_edits(
     return edits
 
 
-def _check(edit: EdgeEdit, masks: Sequence[np.ndarray], num_shared: Sequence[int]) -> None:
+def _check_edge(edit: EdgeEdit, graph: ExpertGraph, masks: Sequence[np.ndarray]) -> None:
     if edit.layer >= len(masks) or edit.q >= len(masks[edit.layer]):
         raise UserError(f"expected a known layer and experts p < q, got {edit}")
-    if edit.p < num_shared[edit.layer]:
+    _check_chosen(edit, edit.p, graph)
+    if edit.q in graph.attached_per_layer[edit.layer]:
         raise UserError(
-            f"expected an edge between experts that the router chooses, got {edit}; the first "
-            f"{num_shared[edit.layer]} experts of layer {edit.layer} are shared, and every token visits them"
+            f"expected an edge between experts that the router chooses, got {edit}; expert {edit.q} is attached"
         )
     exists = bool(masks[edit.layer][edit.p, edit.q])
     if exists == isinstance(edit, AddEdge):
@@ -70,13 +78,34 @@ def _check(edit: EdgeEdit, masks: Sequence[np.ndarray], num_shared: Sequence[int
         raise UserError(f"cannot {edit.op} {edit.p} -> {edit.q} in layer {edit.layer}: the edge {state}")
 
 
+def _check_root(edit: RootEdit, graph: ExpertGraph, masks: Sequence[np.ndarray]) -> None:
+    if edit.layer >= len(masks) or edit.expert >= len(masks[edit.layer]):
+        raise UserError(f"expected a known layer and a known expert, got {edit}")
+    _check_chosen(edit, edit.expert, graph)
+    if bool(masks[edit.layer][edit.expert, edit.expert]) == isinstance(edit, OpenRoot):
+        state = "open already" if isinstance(edit, OpenRoot) else "closed already"
+        raise UserError(f"cannot {edit.op} of expert {edit.expert} in layer {edit.layer}: it is {state}")
+
+
+def _check_chosen(edit: EdgeEdit | RootEdit, expert: int, graph: ExpertGraph) -> None:
+    """Refuse a shared or attached expert, which the router does not choose."""
+    shared, attached = graph.shared_per_layer[edit.layer], graph.attached_per_layer[edit.layer]
+    if expert < shared:
+        raise UserError(
+            f"expected an edit of experts that the router chooses, got {edit}; the first {shared} experts of layer "
+            f"{edit.layer} are shared, and every token visits them"
+        )
+    if expert in attached:
+        raise UserError(f"expected an edit of experts that the router chooses, got {edit}; it is attached")
+
+
 def _swaps(
     graph: ExpertGraph, counts: np.ndarray, layer: int, most: int, margin: float
 ) -> list[tuple[float, tuple[RemoveEdge, AddEdge]]]:
     """Gain and edits of the swaps of one layer, best first."""
-    mask, num_shared = graph.masks[layer], graph.shared_per_layer[layer]
-    missing = _by_count(~mask, counts, num_shared)[::-1][:most]
-    removable = _removable(mask, counts, most, num_shared)
+    mask, editable = graph.masks[layer], _editable(graph, layer)
+    missing = _by_count(~mask & editable, counts)[::-1][:most]
+    removable = _removable(mask, editable, counts, most)
     swaps = []
     for (p, q), (a, b) in zip(missing, removable, strict=False):
         gain = float(counts[p, q] - margin * counts[a, b])
@@ -88,21 +117,30 @@ def _swaps(
     return swaps
 
 
-def _removable(mask: np.ndarray, counts: np.ndarray, most: int, num_shared: int) -> list[tuple[int, int]]:
+def _editable(graph: ExpertGraph, layer: int) -> np.ndarray:
+    """Pairs p < q of experts that the router chooses, bool ``[E, E]``: neither shared nor attached."""
+    chosen = np.arange(graph.num_experts[layer]) >= graph.shared_per_layer[layer]
+    chosen[list(graph.attached_per_layer[layer])] = False
+    # An edge to a shared expert cannot be: these come first.
+    return np.triu(np.outer(chosen, chosen), 1)
+
+
+def _removable(
+    mask: np.ndarray, editable: np.ndarray, counts: np.ndarray, most: int
+) -> list[tuple[int, int]]:
     """Edges that may be removed together, least traveled first."""
     left = mask.copy()
     chosen: list[tuple[int, int]] = []
-    for pair in _by_count(mask, counts, num_shared):
+    for pair in _by_count(mask & editable, counts):
         if len(chosen) < most and _can_go(left, pair):
             left[pair] = False
             chosen.append(pair)
     return chosen
 
 
-def _by_count(where: np.ndarray, counts: np.ndarray, num_shared: int) -> list[tuple[int, int]]:
-    """Pairs p < q of the mask ``where`` without shared experts, ascending by count."""
-    pairs = np.argwhere(np.triu(where, 1))
-    pairs = pairs[pairs[:, 0] >= num_shared]
+def _by_count(where: np.ndarray, counts: np.ndarray) -> list[tuple[int, int]]:
+    """Pairs of the mask ``where``, ascending by count."""
+    pairs = np.argwhere(where)
     order = np.argsort(counts[pairs[:, 0], pairs[:, 1]], kind="stable")
     return [(int(p), int(q)) for p, q in pairs[order]]
 
@@ -118,10 +156,8 @@ def _can_go(mask: np.ndarray, pair: tuple[int, int]) -> bool:
 
 def _most_demanded(graph: ExpertGraph, usage: Sequence[np.ndarray], taken: set) -> list[EdgeEdit]:
     best: tuple[float, EdgeEdit] | None = None
-    for layer, (mask, counts, num_shared) in enumerate(
-        zip(graph.masks, usage, graph.shared_per_layer, strict=True)
-    ):
-        for p, q in _by_count(~mask, counts, num_shared)[::-1]:
+    for layer, (mask, counts) in enumerate(zip(graph.masks, usage, strict=True)):
+        for p, q in _by_count(~mask & _editable(graph, layer), counts)[::-1]:
             if (layer, p, q) not in taken:
                 if counts[p, q] > (best[0] if best else 0):
                     best = float(counts[p, q]), AddEdge(layer, p, q, f"demanded by {counts[p, q]:.0f} tokens")

@@ -36,7 +36,7 @@ class _EdgeEdit:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return {"op": self.op, "layer": self.layer, "p": self.p, "q": self.q, "reason": self.reason}
+        return _as_dict(self.op, self.layer, self.p, self.q, self.reason)
 
 
 class AddEdge(_EdgeEdit):
@@ -49,6 +49,77 @@ class RemoveEdge(_EdgeEdit):
     """Deletion of the edge p -> q."""
 
     op = "remove-edge"
+
+
+@dataclass(frozen=True)
+class _RootEdit:
+    """Edit of the root of an expert; in JSON p == q == ``expert``.
+
+    Attributes:
+        layer: index of the layer.
+        expert: expert whose root is opened or closed.
+        reason: cause of the edit, for the log.
+    """
+
+    op: ClassVar[str]
+    layer: int
+    expert: int
+    reason: str = ""
+
+    def __post_init__(self) -> None:
+        _check_known(self, self.layer, self.expert)
+
+    def __str__(self) -> str:
+        return f"{self.op} {self.layer}:{self.expert}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return _as_dict(self.op, self.layer, self.expert, self.expert, self.reason)
+
+
+class OpenRoot(_RootEdit):
+    """Permission for the router to choose an expert."""
+
+    op = "open-root"
+
+
+class CloseRoot(_RootEdit):
+    """Restriction of an expert to visits along edges."""
+
+    op = "close-root"
+
+
+@dataclass(frozen=True)
+class SpawnExpert:
+    """Addition of an expert that is visited wherever ``parent`` is, in addition to the k of a token.
+
+    It starts with the gate and up projections of its parent and a down projection of zero, so that no output changes.
+    In JSON p is ``parent`` and q is ``expert``.
+
+    Attributes:
+        layer: index of the layer.
+        parent: expert whose tokens the new one visits, too.
+        expert: number of the new expert: E, E + 1, ... in the order of the plan.
+        reason: cause of the edit, for the log.
+    """
+
+    op: ClassVar[str] = "spawn-expert"
+    layer: int
+    parent: int
+    expert: int
+    reason: str = ""
+
+    def __post_init__(self) -> None:
+        _check_known(self, self.layer, self.parent)
+        if self.expert <= self.parent:
+            raise UserError(f"expected a spawned expert to be numbered above its parent, got {self}")
+
+    def __str__(self) -> str:
+        return f"{self.op} {self.layer}:{self.expert} beside {self.parent}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return _as_dict(self.op, self.layer, self.parent, self.expert, self.reason)
 
 
 @dataclass(frozen=True)
@@ -67,16 +138,14 @@ class RetireExpert:
     reason: str = ""
 
     def __post_init__(self) -> None:
-        if min(self.layer, self.expert) < 0:
-            raise UserError(f"expected a known layer and known experts, got {self}")
+        _check_known(self, self.layer, self.expert)
 
     def __str__(self) -> str:
         return f"{self.op} {self.layer}:{self.expert}"
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        expert = self.expert
-        return {"op": self.op, "layer": self.layer, "p": expert, "q": expert, "reason": self.reason}
+        return _as_dict(self.op, self.layer, self.expert, self.expert, self.reason)
 
 
 @dataclass(frozen=True)
@@ -99,22 +168,27 @@ class MergeExperts:
     def __post_init__(self) -> None:
         if self.expert == self.into:
             raise UserError(f"expected p != q to merge two experts, got {self}")
-        if min(self.layer, self.expert, self.into) < 0:
-            raise UserError(f"expected a known layer and known experts, got {self}")
+        _check_known(self, self.layer, self.expert, self.into)
 
     def __str__(self) -> str:
         return f"{self.op} {self.layer}:{self.expert} into {self.into}"
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return {"op": self.op, "layer": self.layer, "p": self.into, "q": self.expert, "reason": self.reason}
+        return _as_dict(self.op, self.layer, self.into, self.expert, self.reason)
 
 
 EdgeEdit = AddEdge | RemoveEdge
+RootEdit = OpenRoot | CloseRoot
 ExpertEdit = RetireExpert | MergeExperts
-Edit = EdgeEdit | ExpertEdit
-EDGE_EDITS: dict[str, type[AddEdge] | type[RemoveEdge]] = {kind.op: kind for kind in (AddEdge, RemoveEdge)}
-EXPERT_OPERATIONS = (RetireExpert.op, MergeExperts.op)
+Edit = EdgeEdit | RootEdit | SpawnExpert | ExpertEdit
+_PAIRS: dict[str, type[AddEdge | RemoveEdge | SpawnExpert]] = {
+    kind.op: kind for kind in (AddEdge, RemoveEdge, SpawnExpert)
+}
+_SINGLES: dict[str, type[OpenRoot | CloseRoot | RetireExpert]] = {
+    kind.op: kind for kind in (OpenRoot, CloseRoot, RetireExpert)
+}
+OPERATIONS = (*_PAIRS, *_SINGLES, MergeExperts.op)
 
 
 class _Fields(BaseModel):
@@ -133,44 +207,37 @@ def edits_from_dicts(values: Any) -> list[Edit]:
     Raises:
         UserError: no list, other keys, values of other types, an unknown operation, or an edit that fits no graph.
     """
-    return [_edit(fields) for fields in _fields(values)]
-
-
-def edge_edits_from_dicts(values: Any) -> list[EdgeEdit]:
-    """Inverse of ``as_dict`` for a list of edits of edges.
-
-    Raises:
-        UserError: as ``edits_from_dicts``, or an edit of experts.
-    """
-    return [_edge_edit(fields) for fields in _fields(values)]
-
-
-def _fields(values: Any) -> list[_Fields]:
     if not isinstance(values, list):
         raise UserError(f"expected a list of edits, got {type(values).__name__}")
-    found = []
-    for value in values:
-        try:
-            found.append(_Fields.model_validate(value))
-        except ValidationError:
-            raise UserError(
-                f"expected an edit with op, layer, p, q and reason, got {str(value)[:200]}"
-            ) from None
-    return found
+    return [_edit(_fields(value)) for value in values]
+
+
+def _fields(value: Any) -> _Fields:
+    try:
+        return _Fields.model_validate(value)
+    except ValidationError:
+        raise UserError(
+            f"expected an edit with op, layer, p, q and reason, got {str(value)[:200]}"
+        ) from None
 
 
 def _edit(fields: _Fields) -> Edit:
     layer, p, q, reason = fields.layer, fields.p, fields.q, fields.reason
+    if fields.op in _PAIRS:
+        return _PAIRS[fields.op](layer, p, q, reason)
     if fields.op == MergeExperts.op:
         return MergeExperts(layer, q, p, reason)
-    if fields.op != RetireExpert.op:
-        return _edge_edit(fields, (*EDGE_EDITS, *EXPERT_OPERATIONS))
+    if fields.op not in _SINGLES:
+        raise UserError(f"expected an edit to be one of {', '.join(OPERATIONS)}, got {fields.op!r}")
     if p != q:
-        raise UserError(f"expected p == q to retire an expert, got {fields.op} {layer}:{p} {q}")
-    return RetireExpert(layer, q, reason)
+        raise UserError(f"expected p == q for an edit of one expert, got {fields.op} {layer}:{p} {q}")
+    return _SINGLES[fields.op](layer, q, reason)
 
 
-def _edge_edit(fields: _Fields, known: tuple[str, ...] = tuple(EDGE_EDITS)) -> EdgeEdit:
-    if fields.op not in EDGE_EDITS:
-        raise UserError(f"expected an edit to be one of {', '.join(known)}, got {fields.op!r}")
-    return EDGE_EDITS[fields.op](fields.layer, fields.p, fields.q, fields.reason)
+def _as_dict(op: str, layer: int, p: int, q: int, reason: str) -> dict[str, Any]:
+    return {"op": op, "layer": layer, "p": p, "q": q, "reason": reason}
+
+
+def _check_known(edit: object, *numbers: int) -> None:
+    if min(numbers) < 0:
+        raise UserError(f"expected a known layer and known experts, got {edit}")

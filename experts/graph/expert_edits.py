@@ -1,18 +1,15 @@
-"""Removal of experts from a graph: retired, or merged into others.
-
-It renumbers the remaining experts, so that clients cannot replay it: ``edge_edits.apply_edits`` refuses these edits.
-"""
+"""Removal of experts from a graph: retired, or merged into others; the remaining experts are renumbered."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 
 from configs.errors import UserError
-from experts.graph.edits import EXPERT_OPERATIONS, Edit, MergeExperts, RetireExpert
+from experts.graph.edits import Edit, MergeExperts, RetireExpert
 from experts.graph.expert_graph import ExpertGraph, reachable
 
 
@@ -73,7 +70,9 @@ def apply_expert_edits(graph: ExpertGraph, edits: Sequence[Edit]) -> EditedGraph
     removed: list[dict[int, int | None]] = [{} for _ in graph.masks]  # removed expert -> target of its merge
     for edit in edits:
         if not isinstance(edit, RetireExpert | MergeExperts):
-            raise UserError(f"expected an edit to be one of {', '.join(EXPERT_OPERATIONS)}, got {edit.op!r}")
+            raise UserError(
+                f"expected an edit to be one of {RetireExpert.op}, {MergeExperts.op}, got {edit.op!r}"
+            )
         into = edit.into if isinstance(edit, MergeExperts) else None
         if edit.layer >= len(removed) or max(edit.expert, into or 0) >= graph.num_experts[edit.layer]:
             raise UserError(f"expected a known layer and known experts, got {edit}")
@@ -85,7 +84,32 @@ def apply_expert_edits(graph: ExpertGraph, edits: Sequence[Edit]) -> EditedGraph
         for layer, mask in enumerate(graph.masks)
     ]
     masks, kept, numbers, added = zip(*layers, strict=True) if layers else ((), (), (), ())
-    return EditedGraph(replace(graph, masks=masks, version=graph.version + 1), kept, numbers, added)
+    attached = [
+        still_attached(layer.mask, layer.kept, before)
+        for layer, before in zip(layers, graph.attached_per_layer, strict=True)
+    ]
+    ids = [
+        tuple(each[old] for old in layer.kept) for layer, each in zip(layers, graph.ids_per_layer, strict=True)
+    ]
+    edited = replace(
+        graph,
+        masks=masks,
+        version=graph.version + 1,
+        attached=tuple(attached) if any(attached) else (),
+        ids=tuple(ids),
+    )
+    return EditedGraph(edited, kept, numbers, added)
+
+
+def still_attached(mask: np.ndarray, kept: np.ndarray, attached: Collection[int]) -> tuple[int, ...]:
+    """New numbers of the attached experts that an edge still leads to; one without any is a root.
+
+    Args:
+        mask: bool ``[E', E']`` after the removals.
+        kept: old numbers of the remaining experts ``[E']``.
+        attached: old numbers of the attached experts.
+    """
+    return tuple(new for new, old in enumerate(kept) if old in attached and not mask[new, new])
 
 
 def remove_from_mask(

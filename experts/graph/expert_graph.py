@@ -21,20 +21,26 @@ class ExpertGraph:
         version: number of server merges since the bootstrap.
         num_shared: shared experts per layer, the first of the layer, which every token visits and no edit changes;
             empty for none in any layer.
+        attached: attached experts per layer, ascending: never chosen by the walk, but visited in addition to its k
+            wherever an expert with an edge to them is; empty for none in any layer.
+        ids: per layer, an identity of each expert that no edit changes and no later expert takes, so that what is
+            stored per expert is found again after a renumbering; empty: the numbers themselves.
     """
 
     masks: tuple[np.ndarray, ...]
     version: int = 0
     num_shared: tuple[int, ...] = ()
+    attached: tuple[tuple[int, ...], ...] = ()
+    ids: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self):
         for layer, mask in enumerate(self.masks):
             check_mask(mask, layer)
-        if self.num_shared and len(self.num_shared) != len(self.masks):
-            raise UserError(
-                f"expected one number of shared experts for each of {len(self.masks)} layers, "
-                f"got {len(self.num_shared)}"
-            )
+        for what, found in (("number of shared experts", self.num_shared), ("list of ids", self.ids)):
+            if found and len(found) != len(self.masks):
+                raise UserError(f"expected one {what} for each of {len(self.masks)} layers, got {len(found)}")
+        for layer, (mask, attached) in enumerate(zip(self.masks, self.attached_per_layer, strict=True)):
+            check_attached(mask, attached, layer)
 
     @property
     def num_experts(self) -> list[int]:
@@ -46,18 +52,32 @@ class ExpertGraph:
         """Number of shared experts per layer."""
         return list(self.num_shared) or [0] * len(self.masks)
 
+    @property
+    def attached_per_layer(self) -> list[tuple[int, ...]]:
+        """Attached experts per layer."""
+        return list(self.attached) or [()] * len(self.masks)
+
+    @property
+    def ids_per_layer(self) -> list[tuple[int, ...]]:
+        """Identities of the experts per layer."""
+        return list(self.ids) or [tuple(range(count)) for count in self.num_experts]
+
     def edges_per_layer(self) -> list[int]:
         """Number of edges per layer, without roots."""
         return [int(np.triu(mask, 1).sum()) for mask in self.masks]
 
     def digest(self) -> str:
-        """SHA-256 of version, shapes, bits and shared experts: equal on two sides where their graphs are equal."""
+        """SHA-256 of all attributes: equal on two sides where their graphs are equal."""
         state = hashlib.sha256(str(self.version).encode())
         for mask in self.masks:
             state.update(len(mask).to_bytes(4, "little"))
             state.update(np.packbits(mask).tobytes())
         if any(self.num_shared):
             state.update(str(self.num_shared).encode())
+        if any(self.attached):
+            state.update(f"attached {self.attached_per_layer}".encode())
+        if self.ids_per_layer != [tuple(range(count)) for count in self.num_experts]:
+            state.update(f"ids {self.ids_per_layer}".encode())
         return state.hexdigest()
 
     def restrict(self, residents: Sequence[np.ndarray]) -> ExpertGraph:
@@ -84,6 +104,20 @@ def check_mask(mask: np.ndarray, layer: int) -> None:
             f"layer {layer}: expected an upper-triangular mask, got an edge {p} -> {q}; edges must run from a lower "
             "to a higher expert, so renumber the experts or drop the edge"
         )
+
+
+def check_attached(mask: np.ndarray, attached: Sequence[int], layer: int) -> None:
+    """Refuse attached experts with a root, without an edge to them, or with an edge from them.
+
+    Raises:
+        UserError: names the layer and the expert.
+    """
+    for expert in attached:
+        if not 0 <= expert < len(mask) or mask[expert].any() or not mask[:expert, expert].any():
+            raise UserError(
+                f"layer {layer}: expected an attached expert to have edges to it, no root and no edge from it, got "
+                f"expert {expert} of {len(mask)}"
+            )
 
 
 def reachable(mask: np.ndarray) -> np.ndarray:
