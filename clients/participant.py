@@ -107,7 +107,7 @@ class Participant:
         if not self._holds_all:
             self._assemble(stream, training, request.server_round)
         hold_residents(self.model, self._residents(), self.config.adapters, seed=request.server_round)
-        counter = UsageCounter(read_graph(self.model).masks)
+        counter = UsageCounter(read_graph(self.model))
         with visiting(self.model, self.visits()):
             warn_where_fewer_reside(self.model)
             with counter.counting(self.model):
@@ -196,10 +196,11 @@ class Participant:
     def _pack(
         self, deltas: Mapping[Unit, Tensor], gradient_rms: Mapping[Unit, Tensor], request: Request
     ) -> tuple[bytes, float, dict[str, float]]:
-        config, version = self.config, self.model.config.graph_version
+        config = self.config
         sizes = unit_sizes(self.model, attention=config.attention_lora)
         request = request.of_partition(self.partition)
-        residual = carried_over(self.store.load_residual(request.server_round), request, sizes)
+        graph = read_graph(self.model)
+        residual = carried_over(self.store.load_residual(request.server_round), request, sizes, graph)
         generator = self._generator(request, UPLOAD_SELECTION)
         prepared = choose_shipment(
             self.model,
@@ -212,7 +213,7 @@ class Participant:
         )
         packed = pack_update(prepared.update, value_bits=config.value_bits)
         shipped = shipped_in(request, prepared.update, packed)
-        self.store.save_residual(request.server_round, prepared.residual, version, shipped)
+        self.store.save_residual(request.server_round, prepared.residual, graph, shipped)
         return packed, density(prepared.update), drawn_with(prepared)
 
     def _reply(self, request: Request, numbers: dict[str, float], **parts) -> Reply:

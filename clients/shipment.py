@@ -12,14 +12,17 @@ from configs.errors import UserError
 from configs.node_config import NodeConfig
 from configs.run_views import Upload
 from configs.schema import RunConfig, load_run_config
+from experts.graph.expert_graph import ExpertGraph
 from federated.protocol.messages import Request
 from federated.selection.entries import gradient_score
 from federated.selection.error_feedback import Limits, PreparedUpdate, choose_update
 from federated.updates.lazy_vectors import LazyVectors
+from federated.updates.remap import remap_vector
 from federated.updates.update import SparseUpdate, SparseVector, unit_name
 from federated.wire.codec import unpack_update
 from models.graph.graph_state import read_graph
-from models.graph.unit_vectors import Unit, unit_shapes
+from models.graph.renumber import id_origins
+from models.graph.unit_vectors import OTHERS, Unit, unit_shapes
 from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 
 
@@ -104,23 +107,40 @@ def drawn_with(prepared: PreparedUpdate) -> dict[str, float]:
     return {unit_name(unit): pi for unit, pi in prepared.inclusion.items() if pi < 1}
 
 
-def carried_over(kept: Kept, request: Request, sizes: Mapping[Unit, int]) -> Mapping[Unit, Tensor]:
+def carried_over(
+    kept: Kept, request: Request, sizes: Mapping[Unit, int], graph: ExpertGraph
+) -> Mapping[Unit, Tensor]:
     """Residual on the client's disk, plus the last update where the server did not aggregate it.
+
+    Experts are found by their identities where edits renumbered them since; residuals of retired ones are dropped.
 
     Args:
         kept: state on the client's disk.
         request: names the last accepted update; a request that repeats a round cannot have accepted it.
-        sizes: entries of every unit of the current graph; residuals of other units are dropped.
+        sizes: entries of every unit of the current graph; residuals of units of other sizes are dropped.
+        graph: current graph.
     """
-    residual = {unit for unit, size in kept.sizes.items() if sizes.get(unit) == size}
-    refused = _refused(kept.shipped, request, sizes)
+    counts = [len(ids) for ids in kept.ids] or graph.num_experts
+    origins = id_origins(kept.ids or graph.ids_per_layer, graph.ids_per_layer)
+
+    def before(unit: Unit) -> Unit:
+        return unit if unit[1] == OTHERS else (unit[0], int(origins[unit[0]][unit[1]]))
+
+    def size_before(unit: Unit) -> int:
+        added = 0 if unit[1] == OTHERS else len(origins[unit[0]]) - counts[unit[0]]
+        return sizes[unit] - 2 * added
+
+    residual = {unit for unit in sizes if kept.sizes.get(before(unit)) == size_before(unit)}
+    shipped = _refused(kept.shipped, request)
+    refused = {unit for unit in sizes if _size(shipped.get(before(unit))) == size_before(unit)}
 
     def vector(unit: Unit) -> Tensor:
-        stored = kept.residual[unit] if unit in residual else torch.zeros(sizes[unit])
-        return _add(stored, refused.get(unit))
+        old = before(unit)
+        stored = kept.residual[old] if unit in residual else torch.zeros(size_before(unit))
+        total = _add(stored, shipped[old]) if unit in refused else stored
+        return total if unit[1] == OTHERS else remap_vector(total, origins[unit[0]], counts[unit[0]])
 
-    units = [unit for unit in sizes if unit in residual or unit in refused]
-    return LazyVectors(units, vector)
+    return LazyVectors([unit for unit in sizes if unit in residual or unit in refused], vector)
 
 
 def shipped_in(request: Request, update: SparseUpdate, packed: bytes) -> ShippedUpdate:
@@ -129,20 +149,18 @@ def shipped_in(request: Request, update: SparseUpdate, packed: bytes) -> Shipped
     return ShippedUpdate(request.server_round, packed, sizes)
 
 
-def _refused(
-    shipped: ShippedUpdate | None, request: Request, sizes: Mapping[Unit, int]
-) -> dict[Unit, SparseVector]:
-    if shipped is None:
+def _refused(shipped: ShippedUpdate | None, request: Request) -> dict[Unit, SparseVector]:
+    """Vectors of the last update where the server did not aggregate it, by unit of the graph of then."""
+    if shipped is None or shipped.server_round == request.accepted_round != request.server_round:
         return {}
-    if shipped.server_round == request.accepted_round != request.server_round:
-        return {}
-    update = unpack_update(shipped.packed, sizes=shipped.sizes)
-    return {unit: vector for unit, vector in update.vectors.items() if sizes.get(unit) == vector.size}
+    return dict(unpack_update(shipped.packed, sizes=shipped.sizes).vectors)
 
 
-def _add(stored: Tensor, shipped: SparseVector | None) -> Tensor:
-    if shipped is None:
-        return stored
+def _size(vector: SparseVector | None) -> int | None:
+    return None if vector is None else vector.size
+
+
+def _add(stored: Tensor, shipped: SparseVector) -> Tensor:
     total = stored.clone()
     total[torch.from_numpy(shipped.indices)] += torch.from_numpy(shipped.values)
     return total

@@ -56,6 +56,17 @@ def holding_scores(logits_EE: Tensor, edges_EE: Tensor) -> Tensor:
     return logits_EE.diagonal() + (touching.sum(0) + touching.sum(1)) / degree
 
 
+def beside_parents(scores_E: Tensor, edges_EE: Tensor, attached: Sequence[int]) -> Tensor:
+    """Scores ``[E]`` in which each attached expert has that of its best parent, whose tokens alone visit it.
+
+    A new expert has no statistics of its own. Among equal scores its parent, of a lower number, is selected first.
+    """
+    if not attached:
+        return scores_E
+    offered_EA = scores_E[:, None].masked_fill(~edges_EE[:, attached], float("-inf"))
+    return scores_E.index_copy(0, torch.tensor(attached, device=scores_E.device), offered_EA.max(0).values)
+
+
 def choose_residents(scores_E: Tensor, budget: int, num_shared: int = 0) -> Tensor:
     """Top-``budget`` experts by score, bool ``[E]``; all for a budget of 0 or above E.
 
@@ -169,7 +180,8 @@ def _set_residency(
     model: FedGraftForCausalLM, assembler: Assembler, features: Sequence[Tensor], budget: int, *, learn: bool
 ) -> None:
     for index, (layer, rows) in enumerate(zip(model.expert_layers(), features, strict=True)):
-        scores = holding_scores(assembler(rows, index), layer.edges.to(rows.device))
+        edges = layer.edges.to(rows.device)
+        scores = beside_parents(holding_scores(assembler(rows, index), edges), edges, layer.attached)
         resident = choose_residents(scores.detach(), budget, layer.num_shared)
         gate = straight_through(scores, resident, layer.num_shared) if learn else None
         layer.resident = resident.to(layer.edges.device)

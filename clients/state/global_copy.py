@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from federated.updates.update import parse_unit, unit_name
 from models.files.checked_file import read_checked, write_checked
 from models.graph.attention_vectors import attention_count, read_attention, write_attention
 from models.graph.graph_state import read_graph, write_graph
+from models.graph.renumber import identity_origins, renumber_experts
 from models.graph.unit_vectors import OTHERS, Unit, weight_count
 from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 
@@ -37,7 +38,7 @@ class GlobalCopy:
         self._experts = Path(folder) / "experts"
         self._files: dict[Unit, str] = {}
         self._digests: dict[Unit, str] = {}
-        self._generation = 0
+        self._generation = self._written = 0
 
     def read(self, unit: Unit) -> Tensor | None:
         """Weights ``[3hd]`` fp32 of an expert; None if it never moved."""
@@ -47,10 +48,23 @@ class GlobalCopy:
 
     def write(self, unit: Unit, weights: Tensor) -> None:
         """Write an expert's weights ``[3hd]``; they take effect with the next ``save``."""
-        name = f"{unit_name(unit)}.{self._generation + 1}.safetensors"
+        self._written += 1  # numbers may change between two steps, so that a unit alone does not name a file
+        name = f"{unit_name(unit)}.{self._generation + 1}.{self._written}.safetensors"
         # Not flushed one by one, which for thousands takes seconds: a damaged file is detected, and costs a snapshot.
         write_checked(self._experts / name, {"weights": weights}, {}, durable=False)
         self._files[unit], self._digests[unit] = name, vector_digest(weights)
+
+    def renumber(self, layer: int, origin: Sequence[int]) -> None:
+        """Give the experts of a layer new numbers: ``origin[e]`` is the present number of e; -1: a new one."""
+        places = {old: new for new, old in enumerate(origin) if old >= 0} | {OTHERS: OTHERS}
+        self._files, self._digests = (
+            {
+                unit if unit[0] != layer else (layer, places[unit[1]]): value
+                for unit, value in values.items()
+                if unit[0] != layer or unit[1] in places
+            }
+            for values in (self._files, self._digests)
+        )
 
     def hash(self, model: FedGraftForCausalLM, moved: Iterable[Unit] = ()) -> str:
         """Hash by which the server compares copies; only units that ``moved`` since the last call are hashed again.
@@ -74,9 +88,11 @@ class GlobalCopy:
             return 0
         try:
             graph, files, digests, version, generation = _parse(*saved)
-            self._check(model, saved[0], graph, files, digests)
+            origins = identity_origins(read_graph(model), graph)
+            self._check(model, saved[0], origins, files, digests)
         except (KeyError, ValueError, TypeError, AttributeError):
             return 0
+        renumber_experts(model, origins)
         self._files, self._digests, self._generation = files, digests, generation
         self._remove_others()
         for index in _write_rest(model, saved[0]):
@@ -115,7 +131,16 @@ class GlobalCopy:
         }
         tensors |= {f"attention/{index}": read_attention(model, index) for index in attention}
         self._generation += 1
-        facts = {"version": version, "graph_version": graph.version, "generation": self._generation}
+        facts = {
+            "version": version,
+            "graph_version": graph.version,
+            "generation": self._generation,
+            "attached": json.dumps(graph.attached_per_layer),
+        }
+        tensors |= {
+            f"ids/{index}": torch.tensor(ids, dtype=torch.int64)
+            for index, ids in enumerate(graph.ids_per_layer)
+        }
         names = {unit_name(unit): [name, self._digests[unit]] for unit, name in self._files.items()}
         metadata = {key: str(value) for key, value in facts.items()} | {"experts": json.dumps(names)}
         write_checked(self._state, tensors, metadata)
@@ -131,17 +156,19 @@ class GlobalCopy:
         self,
         model: FedGraftForCausalLM,
         tensors: Mapping[str, Tensor],
-        graph: ExpertGraph,
+        origins: Sequence[np.ndarray],
         files: Mapping[Unit, str],
         digests: Mapping[Unit, str],
     ) -> None:
         """ValueError or KeyError for a copy of another model or a damaged expert."""
         layers = model.expert_layers()
-        if graph.num_experts != [layer.num_experts for layer in layers]:
-            raise ValueError("a copy of another graph")
-        for index, layer in enumerate(layers):
+        for index, (layer, origin) in enumerate(zip(layers, origins, strict=True)):
+            if any(old < 0 and (index, new) not in files for new, old in enumerate(origin)):
+                raise ValueError("a copy of another graph")
             for name, parameter in layer.routing_parameters().items():
-                if tensors[f"{name}/{index}"].shape != parameter.shape:
+                shape = [layer.hidden_size if name == "router" else len(origin)] * parameter.dim()
+                shape[0] = len(origin)
+                if list(tensors[f"{name}/{index}"].shape) != shape:
                     raise ValueError(f"{name} of layer {index} has another shape")
             attention = tensors.get(f"attention/{index}")
             if attention is not None and attention.numel() != attention_count(model, index):
@@ -179,7 +206,12 @@ def _parse(
     for key, (name, digest) in names.items():
         unit = parse_unit(key)
         files[unit], digests[unit] = name, digest
-    graph = ExpertGraph(masks, int(metadata["graph_version"]))
+    graph = ExpertGraph(
+        masks,
+        int(metadata["graph_version"]),
+        attached=tuple(map(tuple, json.loads(metadata["attached"]))),
+        ids=tuple(tuple(tensors[f"ids/{index}"].tolist()) for index in range(count)),
+    )
     return graph, files, digests, int(metadata["version"]), int(metadata["generation"])
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from experts.graph.expert_graph import ExpertGraph
 from federated.updates.lazy_vectors import LazyVectors
 from federated.updates.update import parse_unit, unit_name
 from models.files.checked_file import bytes_tensor, check_in_turn, tensor_bytes, write_in_turn
@@ -46,12 +47,14 @@ class Kept:
         sizes: entries of each of these units.
         shipped: the last update; None before the first.
         graph_version: version of the graph of both; None without a file.
+        ids: identities of the experts of each layer of that graph; empty without a file.
     """
 
     residual: Mapping[Unit, Tensor] = field(default_factory=dict)
     sizes: dict[Unit, int] = field(default_factory=dict)
     shipped: ShippedUpdate | None = None
     graph_version: int | None = None
+    ids: tuple[tuple[int, ...], ...] = ()
 
 
 class ResidualStore:
@@ -76,21 +79,22 @@ class ResidualStore:
         residual = LazyVectors(units, lambda unit: read_stored(units[unit]))
         sizes = {unit: tensor.shape[0] for unit, tensor in units.items()}
         shipped = _shipped(stored, metadata)
-        return Kept(residual, sizes, shipped, int(metadata["graph_version"]))
+        ids = tuple(map(tuple, json.loads(metadata["ids"])))
+        return Kept(residual, sizes, shipped, int(metadata["graph_version"]), ids)
 
     def save(
-        self, residual: Mapping[Unit, Tensor], graph_version: int, shipped: ShippedUpdate | None = None
+        self, residual: Mapping[Unit, Tensor], graph: ExpertGraph, shipped: ShippedUpdate | None = None
     ) -> None:
         """Replace the file.
 
         Args:
             residual: float ``[size]`` per unit; may be read from this file. All-zero units are left out.
-            graph_version: version of the graph of residual and update.
+            graph: graph of residual and update.
             shipped: last update.
         """
         self._remove_partial()
         names = {unit_name(unit): unit for unit in residual}
-        metadata = {"graph_version": str(graph_version)}
+        metadata = {"graph_version": str(graph.version), "ids": json.dumps(graph.ids_per_layer)}
         packed: dict[str, bytes] = {}
         if shipped is not None:
             packed[_SHIPPED] = shipped.packed

@@ -14,6 +14,7 @@ from clients.residents.assembler import Assembler
 from clients.state.global_copy import GlobalCopy
 from clients.state.residual import Kept, ResidualStore, ShippedUpdate
 from clients.state.round_files import RoundFiles
+from experts.graph.expert_graph import ExpertGraph
 from federated.data.blocks import Blocks
 from models.files.checked_file import read_checked, write_checked
 from models.graph.unit_vectors import Unit
@@ -38,10 +39,10 @@ class ClientStore:
         return ResidualStore(self._residuals.before(server_round)).load()
 
     def save_residual(
-        self, server_round: int, residual: Mapping[Unit, Tensor], graph_version: int, shipped: ShippedUpdate
+        self, server_round: int, residual: Mapping[Unit, Tensor], graph: ExpertGraph, shipped: ShippedUpdate
     ) -> None:
         """Save the residual after ``server_round``; arguments as in ``ResidualStore.save``."""
-        ResidualStore(self._residuals.after(server_round)).save(residual, graph_version, shipped)
+        ResidualStore(self._residuals.after(server_round)).save(residual, graph, shipped)
         self._residuals.prune(server_round)
 
     def load_assembler(self, seed: int, num_experts: Sequence[int], server_round: int) -> Assembler:

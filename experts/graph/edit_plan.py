@@ -51,9 +51,7 @@ class AppliedPlan:
 
         Units with a negative number, which are no experts, keep it.
         """
-        numbers = [
-            {int(old): new for new, old in enumerate(origin) if old >= 0} for origin in self.origins
-        ]
+        numbers = [{int(old): new for new, old in enumerate(origin) if old >= 0} for origin in self.origins]
         return {
             (layer, expert if expert < 0 else numbers[layer][expert]): value
             for (layer, expert), value in values.items()
@@ -122,12 +120,16 @@ def _check_spawn(edit: SpawnExpert, graph: ExpertGraph, masks: Sequence[np.ndarr
         raise UserError(f"expected a parent that the router chooses, got {edit}")
 
 
-def _parents(spawns: Sequence[SpawnExpert], numbers: Sequence[Mapping[int, int]]) -> tuple[dict[int, int], ...]:
+def _parents(
+    spawns: Sequence[SpawnExpert], numbers: Sequence[Mapping[int, int]]
+) -> tuple[dict[int, int], ...]:
     """Spawned expert -> parent in numbers after the plan; an empty map of numbers changes none."""
     found: list[dict[int, int]] = [{} for _ in numbers]
     for edit in spawns:
         number = numbers[edit.layer] or {each: each for each in (edit.expert, edit.parent)}
         if edit.expert not in number or edit.parent not in number:
-            raise UserError(f"expected a plan to keep a spawned expert and its parent, got {edit} and their removal")
+            raise UserError(
+                f"expected a plan to keep a spawned expert and its parent, got {edit} and their removal"
+            )
         found[edit.layer][number[edit.expert]] = number[edit.parent]
     return tuple(found)

@@ -216,9 +216,7 @@ def _fields(value: Any) -> _Fields:
     try:
         return _Fields.model_validate(value)
     except ValidationError:
-        raise UserError(
-            f"expected an edit with op, layer, p, q and reason, got {str(value)[:200]}"
-        ) from None
+        raise UserError(f"expected an edit with op, layer, p, q and reason, got {str(value)[:200]}") from None
 
 
 def _edit(fields: _Fields) -> Edit:

@@ -89,7 +89,8 @@ def apply_expert_edits(graph: ExpertGraph, edits: Sequence[Edit]) -> EditedGraph
         for layer, before in zip(layers, graph.attached_per_layer, strict=True)
     ]
     ids = [
-        tuple(each[old] for old in layer.kept) for layer, each in zip(layers, graph.ids_per_layer, strict=True)
+        tuple(each[old] for old in layer.kept)
+        for layer, each in zip(layers, graph.ids_per_layer, strict=True)
     ]
     edited = replace(
         graph,

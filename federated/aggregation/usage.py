@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from experts.graph.expert_graph import ExpertGraph
 from federated.updates.update import RefusedUpdate
 from federated.wire.columns import pack_column, unpack_column
 from models.graph.runtime_settings import Observer, observing_walks
@@ -26,16 +27,16 @@ class UsageCounter:
     """Usage counts of one client, per layer int64 ``[E, E]``, upper-triangular.
 
     Diagonal: visits without a visited parent. An edge ``p -> q`` of the global graph: traversals. Any other pair
-    ``p < q``: demand, i.e. tokens with both experts in the top-k of the raw router logits; none for shared experts,
-    which every token visits.
+    ``p < q``: demand, i.e. tokens with both experts in the top-k of the raw router logits; none for shared and attached
+    experts, which the router does not choose.
 
     Args:
-        masks: of the global graph, per layer bool ``[E, E]``.
+        graph: global graph.
     """
 
-    def __init__(self, masks: Sequence[np.ndarray]) -> None:
-        self._absent = [torch.from_numpy(~mask).triu(1) for mask in masks]
-        self._counts = [torch.zeros(mask.shape, dtype=torch.int64) for mask in masks]
+    def __init__(self, graph: ExpertGraph) -> None:
+        self._absent = [torch.from_numpy(~mask).triu(1) for mask in graph.masks]
+        self._counts = [torch.zeros(mask.shape, dtype=torch.int64) for mask in graph.masks]
 
     @contextmanager
     def counting(self, model: FedGraftForCausalLM) -> Iterator[None]:
@@ -60,7 +61,10 @@ class UsageCounter:
         @torch.no_grad()
         def observe(layer: ExpertGraphMLP, scores_TE: Tensor, walk: Walk, weights_TK: Tensor) -> None:
             self._counts[index] += traversals(walk, layer.num_experts).cpu()
-            wanted = demand(scores_TE, layer.num_visits, layer.num_shared).cpu()
+            chosen_TE = scores_TE.clone()
+            chosen_TE[:, layer.attached] = float("-inf")
+            wanted = demand(chosen_TE, layer.num_visits, layer.num_shared).cpu()
+            wanted[layer.attached] = wanted[:, layer.attached] = 0
             self._counts[index] += wanted * self._absent[index]
 
         return observe

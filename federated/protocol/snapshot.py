@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Mapping
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -24,20 +24,31 @@ from federated.wire.byte_columns import ColumnsHeader, read_columns, write_colum
 from federated.wire.columns import pack_column, unpack_column
 from models.graph.attention_vectors import write_attention
 from models.graph.graph_state import read_graph, write_graph
+from models.graph.renumber import id_origins, identity_origins, renumber_experts
 from models.graph.unit_vectors import OTHERS, Unit, unflatten_weights
 from models.remote_code.experts_fedgraft import ExpertGraphMLP
 from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 
 _UNIT = re.compile(r"unit\.(\d{1,9})\.(-1|\d{1,9})")
 _WIDTH = 32  # bits of a difference
+_MOST_ADDED = 4096  # experts of a layer that the checkpoint lacks
+
+NonNegative = Annotated[int, Field(ge=0)]
 
 
 class SnapshotHeader(ColumnsHeader):
-    """Header of a snapshot: the version of the global model and of its graph."""
+    """Header of a snapshot: the version of the global model and of its graph.
+
+    Attributes:
+        ids: identities of the experts per layer; empty: those of the checkpoint.
+        attached: attached experts per layer; empty: none.
+    """
 
     format: Literal[1] = 1
     version: int = Field(ge=0)
     graph_version: int = Field(ge=0)
+    ids: list[list[NonNegative]] = []
+    attached: list[list[NonNegative]] = []
     checksum: str = ""
 
 
@@ -50,19 +61,27 @@ def pack_snapshot(
 
     Args:
         model: global model.
-        base: bootstrapped checkpoint, just opened.
+        base: bootstrapped checkpoint, just opened; it is brought to the experts of ``model``.
         moved: units that differ.
         version: version of ``model``.
     """
     graph = read_graph(model)
     columns = {f"mask.{index}": np.packbits(mask).tobytes() for index, mask in enumerate(graph.masks)}
+    own = read_graph(base)
+    renumber_experts(base, identity_origins(own, graph))
+    changed = graph.ids_per_layer != own.ids_per_layer
     for index, (layer, old) in enumerate(zip(model.expert_layers(), base.expert_layers(), strict=True)):
         columns[f"routing.{index}"] = _pack_difference(routing_vector(layer), routing_vector(old))
     for unit in sorted(moved):
         columns[f"unit.{unit[0]}.{unit[1]}"] = _pack_difference(
             moved_vector(model, unit), moved_vector(base, unit)
         )
-    header = SnapshotHeader(version=version, graph_version=graph.version)
+    header = SnapshotHeader(
+        version=version,
+        graph_version=graph.version,
+        ids=[list(each) for each in graph.ids_per_layer] if changed else [],
+        attached=[list(each) for each in graph.attached],
+    )
     return write_columns(header, columns, _checksum)
 
 
@@ -79,8 +98,9 @@ def apply_snapshot(model: FedGraftForCausalLM, data: bytes, version: int) -> set
     )
     if header.version != version:
         raise RefusedUpdate(f"expected a snapshot of version {version}, got one of version {header.version}")
+    _renumber(model, header)
     units = _known_units(model, columns)
-    graph = _read_masks(model, columns, header.graph_version)
+    graph = _read_masks(model, columns, header)
     for unit in sorted(units):
         before = moved_vector(model, unit)
         _write(model, unit, _add_difference(before, columns[f"unit.{unit[0]}.{unit[1]}"], str(unit)))
@@ -140,7 +160,22 @@ def _known_units(model: FedGraftForCausalLM, columns: Mapping[str, bytes]) -> se
     return units
 
 
-def _read_masks(model: FedGraftForCausalLM, columns: Mapping[str, bytes], version: int) -> ExpertGraph:
+def _renumber(model: FedGraftForCausalLM, header: SnapshotHeader) -> None:
+    """Bring the checkpoint to the experts of the snapshot; new ones are zeros, to which the difference is added."""
+    if not header.ids:
+        return
+    own = read_graph(model)
+    if len(header.ids) != len(own.masks) or any(
+        not ids or len(set(ids)) != len(ids) or len(ids) > count + _MOST_ADDED
+        for ids, count in zip(header.ids, own.num_experts, strict=True)
+    ):
+        raise RefusedUpdate("expected the identities of the experts of every layer in a snapshot")
+    renumber_experts(model, id_origins(own.ids_per_layer, header.ids))
+
+
+def _read_masks(
+    model: FedGraftForCausalLM, columns: Mapping[str, bytes], header: SnapshotHeader
+) -> ExpertGraph:
     masks = []
     for index, layer in enumerate(model.expert_layers()):
         experts, column = layer.num_experts, columns[f"mask.{index}"]
@@ -149,7 +184,12 @@ def _read_masks(model: FedGraftForCausalLM, columns: Mapping[str, bytes], versio
         bits = np.unpackbits(np.frombuffer(column, dtype=np.uint8), count=experts**2)
         masks.append(bits.reshape(experts, experts).astype(np.bool_))
     try:
-        graph = ExpertGraph(tuple(masks), version)
+        graph = ExpertGraph(
+            tuple(masks),
+            header.graph_version,
+            attached=tuple(map(tuple, header.attached)),
+            ids=tuple(map(tuple, header.ids)),
+        )
         for index, mask in enumerate(masks):
             check_reachable(mask, index)
     except UserError as error:

@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 import torch
 
 from configs.errors import UserError
-from experts.graph.edge_edits import apply_edits
-from experts.graph.edits import EdgeEdit, edge_edits_from_dicts
+from experts.graph.edit_plan import AppliedPlan, apply_plan
+from experts.graph.edits import AddEdge, Edit, MergeExperts, RemoveEdge, edits_from_dicts
 from experts.graph.expert_graph import ExpertGraph
 from federated.updates.update import RefusedUpdate, SparseUpdate
 from federated.wire.codec import packed_stats, unpack_update
 from federated.wire.packed_stats import PackedStats
 from models.graph.graph_state import read_graph, write_graph
+from models.graph.renumber import write_plan
 from models.graph.unit_vectors import Unit, add_to_unit, unit_sizes
 from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 
@@ -31,12 +32,12 @@ class ServerStep:
         version: number of server rounds that moved the model; 0: the bootstrapped checkpoint.
         packed: aggregated, quantized change of the experts, as ``federated.wire.codec`` packs it, in one part or
             several (see ``join_parts``).
-        edits: made after the change is added.
+        edits: plan of edits, made after the change is added (see ``experts.graph.edit_plan``).
     """
 
     version: int
     packed: bytes
-    edits: list[EdgeEdit] = field(default_factory=list)
+    edits: list[Edit] = field(default_factory=list)
 
     def edits_json(self) -> str:
         """The edits as JSON."""
@@ -54,13 +55,13 @@ def read_step(version: int, packed: bytes, edits_json: str) -> ServerStep:
         RefusedUpdate: edits that are not JSON, or JSON of another form.
     """
     try:
-        return ServerStep(version, packed, edge_edits_from_dicts(json.loads(edits_json)))
+        return ServerStep(version, packed, edits_from_dicts(json.loads(edits_json)))
     except (ValueError, RecursionError) as error:
         raise RefusedUpdate(f"edits of step {version} cannot be read: {error}") from error
 
 
 def apply_step(model: FedGraftForCausalLM, step: ServerStep) -> set[Unit]:
-    """Add a step to ``model`` (fp32) and apply its edits; returns the units that moved.
+    """Add a step to ``model`` (fp32) and apply its edits; returns the units that moved, in numbers after the edits.
 
     Raises:
         RefusedUpdate: the step was made for another graph, its bytes are damaged, or an edit does not fit; the model
@@ -75,15 +76,17 @@ def apply_step(model: FedGraftForCausalLM, step: ServerStep) -> set[Unit]:
 
     # All parts are checked before any is applied; one part at a time is in memory.
     moved = _disjoint_units(unpack(part) for part in parts)
-    edited = _edited(graph, step) if step.edits else None
+    plan = _applied(graph, step) if step.edits else None
     for part in parts:
         for unit, vector in unpack(part).vectors.items():
             add_to_unit(model, unit, torch.from_numpy(vector.to_dense()))
     # Residuals may hold gains of removed edges; an edge that is added again starts from zero.
     write_graph(model, graph)
-    if edited is not None:
-        write_graph(model, edited)
-    return moved | {(edit.layer, edit.q) for edit in step.edits}
+    if plan is None:
+        return moved
+    moved |= {(edit.layer, edit.q) for edit in step.edits if isinstance(edit, AddEdge | RemoveEdge)}
+    spawned = write_plan(model, plan)
+    return set(plan.renumber(dict.fromkeys(moved))) | spawned
 
 
 def join_parts(parts: Sequence[bytes]) -> bytes:
@@ -140,8 +143,22 @@ def steps_after(steps: Iterable[ServerStep], version: int) -> list[ServerStep]:
     return sorted((step for step in steps if step.version > version), key=lambda step: step.version)
 
 
-def _edited(graph: ExpertGraph, step: ServerStep) -> ExpertGraph:
+def check_plan(plan: Iterable[Edit]) -> None:
+    """Refuse edits that cannot be sent: merged weights do not follow from the plan alone.
+
+    Raises:
+        UserError: names the edit.
+    """
+    for edit in plan:
+        if isinstance(edit, MergeExperts):
+            raise UserError(
+                f"expected edits that follow from the graph alone, got {edit}; merge experts offline"
+            )
+
+
+def _applied(graph: ExpertGraph, step: ServerStep) -> AppliedPlan:
     try:
-        return apply_edits(graph, step.edits)
+        check_plan(step.edits)
+        return apply_plan(graph, step.edits)
     except UserError as error:
         raise RefusedUpdate(f"edits of step {step.version} do not fit: {error}") from error

@@ -99,7 +99,7 @@ def not_representable(graph: FedGraftForCausalLM) -> list[str]:
             found.setdefault("information passed along edges (edge gains are not zero)", []).append(index)
         if bool((layer.output_gain != 0).any()):
             found.setdefault("outputs weighted by the router (output gains are not zero)", []).append(index)
-        if layer.default is not None and layer.default.num_experts > layer.num_experts:
+        if layer.default is not None and layer.default.num_experts > layer.num_experts - len(layer.attached):
             found.setdefault("default outputs in place of removed experts", []).append(index)
         if not reachable(layer.edges.cpu().numpy()).all():
             found.setdefault("experts that no walk reaches, and a dense FFN always runs", []).append(index)

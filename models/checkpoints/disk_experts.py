@@ -35,6 +35,9 @@ class MovedExperts(Protocol):
     def write(self, unit: tuple[int, int], weights: Tensor) -> None:
         """Store new weights ``[3hd]`` of the unit."""
 
+    def renumber(self, layer: int, origin: Sequence[int]) -> None:
+        """Give the experts of a layer new numbers: ``origin[e]`` is the present number of e; -1: a new one."""
+
 
 class GraphFiles:
     """Reader of single tensors and experts of a checkpoint, each with plain reads of its bytes.
@@ -83,6 +86,8 @@ class MappedExperts:
     def __init__(self, layer: ExpertGraphMLP, files: GraphFiles, moved: MovedExperts | None) -> None:
         self._layer, self._files, self._moved = layer.layer_index, files, moved
         self._act_fn, self._hidden_size = layer.act_fn, layer.hidden_size
+        self._shapes = (2 * layer.expert_size, layer.hidden_size), (layer.hidden_size, layer.expert_size)
+        self._stored = list(range(layer.num_experts))  # number in the checkpoint; -1: not in there
 
     def run(self, expert: int, rows_ND: Tensor) -> Tensor:
         """Output ``[N, D]``; the backward pass, which reaches only the rows, reads the expert again."""
@@ -95,7 +100,10 @@ class MappedExperts:
         moved = self._moved.read((self._layer, expert)) if self._moved is not None else None
         if moved is not None:
             return unflatten_weights(moved, self._hidden_size)
-        gate_up, down = self._files.expert(self._layer, expert)
+        if self._stored[expert] < 0:
+            gate_up, down = (torch.zeros(shape) for shape in self._shapes)
+            return gate_up, down
+        gate_up, down = self._files.expert(self._layer, self._stored[expert])
         return gate_up.float(), down.float()
 
     def write(self, expert: int, gate_up: Tensor, down: Tensor) -> None:
@@ -109,6 +117,12 @@ class MappedExperts:
                 "expected a graph with storage for moved experts, got one opened for reading only"
             )
         self._moved.write((self._layer, expert), flatten_weights(gate_up, down))
+
+    def renumber(self, origin: Sequence[int]) -> None:
+        """Give the experts new numbers: ``origin[e]`` is the present number of e; -1: a new one of zeros."""
+        self._stored = [self._stored[old] if old >= 0 else -1 for old in origin]
+        if self._moved is not None:
+            self._moved.renumber(self._layer, origin)
 
     def _run(self, expert: int, rows_ND: Tensor) -> Tensor:
         gate_up, down = (weight.to(rows_ND.device) for weight in self.read(expert))

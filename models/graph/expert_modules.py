@@ -89,6 +89,14 @@ class ExpertModules(nn.Module):
         """
         raise ValueError(f"expert {expert} is a fixed base under LoRA; write it before materialize_modules")
 
+    def renumber(self, origin: Sequence[int]) -> None:
+        """Not supported: a graph is edited before its experts become modules.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("expected to renumber experts before materialize_modules")
+
 
 @torch.no_grad()
 def materialize_modules(

@@ -11,8 +11,12 @@ from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 def read_graph(model: FedGraftForCausalLM) -> ExpertGraph:
     """Copy of the masks and the graph version of a model."""
     masks = tuple(layer.edges.cpu().numpy().copy() for layer in model.expert_layers())
-    num_shared = tuple(layer.num_shared for layer in model.expert_layers())
-    return ExpertGraph(masks, model.config.graph_version, num_shared)
+    layers = model.expert_layers()
+    num_shared, attached = tuple(layer.num_shared for layer in layers), tuple(
+        tuple(each.attached) for each in layers
+    )
+    ids = tuple(layer.ids for layer in layers)
+    return ExpertGraph(masks, model.config.graph_version, num_shared, attached if any(attached) else (), ids)
 
 
 def check_graph(model: FedGraftForCausalLM) -> None:
@@ -26,13 +30,18 @@ def check_graph(model: FedGraftForCausalLM) -> None:
 
 
 def write_graph(model: FedGraftForCausalLM, graph: ExpertGraph) -> None:
-    """Set masks and version of a model from ``graph``; gains and affinities of removed edges become zero.
+    """Set all but the shared experts from ``graph``; gains and affinities of removed edges become zero.
 
     An edge that is added again later therefore starts from zero.
     """
+    facts = zip(
+        model.expert_layers(), graph.masks, graph.attached_per_layer, graph.ids_per_layer, strict=True
+    )
     with torch.no_grad():
-        for layer, mask in zip(model.expert_layers(), graph.masks, strict=True):
+        for layer, mask, attached, ids in facts:
             layer.edges.copy_(torch.from_numpy(mask))
+            layer.attached, layer.ids = list(attached), ids
             for values in (layer.edge_gain, layer.edge_affinity):
                 values.mul_(layer.edges.triu(1))
     model.config.graph_version = graph.version
+    model.config.attached_experts = [list(each) for each in graph.attached] or None

@@ -44,7 +44,9 @@ def collect_routing(model: FedGraftForCausalLM) -> Iterator[list[Routing]]:
 
     def observer(index: int) -> Observer:
         def observe(layer: ExpertGraphMLP, scores_TE: Tensor, walk: Walk, weights_TK: Tensor) -> None:
-            collected.append(Routing(scores_TE, walk.experts_TK, layer.resident, layer.num_shared))
+            # Visits of attached experts, the last columns, are not the router's choice.
+            chosen_TK = walk.experts_TK[:, : walk.experts_TK.shape[1] - len(layer.attached)]
+            collected.append(Routing(scores_TE, chosen_TK, layer.chosen_residents(), layer.num_shared))
 
         return observe
 

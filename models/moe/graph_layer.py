@@ -5,14 +5,15 @@ Shape suffixes: T tokens, D hidden width, E experts, K visits per token, N token
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from configs.errors import UserError
-from experts.graph.expert_edits import remove_from_mask
+from experts.graph.expert_edits import remove_from_mask, still_attached
+from models.graph.renumber import renumber_layer
 from models.moe.layers import ExpertRows, MoELayer, Removed
 from models.remote_code.dispatch_fedgraft import Visits, dispatch
 from models.remote_code.execution_fedgraft import gated_ffn
@@ -57,17 +58,13 @@ class GraphLayer(MoELayer):
                 "expected a graph that holds all its experts in memory, got one that has them elsewhere"
             )
         edited = remove_from_mask(block.edges.cpu().numpy(), removed, self.ordinal, block.num_shared)
-        kept = torch.from_numpy(edited.kept).to(block.edges.device)
-        for name in ("gate_up_proj", "down_proj", "output_gain"):
-            setattr(block, name, nn.Parameter(getattr(block, name)[kept]))
-        block.router.weight = nn.Parameter(block.router.weight[kept])
-        learned = ~torch.from_numpy(edited.added).to(kept.device)
-        for name in ("edge_gain", "edge_affinity"):
-            setattr(block, name, nn.Parameter(getattr(block, name)[kept][:, kept] * learned))
-        block.edges = torch.from_numpy(edited.mask).to(kept.device)
-        block.neurons = block.neurons[kept]
-        block.held = list(range(len(kept)))
-        block.num_visits = min(block.num_visits, len(kept))
+        attached = still_attached(edited.mask, edited.kept, block.attached)
+        renumber_layer(block, edited.kept)
+        learned = ~torch.from_numpy(edited.added).to(block.edges.device)
+        block.edge_gain.mul_(learned)
+        block.edge_affinity.mul_(learned)
+        block.edges.copy_(torch.from_numpy(edited.mask))
+        block.attached = list(attached)
 
     @contextmanager
     def observe(self, on_rows: Callable[[ExpertRows], None]) -> Iterator[None]:
@@ -107,6 +104,14 @@ class _Observed:
         row = self._block.held.index(expert)
         block = self._block
         return gated_ffn(block.act_fn, rows_ND, block.gate_up_proj[row], block.down_proj[row])
+
+    def renumber(self, origin: Sequence[int]) -> None:
+        """Not supported: experts are not renumbered while they are observed.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("expected to renumber experts outside of an observation")
 
     def read(self, expert: int) -> tuple[Tensor, Tensor]:
         with _storage(self._block, self._before):

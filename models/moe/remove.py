@@ -91,6 +91,8 @@ def set_counts(model: PreTrainedModel) -> None:
     if family.default_key and getattr(model.config, "default_rank", 0):
         fitted = getattr(model.config, family.default_key) or model.config.num_experts
         setattr(model.config, family.default_key, fitted)
+    if getattr(model.config, "attached_experts", None):
+        model.config.attached_experts = [list(layer.experts.attached) for layer in layers]
     if not family.holds(counts):
         return
     for key in family.count_keys:

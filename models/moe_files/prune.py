@@ -115,8 +115,8 @@ def _output_layout(source: Path, keep_map: Mapping[int, np.ndarray]) -> _OutputL
     }
     if not layout.family.holds([len(experts) for experts in kept.values()]):
         check_uniform(kept, layout.model_type)
-    pairs, version = pruned_pairs(layout, kept)
-    config, warnings = pruned_config(layout, kept, version)
+    pairs, graph = pruned_pairs(layout, kept)
+    config, warnings = pruned_config(layout, kept, graph)
     return _OutputLayout(layout, kept, _new_files(layout, kept, pairs), config, warnings)
 
 

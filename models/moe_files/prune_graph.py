@@ -14,6 +14,8 @@ from models.files.safetensors_files import read_stored
 from models.moe_files.layout import MoELayout
 
 MASK = "edges"
+# Configuration key of the attached experts of each layer.
+ATTACHED = "attached_experts"
 
 
 def read_stored_graph(layout: MoELayout) -> ExpertGraph:
@@ -25,16 +27,17 @@ def read_stored_graph(layout: MoELayout) -> ExpertGraph:
     names = [name for layer in layout.layers for name in layer.pairs if name.endswith(MASK)]
     masks = tuple(read_stored(layout.tensors[name]).numpy() for name in names)
     version = layout.config.get(layout.family.version_key, 0)
-    return ExpertGraph(masks, version, tuple(layout.shared_per_layer))
+    attached = tuple(tuple(each) for each in layout.config.get(ATTACHED) or ())
+    return ExpertGraph(masks, version, tuple(layout.shared_per_layer), attached)
 
 
 def pruned_pairs(
     layout: MoELayout, keep_map: Mapping[int, np.ndarray]
-) -> tuple[dict[str, Tensor], int | None]:
-    """Tensors ``[E', E']`` of the kept experts by name, and the version of their graph.
+) -> tuple[dict[str, Tensor], ExpertGraph | None]:
+    """Tensors ``[E', E']`` of the kept experts by name, and their graph.
 
     Returns:
-        see ``edited_pairs``; no tensor and no version for a family without edges.
+        see ``edited_pairs``; no tensor and no graph for a family without edges.
 
     Raises:
         UserError: as ``retire_stored_experts``.
@@ -42,7 +45,7 @@ def pruned_pairs(
     if not layout.family.pairs:
         return {}, None
     edited = retire_stored_experts(layout, keep_map)
-    return edited_pairs(layout, edited), edited.graph.version
+    return edited_pairs(layout, edited), edited.graph
 
 
 def retire_stored_experts(layout: MoELayout, keep_map: Mapping[int, np.ndarray]) -> EditedGraph:

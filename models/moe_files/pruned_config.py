@@ -8,19 +8,21 @@ from typing import Any
 import numpy as np
 
 from configs.errors import UserError
+from experts.graph.expert_graph import ExpertGraph
 from models.files.tied_head import has_own_head
 from models.moe_files.layout import MoELayout
+from models.moe_files.prune_graph import ATTACHED
 
 
 def pruned_config(
-    layout: MoELayout, kept: Mapping[int, np.ndarray], graph_version: int | None = None
+    layout: MoELayout, kept: Mapping[int, np.ndarray], graph: ExpertGraph | None = None
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Build ``config.json`` of a pruned checkpoint, with a warning for each change other than the number of experts.
 
     Args:
         layout: checkpoint before pruning.
         kept: per MoE layer, the old numbers of the kept experts.
-        graph_version: graph version of a pruned expert graph; None for other formats.
+        graph: pruned expert graph; None for other formats.
 
     Raises:
         UserError: router groups that the kept experts do not fill evenly, or with fewer than two each.
@@ -42,8 +44,10 @@ def pruned_config(
         warnings.append(f"{len(layout.beyond)} tensors of layers that predict further tokens are left out")
     if config.get("tie_word_embeddings") and has_own_head(layout.tensors):
         config["tie_word_embeddings"] = False
-    if graph_version is not None:
-        config[family.version_key] = graph_version
+    if graph is not None:
+        config[family.version_key] = graph.version
+        if config.get(ATTACHED):
+            config[ATTACHED] = [list(each) for each in graph.attached] or None
     return config, (*warnings, *groups_warning)
 
 

@@ -19,6 +19,7 @@ class FedGraftConfig(LlamaConfig):
         default_rank: rank of the default output of experts that are not visited (see ``default_fedgraft``); 0: none.
         default_experts: experts per layer that the default outputs were fitted for, one integer a layer; None for
             ``num_experts``. Other counts remain where experts were removed since.
+        attached_experts: attached experts per layer, ascending (see ``attached_fedgraft``); None for none.
         experts_per_token: experts that each token visits in a layer (k), shared ones among them, or all reachable
             ones if they are fewer.
         walk: ``best-first`` or ``depth-first``.
@@ -33,6 +34,7 @@ class FedGraftConfig(LlamaConfig):
     num_shared: list[int] | None = None
     default_rank: int = 0
     default_experts: list[int] | None = None
+    attached_experts: list[list[int]] | None = None
     experts_per_token: int = 1
     walk: str = "best-first"
     graph_version: int = 0
@@ -45,6 +47,7 @@ class FedGraftConfig(LlamaConfig):
         num_shared: list[int] | None = None,
         default_rank: int = 0,
         default_experts: list[int] | None = None,
+        attached_experts: list[list[int]] | None = None,
         experts_per_token: int = 1,
         walk: str = "best-first",
         graph_version: int = 0,
@@ -55,6 +58,7 @@ class FedGraftConfig(LlamaConfig):
         self.num_experts = [1] * self.num_hidden_layers if num_experts is None else num_experts
         self.num_shared = [0] * self.num_hidden_layers if num_shared is None else num_shared
         self.default_rank, self.default_experts = default_rank, default_experts
+        self.attached_experts = attached_experts
         self.experts_per_token, self.walk = experts_per_token, walk
         self.graph_version, self.base_fingerprint = graph_version, base_fingerprint
         self._check()
@@ -87,10 +91,15 @@ class FedGraftConfig(LlamaConfig):
             raise ValueError(
                 f"num_shared must name for each layer at most its experts {self.num_experts}, got {self.num_shared}"
             )
+        self._check_attached()
+        chosen = [
+            count - len(attached) for count, attached in zip(counts, self.attached_per_layer, strict=True)
+        ]
         fitted = counts if self.default_experts is None else self.default_experts
-        if len(fitted) != len(counts) or any(n < count for n, count in zip(fitted, counts, strict=True)):
+        if len(fitted) != len(counts) or any(n < count for n, count in zip(fitted, chosen, strict=True)):
             raise ValueError(
-                f"default_experts must name at least num_experts {counts} for each layer, got {fitted}"
+                f"default_experts must name at least the experts that are not attached, {chosen}, for each layer, "
+                f"got {fitted}"
             )
         if not 1 <= self.experts_per_token <= max(self.num_experts):
             raise ValueError(
@@ -98,6 +107,21 @@ class FedGraftConfig(LlamaConfig):
             )
         if self.walk not in WALKS:
             raise ValueError(f"walk must be one of {WALKS}, got {self.walk!r}")
+
+    @property
+    def attached_per_layer(self) -> list[list[int]]:
+        """Attached experts per layer."""
+        return [[] for _ in self.num_experts] if self.attached_experts is None else self.attached_experts
+
+    def _check_attached(self) -> None:
+        lists = self.attached_per_layer
+        if len(lists) != len(self.num_experts) or not all(
+            list(attached) == sorted(set(attached)) and all(0 <= expert < count for expert in attached)
+            for attached, count in zip(lists, self.num_experts, strict=True)
+        ):
+            raise ValueError(
+                f"attached_experts must name experts of {self.num_experts} for each layer, ascending, got {lists}"
+            )
 
 
 __all__ = ["FedGraftConfig"]

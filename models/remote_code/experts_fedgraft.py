@@ -5,11 +5,12 @@ Shape suffixes: T tokens, D hidden width, E experts, K visits per token, H neuro
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from .attached_fedgraft import chosen_experts, with_attached
 from .decode_fedgraft import run_one_token, walk_one_token
 from .default_fedgraft import DefaultOutput
 from .router_fedgraft import GraphRouter
@@ -31,6 +32,7 @@ class ExpertGraphMLP(LayerExperts):
         num_shared: shared experts, the first of the layer, which every token visits before all others.
         default_rank: rank of the default output of experts that are not visited; 0: none.
         default_experts: number of experts that the default output was fitted for; None for E.
+        attached: experts that are visited wherever an expert with an edge to them is, and never chosen by the walk.
         activation: name of the gate's activation, in Hugging Face's terms.
         order: ``best-first`` or ``depth-first`` (see ``walk_graph``).
         layer_index: index of the decoder layer, for messages.
@@ -42,6 +44,7 @@ class ExpertGraphMLP(LayerExperts):
         edge_gain: ``[E, E]``, share of its source's output that an edge passes.
         edge_affinity: ``[E, E]``, added to the router logit of an expert that is reached along the edge.
         output_gain: ``[E]``, weight of an expert's softmax share in its output weight.
+        ids: identity of each expert in a federation, which outlasts renumbering; not stored in checkpoints.
         resident: bool ``[E]`` on the layer's device, the experts that may be visited; None for all.
         residency_gate: ``[E]``, or None. While a mask is learned: multiplies each expert's output and lets every token
             also compute its best non-resident expert, so that both sides of the budget receive a gradient.
@@ -59,6 +62,7 @@ class ExpertGraphMLP(LayerExperts):
         num_shared: int = 0,
         default_rank: int = 0,
         default_experts: int | None = None,
+        attached: Sequence[int] = (),
         activation: str = "silu",
         order: str = "best-first",
         layer_index: int = 0,
@@ -71,6 +75,7 @@ class ExpertGraphMLP(LayerExperts):
             layer_index=layer_index,
         )
         self.num_visits, self.num_shared, self.order = num_visits, num_shared, order
+        self.attached, self.ids = list(attached), tuple(range(num_experts))
         self.router = GraphRouter(hidden_size=hidden_size, num_experts=num_experts, layer_index=layer_index)
         fitted = num_experts if default_experts is None else default_experts
         self.default = (
@@ -105,12 +110,14 @@ class ExpertGraphMLP(LayerExperts):
         scores_TE = self.router(x_TD)
         edges_EE, one = self._passing_edges(), len(x_TD) == 1 and self._walks_plainly()
         walk = self._walk_one_token(scores_TE) if one else self.walk(scores_TE)
-        weights_TK, experts_TK = self.output_weights(walk), walk.experts_TK
+        weights_TK, walked_TK = self.output_weights(walk), walk.experts_TK
+        if self.attached:
+            walk, weights_TK = self._with_attached(walk, weights_TK, scores_TE)
+        experts_TK = walk.experts_TK
         self._observe(scores_TE, walk, weights_TK)
         if one and not self.runs_wide(x_TD, experts_TK.shape[1], edges_EE):
             result_TD = self._run_one_token(x_TD, weights_TK, experts_TK, edges_EE)
-            return self._with_default(result_TD, x_TD, experts_TK).view_as(hidden_states)
-        walked_TK = experts_TK
+            return self._with_default(result_TD, x_TD, walked_TK).view_as(hidden_states)
         if self.residency_gate is not None:
             experts_TK, weights_TK = self._with_runner_up(scores_TE, experts_TK, weights_TK)
         result_TD = self.run_experts(x_TD, weights_TK, experts_TK, self.edge_gain, edges_EE)
@@ -127,23 +134,38 @@ class ExpertGraphMLP(LayerExperts):
             scores_TE=scores_TE,
             edges_EE=self.edges,
             affinity_EE=self.edge_affinity,
-            resident_E=self.resident,
+            resident_E=self.chosen_residents(),
             num_visits=self.num_visits,
             order=self.order,
             num_shared=self.num_shared,
+        )
+
+    def chosen_residents(self) -> Tensor | None:
+        """Experts that the walk may choose, bool ``[E]``: residents that are not attached; None for all."""
+        return chosen_experts(self.resident, self.attached, self.output_gain)
+
+    def _with_attached(self, walk: Walk, weights_TK: Tensor, scores_TE: Tensor) -> tuple[Walk, Tensor]:
+        return with_attached(
+            walk,
+            weights_TK,
+            scores_TE=scores_TE,
+            edges_EE=self.edges,
+            attached=self.attached,
+            resident_E=self.resident,
         )
 
     def _walks_plainly(self) -> bool:
         return self.order == "best-first" and self.residency_gate is None and not torch.is_grad_enabled()
 
     def _walk_one_token(self, scores_TE: Tensor) -> Walk:
-        if is_top_k(self.edges, self.edge_affinity, self.resident):
+        chosen_E = self.chosen_residents()
+        if is_top_k(self.edges, self.edge_affinity, chosen_E):
             return self.walk(scores_TE)
         return walk_one_token(
             scores_E=scores_TE[0],
             edges_EE=self.edges,
             affinity_EE=self.edge_affinity,
-            resident_E=self.resident,
+            resident_E=chosen_E,
             num_visits=self.num_visits,
             num_shared=self.num_shared,
         )
@@ -176,7 +198,9 @@ class ExpertGraphMLP(LayerExperts):
         runner_up = torch.full_like(experts_TK[:, :1], -1)
         if self.resident is not None and not self.resident.all():
             outside_TE = scores_TE.detach().masked_fill(self.resident, float("-inf"))
-            runner_up = outside_TE.argmax(-1, keepdim=True)
+            outside_TE[:, self.attached] = float("-inf")
+            best = outside_TE.max(-1, keepdim=True)
+            runner_up = best.indices.where(best.values > float("-inf"), -1)
         experts = torch.cat([experts_TK, runner_up], -1)
         weights = torch.cat([weights_TK, torch.ones_like(weights_TK[:, :1])], -1)
         return experts, weights * self.residency_gate[experts.clamp(min=0)]

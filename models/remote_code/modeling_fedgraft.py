@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from transformers import LlamaForCausalLM, LlamaModel, LlamaPreTrainedModel
 
-from .configuration_fedgraft import FedGraftConfig
-
 # Transformers 4.57 copies only those modules of a local checkpoint that this file imports itself.
+from .attached_fedgraft import __doc__ as _attached  # noqa: F401
+from .configuration_fedgraft import FedGraftConfig
 from .decode_fedgraft import __doc__ as _decode  # noqa: F401
 from .default_fedgraft import __doc__ as _default  # noqa: F401
 from .dense_path_fedgraft import __doc__ as _dense_path  # noqa: F401
@@ -69,8 +69,10 @@ class FedGraftModel(FedGraftPreTrainedModel, LlamaModel):
     def __init__(self, config: FedGraftConfig):
         super().__init__(config)
         fitted = config.default_experts or config.num_experts
-        counts = zip(self.layers, config.num_experts, config.num_shared, fitted, strict=True)
-        for index, (layer, num_experts, num_shared, default_experts) in enumerate(counts):
+        counts = zip(
+            self.layers, config.num_experts, config.num_shared, fitted, config.attached_per_layer, strict=True
+        )
+        for index, (layer, num_experts, num_shared, default_experts, attached) in enumerate(counts):
             layer.mlp = ExpertGraphMLP(
                 hidden_size=config.hidden_size,
                 expert_size=config.expert_size,
@@ -79,6 +81,7 @@ class FedGraftModel(FedGraftPreTrainedModel, LlamaModel):
                 num_shared=num_shared,
                 default_rank=config.default_rank,
                 default_experts=default_experts,
+                attached=attached,
                 activation=config.hidden_act,
                 order=config.walk,
                 layer_index=index,

@@ -6,7 +6,7 @@ R experts in the fused tensors.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import torch
@@ -29,6 +29,9 @@ class ExpertStorage(Protocol):
 
     def write(self, expert: int, gate_up: Tensor, down: Tensor) -> None:
         """Replace the weights of an expert."""
+
+    def renumber(self, origin: Sequence[int]) -> None:
+        """Select and reorder experts: ``origin[e]`` is the present number of e; -1: a new one of zeros."""
 
 
 class LayerExperts(nn.Module):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,18 +11,20 @@ import torch
 from torch import Tensor
 
 from configs.output import new_directory
-from experts.graph.edge_edits import apply_edits
-from experts.graph.edits import EdgeEdit
+from experts.graph.edit_plan import AppliedPlan, apply_plan
+from experts.graph.edits import Edit
 from experts.graph.expert_graph import ExpertGraph
 from federated.protocol.copy_hash import copy_hash, unit_digest
 from federated.protocol.snapshot import pack_snapshot
-from federated.protocol.steps import ServerStep, apply_step, steps_after
+from federated.protocol.steps import ServerStep, apply_step, check_plan, steps_after
+from federated.updates.remap import remap_vectors
 from models.bootstrap.recipe import graph_fingerprint, read_recipe_file
 from models.checkpoints.disk_experts import open_mapped
 from models.checkpoints.load import load_graph, load_tokenizer
 from models.checkpoints.save import cast_weights, save_checkpoint
 from models.files.config_file import read_dtype
-from models.graph.graph_state import read_graph, write_graph
+from models.graph.graph_state import read_graph
+from models.graph.renumber import restore_layers, saved_layers, write_plan
 from models.graph.unit_vectors import Unit, unit_sizes, weight_count
 from server.model.pack_step import pack_step
 
@@ -115,12 +117,22 @@ class GlobalModel:
         self.residual = dict(residual)
         self.drop_steps(kept_from)
 
-    def edit(self, edits: list[EdgeEdit]) -> None:
-        """Apply graph edits and append them to the latest step."""
-        write_graph(self.model, apply_edits(self.graph, edits))
+    def edit(self, edits: Sequence[Edit]) -> AppliedPlan:
+        """Apply a plan of graph edits and append it to the latest step.
+
+        Raises:
+            UserError: an edit that does not fit, or one that clients cannot replay; the model is left as it was.
+        """
+        check_plan(edits)
+        counts, plan = self.graph.num_experts, apply_plan(self.graph, edits)
+        spawned = write_plan(self.model, plan)
+        self._digests = plan.renumber(self._digests)
+        self._digests |= {unit: unit_digest(self.model, unit) for unit in spawned}
+        self.residual = remap_vectors(self.residual, plan.origins, counts)
         latest = self.steps.pop()
-        self.steps.append(ServerStep(latest.version, latest.packed, edits))
+        self.steps.append(ServerStep(latest.version, latest.packed, list(edits)))
         self._copy_hash = self._snapshot = None
+        return plan
 
     @property
     def copy_hash(self) -> str:
@@ -166,21 +178,14 @@ class GlobalModel:
             self.steps.pop(0)
 
     @contextmanager
-    def trying(self, edits: list[EdgeEdit]) -> Iterator[None]:
+    def trying(self, edits: Sequence[Edit]) -> Iterator[None]:
         """Apply graph edits for the duration of a ``with`` block."""
-        graph = self.graph
-        gains = [
-            (layer.edge_gain.clone(), layer.edge_affinity.clone()) for layer in self.model.expert_layers()
-        ]
+        before = saved_layers(self.model)
         try:
-            write_graph(self.model, apply_edits(graph, edits))
+            write_plan(self.model, apply_plan(self.graph, edits))
             yield
         finally:
-            write_graph(self.model, graph)
-            with torch.no_grad():
-                for layer, (gain, affinity) in zip(self.model.expert_layers(), gains, strict=True):
-                    layer.edge_gain.copy_(gain)
-                    layer.edge_affinity.copy_(affinity)
+            restore_layers(self.model, before)
 
     def dense_bytes(self) -> int:
         """Return the bytes of all FFN weights in bf16: what dense FedAvg sends per client, direction and round."""

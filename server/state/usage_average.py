@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from experts.graph.edits import EdgeEdit
+from experts.graph.edits import AddEdge, Edit, RemoveEdge
 from federated.aggregation.usage import combine_usage
 
 
@@ -35,12 +35,25 @@ class UsageAverage:
         weight = decay if self.counts else 0.0
         self.counts = [weight * old + (1 - weight) * new for old, new in zip(past, total, strict=True)]
 
-    def reset(self, edits: Sequence[EdgeEdit]) -> None:
-        """Set the count of each edited pair to the mean over its layer's pairs.
+    def reset(self, edits: Sequence[Edit]) -> None:
+        """Set the count of each pair with an edited edge to the mean over its layer's pairs.
 
         The traversals of an existing edge and the demand for a missing one are not comparable.
         """
         for edit in edits:
-            counts = self.counts[edit.layer]
-            pairs = np.triu_indices(len(counts), 1)
-            counts[edit.p, edit.q] = counts[pairs].mean()
+            if isinstance(edit, AddEdge | RemoveEdge):
+                counts = self.counts[edit.layer]
+                pairs = np.triu_indices(len(counts), 1)
+                counts[edit.p, edit.q] = counts[pairs].mean()
+
+    def renumber(self, origins: Sequence[np.ndarray]) -> None:
+        """Select and reorder experts after a plan of edits; counts of new ones are zero.
+
+        Args:
+            origins: per layer int64 ``[E']``, number of each expert before the plan; -1: a new one.
+        """
+        if self.counts:
+            self.counts = [
+                counts[np.ix_(origin, origin)] * np.outer(origin >= 0, origin >= 0)
+                for counts, origin in zip(self.counts, origins, strict=True)
+            ]

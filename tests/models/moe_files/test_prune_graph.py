@@ -38,8 +38,8 @@ def test_edges_keep_what_they_pass_and_new_ones_pass_nothing(tmp_path, tiny_toke
     first.edges[0, 3] = False  # through 1 there is a way
     layout = stored(model, tiny_tokenizer, tmp_path)
     edited = retire_stored_experts(layout, {0: np.array([0, 2, 3]), 1: np.array([1, 3])})
-    pairs, version = pruned_pairs(layout, {0: np.array([0, 2, 3]), 1: np.array([1, 3])})
-    assert version == edited.graph.version == layout.config["graph_version"] + 1
+    pairs, graph = pruned_pairs(layout, {0: np.array([0, 2, 3]), 1: np.array([1, 3])})
+    assert graph is not None and graph.version == edited.graph.version == layout.config["graph_version"] + 1
     assert all(torch.equal(pairs[name], each) for name, each in edited_pairs(layout, edited).items())
     prefix = "model.layers.{}.mlp.{}"
     kept = torch.tensor([0, 2, 3])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from configs.errors import UserError
+from experts.graph.expert_graph import ExpertGraph
 from models.checkpoints.save import save_checkpoint
 from models.moe_files.layout import MoELayout, read_moe_layout
 from models.moe_files.pruned_config import pruned_config
@@ -46,7 +47,11 @@ def test_k_is_clamped_to_what_is_left_with_a_warning(olmoe):
 def test_our_graph_holds_a_number_per_layer_from_all_layers(tmp_path, tiny_tokenizer):
     save_checkpoint(graph_of(visits=4), tiny_tokenizer, tmp_path)
     layout = read_moe_layout(tmp_path)
-    config, warnings = pruned_config(layout, {0: np.array([1]), 1: np.array([0, 2, 3])}, graph_version=9)
+    config, warnings = pruned_config(
+        layout,
+        {0: np.array([1]), 1: np.array([0, 2, 3])},
+        ExpertGraph((np.eye(1, dtype=bool), np.eye(3, dtype=bool)), 9),
+    )
     assert (
         config["num_experts"] == [1, 3] and config["experts_per_token"] == 3 and config["graph_version"] == 9
     )
