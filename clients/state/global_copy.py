@@ -38,7 +38,7 @@ class GlobalCopy:
         self._experts = Path(folder) / "experts"
         self._files: dict[Unit, str] = {}
         self._digests: dict[Unit, str] = {}
-        self._generation = self._written = 0
+        self._generation = 0
 
     def read(self, unit: Unit) -> Tensor | None:
         """Weights ``[3hd]`` fp32 of an expert; None if it never moved."""
@@ -48,11 +48,19 @@ class GlobalCopy:
 
     def write(self, unit: Unit, weights: Tensor) -> None:
         """Write an expert's weights ``[3hd]``; they take effect with the next ``save``."""
-        self._written += 1  # numbers may change between two steps, so that a unit alone does not name a file
-        name = f"{unit_name(unit)}.{self._generation + 1}.{self._written}.safetensors"
+        name = self._free_name(unit)
         # Not flushed one by one, which for thousands takes seconds: a damaged file is detected, and costs a snapshot.
         write_checked(self._experts / name, {"weights": weights}, {}, durable=False)
         self._files[unit], self._digests[unit] = name, vector_digest(weights)
+
+    def _free_name(self, unit: Unit) -> str:
+        """Name of a file that no other unit has, since an expert keeps its file when its number changes."""
+        taken = {name for other, name in self._files.items() if other[0] == unit[0] and other != unit}
+        stem = f"{unit_name(unit)}.{self._generation + 1}"
+        names = (
+            f"{stem}{suffix}.safetensors" for suffix in ("", *(f".{n}" for n in range(1, len(taken) + 1)))
+        )
+        return next(name for name in names if name not in taken)
 
     def renumber(self, layer: int, origin: Sequence[int]) -> None:
         """Give the experts of a layer new numbers: ``origin[e]`` is the present number of e; -1: a new one."""

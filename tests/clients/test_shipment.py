@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from flwr.app import Message
@@ -18,6 +19,9 @@ from clients.state.residual import Kept, ResidualStore, ShippedUpdate
 from clients.state.store import ClientStore
 from configs.errors import UserError
 from configs.schema import RunConfig
+from experts.graph.edit_plan import apply_plan
+from experts.graph.edits import RetireExpert, SpawnExpert
+from experts.graph.expert_graph import ExpertGraph
 from federated.protocol.messages import Request, read_reply, read_request
 from federated.selection.error_feedback import Limits, PreparedUpdate, choose_update
 from federated.updates.lazy_vectors import LazyVectors
@@ -38,6 +42,7 @@ from tests.support.tiny_federation import (
 from tests.support.tiny_graphs import graph_of
 
 SIZES = {(0, 0): 40, (0, 1): 40, (1, 0): 50, (1, 1): 50}
+PLAIN = ExpertGraph((np.eye(2, dtype=bool),) * 2)
 GRAPH = {"graph_version": 0, "graph_hash": "0" * 64}
 
 
@@ -65,7 +70,9 @@ PRESENT = {(0, 0): 3, (0, 1): 2, (1, 0): 1}
     [(4, 3, False), (9, 3, False), (4, 2, True), (4, 0, True), (3, 2, True), (3, 3, True), (9, 8, True)],
 )
 def test_an_update_is_added_again_unless_it_was_accepted(server_round, accepted_round, refused):
-    carried = dict(carried_over(kept_of(RESIDUAL, VALUES), request_of(server_round, accepted_round), PRESENT))
+    carried = dict(
+        carried_over(kept_of(RESIDUAL, VALUES), request_of(server_round, accepted_round), PRESENT, PLAIN)
+    )
     expected = {(0, 0): [1.0, 4.0, 10.0], (0, 1): [16.0, 0.0], (1, 0): [5.0]} if refused else RESIDUAL
     assert {unit: vector.tolist() for unit, vector in carried.items()} == {
         unit: torch.as_tensor(vector).tolist() for unit, vector in expected.items()
@@ -75,13 +82,13 @@ def test_an_update_is_added_again_unless_it_was_accepted(server_round, accepted_
 
 def test_units_that_are_gone_or_have_another_size_are_dropped_from_both():
     kept = kept_of(RESIDUAL, VALUES)
-    carried = carried_over(kept, request_of(4), {(0, 0): 3, (0, 1): 7, (1, 1): 1})
+    carried = carried_over(kept, request_of(4), {(0, 0): 3, (0, 1): 7, (1, 1): 1}, PLAIN)
     assert {unit: vector.tolist() for unit, vector in carried.items()} == {(0, 0): [1.0, 4.0, 10.0]}
-    assert dict(carried_over(kept, request_of(4), {})) == {}
+    assert dict(carried_over(kept, request_of(4), {}, PLAIN)) == {}
 
 
 def test_nothing_is_carried_into_the_first_round():
-    assert dict(carried_over(Kept(), request_of(1), PRESENT)) == {}
+    assert dict(carried_over(Kept(), request_of(1), PRESENT, PLAIN)) == {}
 
 
 @pytest.mark.parametrize(
@@ -145,7 +152,7 @@ def test_what_was_accepted_and_what_is_kept_are_all_that_changed(
         store = ResidualStore(path)
         prepared = choose_update(
             deltas,
-            carried_over(store.load(), request, SIZES),
+            carried_over(store.load(), request, SIZES, PLAIN),
             limits,
             selection=selection,
             value_bits=bits,
@@ -157,16 +164,18 @@ def test_what_was_accepted_and_what_is_kept_are_all_that_changed(
             with pytest.raises(InterruptedError):
                 store.save(
                     LazyVectors(prepared.residual, _interrupt),
-                    0,
+                    PLAIN,
                     shipped_in(request, prepared.update, packed),
                 )
             continue
-        store.save(prepared.residual, 0, shipped_in(request, prepared.update, packed))
+        store.save(prepared.residual, PLAIN, shipped_in(request, prepared.update, packed))
         for unit, delta in deltas.items():
             trained[unit] += delta
         if event == "accepted":
             accepted[server_round] = unpack_update(packed, sizes=SIZES).vectors
-    kept = dict(carried_over(ResidualStore(path).load(), request_of(server_round + 1, server_round), SIZES))
+    kept = dict(
+        carried_over(ResidualStore(path).load(), request_of(server_round + 1, server_round), SIZES, PLAIN)
+    )
     for unit, total in trained.items():
         arrived = [torch.from_numpy(each[unit].to_dense()) for each in accepted.values() if unit in each]
         found = sum(arrived) + kept.get(unit, torch.zeros(SIZES[unit]))
@@ -273,3 +282,22 @@ def test_clients_of_one_run_ship_as_much_as_each_of_them_may(graph, tmp_path):
             assert read.numbers["density"] == pytest.approx(0.01, rel=0.05)
         else:
             assert 3900 <= len(read.update) <= 4000
+
+
+def test_a_residual_finds_its_experts_after_edits(tmp_path):
+    before = ExpertGraph((np.eye(3, dtype=bool),), 1)
+    after = apply_plan(apply_plan(before, [SpawnExpert(0, 2, 3)]).graph, [RetireExpert(0, 0)]).graph
+    # Three experts: 1, 2 and the spawned one. One weight, then a gain and an affinity from each expert.
+    vectors = {(0, e): torch.tensor([10.0 + e, 1, 2, 3, -1, -2, -3]) for e in range(3)}
+    update = SparseUpdate(1, "", {(0, 1): SparseVector.from_dense(np.eye(7)[0] * 4, np.eye(7)[0] != 0)})
+    packed = pack_update(quantize_update(update, 16), value_bits=16)
+    store = ResidualStore(tmp_path / "residual.safetensors")
+    store.save(vectors, before, ShippedUpdate(3, packed, {(0, 1): 7}))
+    sizes = {(0, e): 7 for e in range(3)}
+    carried = dict(carried_over(store.load(), request_of(4, 3), sizes, after))
+    assert {unit: vector.tolist() for unit, vector in carried.items()} == {
+        (0, 0): [11.0, 2, 3, 0, -2, -3, 0],
+        (0, 1): [12.0, 2, 3, 0, -2, -3, 0],
+    }
+    refused = carried_over(store.load(), request_of(4, 2), sizes, after)
+    assert refused[0, 0].tolist() == [15.0, 2, 3, 0, -2, -3, 0]

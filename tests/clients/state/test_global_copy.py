@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from clients.state.global_copy import GlobalCopy
-from experts.graph.edits import EDGE_EDITS, RemoveEdge
+from experts.graph.edits import RemoveEdge, edits_from_dicts
 from experts.graph.expert_graph import ExpertGraph
 from federated.protocol.copy_hash import copy_hash, unit_digest
 from federated.protocol.steps import ServerStep, apply_step
@@ -77,7 +77,7 @@ def test_gains_that_edits_took_stay_gone_when_the_edge_comes_back(base, folder):
     model = load_graph(base)
     for version, op in enumerate(("remove-edge", "add-edge"), start=1):
         packed = packed_change(model, random_change(model, [(1, 0)]))
-        step = ServerStep(version, packed, [EDGE_EDITS[op](0, 1, 2)])
+        step = ServerStep(version, packed, edits_from_dicts([{"op": op, "layer": 0, "p": 1, "q": 2}]))
         apply_step(model, step)
         advance(base, folder, step)
     assert load_graph(base).expert_layers()[0].edge_gain[1, 2] != 0

@@ -8,7 +8,7 @@ import torch
 from clients.state.local_copy import VersionMismatch, bring_to_version, client_folder
 from clients.state.store import ClientStore
 from configs.schema import load_run_config
-from experts.graph.edits import RemoveEdge
+from experts.graph.edits import RemoveEdge, RetireExpert, SpawnExpert
 from federated.protocol.steps import apply_step
 from federated.updates.update import RefusedUpdate
 from models.checkpoints.disk_experts import open_mapped
@@ -116,6 +116,58 @@ def global_model(graph):
             p, q = next((p, q) for q in range(8) for p in range(q) if mask[p, q])
             global_model.edit([RemoveEdge(0, p, q)])
     return global_model
+
+
+@pytest.fixture
+def grown_model(graph):
+    """Three versions on, with spawned, moved and retired experts."""
+    global_model = GlobalModel(str(graph))
+    plans = [
+        [SpawnExpert(0, 2, 8), SpawnExpert(1, 3, 8)],
+        [RetireExpert(0, 1), SpawnExpert(0, 4, 9)],
+        [RetireExpert(0, 7), RetireExpert(1, 8)],
+    ]
+    for version, plan in enumerate(plans, start=1):
+        last = global_model.graph.num_experts[0] - 1
+        moved = [(0, version), (0, last), (1, 5)]
+        global_model.advance(random_change(global_model.model, moved, seed=version), value_bits=4)
+        global_model.edit(plan)
+    return global_model
+
+
+@pytest.mark.parametrize("held", [0, 1, 2])
+@pytest.mark.parametrize("sent", ["steps", "snapshot"])
+def test_a_copy_follows_spawned_and_retired_experts_bit_for_bit(graph, grown_model, tmp_path, held, sent):
+    store = ClientStore(tmp_path / "client")
+    for step in grown_model.steps[:held]:
+        copy = open_mapped(str(graph), store.copy)
+        assert store.copy.load(copy) == step.version - 1
+        apply_step(copy, step)
+        store.copy.save(copy, step.version)
+    parts = {"steps": grown_model.steps} if sent == "steps" else {"snapshot": grown_model.snapshot()}
+    copy = open_mapped(str(graph), store.copy)
+    bring_to_version(copy, store, from_server(graph, grown_model, **parts))
+    reopened = open_mapped(str(graph), store.copy)
+    assert store.copy.load(reopened) == 3
+    for model in (copy, reopened):
+        assert all_equal(model, grown_model.model)
+        assert read_graph(model).digest() == grown_model.graph.digest()
+    assert grown_model.graph.num_experts == [8, 8]
+
+
+def test_a_lost_copy_of_a_grown_model_is_fetched_again(graph, grown_model, tmp_path):
+    store = ClientStore(tmp_path / "client")
+    copy = open_mapped(str(graph), store.copy)
+    bring_to_version(copy, store, from_server(graph, grown_model, snapshot=grown_model.snapshot()))
+    spawned = next(
+        path for path in (tmp_path / "client" / "experts").iterdir() if path.name.startswith("0.7.")
+    )
+    spawned.unlink()
+    damaged = open_mapped(str(graph), store.copy)
+    assert store.copy.load(damaged) == 0 and read_graph(damaged).num_experts == [8, 8]
+    again = open_mapped(str(graph), store.copy)
+    bring_to_version(again, store, from_server(graph, grown_model, steps=grown_model.steps))
+    assert all_equal(again, grown_model.model)
 
 
 def from_server(graph, global_model, **changes):

@@ -2,17 +2,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from clients.residents.assembler import Assembler
 from clients.state.residual import ShippedUpdate
 from clients.state.store import ClientStore
+from experts.graph.expert_graph import ExpertGraph
 from federated.data.blocks import Blocks
 from models.checkpoints.disk_experts import open_mapped
 from tests.models.files.test_checked_file import damaged
 
 BLOCKS = Blocks(torch.arange(12).view(3, 4), torch.arange(12).view(3, 4) - 100)
+PLAIN = ExpertGraph((np.eye(2, dtype=bool),))
 OTHER = Blocks(torch.tensor([[1, 2**31 - 1]]), torch.tensor([[-100, 3]]))
 
 
@@ -108,7 +111,7 @@ def test_nothing_is_written_outside_the_folder(tiny_graph_dir, tmp_path, monkeyp
     store.copy.save(model, 1)
     store.save_assembler(store.load_assembler(0, [4, 4], 1), 1)
     store.blocks(lambda: ("a", BLOCKS, OTHER))
-    store.save_residual(1, {(0, 0): torch.ones(2)}, 0, ShippedUpdate(1, b"packed", {}))
+    store.save_residual(1, {(0, 0): torch.ones(2)}, PLAIN, ShippedUpdate(1, b"packed", {}))
     names = ["assembler-1", "blocks", "experts/0.1.1", "global", "residual-1"]
     files = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
     assert files == [f"clients/client-0/{name}.safetensors" for name in names]
@@ -118,7 +121,7 @@ def test_a_round_starts_from_the_residual_before_it_however_often_it_is_repeated
     assert store.load_residual(1).shipped is None
     for server_round in (1, 2, 2, 5):
         shipped = ShippedUpdate(server_round, b"packed", {})
-        store.save_residual(server_round, {(0, 0): torch.full((2,), float(server_round))}, 0, shipped)
+        store.save_residual(server_round, {(0, 0): torch.full((2,), float(server_round))}, PLAIN, shipped)
     kept = again(store).load_residual(5)
     assert kept.shipped.server_round == 2 and kept.residual[0, 0].tolist() == [2.0, 2.0]
     assert again(store).load_residual(6).shipped.server_round == 5

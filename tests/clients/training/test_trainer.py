@@ -284,7 +284,7 @@ def test_checkpointed_layers_learn_the_same_and_are_counted_once(ids, autocast):
     counts, results, models = [], [], []
     for checkpointing in (False, True):
         graph = with_held()
-        counter = UsageCounter(read_graph(graph).masks)
+        counter = UsageCounter(read_graph(graph))
         with counter.counting(graph):
             results.append(
                 train(

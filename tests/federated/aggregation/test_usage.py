@@ -97,7 +97,7 @@ def test_a_model_is_counted_layer_by_layer_over_all_forward_passes(order):
     held = [True, True, False, True]
     set_residents(model, [None, torch.tensor(held)])
     ids = [random_ids(model, 2, 16, seed=seed) for seed in (1, 2)]
-    counter = UsageCounter(read_graph(model).masks)
+    counter = UsageCounter(read_graph(model))
     scores = scores_of(model, ids)
     with counter.counting(model):
         for batch in ids:
@@ -126,7 +126,7 @@ def scores_of(model, batches) -> list[torch.Tensor]:
 def test_demand_follows_the_visits_of_the_moment():
     model = graph_of(num_experts=4, visits=4)
     write_graph(model, ExpertGraph((np.eye(4, dtype=bool),) * 2))
-    counter = UsageCounter(read_graph(model).masks)
+    counter = UsageCounter(read_graph(model))
     with visiting(model, [1, 2]), counter.counting(model):
         model(input_ids=random_ids(model, 1, 10), use_cache=False)
     assert [int(np.triu(count, 1).sum()) for count in counter.counts()] == [0, 10]
@@ -134,7 +134,7 @@ def test_demand_follows_the_visits_of_the_moment():
 
 
 def test_what_was_counted_is_a_copy():
-    counter = UsageCounter([MASK])
+    counter = UsageCounter(ExpertGraph((MASK,)))
     counter.counts()[0][0, 0] = 5
     assert counter.counts()[0].sum() == 0
 
@@ -172,7 +172,7 @@ def test_damaged_usage_is_refused(damage):
 
 def test_shared_experts_are_never_demanded():
     model = shared_graph_of()
-    counter = UsageCounter(read_graph(model).masks)
+    counter = UsageCounter(read_graph(model))
     ids = random_ids(model, 1, 20)
     scores = scores_of(model, [ids])
     with counter.counting(model):
@@ -191,7 +191,7 @@ def test_shared_experts_are_never_demanded():
 def test_only_the_largest_demands_are_reported():
     mask = np.eye(40, dtype=bool)
     mask[0, 1:] = True
-    counter = UsageCounter([mask, np.eye(3, dtype=bool)])
+    counter = UsageCounter(ExpertGraph((mask, np.eye(3, dtype=bool))))
     generator = torch.Generator().manual_seed(0)
     for count in counter._counts:
         count += torch.randint(0, 1000, count.shape, generator=generator).triu()
@@ -206,7 +206,7 @@ def test_only_the_largest_demands_are_reported():
 
 
 def test_demands_that_tie_beyond_the_limit_are_left_out():
-    counter = UsageCounter([np.eye(40, dtype=bool)])
+    counter = UsageCounter(ExpertGraph((np.eye(40, dtype=bool),)))
     counter._counts[0] += torch.ones(40, 40, dtype=torch.int64).triu()
     (reported,) = counter.largest_counts()
     assert np.array_equal(reported, np.eye(40))
