@@ -99,6 +99,9 @@ class Rewiring:
     rho_max: int
     merge_every: int
     merge_max_drift: float
+    edit_rest: int
+    max_spawned: int
+    retire_below: float
 
 
 @dataclass(frozen=True)

@@ -88,6 +88,12 @@ class RunConfig(Views, Keys):
     """Rise of a client's held-out loss above its moving average, summed over rounds (nats), that is drift; 0: off."""
     drift_routing: Share = 0.1
     """Divergence of a client's expert visits from their moving average (Jensen-Shannon, bits) that is drift; 0: off."""
+    edit_rest: Whole = 3
+    """Server rounds after an edit of an edge in which it is not edited again; 0: none."""
+    max_spawned: Whole = 0
+    """Experts that growth may add to a layer where drift is detected; 0: the graph does not grow."""
+    retire_below: Share = 0.01
+    """Visits of an added expert, as a share of its layer's mean, below which it is retired; 0: none is."""
     checkpoint_every: Whole = 0
     """Server rounds between two checkpoints in log-dir/checkpoints; 0: none but out."""
     keep_best: bool = True

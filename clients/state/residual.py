@@ -79,7 +79,7 @@ class ResidualStore:
         residual = LazyVectors(units, lambda unit: read_stored(units[unit]))
         sizes = {unit: tensor.shape[0] for unit, tensor in units.items()}
         shipped = _shipped(stored, metadata)
-        ids = tuple(map(tuple, json.loads(metadata["ids"])))
+        ids = tuple(map(tuple, json.loads(metadata.get("ids", "[]"))))
         return Kept(residual, sizes, shipped, int(metadata["graph_version"]), ids)
 
     def save(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -37,7 +37,12 @@ def apply_edits(graph: ExpertGraph, edits: Sequence[Edit]) -> ExpertGraph:
 
 
 def propose_edits(
-    graph: ExpertGraph, usage: Sequence[np.ndarray], rho_max: int, *, margin: float = 1.0
+    graph: ExpertGraph,
+    usage: Sequence[np.ndarray],
+    rho_max: int,
+    *,
+    margin: float = 1.0,
+    resting: Collection[tuple[int, int, int]] = (),
 ) -> list[EdgeEdit]:
     """Propose swaps of the least traveled edges for the most demanded ones, at most ``rho_max`` edits in all.
 
@@ -51,16 +56,20 @@ def propose_edits(
         rho_max: largest number of edits.
         margin: factor between demand and traversals. Demand counts each of the ``k (k - 1) / 2`` pairs of a token's k
             experts, traversals at most ``k - 1`` parents: ``k / 2`` makes the two comparable.
+        resting: ``(layer, p, q)`` of edges that are neither added nor removed, since they were edited lately.
     """
+    editable = [_editable(graph, layer, resting) for layer in range(len(graph.masks))]
     swaps = [
         swap
         for layer, counts in enumerate(usage)
-        for swap in _swaps(graph, counts, layer, rho_max // 2, margin)
+        for swap in _swaps(graph.masks[layer], editable[layer], counts, layer, rho_max // 2, margin)
     ]
     swaps.sort(key=lambda swap: -swap[0])
     edits = [edit for _, pair in swaps[: rho_max // 2] for edit in pair]
     if rho_max % 2:
-        edits += _most_demanded(graph, usage, taken={(edit.layer, edit.p, edit.q) for edit in edits})
+        edits += _most_demanded(
+            graph, editable, usage, taken={(edit.layer, edit.p, edit.q) for edit in edits}
+        )
     return edits
 
 
@@ -100,10 +109,9 @@ def _check_chosen(edit: EdgeEdit | RootEdit, expert: int, graph: ExpertGraph) ->
 
 
 def _swaps(
-    graph: ExpertGraph, counts: np.ndarray, layer: int, most: int, margin: float
+    mask: np.ndarray, editable: np.ndarray, counts: np.ndarray, layer: int, most: int, margin: float
 ) -> list[tuple[float, tuple[RemoveEdge, AddEdge]]]:
     """Gain and edits of the swaps of one layer, best first."""
-    mask, editable = graph.masks[layer], _editable(graph, layer)
     missing = _by_count(~mask & editable, counts)[::-1][:most]
     removable = _removable(mask, editable, counts, most)
     swaps = []
@@ -117,12 +125,15 @@ def _swaps(
     return swaps
 
 
-def _editable(graph: ExpertGraph, layer: int) -> np.ndarray:
-    """Pairs p < q of experts that the router chooses, bool ``[E, E]``: neither shared nor attached."""
+def _editable(graph: ExpertGraph, layer: int, resting: Collection[tuple[int, int, int]]) -> np.ndarray:
+    """Pairs p < q of experts that the router chooses, neither shared nor attached, and not resting, bool ``[E, E]``."""
     chosen = np.arange(graph.num_experts[layer]) >= graph.shared_per_layer[layer]
     chosen[list(graph.attached_per_layer[layer])] = False
-    # An edge to a shared expert cannot be: these come first.
-    return np.triu(np.outer(chosen, chosen), 1)
+    pairs = np.triu(np.outer(chosen, chosen), 1)
+    for at, p, q in resting:
+        if at == layer:
+            pairs[p, q] = False
+    return pairs
 
 
 def _removable(
@@ -154,10 +165,12 @@ def _can_go(mask: np.ndarray, pair: tuple[int, int]) -> bool:
     return bool((reachable(without) == reachable(mask)).all())
 
 
-def _most_demanded(graph: ExpertGraph, usage: Sequence[np.ndarray], taken: set) -> list[EdgeEdit]:
+def _most_demanded(
+    graph: ExpertGraph, editable: Sequence[np.ndarray], usage: Sequence[np.ndarray], taken: set
+) -> list[EdgeEdit]:
     best: tuple[float, EdgeEdit] | None = None
     for layer, (mask, counts) in enumerate(zip(graph.masks, usage, strict=True)):
-        for p, q in _by_count(~mask & _editable(graph, layer), counts)[::-1]:
+        for p, q in _by_count(~mask & editable[layer], counts)[::-1]:
             if (layer, p, q) not in taken:
                 if counts[p, q] > (best[0] if best else 0):
                     best = float(counts[p, q]), AddEdge(layer, p, q, f"demanded by {counts[p, q]:.0f} tokens")

@@ -87,6 +87,11 @@ def apply_plan(graph: ExpertGraph, edits: Sequence[Edit]) -> AppliedPlan:
     )
 
 
+def spawned_last(graph: ExpertGraph, layer: int, expert: int) -> bool:
+    """Whether an expert was spawned by the latest plan."""
+    return graph.version > 0 and graph.ids_per_layer[layer][expert] // _IDS_PER_PLAN == graph.version
+
+
 def _origin(count: int, mask: np.ndarray) -> np.ndarray:
     numbers = np.arange(len(mask))
     return np.where(numbers < count, numbers, -1)

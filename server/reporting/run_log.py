@@ -87,7 +87,12 @@ class RoundRecord:
 
 @dataclass(frozen=True)
 class RewireRecord:
-    """Graph edits of a round and the server's validation loss (nats per token) before and after them."""
+    """Graph edits of a round and the server's validation loss (nats per token) before and after them.
+
+    Attributes:
+        edits: edits that were made; empty where they raised the loss too far.
+        proposed: edits that were proposed.
+    """
 
     round: int
     rho_max: int
@@ -95,6 +100,7 @@ class RewireRecord:
     loss_before: float | None = None
     loss_after: float | None = None
     gamma_hat: float | None = None
+    proposed: Sequence[Mapping[str, Any]] = ()
 
 
 class RunLog:
@@ -128,7 +134,8 @@ class RunLog:
     def rewire(self, record: RewireRecord) -> None:
         """Write ``merge_roundN.json``. Raises ValueError for an edit with other keys than EDIT_KEYS."""
         content = dataclasses.asdict(record)
-        content["edits"] = [_with_keys(edit, EDIT_KEYS, "edit") for edit in record.edits]
+        for name in ("edits", "proposed"):
+            content[name] = [_with_keys(edit, EDIT_KEYS, "edit") for edit in content[name]]
         write_atomically(self.log_dir / f"merge_round{record.round}.json", _to_json(content, indent=2) + "\n")
 
     def mask_debug(self, masks: Sequence[Any] | np.ndarray) -> None:

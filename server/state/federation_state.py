@@ -13,6 +13,7 @@ from safetensors.numpy import load, save
 from server.state.best_round import BestRound
 from server.state.drift import Drift
 from server.state.early_stop import EarlyStop
+from server.state.edited_edges import EditedEdges
 from server.state.node_session import NodeSession
 from server.state.usage_average import UsageAverage
 
@@ -33,6 +34,7 @@ class FederationState:
         best: round whose model has the lowest held-out loss.
         sessions: by node id.
         drift: detection of a change in the clients' text.
+        edited: rounds of the last edits of edges.
         departed: round of the last accepted update by client index, of clients whose node is not connected any more.
     """
 
@@ -45,6 +47,7 @@ class FederationState:
     best: BestRound = field(default_factory=BestRound)
     sessions: dict[int, NodeSession] = field(default_factory=dict)
     drift: Drift = field(default_factory=Drift)
+    edited: EditedEdges = field(default_factory=EditedEdges)
     departed: dict[int, int] = field(default_factory=dict)
 
     def connect(self, nodes: Sequence[int]) -> None:
@@ -81,6 +84,7 @@ class FederationState:
             "early_stop": asdict(self.early_stop) | {"best": best if math.isfinite(best) else None},
             "best": self.best.to_json(),
             "drift": self.drift.to_json(),
+            "edited": self.edited.rounds,
             "sessions": {str(node): asdict(session) for node, session in self.sessions.items()},
             "departed": {str(partition): last for partition, last in self.departed.items()},
         }
@@ -104,6 +108,7 @@ class FederationState:
             early_stop=EarlyStop(math.inf if best is None else best, **facts["early_stop"]),
             best=BestRound.from_json(facts.get("best", {})),
             drift=Drift.from_parts(facts.get("drift", {}), tensors),
+            edited=EditedEdges(facts.get("edited", {})),
             sessions={int(node): NodeSession(**session) for node, session in facts["sessions"].items()},
             departed={int(partition): last for partition, last in facts.get("departed", {}).items()},
         )

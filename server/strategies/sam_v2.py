@@ -109,18 +109,11 @@ class SamV2:
         return [each for each, is_against in zip(contributions, against, strict=True) if not is_against]
 
     def after_round(self, global_model: GlobalModel, state: FederationState) -> RewireRecord | None:
-        """Edit edges by usage every ``merge-every`` rounds."""
+        """Edit the graph by usage and drift every ``merge-every`` rounds."""
         keys = self._rewiring
         if not keys.rho_max or state.server_round % keys.merge_every:
             return None
-        return rewire(
-            global_model,
-            state.usage,
-            server_round=state.server_round,
-            rho_max=keys.rho_max,
-            validation=self._validation,
-            max_drift=keys.merge_max_drift,
-        )
+        return rewire(global_model, state, keys, validation=self._validation)
 
 
 def sam_v2(config: RunConfig, *, validation: Blocks | None = None) -> SamV2:

@@ -1,20 +1,24 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from configs.run_views import Rewiring
 from experts.graph.edge_edits import propose_edits
 from experts.graph.expert_graph import ExpertGraph
 from federated.data.blocks import Blocks
 from models.graph.graph_state import write_graph
 from models.runtime.perplexity import LossSum, evaluate_loss
 from server.model.global_model import GlobalModel
+from server.state.drift import Drift
+from server.state.federation_state import FederationState
 from server.state.usage_average import UsageAverage
 from server.strategies.rewire import rewire
 from tests.support.tiny_federation import all_equal, random_change, save_tiny_graph
-from tests.support.tiny_graphs import random_ids, with_random_gains
+from tests.support.tiny_graphs import logit_difference, random_ids, with_random_gains
 
 
 @pytest.fixture
@@ -44,8 +48,9 @@ def validation(global_model) -> Blocks:
 
 
 def run(global_model, usage, validation, **changes):
-    options = {"server_round": 3, "rho_max": 2, "max_drift": 100.0} | changes
-    return rewire(global_model, usage, validation=validation, **options)
+    keys = Rewiring(2, 1, 100.0, 0, 0, 0.01)
+    state = usage if isinstance(usage, FederationState) else FederationState(server_round=3, usage=usage)
+    return rewire(global_model, state, replace(keys, **changes), validation=validation)
 
 
 def test_rewiring_makes_the_proposed_edits_as_part_of_the_latest_step(global_model, usage):
@@ -86,11 +91,11 @@ def test_rewiring_that_costs_too_much_is_rolled_back(
     given = iter(losses)
     monkeypatch.setattr("server.strategies.rewire.evaluate_loss", lambda *_: LossSum(next(given), 1))
     before, digest = copy.deepcopy(global_model.model), global_model.graph.digest()
-    record = run(global_model, usage, validation, max_drift=max_drift)
+    record = run(global_model, usage, validation, merge_max_drift=max_drift)
     assert (len(record.edits) == 2) == kept == bool(global_model.steps[-1].edits)
     if not kept:
         assert global_model.graph.digest() == digest and all_equal(global_model.model, before)
-        assert record.edits == []
+        assert record.edits == [] and len(record.proposed) == 2
         np.testing.assert_equal(record.gamma_hat, abs(losses[1] - losses[0]) / 2)
 
 
@@ -111,7 +116,7 @@ def test_a_graph_used_the_same_way_settles(global_model, usage):
 def test_demand_and_traversals_are_compared_by_the_routed_visits(shared_graph_dir, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        "server.strategies.rewire.propose_edits", lambda *_, margin: seen.append(margin) or []
+        "server.strategies.rewire.propose_edits", lambda *_, margin, resting: seen.append(margin) or []
     )
     average = UsageAverage()
     average.add([[np.zeros((8, 8))] * 2], decay=0.5)
@@ -121,3 +126,45 @@ def test_demand_and_traversals_are_compared_by_the_routed_visits(shared_graph_di
     run(global_model, average, None)
     # 4 and 7 experts per token, two of them shared.
     assert seen == [1.0, 2.5]
+
+
+def test_an_edited_edge_rests(global_model, usage):
+    state = FederationState(server_round=3, usage=usage)
+    run(global_model, state, None, edit_rest=2)
+    edited = {(edit.layer, edit.p, edit.q) for edit in global_model.steps[-1].edits}
+    usage.counts = [100 * np.triu(np.random.default_rng(0).random((4, 4))) for _ in range(2)]
+    later = []
+    for state.server_round in (4, 5):
+        later.append(
+            {
+                (edit["layer"], edit["p"], edit["q"])
+                for edit in run(global_model, state, None, edit_rest=2, rho_max=9).edits
+            }
+        )
+    assert len(edited) == 2 and later[0] and not edited & later[0]
+
+
+def test_drift_spawns_an_expert_where_routing_moved_and_restarts_the_detection(global_model, usage):
+    state = FederationState(server_round=3, usage=usage, drift=Drift(overall=True, layers=[0.1, 0.4]))
+    model = copy.deepcopy(global_model.model)
+    record = run(global_model, state, None, max_spawned=1, rho_max=1)
+    (edit,) = record.edits
+    # Visits without demand: 1, 2 + 6, 7 + 11 and 12 + 16.
+    assert (edit["op"], edit["layer"], edit["p"], edit["q"]) == ("spawn-expert", 1, 3, 4)
+    assert not state.drift.overall and [len(counts) for counts in usage.counts] == [4, 5]
+    assert logit_difference(model, global_model.model, random_ids(model)) < 1e-5
+    assert run(global_model, state, None, max_spawned=1, rho_max=1).edits[0]["op"] != "spawn-expert"
+
+
+def test_a_new_expert_that_is_not_used_retires_after_a_round(global_model, usage):
+    state = FederationState(server_round=3, usage=usage, drift=Drift(overall=True, layers=[0.1, 0.4]))
+    run(global_model, state, None, max_spawned=1, rho_max=1)
+    assert state.usage.counts[1][:, 4].sum() == 0
+    keep = run(global_model, state, None, rho_max=0)  # the latest plan: it had no round
+    assert keep.edits == []
+    global_model.advance(random_change(global_model.model), value_bits=8)
+    run(global_model, state, None, rho_max=2)
+    global_model.advance(random_change(global_model.model), value_bits=8)
+    (edit,) = run(global_model, state, None, rho_max=1).edits
+    assert (edit["op"], edit["layer"], edit["p"]) == ("retire-expert", 1, 4)
+    assert global_model.graph.num_experts == [4, 4] and [len(counts) for counts in usage.counts] == [4, 4]
