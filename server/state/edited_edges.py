@@ -27,7 +27,7 @@ class EditedEdges:
                 self.rounds[f"{edit.layer}.{ids[edit.p]}.{ids[edit.q]}"] = server_round
 
     def resting(self, graph: ExpertGraph, server_round: int, rest: int) -> set[tuple[int, int, int]]:
-        """Edges ``(layer, p, q)`` of ``graph`` that were edited in the latest ``rest`` rounds; older ones are forgotten."""
+        """Edges ``(layer, p, q)`` of ``graph`` that were edited in the latest ``rest`` rounds; drops older ones."""
         self.rounds = {edge: last for edge, last in self.rounds.items() if last > server_round - rest}
         places = [{identity: place for place, identity in enumerate(ids)} for ids in graph.ids_per_layer]
         found = set()
