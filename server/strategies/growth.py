@@ -88,7 +88,7 @@ def propose_retirements(
 def _free_parents(graph: ExpertGraph, layer: int) -> np.ndarray:
     """Experts that the router chooses and that have no attached expert, bool ``[E]``."""
     attached = list(graph.attached_per_layer[layer])
-    free = ~graph.masks[layer][:, attached].any(1)
+    free: np.ndarray = np.logical_not(graph.masks[layer][:, attached].any(axis=1))
     free[attached] = False
     free[: graph.shared_per_layer[layer]] = False
     return free

@@ -114,7 +114,7 @@ def random_plan(rng: np.random.Generator, graph: ExpertGraph) -> list[Edit]:
     for _ in range(rng.integers(0, 8)):
         layer = int(rng.integers(len(graph.masks)))
         p, q = sorted(rng.choice(graph.num_experts[layer] + 2, 2, replace=False).tolist())
-        kinds = [
+        kinds: list[Edit] = [
             AddEdge(layer, p, q),
             RemoveEdge(layer, p, q),
             OpenRoot(layer, p),
@@ -123,8 +123,9 @@ def random_plan(rng: np.random.Generator, graph: ExpertGraph) -> list[Edit]:
             RetireExpert(layer, p),
             MergeExperts(layer, q, p),
         ]
+        edit = kinds[rng.integers(len(kinds))]
         try:
-            apply_plan(graph, [*plan, edit := kinds[rng.integers(len(kinds))]])
+            apply_plan(graph, [*plan, edit])
         except UserError:
             continue
         plan.append(edit)
