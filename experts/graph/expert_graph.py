@@ -36,7 +36,8 @@ class ExpertGraph:
     def __post_init__(self):
         for layer, mask in enumerate(self.masks):
             check_mask(mask, layer)
-        for what, found in (("number of shared experts", self.num_shared), ("list of ids", self.ids)):
+        lists = {"number of shared experts": self.num_shared, "list of attached experts": self.attached}
+        for what, found in (lists | {"list of identities": self.ids}).items():
             if found and len(found) != len(self.masks):
                 raise UserError(f"expected one {what} for each of {len(self.masks)} layers, got {len(found)}")
         for layer, (mask, attached) in enumerate(zip(self.masks, self.attached_per_layer, strict=True)):
@@ -83,7 +84,11 @@ class ExpertGraph:
     def restrict(self, residents: Sequence[np.ndarray]) -> ExpertGraph:
         """The graph of a client that holds ``residents`` (per layer, bool ``[E]``): ``M & outer(r, r)``."""
         masks = [mask & np.outer(held, held) for mask, held in zip(self.masks, residents, strict=True)]
-        return replace(self, masks=tuple(masks))
+        attached = [
+            tuple(expert for expert in experts if mask[:, expert].any())
+            for mask, experts in zip(masks, self.attached_per_layer, strict=True)
+        ]
+        return replace(self, masks=tuple(masks), attached=tuple(attached))
 
 
 def check_mask(mask: np.ndarray, layer: int) -> None:

@@ -8,6 +8,7 @@ import torch
 
 from clients.residents.assembler import (
     Assembler,
+    beside_parents,
     choose_residents,
     holding_scores,
     most_used,
@@ -207,3 +208,14 @@ def test_it_finds_an_expert_that_it_would_not_have_held():
     _, losses = learn(model, ids, labels, features, budget=1, steps=25)
     assert residents(model)[0].tolist() == [False, False, False, True]
     assert evaluate_loss(model, ids, labels).mean < 0.9 * losses[0]
+
+
+def test_an_attached_expert_ranks_with_its_best_parent_and_after_it():
+    edges = torch.eye(5, dtype=torch.bool)
+    edges[1, 4] = edges[2, 4] = True
+    edges[4, 4] = False
+    scores = beside_parents(torch.tensor([0.0, 3.0, 2.0, 2.5, -9.0]), edges, [4])
+    assert scores.tolist() == [0.0, 3.0, 2.0, 2.5, 3.0]
+    assert choose_residents(scores, 1).nonzero().flatten().tolist() == [1]
+    assert choose_residents(scores, 2).nonzero().flatten().tolist() == [1, 4]
+    assert beside_parents(scores, edges, []) is scores

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs.errors import UserError
-from experts.graph.edit_plan import apply_plan
+from experts.graph.edit_plan import apply_plan, spawned_last
 from experts.graph.edits import (
     AddEdge,
     CloseRoot,
@@ -152,3 +152,30 @@ def test_random_plans_keep_graphs_valid_and_equal_on_all_sides(seed):
             for expert in after.attached_per_layer[layer]:
                 assert not mask[expert].any() and mask[:, expert].any()
         graph = after
+
+
+def test_a_client_without_the_parent_has_no_attached_expert():
+    graph = apply_plan(graph_of(), [SpawnExpert(0, 2, 4), SpawnExpert(0, 3, 5)]).graph
+    held = [np.array([True, True, False, True, True, True]), np.ones(4, dtype=bool)]
+    assert graph.restrict(held).attached == ((5,), ())
+
+
+def test_only_experts_of_the_latest_plan_count_as_spawned_last():
+    graph = apply_plan(graph_of(), [SpawnExpert(0, 2, 4)]).graph
+    later = apply_plan(graph, [SpawnExpert(0, 3, 5)]).graph
+    assert [spawned_last(graph, 0, expert) for expert in range(5)] == [False] * 4 + [True]
+    assert not spawned_last(later, 0, 4) and spawned_last(later, 0, 5)
+    assert not spawned_last(graph_of(version=0), 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("attached", "message"),
+    [
+        (((3,), ()), "layer 0: expected an attached expert to have edges to it"),
+        (((), (9,)), "layer 1: expected an attached expert .* expert 9 of 4"),
+        (((),), "one list of attached experts for each of 2 layers, got 1"),
+    ],
+)
+def test_attached_experts_that_do_not_fit_the_graph_are_refused(attached, message):
+    with pytest.raises(UserError, match=message):
+        ExpertGraph(graph_of().masks, attached=attached)

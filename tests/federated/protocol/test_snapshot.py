@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save
 
-from experts.graph.edits import RemoveEdge
+from experts.graph.edits import RemoveEdge, RetireExpert, SpawnExpert
 from experts.graph.expert_graph import ExpertGraph
+from federated.protocol import snapshot
 from federated.protocol.snapshot import apply_snapshot, pack_snapshot
 from federated.protocol.steps import ServerStep, apply_step
 from federated.updates.update import RefusedUpdate
@@ -165,3 +166,45 @@ def test_the_graph_comes_with_its_version(base):
     write_graph(model, ExpertGraph(read_graph(model).masks, 17))
     apply_snapshot(fresh, pack_snapshot(model, base, [], 3), 3)
     assert read_graph(fresh).digest() == read_graph(model).digest()
+
+
+@pytest.fixture(scope="module")
+def grown(base):
+    model = copy.deepcopy(base)
+    apply_step(
+        model,
+        ServerStep(1, packed_change(model, random_change(model)), [SpawnExpert(0, 1, 4), RetireExpert(1, 0)]),
+    )
+    return model
+
+
+def test_it_carries_spawned_and_retired_experts(base, grown):
+    moved = [(0, expert) for expert in range(5)] + [(1, expert) for expert in range(3)]
+    fresh = copy.deepcopy(base)
+    assert apply_snapshot(fresh, pack_snapshot(grown, copy.deepcopy(base), moved, 1), 1) == set(moved)
+    assert all_equal(fresh, grown) and read_graph(fresh).digest() == read_graph(grown).digest()
+
+
+@pytest.mark.parametrize(
+    ("header", "reason"),
+    [
+        ({"ids": [[0, 1, 2, 3]]}, "identities of the experts of every layer"),
+        ({"ids": [[0, 1, 2, 3], []]}, "identities of the experts of every layer"),
+        ({"ids": [[0, 1, 2, 2], [0, 1, 2, 3]]}, "identities of the experts of every layer"),
+        ({"ids": [list(range(5000)), [0, 1, 2, 3]]}, "identities of the experts of every layer"),
+        ({"ids": [[-1, 1, 2, 3], [0, 1, 2, 3]]}, "ids.0.0 .* greater than or equal to 0"),
+        ({"attached": [[9], []]}, "expected an attached expert"),
+        ({"attached": [[1]]}, "one list of attached experts"),
+    ],
+)
+def test_experts_that_do_not_fit_are_refused(base, grown, monkeypatch, header, reason):
+    made = snapshot.SnapshotHeader
+
+    def altered(**values):
+        return made.model_construct(format=1, checksum="", **(values | header))
+
+    monkeypatch.setattr(snapshot, "SnapshotHeader", altered)
+    data = pack_snapshot(copy.deepcopy(base), copy.deepcopy(base), [], 1)
+    monkeypatch.setattr(snapshot, "SnapshotHeader", made)
+    with pytest.raises(RefusedUpdate, match=reason):
+        apply_snapshot(copy.deepcopy(base), data, 1)

@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from experts.graph.edits import AddEdge, RemoveEdge
+from configs.errors import UserError
+from experts.graph.edits import AddEdge, MergeExperts, RemoveEdge
 from experts.graph.expert_graph import ExpertGraph
 from federated.protocol.steps import (
     ServerStep,
     apply_step,
+    check_plan,
     join_parts,
     read_step,
     split_parts,
@@ -192,3 +194,14 @@ def test_the_sizes_of_a_step_are_those_of_its_parts_together():
     assert stats.density == pytest.approx(sum(each.density for each in single) / 2)
     assert step_stats(ServerStep(1, parts[0])) == single[0]
     assert step_stats(ServerStep(1, packed_change(model, {}))).density == 0
+
+
+def test_merged_experts_cannot_be_sent(model):
+    step = ServerStep(1, packed_change(model, random_change(model)), [MergeExperts(0, 1, 2)])
+    before = copy.deepcopy(model)
+    with pytest.raises(RefusedUpdate, match="merge experts offline"):
+        apply_step(model, step)
+    assert all_equal(model, before)
+    with pytest.raises(UserError, match="follow from the graph alone, got merge-experts 0:1 into 2"):
+        check_plan(step.edits)
+    check_plan(EDITS)

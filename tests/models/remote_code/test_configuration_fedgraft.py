@@ -45,6 +45,12 @@ def test_the_configuration_survives_the_disk(tmp_path):
     "wrong, message",
     [
         ({"num_experts": [4]}, "each of the 2 layers"),
+        (
+            {"num_experts": [4, 3], "attached_experts": [[4], []]},
+            "attached_experts must name experts of .4, 3.",
+        ),
+        ({"num_experts": [4, 3], "attached_experts": [[2, 1], []]}, "ascending, got"),
+        ({"num_experts": [4, 3], "attached_experts": [[]]}, "for each layer"),
         ({"num_experts": 4}, "list of integers.* got 4 and 1"),
         ({"num_experts": [4, "4"]}, "list of integers"),
         ({"num_experts": [4, 0]}, "each of the 2 layers"),

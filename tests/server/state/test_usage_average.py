@@ -4,7 +4,7 @@ import copy
 
 import numpy as np
 
-from experts.graph.edits import AddEdge
+from experts.graph.edits import AddEdge, RetireExpert, SpawnExpert
 from server.state.usage_average import UsageAverage
 
 
@@ -35,3 +35,14 @@ def test_pairs_whose_edge_came_or_went_start_from_the_mean_of_their_layer():
     average.reset([AddEdge(1, 1, 2)])
     assert np.array_equal(average.counts[0], counts)
     assert average.counts[1].tolist() == [[9, 1, 2], [0, 9, 3], [0, 0, 9]]
+
+
+def test_counts_follow_a_plan_and_those_of_new_experts_are_zero():
+    average = UsageAverage([np.arange(9.0).reshape(3, 3)])
+    average.renumber([np.array([0, 2, -1])])
+    np.testing.assert_array_equal(average.counts[0], [[0, 2, 0], [6, 8, 0], [0, 0, 0]])
+    average.reset([SpawnExpert(0, 1, 3), RetireExpert(0, 1)])  # no edge is edited
+    np.testing.assert_array_equal(average.counts[0], [[0, 2, 0], [6, 8, 0], [0, 0, 0]])
+    empty = UsageAverage()
+    empty.renumber([np.array([0])])
+    assert empty.counts == []
