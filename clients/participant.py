@@ -25,13 +25,15 @@ from clients.state.store import ClientStore
 from clients.training.gradient_rms import entry_gradient_rms
 from clients.training.resident_model import changes, hold_residents
 from clients.training.starting_point import StartingPoint
-from clients.training.trainer import Batch, LocalTraining, train_locally
+from clients.training.trainer import Batch, LocalResult, LocalTraining, train_locally
 from configs.node_config import NodeConfig, load_node_config
 from configs.schema import RunConfig
 from federated.aggregation.usage import UsageCounter, pack_usage
 from federated.data.blocks import Blocks, batches, take
 from federated.protocol.messages import Reply, Request
 from federated.run_setup import override_routing, with_block_size
+from federated.selection.entries import Score, gradient_score
+from federated.selection.shared_entries import SharedEntries
 from federated.updates.update import density
 from federated.wire.codec import pack_update
 from models.checkpoints.disk_experts import materialize, open_mapped
@@ -43,7 +45,7 @@ from models.graph.runtime_settings import (
     visiting,
     warn_where_fewer_reside,
 )
-from models.graph.unit_vectors import Unit, unit_sizes
+from models.graph.unit_vectors import Unit, trained_spans, unit_sizes
 from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 from models.runtime.perplexity import LossSum, evaluate_loss
 from models.runtime.precision import autocast_to_bf16, choose_device
@@ -115,28 +117,32 @@ class Participant:
             start.restore_others(self.model)
             personal = self.evaluate() if request.last else LossSum()
         packed, shipped_density, inclusion = self._pack(
-            changes(self.model, start, self.config.adapters),
-            entry_gradient_rms(self.model, result.moments),
-            request,
+            changes(self.model, start, self.config.adapters), self._score(result, request), request
         )
+        numbers = {
+            **_loss_numbers("valid", before),
+            **_loss_numbers("personal", personal),
+            "train-loss": sum(result.losses) / len(result.losses),
+            "train-tokens": float(result.tokens),
+            "examples": float(len(self.train)),
+            "density": shipped_density,
+        }
         return self._reply(
             request,
-            {
-                **_loss_numbers("valid", before),
-                **_loss_numbers("personal", personal),
-                "train-loss": sum(result.losses) / len(result.losses),
-                "train-tokens": float(result.tokens),
-                "examples": float(len(self.train)),
-                "density": shipped_density,
-            },
+            {} if self.config.privacy.on else numbers,
             update=packed,
-            usage=pack_usage(counter.largest_counts()),
+            usage=pack_usage(counter.largest_counts()) if self.config.privacy.counts_usage else b"",
             residents=[held.cpu().numpy() for held in residents(self.model)],
             inclusion=inclusion,
         )
 
     def evaluate(self) -> LossSum:
-        """Loss of the current model on the client's held-out blocks."""
+        """Loss of the current model on the client's held-out blocks; of none with differential privacy.
+
+        Losses are functions of private data without noise, and are neither computed nor sent then.
+        """
+        if self.config.privacy.on:
+            return LossSum()
         blocks = take(self.valid, self.config.eval_blocks)
         return evaluate_loss(self.model, blocks.input_ids, blocks.labels, autocast=self._autocast)
 
@@ -193,8 +199,15 @@ class Participant:
             keep_moments=self.config.entry_score == "saliency",
         )
 
+    def _score(self, result: LocalResult, request: Request) -> Score:
+        """Ranking of the entries that are shipped: by saliency or magnitude, or the common draw of the round."""
+        if self.config.entry_score == "shared":
+            spans = trained_spans(self.model, self.config.train, attention=self.config.attention_lora)
+            return SharedEntries(self.config.seed, request.server_round, spans).score
+        return gradient_score(entry_gradient_rms(self.model, result.moments))
+
     def _pack(
-        self, deltas: Mapping[Unit, Tensor], gradient_rms: Mapping[Unit, Tensor], request: Request
+        self, deltas: Mapping[Unit, Tensor], score: Score, request: Request
     ) -> tuple[bytes, float, dict[str, float]]:
         config = self.config
         sizes = unit_sizes(self.model, attention=config.attention_lora)
@@ -205,7 +218,7 @@ class Participant:
         prepared = choose_shipment(
             self.model,
             deltas,
-            gradient_rms,
+            score,
             residual,
             config.upload,
             generator=generator,

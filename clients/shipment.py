@@ -14,7 +14,7 @@ from configs.run_views import Upload
 from configs.schema import RunConfig, load_run_config
 from experts.graph.expert_graph import ExpertGraph
 from federated.protocol.messages import Request
-from federated.selection.entries import gradient_score
+from federated.selection.entries import Score
 from federated.selection.error_feedback import Limits, PreparedUpdate, choose_update
 from federated.updates.lazy_vectors import LazyVectors
 from federated.updates.remap import remap_vector
@@ -43,6 +43,11 @@ def with_own_limits(config: RunConfig, node: NodeConfig, name: str) -> RunConfig
     own = {key: value for key, value in limits.items() if value is not None}
     if not own:
         return config
+    if config.entry_score == "shared" and (node.density or 0) > config.density:
+        raise UserError(
+            f"expected density of at most the run's {config.density:g} with entry-score=shared, got {node.density:g} "
+            f"in the node-config of client {name}; the server takes entries of the common draw only"
+        )
     try:
         return load_run_config({**config.values(), "upload-budget-mb": 0.0, **own})
     except UserError as error:
@@ -62,7 +67,7 @@ def limits(upload: Upload) -> Limits:
 def choose_shipment(
     model: FedGraftForCausalLM,
     deltas: Mapping[Unit, Tensor],
-    gradient_rms: Mapping[Unit, Tensor],
+    score: Score,
     residual: Mapping[Unit, Tensor],
     upload: Upload,
     *,
@@ -74,8 +79,7 @@ def choose_shipment(
     Args:
         model: model after local training, for its graph.
         deltas: change ``[size]`` of each trained unit.
-        gradient_rms: root mean square of the gradient of each entry ``[size]``, as ``entry_gradient_rms`` gives it;
-            empty: entries are scored by magnitude.
+        score: ranking of entries.
         residual: residual of earlier rounds, from ``carried_over``.
         upload: keys of the upload, with the client's own limits.
         generator: random generator of the draw of experts.
@@ -89,7 +93,7 @@ def choose_shipment(
         deltas,
         residual,
         limits(upload),
-        score=gradient_score(gradient_rms),
+        score=score,
         shapes=unit_shapes(model) if upload.low_rank else None,
         selection=upload.selection,
         unbiased=upload.unbiased,

@@ -2,11 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from configs.choices import SamplingWeights
 from configs.errors import UserError
 from configs.values import parse_budgets
+
+# Values of keys that differential privacy requires: bounded sensitivity, and nothing released that depends on data
+# without noise. Another entry draw, weight, combination or clipping depends on what clients send; early stopping, the
+# best model and drift read their losses, and over-provisioning lets one client take the place of another.
+_PRIVATE: dict[str, str | float | bool] = {
+    "entry_score": "shared",
+    "combine": "mean",
+    "client_weight": "uniform",
+    "clip_norm_multiple": 0.0,
+    "clip_unit_multiple": 0.0,
+    "opposition_limit": 0.0,
+    "early_stop_rounds": 0,
+    "keep_best": False,
+    "drift_loss": 0.0,
+    "drift_routing": 0.0,
+    "over_provision": 1.0,
+}
+# Values of keys without which clients cannot ship the same entries.
+_SHARED: dict[str, str | float | bool] = {
+    "density_scope": "expert",
+    "upload_budget_mb": 0.0,
+    "low_rank": False,
+}
 
 
 def check_conflicts(config: Any) -> None:
@@ -25,6 +49,7 @@ def check_conflicts(config: Any) -> None:
     _check_lora(config)
     _check_shipment(config)
     _check_participation(config)
+    _check_privacy(config)
 
 
 def _check_participation(config: Any) -> None:
@@ -105,3 +130,55 @@ def _check_shipment(config: Any) -> None:
     if config.low_rank and (config.upload_budget_mb or config.selection == "sample"):
         other = "upload-budget-mb" if config.upload_budget_mb else "selection=sample"
         raise UserError(f"expected low-rank without {other}, got both; drop one of them")
+    if config.entry_score == "shared":
+        _require(config, _SHARED, "entry-score=shared")
+
+
+def _check_privacy(config: Any) -> None:
+    if not config.dp_clip_norm:
+        for key in ("dp_noise_multiplier", "dp_usage_noise", "dp_epsilon"):
+            if getattr(config, key):
+                raise UserError(
+                    f"expected dp-clip-norm above 0 with {_hyphenated(key)}, got 0; set the bound of the noise"
+                )
+        return
+    _require(config, _PRIVATE, "dp-clip-norm")
+    if config.sampling_weights == SamplingWeights.EXAMPLES:
+        raise UserError(
+            f"expected sampling-weights to be {SamplingWeights.UNIFORM} or {SamplingWeights.STALENESS} with "
+            f"dp-clip-norm, got {SamplingWeights.EXAMPLES}; numbers of examples are private"
+        )
+    if config.rho_max and not config.dp_usage_noise:
+        raise UserError(
+            f"expected dp-usage-noise above 0 with dp-clip-norm and rho-max {config.rho_max}, got 0; graph edits "
+            "disclose usage, so set the noise on it or rho-max to 0"
+        )
+    if config.dp_usage_noise and not config.dp_noise_multiplier:
+        raise UserError("expected dp-noise-multiplier above 0 with dp-usage-noise, got 0; set both")
+    if config.dp_epsilon and not config.dp_noise_multiplier:
+        raise UserError("expected dp-noise-multiplier above 0 with dp-epsilon, got 0; set the noise")
+    if config.dp_delta * config.num_clients >= 1:
+        raise UserError(
+            f"expected dp-delta below 1 / num-clients = {1 / config.num_clients:g}, got {config.dp_delta:g}; a "
+            "mechanism that discloses one client completely would satisfy it"
+        )
+
+
+def _require(config: Any, values: Mapping[str, str | float | bool], by: str) -> None:
+    """Refuse a configuration in which a key has another value than ``values`` names for it."""
+    wrong = [key for key, value in values.items() if getattr(config, key) != value]
+    if wrong:
+        expected = ", ".join(f"{_hyphenated(key)}={_text(values[key])}" for key in wrong)
+        got = ", ".join(_text(getattr(config, key)) for key in wrong)
+        raise UserError(f"expected {expected} with {by}, got {got}; set these keys")
+
+
+def _hyphenated(key: str) -> str:
+    return key.replace("_", "-")
+
+
+def _text(value: str | float | bool) -> str:
+    """A value as in ``key=value``."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return value if isinstance(value, str) else f"{value:g}"

@@ -6,14 +6,15 @@ A view has neither defaults nor documentation of its own: both stand at the key 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from typing import Any, Literal, TypeVar
 
 Selection = Literal["top", "sample"]
 Combine = Literal["entrywise", "hajek", "horvitz-thompson", "mean", "trimmed-mean", "median"]
-ClientWeight = Literal["examples", "tokens"]
+ClientWeight = Literal["examples", "tokens", "uniform"]
 DensityScope = Literal["expert", "all"]
-EntryScore = Literal["saliency", "magnitude"]
+EntryScore = Literal["saliency", "magnitude", "shared"]
 ValueBits = Literal[16, 8, 4, 2]
 Trained = Literal["all", "experts", "routing"]
 Weights = Literal["fp32", "bf16", "nf4"]
@@ -113,6 +114,27 @@ class DriftDetection:
 
 
 @dataclass(frozen=True)
+class Privacy:
+    """Keys of client-level differential privacy."""
+
+    dp_clip_norm: float
+    dp_noise_multiplier: float
+    dp_usage_noise: float
+    dp_delta: float
+    dp_epsilon: float
+
+    @property
+    def on(self) -> bool:
+        """Whether updates are combined by the Gaussian mechanism and clients report no losses."""
+        return self.dp_clip_norm > 0
+
+    @property
+    def counts_usage(self) -> bool:
+        """Whether clients report usage counts: without noise on them, only in runs without differential privacy."""
+        return not self.on or self.dp_usage_noise > 0
+
+
+@dataclass(frozen=True)
 class Participation:
     """Keys of the choice of clients in a round, and of how long the server waits for them."""
 
@@ -124,13 +146,20 @@ class Participation:
     round_deadline: float
     reply_timeout: float
 
+    def wanted(self, connected: int) -> int:
+        """Updates that enter a round with so many connected clients: at least one, at most one of each client."""
+        share = math.ceil(self.fraction_train * connected)
+        return max(1, min(connected, max(self.min_clients, share)))
+
     @property
     def quorum(self) -> int:
         """Usable updates that a round needs."""
         return max(1, self.min_clients)
 
 
-View = TypeVar("View", Training, Adapters, Upload, Aggregation, Rewiring, DriftDetection, Participation)
+View = TypeVar(
+    "View", Training, Adapters, Upload, Aggregation, Rewiring, DriftDetection, Privacy, Participation
+)
 
 
 def view_of(kind: type[View], config: Any) -> View:
@@ -170,6 +199,11 @@ class Views:
     def drift_detection(self) -> DriftDetection:
         """Keys of the detection of a change in the clients' text."""
         return view_of(DriftDetection, self)
+
+    @property
+    def privacy(self) -> Privacy:
+        """Keys of client-level differential privacy."""
+        return view_of(Privacy, self)
 
     @property
     def rewiring(self) -> Rewiring:

@@ -103,7 +103,7 @@ class RunConfig(Views, Keys):
     combine: Combine = "entrywise"
     """Server weighting of updates: entrywise, hajek (whole experts), horvitz-thompson, mean, trimmed-mean or median."""
     client_weight: ClientWeight = "examples"
-    """Weight of a client: its training blocks (examples) or the tokens it trained on in the round."""
+    """Weight of a client: its training blocks (examples), the tokens it trained on in the round, or 1 (uniform)."""
     weight_cap: NonNegative = 2.0
     """Largest weight of a client as a multiple of the round's median, against false counts; 0: as claimed."""
     ship_experts: Whole = 0
@@ -113,7 +113,7 @@ class RunConfig(Views, Keys):
     density_scope: DensityScope = "all"
     """Entries that compete for the density: of each expert by itself, or of all that a client ships (all)."""
     entry_score: EntryScore = "saliency"
-    """Score of an entry: saliency (magnitude of its change times the root of its gradient RMS) or magnitude."""
+    """Score of a shipped entry: saliency (change times root of gradient RMS), magnitude, or shared (a common draw)."""
     low_rank: bool = False
     """Whether an expert's change is sent as low-rank factors where these hold more of its energy in as many bytes."""
     upload_budget_mb: NonNegative = 0.0
@@ -134,6 +134,16 @@ class RunConfig(Views, Keys):
     """Share of an entry's values that trimmed-mean leaves out at each end, with three or more; at least one value."""
     opposition_limit: Share = 0.0
     """Leave out an update whose signs oppose most others: agreeing minus opposing share below minus this; 0: none."""
+    dp_clip_norm: NonNegative = 0.0
+    """L2 norm that a client's update is clipped to for differential privacy (docs/privacy.md); 0: off."""
+    dp_noise_multiplier: NonNegative = 0.0
+    """Standard deviation of the noise on the sum of updates, as a multiple of dp-clip-norm; 0: no guarantee."""
+    dp_usage_noise: NonNegative = 0.0
+    """Standard deviation of the noise on the sum of usage counts, of norm 1 for each client; 0: they are not sent."""
+    dp_delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+    """Delta of the guarantee for which epsilon is reported, below 1 / num-clients."""
+    dp_epsilon: NonNegative = 0.0
+    """Epsilon that ends the run before the round that would exceed it; 0: no limit."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seed of every random choice in the run."""
     train: Trained = "all"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Create .venv and install FedGraft in it; do nothing if requirements and extras are unchanged.
 #
-#   scripts/install.sh [EXTRA]        EXTRA: test, clustering, gguf, plots, real or ui; several joined by commas
+#   scripts/install.sh [EXTRA]        EXTRA: test, clustering, gguf, plots, privacy, real or ui; several joined by commas
 #
 # Environment, all optional:
 #   PYTHON           interpreter that creates the environment (python3.11, else a python3 of that version)

@@ -21,6 +21,9 @@ from federated.run_setup import override_routing, prepare_process, with_block_si
 from models.bootstrap.calibration import sample_text
 from server.model.config_checks import check_fit, check_room
 from server.model.global_model import GlobalModel
+from server.privacy.budget import PrivacyBudget
+from server.privacy.noise import NoiseSource
+from server.privacy.noise_key import create_noise_key, read_noise_key, remove_noise_key
 from server.reporting.call_trace import call_trace
 from server.reporting.failure import recording_failure
 from server.reporting.unused_clients import check_all_used
@@ -29,11 +32,14 @@ from server.rounds.interruption import save_interrupted
 from server.rounds.loop import Federation
 from server.rounds.run_observer import RunObserver
 from server.rounds.stoppable_grid import StoppableGrid
+from server.state.federation_state import FederationState
 from server.state.journal import Journal, SavedRound
 from server.state.run_lock import SERVER_LOCK, holding
 from server.state.settings import Settings, read_settings
 from server.state.stop_request import clear_stop
+from server.strategies.private import PrivateAggregation
 from server.strategies.sam_v2 import sam_v2
+from server.strategies.strategy import Strategy
 
 app = ServerApp()
 
@@ -71,6 +77,7 @@ def run_federation(grid: Grid, config: RunConfig, *, run_id: int) -> dict:
     log_dir = Path(config.log_dir) if config.log_dir else cache_folder() / "runs" / str(run_id)
     if config.out:
         check_output_directory(Path(config.out), overwrite=config.overwrite)
+    PrivacyBudget(config.privacy).check()
     global_model = open_global_model(config)
     config = with_block_size(config, global_model.model.config)
     validation = server_text(config, global_model)
@@ -81,7 +88,7 @@ def run_federation(grid: Grid, config: RunConfig, *, run_id: int) -> dict:
         grid=StoppableGrid(grid, log_dir),
         config=config,
         global_model=global_model,
-        strategy=sam_v2(config, validation=validation),
+        strategy=_strategy(config, journal, saved.state, validation),
         observer=observer,
         journal=journal,
         state=saved.state,
@@ -96,6 +103,8 @@ def run_federation(grid: Grid, config: RunConfig, *, run_id: int) -> dict:
     except BaseException as error:
         save_interrupted(federation, error)
         raise
+    if config.privacy.on:
+        remove_noise_key(journal.folder)
     return close_run(federation, out=config.out)
 
 
@@ -118,9 +127,21 @@ def open_state(
         settings.check(config, global_model.fingerprint)
         return settings, journal.restore(global_model) or SavedRound()
     journal.clear()
+    if config.privacy.on:
+        create_noise_key(journal.folder)  # before the settings, without which there is nothing to continue
     settings = Settings(run_id, global_model.fingerprint, config.values())
     settings.write(journal.folder)
     return settings, SavedRound()
+
+
+def _strategy(
+    config: RunConfig, journal: Journal, state: FederationState, validation: Blocks | None
+) -> Strategy:
+    """The federated method of a run, with differential privacy where it is configured."""
+    method = sam_v2(config, validation=validation)
+    if not config.privacy.on or state.server_round >= config.num_rounds or state.stopped:
+        return method  # without a further round there is no key of the noise any more
+    return PrivateAggregation(method, config, NoiseSource(read_noise_key(journal.folder)))
 
 
 @contextmanager

@@ -48,7 +48,7 @@ ROOMS = {
     ),
     "federated": ("", "updates", "wire", "selection", "aggregation", "protocol", "data"),
     "clients": ("training", "residents", "state", ""),
-    "server": ("model", "reporting", "state", "strategies", "rounds", "", "flower"),
+    "server": ("model", "privacy", "reporting", "state", "strategies", "rounds", "", "flower"),
     "scripts": ("shared", "verbs", "tools", "", "deploy"),
 }
 LARGEST_FOLDER = 16

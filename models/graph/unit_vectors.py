@@ -8,15 +8,26 @@ affinities that end in the expert, ``[E]`` each: its routing.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from configs.run_views import Trained
 from models.graph.attention_vectors import attention_count, read_attention, write_attention
 from models.remote_code.experts_fedgraft import ExpertGraphMLP
 from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 
 Unit = tuple[int, int]
 OTHERS = -1
+
+
+class Span(NamedTuple):
+    """Entries ``start`` to ``stop`` of a vector of ``size`` entries."""
+
+    start: int
+    stop: int
+    size: int
 
 
 def unit_sizes(model: FedGraftForCausalLM, *, attention: bool = False) -> dict[Unit, int]:
@@ -30,6 +41,22 @@ def unit_sizes(model: FedGraftForCausalLM, *, attention: bool = False) -> dict[U
     if attention:
         sizes |= {(index, OTHERS): attention_count(model, index) for index in range(len(layers))}
     return sizes
+
+
+def trained_spans(model: FedGraftForCausalLM, train: Trained, *, attention: bool = False) -> dict[Unit, Span]:
+    """Trained entries of each unit of ``unit_sizes``.
+
+    Args:
+        model: graph.
+        train: ``all``, ``experts`` (matrices only) or ``routing`` (routers, gains and affinities only).
+        attention: whether attention projections train, too.
+    """
+    layers, spans = model.expert_layers(), {}
+    for unit, size in unit_sizes(model, attention=attention).items():
+        matrices = weight_count(layers[unit[0]]) if unit[1] != OTHERS else size
+        start, stop = (matrices if train == "routing" else 0), (matrices if train == "experts" else size)
+        spans[unit] = Span(start, stop, size)
+    return spans
 
 
 def unit_shapes(model: FedGraftForCausalLM) -> dict[Unit, tuple[int, int]]:

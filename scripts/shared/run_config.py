@@ -81,9 +81,11 @@ def check_run(run: RunConfig) -> None:
     from models.bootstrap.recipe_build import check_base
     from models.checkpoints.load import check_weights, load_tokenizer
     from server.model.config_checks import check_fit, check_room
+    from server.privacy.budget import PrivacyBudget
     from server.state.run_lock import check_unused
 
     check_unused(Path(run.log_dir))
+    PrivacyBudget(run.privacy).check()
     folders = (run.out,) if run.resume else (run.log_dir, run.out)
     for folder in filter(None, folders):
         check_output_directory(Path(folder), overwrite=run.overwrite)

@@ -36,6 +36,10 @@ def summary_lines(summary: dict[str, Any]) -> list:
         lines.append(f"bytes {way}: {decimal(sent)}, dense FedAvg in bf16 {decimal(dense)}{ratio}")
     lines += _drift_lines(summary)
     lines.append(f"graph edits: {summary['edits']}, graph {summary['graph_hash'][:12]}")
+    if summary.get("epsilon") is not None:
+        lines.append(
+            f"differential privacy of each client: epsilon {summary['epsilon']:.3f} at delta {summary['delta']:g}"
+        )
     errors = summary.get("log_errors", {}).items()
     lines += [f"the log file {file} is incomplete: {reason}" for file, reason in errors]
     lines.append(f"logs: {summary['log_dir']}")

@@ -64,10 +64,24 @@ def rounds_table(rounds: list[dict[str, Any]], edits: Mapping[int, int]) -> Tabl
     names = _client_columns(rounds)
     table = Table(box=None, pad_edge=False, header_style="bold")
     shown = map(escape, names)
-    for header in ("round", "time", "loss", "perplexity", *shown, "up", "down", "density", "edges", "edits"):
+    private = ["epsilon"] if any(row.get("epsilon") is not None for row in rounds) else []
+    headers = (
+        "round",
+        "time",
+        "loss",
+        "perplexity",
+        *shown,
+        "up",
+        "down",
+        "density",
+        "edges",
+        "edits",
+        *private,
+    )
+    for header in headers:
         table.add_column(header, justify="right", overflow="fold")
     for row in rounds:
-        table.add_row(*_cells(row, names, edits))
+        table.add_row(*_cells(row, names, edits), *(_number(row.get(name)) for name in private))
     return table
 
 
@@ -84,7 +98,11 @@ def round_line(row: Row, *, num_rounds: int, edits: int | None) -> str:
         f"density {_number(row['density'], digits=4)}",
         f"edges {sum(row['edges'])}",
     ]
-    return "  ".join(parts if edits is None else [*parts, f"edits {edits}"])
+    if edits is not None:
+        parts.append(f"edits {edits}")
+    if row.get("epsilon") is not None:
+        parts.append(f"epsilon {_number(row['epsilon'])}")
+    return "  ".join(parts)
 
 
 def _follow_live(log_dir: Path, is_finished: Callable[[], bool], num_rounds: int, console: Console) -> None:

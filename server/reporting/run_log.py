@@ -63,7 +63,8 @@ class RoundRecord:
     server's packed step, with entropy floor ``step_floor_bytes``. ``perplexity`` is token-weighted over the clients,
     ``edges`` holds one count per layer, ``stopped`` the reason if the run ended after this round before the last
     planned one, ``drifted`` whether the federation has drifted, ``drift_layers`` the divergence of routing per layer in
-    bits.
+    bits. ``epsilon`` and ``delta`` are those of client-level differential privacy of the model after this round; None
+    without such a guarantee.
     """
 
     round: int
@@ -83,6 +84,8 @@ class RoundRecord:
     step_floor_bytes: int | None = None
     drifted: bool = False
     drift_layers: Sequence[float] = ()
+    epsilon: float | None = None
+    delta: float | None = None
 
 
 @dataclass(frozen=True)

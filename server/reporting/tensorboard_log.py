@@ -41,12 +41,13 @@ class TensorBoardLog:
         self._sent = Counter(sent)
 
     def round(self, record: RoundRecord) -> None:
-        """Write the scalars of one round: loss, perplexity, bytes, density, drift, seconds, edges per layer."""
+        """Write the scalars of one round: loss, perplexity, bytes, density, drift, epsilon, time, edges per layer."""
         step = record.round
         self._scalar("perplexity/overall", record.perplexity, step)
         self._scalar("loss/overall", mean_train_loss(record.clients), step)
         self._scalar("density/overall", record.density, step)
         self._scalar("time/round_seconds", record.seconds, step)
+        self._scalar("privacy/epsilon", record.epsilon, step)
         self._bytes(record)
         for layer, edges in enumerate(record.edges):
             self._scalar(f"edges/layer_{layer:02d}", edges, step)
@@ -85,15 +86,16 @@ class TensorBoardLog:
         Args:
             step: server round.
             graph: graph that the clients trained on.
-            usage: counts, per layer ``[E, E]``.
+            usage: counts, per layer ``[E, E]``; empty where clients report none.
             residents: experts that each client holds, by its name, bool ``[E]`` per layer.
         """
         experts = graph.num_experts
         self.masks("global", pad_masks(graph.masks, experts_per_layer=experts), step)
-        padded = np.zeros((len(experts), max(experts), max(experts)))
-        for layer, (counts, mask) in enumerate(zip(usage, graph.masks, strict=True)):
-            padded[layer, : len(mask), : len(mask)] = counts * mask
-        self.usage(padded, step)
+        if usage:
+            padded = np.zeros((len(experts), max(experts), max(experts)))
+            for layer, (counts, mask) in enumerate(zip(usage, graph.masks, strict=True)):
+                padded[layer, : len(mask), : len(mask)] = counts * mask
+            self.usage(padded, step)
         for name, held in residents.items():
             self.masks(name, pad_masks(graph.restrict(held).masks, experts_per_layer=experts), step)
 

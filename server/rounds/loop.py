@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 
+import numpy as np
 from flwr.app import MessageType
 from flwr.serverapp import Grid
 
@@ -12,6 +14,7 @@ from configs.schema import RunConfig
 from federated.protocol.messages import raise_bad_input
 from models.runtime.perplexity import LossSum
 from server.model.global_model import GlobalModel
+from server.privacy.budget import PrivacyBudget
 from server.rounds.drift_reports import drift_reports
 from server.rounds.exchange import Answer, Patience, wait_for_nodes
 from server.rounds.node_requests import NodeRequests, add_retries
@@ -62,6 +65,7 @@ class Federation:
         self.grid, self.config, self.observer = grid, config, observer
         self.global_model, self.strategy = global_model, strategy
         self.state, self.journal = state or FederationState(), journal
+        self._budget = PrivacyBudget(config.privacy)
         self._requests = NodeRequests(
             grid, global_model, strategy, run_id=run_id, departed=self.state.departed
         )
@@ -85,12 +89,13 @@ class Federation:
         with ReplySpool(self.observer.log_dir) as spool:
             answers, replies = self._collect(server_round, spool)
             self._compare(held_out_loss(replies))
-            change = self.strategy.combine(replies.accepted)
+            change = self.strategy.combine(replies.accepted, self.global_model)
+        usage = self.strategy.combine_usage(replies.accepted, self.global_model)
         self.global_model.drop_steps(min(each.held_version for each in self.state.sessions.values()))
         self.global_model.advance(
             change, value_bits=self.config.value_bits, density=self.config.downlink_density
         )
-        self._update_state(server_round, replies)
+        self._update_state(server_round, replies, usage)
         self.observer.round(
             server_round,
             replies,
@@ -100,6 +105,7 @@ class Federation:
             drift=self.state.drift,
             seconds=time.perf_counter() - started,
             stopped=self.state.stopped,
+            spent=self._budget.spent(self.state.updates),
         )
         record = self.strategy.after_round(self.global_model, self.state)
         self.state.graph_version = self.global_model.graph.version
@@ -154,18 +160,18 @@ class Federation:
             inclusion=chosen.inclusion,
         )
 
-    def _update_state(self, server_round: int, replies: RoundReplies) -> None:
-        """Record that the round's change is in the model; decide on drift and early stopping."""
+    def _update_state(self, server_round: int, replies: RoundReplies, usage: Sequence[np.ndarray]) -> None:
+        """Record that the round's change is in the model; decide on drift and whether the run ends early."""
         state, config = self.state, self.config
         state.server_round, state.model_version = server_round, self.global_model.version
         for accepted in replies.accepted:
             examples = accepted.reply.numbers.get("examples", 0.0)
             state.accept(accepted.node, accepted.reply.partition, examples=examples)
-        state.usage.add([accepted.usage for accepted in replies.accepted], decay=config.usage_decay)
+        state.usage.add(usage, decay=config.usage_decay)
         reports = drift_reports(replies, self.global_model.graph)
         state.drift.add(reports, server_round, config.drift_detection)
         if server_round < config.num_rounds:
-            state.stopped = state.early_stop.after(
+            state.stopped = self._budget.exhausted(state.updates) or state.early_stop.after(
                 held_out_loss(replies), rounds=config.early_stop_rounds, delta=config.early_stop_delta
             )
 

@@ -62,7 +62,7 @@ def choose_participants(
         seed: seed of the run.
         attempt: exchanges of this round so far, each with another draw.
     """
-    wanted = max(1, min(len(sessions), max(keys.min_clients, math.ceil(keys.fraction_train * len(sessions)))))
+    wanted = keys.wanted(len(sessions))
     asked = min(len(sessions), math.ceil(wanted * keys.over_provision))
     # Node ids are random, client indices are not: a run is repeated with the same clients.
     order = sorted(sessions, key=lambda node: (_index(sessions[node]), node))

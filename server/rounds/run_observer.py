@@ -16,6 +16,7 @@ from federated.protocol.messages import Reply
 from federated.protocol.steps import step_stats
 from federated.wire.packed_stats import PackedStats
 from server.model.global_model import GlobalModel
+from server.privacy.budget import PrivacySpent
 from server.reporting.log_failures import LogFailures
 from server.reporting.run_log import (
     MASK_FILE,
@@ -83,6 +84,7 @@ class RunObserver:
         seconds: float,
         drift: Drift | None = None,
         stopped: str | None = None,
+        spent: PrivacySpent = PrivacySpent(),
     ) -> None:
         """Write a completed round.
 
@@ -91,10 +93,11 @@ class RunObserver:
             replies: validated answers.
             answers: all answers, whose traffic is logged.
             graph: graph that the clients trained on.
-            usage: moving average of usage, per layer ``[E, E]``.
+            usage: moving average of usage, per layer ``[E, E]``; empty where clients report none.
             seconds: wall time.
             drift: detection of drift after the round; None: as before the first.
             stopped: reason why this is the last round although more were planned.
+            spent: differential privacy of the models so far.
         """
         step = self._pack_sizes(server_round, replies)
         record = round_record(
@@ -108,6 +111,7 @@ class RunObserver:
             seconds=seconds,
             drift=drift,
             stopped=stopped,
+            spent=spent,
         )
         self._add(record, replies, answers, drift or Drift())
         self._write_round(record, replies, graph, usage)
@@ -117,6 +121,7 @@ class RunObserver:
     ) -> None:
         """Add a round to the history."""
         self.history.rounds = record.round
+        self.history.epsilon, self.history.delta = record.epsilon, record.delta
         if record.drifted:
             self.history.drift_rounds.append(record.round)
         for accepted in replies.accepted:
@@ -204,6 +209,8 @@ class RunObserver:
             "last": {"round": self.history.rounds, "perplexity": self._last_perplexity},
             "best": best,
             "drift_rounds": self.history.drift_rounds,
+            "epsilon": self.history.epsilon,
+            "delta": self.history.delta,
             "graph_hash": self._global_model.graph.digest(),
             "out": out,
             "log_dir": str(self.log_dir),

@@ -36,6 +36,7 @@ class FederationState:
         drift: detection of a change in the clients' text.
         edited: rounds of the last edits of edges.
         departed: round of the last accepted update by client index, of clients whose node is not connected any more.
+        updates: number of accepted updates by client index.
     """
 
     server_round: int = 0
@@ -49,6 +50,7 @@ class FederationState:
     drift: Drift = field(default_factory=Drift)
     edited: EditedEdges = field(default_factory=EditedEdges)
     departed: dict[int, int] = field(default_factory=dict)
+    updates: dict[int, int] = field(default_factory=dict)
 
     def connect(self, nodes: Sequence[int]) -> None:
         """Keep the sessions of these nodes, and open one for each that is new.
@@ -68,6 +70,7 @@ class FederationState:
         """Record an accepted update of client ``partition`` in the present round, which claims ``examples`` blocks."""
         self.sessions[node].accept(partition, self.server_round, examples=examples)
         self.departed.pop(partition, None)
+        self.updates[partition] = self.updates.get(partition, 0) + 1
 
     def partitions(self) -> dict[int, int]:
         """Client index by node id, for the nodes with an accepted reply."""
@@ -87,6 +90,7 @@ class FederationState:
             "edited": self.edited.rounds,
             "sessions": {str(node): asdict(session) for node, session in self.sessions.items()},
             "departed": {str(partition): last for partition, last in self.departed.items()},
+            "updates": {str(partition): count for partition, count in self.updates.items()},
         }
         text = np.frombuffer(json.dumps(facts, allow_nan=False).encode(), dtype=np.uint8)
         usage = {f"usage.{layer}": np.ascontiguousarray(each) for layer, each in enumerate(self.usage.counts)}
@@ -111,4 +115,5 @@ class FederationState:
             edited=EditedEdges(facts.get("edited", {})),
             sessions={int(node): NodeSession(**session) for node, session in facts["sessions"].items()},
             departed={int(partition): last for partition, last in facts.get("departed", {}).items()},
+            updates={int(partition): count for partition, count in facts.get("updates", {}).items()},
         )

@@ -63,6 +63,8 @@ class RunHistory:
         traffic: bytes of each kind of ``TRAFFIC``.
         clients: by client index.
         nodes: by Flower node id.
+        epsilon: of client-level differential privacy of the model; None without a guarantee.
+        delta: at which epsilon holds.
     """
 
     rounds: int = 0
@@ -71,6 +73,8 @@ class RunHistory:
     traffic: dict[str, int] = field(default_factory=lambda: dict.fromkeys(TRAFFIC, 0))
     clients: dict[int, ClientFigures] = field(default_factory=dict)
     nodes: dict[int, NodeRecord] = field(default_factory=dict)
+    epsilon: float | None = None
+    delta: float | None = None
 
     def client(self, node: int, reply: Reply, *, num_experts: int) -> ClientFigures:
         """Record the sender of a valid reply and return the figures of its client, to be changed in place.
@@ -135,6 +139,8 @@ class RunHistory:
             traffic=dict(value["traffic"]),
             clients={int(index): ClientFigures(**each) for index, each in value["clients"].items()},
             nodes={int(node): NodeRecord(**each) for node, each in value["nodes"].items()},
+            epsilon=value.get("epsilon"),
+            delta=value.get("delta"),
         )
 
     def _node(self, node: int) -> NodeRecord:

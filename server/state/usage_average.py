@@ -8,12 +8,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from experts.graph.edits import AddEdge, Edit, RemoveEdge
-from federated.aggregation.usage import combine_usage
 
 
 @dataclass
 class UsageAverage:
-    """Usage counts summed over clients (``combine_usage``) and averaged over rounds.
+    """Usage counts combined over clients and averaged over rounds.
 
     Attributes:
         counts: per layer float64 ``[E, E]``; empty before the first round.
@@ -21,16 +20,15 @@ class UsageAverage:
 
     counts: list[np.ndarray] = field(default_factory=list)
 
-    def add(self, clients: Sequence[Sequence[np.ndarray]], *, decay: float) -> None:
+    def add(self, total: Sequence[np.ndarray], *, decay: float) -> None:
         """Add the counts of a round.
 
         Args:
-            clients: per client and layer ``[E, E]``.
+            total: combined counts, per layer ``[E, E]``; empty: the average stays as it is.
             decay: weight of earlier rounds, 0 to 1.
         """
-        if not clients:
+        if not total:
             return
-        total = combine_usage(clients)
         past = self.counts or [np.zeros_like(counts) for counts in total]
         weight = decay if self.counts else 0.0
         self.counts = [weight * old + (1 - weight) * new for old, new in zip(past, total, strict=True)]

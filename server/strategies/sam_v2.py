@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 from torch import Tensor
 
 from configs.run_views import Aggregation, Rewiring
@@ -12,7 +13,7 @@ from configs.schema import RunConfig
 from federated.aggregation.agreement import opposed
 from federated.aggregation.combine import aggregate
 from federated.aggregation.contribution import Contribution
-from federated.aggregation.usage import unpack_usage
+from federated.aggregation.usage import combine_usage, unpack_usage
 from federated.data.blocks import Blocks, take
 from federated.protocol.messages import Reply, Request
 from models.graph.unit_vectors import Unit, unit_sizes
@@ -42,6 +43,7 @@ class SamV2:
         rewiring: keys of the graph edits.
         attention: whether clients train attention projections, too.
         num_rounds: planned rounds, the last of which is announced to the clients.
+        counts_usage: whether clients report usage counts.
         validation: the server's own text, on which the loss around graph edits is measured; None: not measured.
     """
 
@@ -52,9 +54,10 @@ class SamV2:
         rewiring: Rewiring,
         attention: bool,
         num_rounds: int,
+        counts_usage: bool = True,
         validation: Blocks | None = None,
     ) -> None:
-        self._aggregation, self._rewiring = aggregation, rewiring
+        self._aggregation, self._rewiring, self._counts_usage = aggregation, rewiring, counts_usage
         self._attention, self._num_rounds, self._validation = attention, num_rounds, validation
 
     def configure(self, global_model: GlobalModel, session: NodeSession, server_round: int) -> Request:
@@ -85,11 +88,11 @@ class SamV2:
         check_size(packed.size, sizes)
         trained = trained_units(reply, sizes)
         inclusion = inclusion_probabilities(reply, trained)
-        usage = unpack_usage(reply.usage, graph.num_experts)
+        usage = unpack_usage(reply.usage, graph.num_experts) if self._counts_usage else []
         unpack, summary, stats = decode_checked(packed, graph, sizes, trained)
         return Accepted(node, reply, Contribution(weight, unpack, inclusion, trained, summary), usage, stats)
 
-    def combine(self, accepted: Sequence[Accepted]) -> Mapping[Unit, Tensor]:
+    def combine(self, accepted: Sequence[Accepted], global_model: GlobalModel) -> Mapping[Unit, Tensor]:
         """Combine updates per ``combine``, with norm clipping and the server learning rate; none that is opposed."""
         return aggregate(
             self._unopposed(accepted),
@@ -99,6 +102,10 @@ class SamV2:
             clip_unit_multiple=self._aggregation.clip_unit_multiple,
             trim_share=self._aggregation.trim_share,
         )
+
+    def combine_usage(self, accepted: Sequence[Accepted], global_model: GlobalModel) -> list[np.ndarray]:
+        """Sum of the clients' counts in which none of them decides alone (``federated.aggregation.usage``)."""
+        return combine_usage([each.usage for each in accepted])
 
     def _unopposed(self, accepted: Sequence[Accepted]) -> list[Contribution]:
         contributions = [each.contribution for each in accepted]
@@ -128,5 +135,6 @@ def sam_v2(config: RunConfig, *, validation: Blocks | None = None) -> SamV2:
         rewiring=config.rewiring,
         attention=config.attention_lora,
         num_rounds=config.num_rounds,
+        counts_usage=config.privacy.counts_usage,
         validation=take(validation, config.eval_blocks) if validation is not None else None,
     )

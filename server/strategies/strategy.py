@@ -1,4 +1,4 @@
-"""Interface of a federated method: the four decisions that the round loop leaves to it."""
+"""Interface of a federated method: the five decisions that the round loop leaves to it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Accepted:
         node: Flower node id of the sender.
         reply: reply as read; its packed update is empty where that was spooled to disk.
         contribution: update and weight for the combination.
-        usage: usage counts, per layer ``[E, E]``.
+        usage: usage counts, per layer ``[E, E]``; empty where clients report none.
         stats: sizes of the packed update.
     """
 
@@ -54,7 +54,7 @@ class Strategy(Protocol):
 
     The round loop owns the exchange of messages, retries, versions, the application of the change, state and logs.
     A strategy holds no state of a run: that is passed in, so that it can be saved. Wrappers (differential privacy,
-    robust aggregation) implement the same four methods and delegate.
+    robust aggregation) implement the same methods and delegate.
     """
 
     def configure(self, global_model: GlobalModel, session: NodeSession, server_round: int) -> Request:
@@ -81,11 +81,20 @@ class Strategy(Protocol):
             RefusedUpdate: the update must not enter the model.
         """
 
-    def combine(self, accepted: Sequence[Accepted]) -> Mapping[Unit, Tensor]:
-        """Combine updates into one change ``[size]`` for each unit that a client shipped.
+    def combine(self, accepted: Sequence[Accepted], global_model: GlobalModel) -> Mapping[Unit, Tensor]:
+        """Combine updates into one change ``[size]`` for each unit that moves.
 
         Args:
             accepted: replies of a round, in order of the clients' partitions; at least one.
+            global_model: model that they are updates of.
+        """
+
+    def combine_usage(self, accepted: Sequence[Accepted], global_model: GlobalModel) -> list[np.ndarray]:
+        """Combine usage counts into one per layer, float64 ``[E, E]``; empty where none are used.
+
+        Args:
+            accepted: as of ``combine``.
+            global_model: as of ``combine``.
         """
 
     def after_round(self, global_model: GlobalModel, state: FederationState) -> RewireRecord | None:

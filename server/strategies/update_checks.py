@@ -26,11 +26,15 @@ SMALLEST_INCLUSION = 2.0**-20  # inclusion probability of a shipped expert
 
 
 def client_weight(reply: Reply, kind: ClientWeight) -> float:
-    """Return the weight of a client: its training blocks (``examples``) or the tokens of this round (``tokens``).
+    """Return the weight of a client: its training blocks (``examples``), the tokens of this round (``tokens``), or 1.
+
+    Of a ``uniform`` weight no number is required.
 
     Raises:
         RefusedUpdate: a required number is missing, or the weight is 0.
     """
+    if kind == "uniform":
+        return 1.0
     name = WEIGHT_NUMBERS[kind]
     for required in (*REQUIRED_NUMBERS, name):
         if required not in reply.numbers:

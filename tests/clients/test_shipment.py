@@ -23,6 +23,7 @@ from experts.graph.edit_plan import apply_plan
 from experts.graph.edits import RetireExpert, SpawnExpert
 from experts.graph.expert_graph import ExpertGraph
 from federated.protocol.messages import Request, read_reply, read_request
+from federated.selection.entries import gradient_score
 from federated.selection.error_feedback import Limits, PreparedUpdate, choose_update
 from federated.updates.lazy_vectors import LazyVectors
 from federated.updates.update import SparseUpdate, SparseVector
@@ -119,6 +120,18 @@ def test_own_limits_out_of_range_are_the_users_affair(node):
         with_own_limits(RunConfig(), node_of(node), "b")
 
 
+def test_a_client_ships_no_more_than_the_shared_entries():
+    config = RunConfig(density=0.2, entry_score="shared", density_scope="expert")
+    assert with_own_limits(config, node_of({"density": 0.2}), "a").density == 0.2
+    assert with_own_limits(config, node_of({"density": 0.1}), "a").density == 0.1
+    with pytest.raises(
+        UserError, match=r"density of at most the run's 0.2 .*got 0.3 in the node-config of client a"
+    ):
+        with_own_limits(config, node_of({"density": 0.3}), "a")
+    with pytest.raises(UserError, match="upload-budget-mb=0 with entry-score=shared, got 1"):
+        with_own_limits(config, node_of({"upload-budget-mb": 1.0}), "a")
+
+
 def test_limits_are_those_of_the_run():
     config = RunConfig(ship_experts=3, density=0.25, density_scope="all", upload_budget_mb=0.001)
     assert limits(config.upload) == Limits(3, 0.25, "all", 1000)
@@ -205,7 +218,8 @@ def test_a_shipment_holds_what_the_slopes_make_worth_most(steep, shipped):
         slopes = {(0, 0): slope}
     config = RunConfig(density=1 / size, value_bits=16)
     generator = torch.Generator().manual_seed(0)
-    prepared = choose_shipment(model, {(0, 0): delta}, slopes, {}, config.upload, generator=generator)
+    score = gradient_score(slopes)
+    prepared = choose_shipment(model, {(0, 0): delta}, score, {}, config.upload, generator=generator)
     assert prepared.update.vectors[0, 0].indices.tolist() == shipped
     assert prepared.update.graph_hash == read_graph(model).digest()
     assert drawn_with(prepared) == {}

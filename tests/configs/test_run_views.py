@@ -5,10 +5,19 @@ from typing import get_type_hints
 
 import pytest
 
-from configs.run_views import Adapters, Aggregation, Rewiring, Training, Upload, view_of
+from configs.run_views import (
+    Adapters,
+    Aggregation,
+    Participation,
+    Privacy,
+    Rewiring,
+    Training,
+    Upload,
+    view_of,
+)
 from configs.schema import RunConfig
 
-VIEWS = (Training, Adapters, Upload, Aggregation, Rewiring)
+VIEWS = (Training, Adapters, Upload, Aggregation, Rewiring, Privacy, Participation)
 
 
 @pytest.mark.parametrize("view", VIEWS)
@@ -33,3 +42,20 @@ def test_an_upload_knows_its_bytes_and_its_weighting():
     assert RunConfig().upload.max_bytes == 0 and not RunConfig().upload.unbiased
     assert RunConfig(upload_budget_mb=0.25).upload.max_bytes == 250_000
     assert RunConfig(combine="horvitz-thompson").upload.unbiased
+
+
+@pytest.mark.parametrize(
+    ("fraction", "least", "connected", "wanted"),
+    [(1.0, 0, 5, 5), (0.5, 0, 5, 3), (0.1, 0, 5, 1), (0.1, 2, 5, 2), (0.1, 9, 5, 5), (1.0, 0, 0, 1)],
+)
+def test_the_updates_of_a_round_are_a_share_of_the_connected_clients(fraction, least, connected, wanted):
+    participation = RunConfig(fraction_train=fraction, min_clients=least, num_clients=9).participation
+    assert participation.wanted(connected) == wanted
+
+
+@pytest.mark.parametrize(
+    ("clip", "usage", "on", "counts"), [(0, 0, False, True), (1, 0, True, False), (1, 1, True, True)]
+)
+def test_clients_report_usage_unless_it_is_private_and_without_noise(clip, usage, on, counts):
+    privacy = Privacy(clip, 1.0, usage, 1e-5, 0.0)
+    assert (privacy.on, privacy.counts_usage) == (on, counts)

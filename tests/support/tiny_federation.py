@@ -209,7 +209,7 @@ def assert_run_succeeded(summary: dict[str, Any], *, logs: Path, out: Path, name
     """A run went well, by its summary, its logs and its checkpoint."""
     assert set(summary) == {
         "rounds", "stopped", "clients", "bytes_up", "bytes_down", "bytes_up_dense", "bytes_down_dense", "edits",
-        "drift_rounds", "last", "best", "graph_hash", "out", "log_dir", "log_errors",
+        "drift_rounds", "last", "best", "epsilon", "delta", "graph_hash", "out", "log_dir", "log_errors",
     }  # fmt: skip
     assert (summary["out"], summary["log_dir"], summary["log_errors"]) == (str(out), str(logs), {})
     assert [client["name"] for client in summary["clients"]] == list(names)

@@ -4,7 +4,15 @@ import pytest
 import torch
 
 from models.checkpoints.save import cast_weights
-from models.graph.unit_vectors import add_to_unit, read_unit, unit_shapes, unit_sizes, write_unit
+from models.graph.unit_vectors import (
+    Span,
+    add_to_unit,
+    read_unit,
+    trained_spans,
+    unit_shapes,
+    unit_sizes,
+    write_unit,
+)
 from tests.conftest import tiny_llama
 from tests.support.tiny_graphs import graph_of, with_random_gains
 
@@ -115,3 +123,18 @@ def test_the_matrix_of_an_expert_stands_at_the_start_of_its_vector():
         gate_up, down = model.expert_layers()[unit[0]].read_expert(unit[1])
         matrix = read_unit(model, unit)[: rows * columns].view(rows, columns)
         assert torch.equal(matrix, torch.cat([gate_up, down.T]))
+
+
+def test_trained_spans_are_the_matrices_the_routing_or_both(model):
+    matrices = 3 * 16 * 32
+    sizes = unit_sizes(model, attention=True)
+    for train, (start, stop) in {
+        "all": (0, None),
+        "experts": (0, matrices),
+        "routing": (matrices, None),
+    }.items():
+        spans = trained_spans(model, train)
+        assert spans.keys() == unit_sizes(model).keys()
+        assert all(each == Span(start, stop or sizes[unit], sizes[unit]) for unit, each in spans.items())
+    attention = trained_spans(model, "experts", attention=True)
+    assert attention[1, -1] == Span(0, sizes[1, -1], sizes[1, -1]) and attention.keys() == sizes.keys()

@@ -68,3 +68,9 @@ def test_names_and_reasons_are_shown_as_they_are(capsys):
 def test_log_files_that_are_incomplete_are_named():
     lines = summary_lines(SUMMARY | {"log_errors": {"rounds.jsonl": "OSError: disk full"}})
     assert "the log file rounds.jsonl is incomplete: OSError: disk full" in lines
+
+
+def test_epsilon_has_a_line_where_there_is_a_guarantee():
+    line = "differential privacy of each client: epsilon 7.935 at delta 1e-05"
+    assert line in summary_lines(SUMMARY | {"epsilon": 7.93461, "delta": 1e-5})
+    assert summary_lines(SUMMARY | {"epsilon": None, "delta": None})[1:] == summary_lines(SUMMARY)[1:]

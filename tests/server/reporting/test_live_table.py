@@ -125,6 +125,16 @@ def test_round_line_marks_what_is_unknown(tmp_path):
     assert line.endswith("density -  edges 11  edits 3")
 
 
+def test_epsilon_is_shown_where_there_is_a_guarantee(tmp_path):
+    log = make_log(tmp_path)
+    log.round(replace(ROUND, epsilon=1.25, delta=1e-5))
+    row = read_rounds(tmp_path)[0]
+    assert round_line(row, num_rounds=9, edits=3).endswith("edges 11  edits 3  epsilon 1.250")
+    table = rounds_table([row], {})
+    assert table.columns[-1].header == "epsilon" and list(table.columns[-1].cells) == ["1.250"]
+    assert rounds_table([row | {"epsilon": None}], {}).columns[-1].header == "edits"
+
+
 @pytest.mark.parametrize(
     ("count", "text"),
     [

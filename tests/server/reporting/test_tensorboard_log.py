@@ -36,12 +36,13 @@ def scalars(events: EventAccumulator, tag: str) -> list:
 
 def test_curves_per_client_and_overall(read_back):
     def two_rounds(log):
-        log.round(ROUND)
+        log.round(replace(ROUND, epsilon=1.5, delta=1e-5))
         log.round(replace(ROUND, round=2, perplexity=7.0, clients=[replace(CLIENT, perplexity=math.nan)]))
 
     events = read_back(two_rounds)
     assert scalars(events, "perplexity/overall") == [(1, 8.0), (2, 7.0)]
     assert scalars(events, "perplexity/recipes") == [(1, 9.5)]  # no point where the value is not a number
+    assert scalars(events, "privacy/epsilon") == [(1, 1.5)]
     assert scalars(events, "loss/prose") == [(1, 4.0)]
     assert scalars(events, "loss/overall") == [(1, 3.5), (2, 2.0)]
     assert scalars(events, "density/overall") == [(1, 0.05), (2, 0.05)]

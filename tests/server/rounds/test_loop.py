@@ -668,9 +668,13 @@ class Halved:
             raise RefusedUpdate("digits are not trusted")
         return self.inner.accept(node, reply, packed, global_model)
 
-    def combine(self, accepted):
+    def combine(self, accepted, global_model):
         self.calls["combine"] += 1
-        return {unit: 0.5 * vector for unit, vector in self.inner.combine(accepted).items()}
+        return {unit: 0.5 * vector for unit, vector in self.inner.combine(accepted, global_model).items()}
+
+    def combine_usage(self, accepted, global_model):
+        self.calls["combine_usage"] += 1
+        return self.inner.combine_usage(accepted, global_model)
 
     def after_round(self, global_model, state):
         self.calls["after_round"] += 1
@@ -687,7 +691,7 @@ def test_a_wrapper_of_the_strategy_decides_what_is_accepted_and_applied(graph, t
     wrapper = Halved(sam_v2(config))
     halved = tiny_federation(TinyGrid(config), config, strategy=wrapper)
     halved.run()
-    assert wrapper.calls == {"configure": 4, "accept": 2, "combine": 1, "after_round": 1}
+    assert wrapper.calls == {"configure": 4, "accept": 2, "combine": 1, "combine_usage": 1, "after_round": 1}
     base = load_graph(config.graph, dtype=torch.float32).expert_layers()[0].down_proj
     full, half = (
         (each.global_model.model.expert_layers()[0].down_proj - base).detach() for each in (plain, halved)

@@ -210,7 +210,7 @@ def test_the_summary_takes_everything_together(observer, global_model, log_dir):
     assert summary == read_summary(log_dir)
     assert set(summary) == {
         "rounds", "stopped", "clients", "bytes_up", "bytes_down", "bytes_up_dense", "bytes_down_dense", "edits",
-        "drift_rounds", "last", "best", "graph_hash", "out", "log_dir", "log_errors",
+        "drift_rounds", "last", "best", "epsilon", "delta", "graph_hash", "out", "log_dir", "log_errors",
     }  # fmt: skip
     assert (summary["rounds"], summary["edits"], summary["out"]) == (2, 4, "/some/where")
     assert summary["stopped"] is None and summary["best"] == {"round": 1}

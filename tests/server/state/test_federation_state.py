@@ -41,6 +41,7 @@ STATE = FederationState(
         layers=[0.0, 2 / 3],
     ),
     departed={4: 6},
+    updates={0: 5, 4: 2},
 )
 
 
@@ -64,7 +65,7 @@ def test_the_state_survives_its_serialization_bit_for_bit(state):
 
 
 def test_a_restored_state_accumulates_as_the_original():
-    counts = [[np.full((4, 4), 3), np.full((2, 2), 5)]]
+    counts = [np.full((4, 4), 3), np.full((2, 2), 5)]
     restored, original = (
         FederationState.from_bytes(STATE.to_bytes()),
         FederationState.from_bytes(STATE.to_bytes()),
@@ -99,8 +100,16 @@ def test_states_of_earlier_versions_are_read():
     """Written before clients could return under another node id, and before drift was detected."""
     tensors = load(replace(STATE, drift=Drift()).to_bytes())
     facts = json.loads(tensors["facts"].tobytes())
-    del facts["departed"], facts["drift"]
+    del facts["departed"], facts["drift"], facts["updates"]
     earlier = tensors | {"facts": np.frombuffer(json.dumps(facts).encode(), dtype=np.uint8)}
     state = FederationState.from_bytes(save(earlier))
-    assert state.departed == {} and state.drift == Drift() and state.server_round == 7
+    assert state.departed == state.updates == {} and state.drift == Drift() and state.server_round == 7
     assert bits(state) == bits(STATE)[:2]
+
+
+def test_accepted_updates_are_counted_by_client():
+    state = FederationState(sessions={4: NodeSession(), 9: NodeSession()})
+    for node, partition in ((4, 1), (9, 0), (4, 1)):
+        state.server_round += 1
+        state.accept(node, partition)
+    assert state.updates == {1: 2, 0: 1}

@@ -8,12 +8,12 @@ from experts.graph.edits import AddEdge, RetireExpert, SpawnExpert
 from server.state.usage_average import UsageAverage
 
 
-def test_usage_is_summed_over_clients_and_averaged_over_rounds():
+def test_usage_is_averaged_over_rounds():
     average = UsageAverage()
     one, two = np.array([[1, 2], [0, 3]]), np.array([[3, 1], [0, 2]])
-    average.add([[one, two], [two, two]], decay=0.75)
+    average.add([one + two, 2 * two], decay=0.75)
     assert np.array_equal(average.counts[0], one + two) and np.array_equal(average.counts[1], 2 * two)
-    average.add([[two, one]], decay=0.75)
+    average.add([two, one], decay=0.75)
     assert np.allclose(average.counts[0], 0.75 * (one + two) + 0.25 * two)
     assert np.allclose(average.counts[1], 0.75 * 2 * two + 0.25 * one)
     before = copy.deepcopy(average.counts)
@@ -24,14 +24,14 @@ def test_usage_is_summed_over_clients_and_averaged_over_rounds():
 def test_a_decay_of_zero_forgets_the_past():
     average = UsageAverage()
     for value in (5, 7):
-        average.add([[np.full((2, 2), value)]], decay=0.0)
+        average.add([np.full((2, 2), value)], decay=0.0)
     assert average.counts[0].tolist() == [[7, 7], [7, 7]]
 
 
 def test_pairs_whose_edge_came_or_went_start_from_the_mean_of_their_layer():
     average = UsageAverage()
     counts = np.array([[9, 1, 2], [0, 9, 6], [0, 0, 9]])
-    average.add([[counts, counts]], decay=0.5)
+    average.add([counts, counts], decay=0.5)
     average.reset([AddEdge(1, 1, 2)])
     assert np.array_equal(average.counts[0], counts)
     assert average.counts[1].tolist() == [[9, 1, 2], [0, 9, 3], [0, 0, 9]]

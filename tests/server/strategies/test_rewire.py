@@ -37,7 +37,7 @@ def usage() -> UsageAverage:
     average = UsageAverage()
     counts = np.triu(np.arange(16).reshape(4, 4) + 1)
     counts[0, 2] = 100
-    average.add([[counts, counts]], decay=0.5)
+    average.add([counts, counts], decay=0.5)
     return average
 
 
@@ -102,7 +102,7 @@ def test_rewiring_that_costs_too_much_is_rolled_back(
 def test_without_usage_or_demand_there_is_nothing_to_rewire(global_model, validation):
     average = UsageAverage()
     assert run(global_model, average, validation).edits == []
-    average.add([[np.zeros((4, 4))] * 2], decay=0.5)
+    average.add([np.zeros((4, 4))] * 2, decay=0.5)
     record = run(global_model, average, validation)
     assert record.edits == [] and record.gamma_hat is None
     assert global_model.graph.version == 0 and global_model.steps[-1].edits == []
@@ -119,7 +119,7 @@ def test_demand_and_traversals_are_compared_by_the_routed_visits(shared_graph_di
         "server.strategies.rewire.propose_edits", lambda *_, margin, resting: seen.append(margin) or []
     )
     average = UsageAverage()
-    average.add([[np.zeros((8, 8))] * 2], decay=0.5)
+    average.add([np.zeros((8, 8))] * 2, decay=0.5)
     global_model = GlobalModel(str(shared_graph_dir))
     run(global_model, average, None)
     global_model.model.config.experts_per_token = 7

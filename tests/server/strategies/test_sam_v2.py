@@ -56,7 +56,7 @@ def test_a_request_leads_from_the_held_version_to_the_current_one(global_model):
     assert last == [False, True, False]
 
 
-@pytest.mark.parametrize(("kind", "weight"), [("examples", 4.0), ("tokens", 50.0)])
+@pytest.mark.parametrize(("kind", "weight"), [("examples", 4.0), ("tokens", 50.0), ("uniform", 1.0)])
 def test_an_accepted_reply_holds_weight_units_usage_and_sizes(global_model, kind, weight):
     each = accepted(sam_v2(RunConfig(client_weight=kind)), global_model, 1)
     contribution = each.contribution
@@ -82,7 +82,7 @@ def test_the_change_is_the_aggregation_with_the_runs_keys(global_model):
     strategy = sam_v2(config)
     replies = [accepted(strategy, global_model, partition) for partition in (0, 1)]
     contributions = [each.contribution for each in replies]
-    change = strategy.combine(replies)
+    change = strategy.combine(replies, global_model)
     expected = aggregate(contributions, combine="hajek", server_learning_rate=0.5, clip_norm_multiple=1.0)
     assert change.keys() == expected.keys() == {(0, 2)}
     assert torch.equal(change[0, 2], expected[0, 2])
@@ -95,10 +95,10 @@ def test_an_update_against_most_others_is_left_out(global_model, caplog):
     updates = [packed_change(global_model.model, {(0, 2): sign * change[0, 2]}) for sign in (1.0, 1.0, -1.0)]
     strategy = sam_v2(RunConfig(server_learning_rate=1.0, opposition_limit=0.1))
     replies = [accepted(strategy, global_model, node, update=update) for node, update in enumerate(updates)]
-    (found,) = strategy.combine(replies).values()
+    (found,) = strategy.combine(replies, global_model).values()
     assert torch.allclose(found, aggregate([replies[0].contribution])[0, 2])
     assert "the update of node 2 points against most others" in caplog.text
-    kept = sam_v2(RunConfig(server_learning_rate=1.0)).combine(replies)
+    kept = sam_v2(RunConfig(server_learning_rate=1.0)).combine(replies, global_model)
     assert torch.linalg.norm(kept[0, 2]) < 0.7 * torch.linalg.norm(found)
 
 
@@ -107,7 +107,7 @@ def test_the_graph_is_edited_every_so_many_rounds(global_model):
     state = FederationState()
     counts = np.triu(np.arange(16).reshape(4, 4) + 1)
     counts[0, 2] = 100
-    state.usage.add([[counts, counts]], decay=0.5)
+    state.usage.add([counts, counts], decay=0.5)
     strategy = sam_v2(RunConfig(merge_every=2, rho_max=1))
     records = []
     for state.server_round in (1, 2, 3):
@@ -117,3 +117,12 @@ def test_the_graph_is_edited_every_so_many_rounds(global_model):
     assert len(records[1].edits) == 1 and global_model.graph.version == 1
     state.server_round = 2
     assert sam_v2(RunConfig(rho_max=0)).after_round(global_model, state) is None
+
+
+def test_a_uniform_weight_needs_no_numbers_and_usage_is_summed(global_model):
+    strategy = sam_v2(RunConfig(client_weight="uniform"))
+    replies = [accepted(strategy, global_model, partition, numbers={}) for partition in (0, 1)]
+    assert [each.contribution.weight for each in replies] == [1.0, 1.0]
+    assert [each.tolist() for each in strategy.combine_usage(replies, global_model)] == [
+        (2 * np.eye(4)).tolist()
+    ] * 2
