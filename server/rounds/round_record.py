@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 
 from experts.graph.expert_graph import ExpertGraph
 from federated.wire.packed_stats import PackedStats
-from server.privacy.budget import PrivacySpent
 from server.reporting.run_log import ClientRecord, RoundRecord
 from server.rounds.exchange import Answer
 from server.rounds.validation import RoundReplies, held_out_loss, reply_loss
@@ -26,7 +25,6 @@ def round_record(
     seconds: float,
     drift: Drift | None = None,
     stopped: str | None = None,
-    spent: PrivacySpent = PrivacySpent(),
 ) -> RoundRecord:
     """Compute the metrics of a round.
 
@@ -41,7 +39,6 @@ def round_record(
         seconds: wall time.
         drift: detection of drift after the round; None: as before the first.
         stopped: reason why this is the last round although more were planned.
-        spent: differential privacy of the models so far.
     """
     drift = drift or Drift()
     return RoundRecord(
@@ -65,8 +62,6 @@ def round_record(
         drift_layers=list(drift.layers),
         step_bytes=step.packed_bytes if step else None,
         step_floor_bytes=step.entropy_floor_bytes if step else None,
-        epsilon=spent.epsilon,
-        delta=spent.delta,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -111,8 +112,8 @@ class RunObserver:
             seconds=seconds,
             drift=drift,
             stopped=stopped,
-            spent=spent,
         )
+        record = replace(record, epsilon=spent.epsilon, delta=spent.delta)
         self._add(record, replies, answers, drift or Drift())
         self._write_round(record, replies, graph, usage)
 
