@@ -11,7 +11,7 @@ from configs.values import parse_budgets
 
 # Values of keys that differential privacy requires: bounded sensitivity, and nothing released that depends on data
 # without noise. Another entry draw, weight, combination or clipping depends on what clients send; early stopping, the
-# best model and drift read their losses, and over-provisioning lets one client take the place of another.
+# best model, drift and growth read their losses, and over-provisioning lets one client take the place of another.
 _PRIVATE: dict[str, str | float | bool] = {
     "entry_score": "shared",
     "combine": "mean",
@@ -23,6 +23,7 @@ _PRIVATE: dict[str, str | float | bool] = {
     "keep_best": False,
     "drift_loss": 0.0,
     "drift_routing": 0.0,
+    "max_spawned": 0,
     "over_provision": 1.0,
 }
 # Values of keys without which clients cannot ship the same entries.

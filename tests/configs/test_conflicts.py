@@ -74,6 +74,7 @@ def test_the_defaults_agree_with_each_other():
         (PRIVATE | {"client_weight": "tokens"}, ["client-weight=uniform with dp-clip-norm, got tokens"]),
         (PRIVATE | {"clip_unit_multiple": 2.0}, ["clip-unit-multiple=0 with dp-clip-norm, got 2"]),
         (PRIVATE | {"opposition_limit": 0.1}, ["opposition-limit=0 with dp-clip-norm, got 0.1"]),
+        (PRIVATE | {"max_spawned": 2}, ["max-spawned=0 with dp-clip-norm, got 2"]),
         (PRIVATE | {"early_stop_rounds": 3}, ["early-stop-rounds=0 with dp-clip-norm, got 3"]),
         (
             PRIVATE | {"sampling_weights": "examples", "fraction_train": 0.5},

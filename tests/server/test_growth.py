@@ -48,8 +48,13 @@ def test_clients_train_and_use_a_spawned_expert_from_the_next_round_on(graph, tm
     config = config_in(graph, tmp_path, budgets=budgets, lora_rank=lora_rank)
     federation = tiny_federation(TinyGrid(config), config)
     loads = []
-    add = federation.state.usage.add
-    federation.state.usage.add = lambda clients, **options: (loads.append(clients), add(clients, **options))
+    combine = federation.strategy.combine_usage
+
+    def combine_usage(accepted, global_model):
+        loads.append([each.usage for each in accepted])
+        return combine(accepted, global_model)
+
+    federation.strategy.combine_usage = combine_usage
     federation.run()
     merge = json.loads((tmp_path / "logs" / "merge_round1.json").read_text())
     ((op, layer, parent, expert),) = [
