@@ -28,7 +28,7 @@ from server.reporting.call_trace import call_trace
 from server.reporting.failure import recording_failure
 from server.reporting.unused_clients import check_all_used
 from server.rounds.best_model import close_run
-from server.rounds.interruption import save_interrupted
+from server.rounds.interruption import replacing_own_model, save_interrupted
 from server.rounds.loop import Federation
 from server.rounds.run_observer import RunObserver
 from server.rounds.stoppable_grid import StoppableGrid
@@ -75,6 +75,7 @@ def run_federation(grid: Grid, config: RunConfig, *, run_id: int) -> dict:
     """
     prepare_process(config)
     log_dir = Path(config.log_dir) if config.log_dir else cache_folder() / "runs" / str(run_id)
+    config = replacing_own_model(config, log_dir)
     if config.out:
         check_output_directory(Path(config.out), overwrite=config.overwrite)
     PrivacyBudget(config.privacy).check()

@@ -36,7 +36,7 @@ def client_folder(config: RunConfig, node: NodeConfig, *, run_id: int) -> Path:
         return Path(node.cache_dir) / f"run-{run_id}"
     if config.log_dir:
         return Path(config.log_dir) / "clients" / f"run-{run_id}"
-    return cache_folder() / "runs" / str(run_id) / "clients"
+    return cache_folder() / "runs" / str(run_id) / "clients" / f"run-{run_id}"
 
 
 def bring_to_version(model: FedGraftForCausalLM, store: ClientStore, request: Request) -> None:

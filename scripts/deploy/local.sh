@@ -4,9 +4,11 @@
 # and everything is stopped again. The exit status is the job's: 0 completed, 1 failed, 2 bad input.
 #
 #   scripts/deploy/local.sh GRAPH [ROUNDS] [KEY=VALUE...]
+#   scripts/deploy/local.sh --resume LOG_DIR
 #
 # GRAPH     folder that `fedgraft bootstrap` wrote        ROUNDS   server rounds, 3 unless given
 # KEY=VALUE any key of configs/default.toml
+# --resume  continue the run of a log directory, with its settings; set CACHE_DIR (and DATA_DIR_0/_1) as for that run
 #
 # Environment, all optional:
 #   FEDGRAFT_DATA   data sources separated by ';', shared by the clients, each taking its part
@@ -17,19 +19,29 @@
 #   PYTHON          interpreter that has flwr (.venv/bin/python)
 set -euo pipefail
 
+RESUME=
+if [[ $# -eq 2 && $1 == --resume ]]; then
+    RESUME=$(realpath -m "$2")
+    LOG_DIR=$RESUME
+    shift
+fi
 if [[ $# -lt 1 || $1 == -* ]]; then
     sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "$0" >&2
     exit 2
 fi
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 GRAPH=$(realpath -m "$1")
-ROUNDS=${2:-3}
+ROUNDS=${2:-3} # of a new run, as GRAPH
 shift $(($# < 2 ? $# : 2))
 PYTHON=${PYTHON:-$ROOT/.venv/bin/python}
 LOG_DIR=$(realpath -m "${LOG_DIR:-$ROOT/logs/local}")
 APP_DIR=$(realpath -m "${APP_DIR:-$ROOT}")
 if [[ ! $ROUNDS =~ ^[1-9][0-9]*$ ]]; then
     echo "error: expected ROUNDS to be a number above 0, got '$ROUNDS'" >&2
+    exit 2
+fi
+if [[ -n $RESUME && ! -f $RESUME/state/settings.json ]]; then
+    echo "error: expected the log directory of a run, found no '$RESUME/state/settings.json'" >&2
     exit 2
 fi
 if [[ ! -x $PYTHON ]]; then
@@ -99,9 +111,13 @@ absolute_sources() {
     done
     echo "${sources[*]}"
 }
-SETTINGS=("graph=$GRAPH" "num-rounds=$ROUNDS" "log-dir=$LOG_DIR")
-if [[ -n ${FEDGRAFT_DATA:-} ]]; then SETTINGS+=("data=$(absolute_sources "$FEDGRAFT_DATA")"); fi
-if [[ -n ${OUT:-} ]]; then SETTINGS+=("out=$(realpath -m "$OUT")"); fi
+if [[ -n $RESUME ]]; then
+    SETTINGS=(--resume "$RESUME")
+else
+    SETTINGS=("graph=$GRAPH" "num-rounds=$ROUNDS" "log-dir=$LOG_DIR")
+    if [[ -n ${FEDGRAFT_DATA:-} ]]; then SETTINGS+=("data=$(absolute_sources "$FEDGRAFT_DATA")"); fi
+    if [[ -n ${OUT:-} ]]; then SETTINGS+=("out=$(realpath -m "$OUT")"); fi
+fi
 # In the background, so that a signal ends the wait at once and the trap above stops everything.
 apart exec_submit run --app "$APP_DIR" --port "$LINK" --log "$LOG_DIR/flower.log" --timeout "${TIMEOUT:-3600}" \
     "${SETTINGS[@]}" "$@"

@@ -12,6 +12,7 @@ from pathlib import Path
 from configs.errors import Interrupted, UserError
 from configs.values import parse_assignments
 from federated.driver_watch import driver_mark
+from scripts.shared.run_config import read_resumed_config
 from server.flower.flower_process import (
     JOB_VARIABLE,
     RunFailed,
@@ -21,7 +22,7 @@ from server.flower.flower_process import (
     wait_until_healthy,
     write_connection,
 )
-from server.flower.flower_run import end_run, interruption, run_and_wait
+from server.flower.flower_run import RunConfigValues, end_run, interruption, run_and_wait
 from server.flower.guard import guard
 from server.state.run_lock import DRIVER_LOCK, holding
 
@@ -51,7 +52,7 @@ def main() -> int:
 
 
 def _run(options: argparse.Namespace) -> None:
-    run_config = parse_assignments(options.assignments)
+    run_config = _run_config(options)
     log_dir = Path(str(run_config["log-dir"])) if run_config.get("log-dir") else None
     wait_until_healthy(options.port)
     with ExitStack() as stack:
@@ -70,6 +71,14 @@ def _run(options: argparse.Namespace) -> None:
             )
         except KeyboardInterrupt:
             raise (interruption(log_dir) if log_dir else Interrupted("interrupted")) from None
+
+
+def _run_config(options: argparse.Namespace) -> RunConfigValues:
+    """Run configuration of the command line, or of the run that is continued."""
+    assignments = parse_assignments(options.assignments)
+    if options.resume is None:
+        return assignments
+    return read_resumed_config(options.resume, alone=not assignments).values()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -97,6 +106,12 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--log", type=Path, required=True, help="file that receives the log of the run")
     run.add_argument(
         "--timeout", type=float, default=3600.0, help="time limit of the run in seconds (%(default)s)"
+    )
+    run.add_argument(
+        "--resume",
+        type=Path,
+        metavar="LOG_DIR",
+        help="continue the run of a log directory, with its settings",
     )
     run.add_argument("assignments", nargs="*", metavar="KEY=VALUE", help="run configuration")
     return parser

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,30 +40,30 @@ def read_run_config(config: Path | None, given: dict[str, Any], assignments: lis
     return load_run_config(run.values() | absolute)
 
 
-def read_resumed_config(log_dir: Path, *, alone: bool) -> RunConfig:
+def read_resumed_config(log_dir: Path, *, alone: bool, overwrite: bool = False) -> RunConfig:
     """Read the run configuration of a run that is continued, from the state in its log directory.
 
     Args:
         log_dir: log directory of the run.
-        alone: whether no option of a run configuration was given beside it.
+        alone: whether no other option of a run configuration was given beside it.
+        overwrite: whether the output directory may be replaced; the model that the run itself saved always is.
 
     Raises:
         UserError: other options were given, or the directory holds no state of a run.
     """
     from configs.errors import UserError
     from configs.schema import load_run_config
-    from server.rounds.run_observer import read_summary
+    from server.rounds.interruption import replacing_own_model
     from server.state.journal import STATE_FOLDER
     from server.state.settings import read_settings
 
     if not alone:
-        raise UserError("expected --resume alone, got other options of the run, too; its settings are kept")
+        raise UserError("expected --resume without other options of the run, got some; its settings are kept")
     log_dir = log_dir.absolute()
     values = dict(read_settings(log_dir / STATE_FOLDER).values)
-    with suppress(FileNotFoundError):
-        # The model that this run saved when it was interrupted is replaced by the final one.
-        values["overwrite"] |= bool(values["out"]) and read_summary(log_dir)["out"] == values["out"]
-    return load_run_config(values | {"log-dir": str(log_dir), "resume": True})
+    values["overwrite"] |= overwrite
+    run = load_run_config(values | {"log-dir": str(log_dir), "resume": True})
+    return replacing_own_model(run, log_dir)
 
 
 def check_run(run: RunConfig) -> None:

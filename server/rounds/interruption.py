@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from pathlib import Path
 
 from configs.output import OutputKept
@@ -40,6 +41,14 @@ def save_interrupted(federation: Federation, error: BaseException) -> None:
         _log.exception("the interrupted run could not be saved")
     else:
         _log.warning("the model after round %d is in %s", federation.state.server_round, folder)
+
+
+def replacing_own_model(config: RunConfig, log_dir: Path) -> RunConfig:
+    """Permit a continued run to replace the model in ``out`` that it saved when it was interrupted."""
+    with suppress(FileNotFoundError):
+        if config.resume and config.out and read_summary(log_dir)["out"] == config.out:
+            return config.model_copy(update={"overwrite": True})
+    return config
 
 
 def interruption_line(log_dir: Path) -> str:

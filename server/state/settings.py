@@ -8,11 +8,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import tomli_w
+
 from configs.errors import UserError
-from configs.output import write_json
+from configs.output import write_bytes, write_json
 from configs.schema import RunConfig
 
 SETTINGS_FILE = "settings.json"
+RESUME_FILE = "resume.toml"
 # Keys that may differ in a continued run: none of them changes what a round computes.
 MAY_CHANGE = (
     "checkpoint-every",
@@ -44,8 +47,13 @@ class Settings:
     values: Mapping[str, Any]
 
     def write(self, folder: Path) -> None:
-        """Write ``settings.json`` in ``folder``."""
+        """Write ``settings.json`` and ``resume.toml`` in ``folder``, the state folder of a log directory.
+
+        The latter is the run configuration that continues the run: ``flwr run . NAME --run-config resume.toml``.
+        """
         write_json(folder / SETTINGS_FILE, asdict(self))
+        continued = {**self.values, "log-dir": str(folder.parent.absolute()), "resume": True}
+        write_bytes(folder / RESUME_FILE, tomli_w.dumps(continued).encode())
 
     def check(self, config: RunConfig, graph: str) -> None:
         """Check that a continued run has the same graph and configuration, apart from ``MAY_CHANGE``.
@@ -67,7 +75,7 @@ class Settings:
         if changed:
             raise UserError(
                 f"expected the settings of the run that is continued, got {', '.join(changed)}; only these keys may "
-                f"change: {', '.join(MAY_CHANGE)}"
+                f"change: {', '.join(MAY_CHANGE)}; state/{RESUME_FILE} in its log directory has all of them"
             )
 
 

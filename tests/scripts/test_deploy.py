@@ -11,12 +11,15 @@ import pytest
 
 from clients.state.store import ClientStore
 from configs.errors import UserError
+from configs.schema import RunConfig
 from models.checkpoints.disk_experts import open_mapped
 from models.graph.graph_state import read_graph
 from scripts.deploy import submit
+from server.state.journal import STATE_FOLDER
 from server.state.run_lock import DRIVER_LOCK, check_unused, holding
+from server.state.settings import Settings
 from server.state.stop_request import stop_requested
-from tests.support.flower_apps import UNREACHABLE_PROXY
+from tests.support.flower.apps import UNREACHABLE_PROXY
 from tests.support.paths import ROOT
 from tests.support.tiny_federation import assert_run_succeeded, run_values, save_tiny_graph, write_texts
 
@@ -67,6 +70,9 @@ def test_a_real_deployment_trains_with_private_data_and_stops(tmp_path, tiny_tok
         ((), "GRAPH [ROUNDS]"),
         (("--help",), "GRAPH [ROUNDS]"),
         (("graph", "0"), "expected ROUNDS to be a number above 0"),
+        (("--resume",), "GRAPH [ROUNDS]"),
+        (("--resume", "logs", "3"), "GRAPH [ROUNDS]"),
+        (("--resume", "/no/such/logs"), "found no '/no/such/logs/state/settings.json'"),
     ],
 )
 def test_bad_arguments_exit_with_2_before_anything_starts(tmp_path, arguments, message):
@@ -123,6 +129,23 @@ def test_submit_locks_the_log_directory_and_an_interrupt_exits_with_130(monkeypa
     with holding(tmp_path / "logs", DRIVER_LOCK):
         assert call(monkeypatch, *arguments, f"log-dir={tmp_path / 'logs'}") == 2
     assert f"in use by process {os.getpid()}" in capsys.readouterr().err
+
+
+def test_submit_continues_a_run_with_its_settings(monkeypatch, capsys, tmp_path):
+    calls = []
+    monkeypatch.setattr("scripts.deploy.submit.wait_until_healthy", lambda port: None)
+    monkeypatch.setattr("scripts.deploy.submit.run_and_wait", lambda app, **options: calls.append(options))
+    arguments = ("run", "--app", str(tmp_path), "--port", "1", "--log", str(tmp_path / "log"))
+    arguments = (*arguments, "--resume", str(tmp_path / "logs"))
+    assert call(monkeypatch, *arguments) == 2
+    assert "expected the state of a run" in capsys.readouterr().err
+    config = RunConfig(density=0.25, log_dir=str(tmp_path / "elsewhere"))
+    Settings(7, "f", config.values()).write(tmp_path / "logs" / STATE_FOLDER)
+    assert call(monkeypatch, *arguments) == 0
+    (options,) = calls
+    assert options["run_config"] == config.values() | {"resume": True, "log-dir": str(tmp_path / "logs")}
+    assert call(monkeypatch, *arguments, "density=0.5") == 2
+    assert "--resume without other options" in capsys.readouterr().err and len(calls) == 1
 
 
 def test_submit_reports_failures_in_one_line_with_their_status(monkeypatch, capsys, tmp_path):

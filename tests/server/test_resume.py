@@ -150,7 +150,8 @@ def test_the_state_on_disk_is_bounded(graph, tmp_path):
     state = Path(config.log_dir) / "state"
     names = {path.name for path in state.iterdir()}
     steps = {f"step-{version}.safetensors" for version in (1, 2, 3)}
-    assert names == steps | {"settings.json", "round-2.safetensors", "round-3.safetensors"}
+    rounds = {"round-2.safetensors", "round-3.safetensors"}
+    assert names == steps | rounds | {"settings.json", "resume.toml"}
     model = sum(each.numel() for each in load_graph(str(graph)).state_dict().values()) * 4
     newest = (state / "round-3.safetensors").stat().st_size
     assert newest + sum((state / name).stat().st_size for name in steps) < 1.2 * model + 20_000

@@ -80,7 +80,7 @@ def simulate(
         Path | None,
         typer.Option(
             help="Log directory of a run to continue after its last completed round; its settings are kept, so that "
-            "only --client-cpus and --json may be given, too."
+            "only --client-cpus, --overwrite and --json may be given, too."
         ),
     ] = None,
     as_json: JsonFlag = False,
@@ -94,7 +94,8 @@ def simulate(
 
     quiet_libraries()
     if resume is not None:
-        run = read_resumed_config(resume, alone=options == RunOptions() and not config and not settings)
+        alone = options in (RunOptions(), RunOptions(overwrite=True)) and not config and not settings
+        run = read_resumed_config(resume, alone=alone, overwrite=options.overwrite)
     else:
         run = read_run_config(config, options.values(), settings or [])
     check_run(run)

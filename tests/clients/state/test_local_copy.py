@@ -48,10 +48,10 @@ def test_files_lie_in_the_nodes_cache_else_with_the_logs_else_in_the_users_cache
     config = config_of()
     assert client_folder(config, node_of({"cache-dir": "/x"}), run_id=1) == type(tmp_path)("/x/run-1")
     assert client_folder(config, node_of(), run_id=1) == tmp_path / "logs" / "clients" / "run-1"
-    assert (
-        client_folder(config_of(log_dir=""), node_of(), run_id=1)
-        == tmp_path / "cache" / "runs" / "1" / "clients"
-    )
+    # Where the continued run, which names this log directory, finds it.
+    default = client_folder(config_of(log_dir=""), node_of(), run_id=1)
+    assert default == tmp_path / "cache" / "runs" / "1" / "clients" / "run-1"
+    assert default == client_folder(config_of(log_dir=str(tmp_path / "cache/runs/1")), node_of(), run_id=1)
 
 
 def steps_of(model, count: int) -> list:

@@ -27,7 +27,7 @@ from server.flower.flower_run import (
 )
 from server.state.run_lock import SERVER_LOCK, holding
 from server.state.stop_request import stop_requested
-from tests.support.flower_apps import write_throwaway_app
+from tests.support.flower.apps import write_throwaway_app
 from tests.support.paths import ROOT
 
 COMPLETED = '{"success": true, "runs": [{"status": "finished:completed", "status-details": "N/A"}]}'

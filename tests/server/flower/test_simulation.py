@@ -10,7 +10,7 @@ import pytest
 from configs.errors import UserError
 from server.flower.flower_process import RunFailed, job_processes, stop_job
 from server.flower.simulation import run_simulation
-from tests.support.flower_apps import write_throwaway_app
+from tests.support.flower.apps import write_throwaway_app
 
 
 @pytest.fixture

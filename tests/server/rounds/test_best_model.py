@@ -127,7 +127,7 @@ def test_an_interrupted_run_keeps_its_best_and_the_continued_one_replaces_it(con
     assert summary["best"] == entry(1, 1.5, best_folder(config))
     assert summary["last"] == {"round": 2, "perplexity": None}
     assert all_equal(load_graph(str(best_folder(config))), models[1])
-    continued = config.model_copy(update={"resume": True, "overwrite": True})
+    continued = config.model_copy(update={"resume": True})
     summary = run_federation(TinyGrid(config), continued, run_id=RUN_ID)
     assert summary["best"] == entry(3, 1.0, best_folder(config))
     assert all_equal(load_graph(str(best_folder(config))), models[3])

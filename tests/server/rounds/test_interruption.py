@@ -104,6 +104,21 @@ def test_without_any_answer_in_a_later_round_the_trained_model_is_kept(config, m
     assert state.graph_version == model.graph.version
 
 
+def test_a_continued_run_replaces_the_model_that_it_saved_and_no_other(config, models):
+    with pytest.raises(RuntimeError):
+        run_federation(TinyGrid(config, faults=in_round(2, Drop())), config, run_id=RUN_ID)
+    continued = config.model_copy(update={"resume": True})
+    os.rename(config.out, f"{config.out}.saved")
+    os.mkdir(config.out)
+    (Path(config.log_dir) / "summary.json").write_text(json.dumps(summary_of(config) | {"out": "/other"}))
+    (Path(config.out) / "precious").touch()
+    with pytest.raises(UserError, match="expected an empty output directory"):
+        run_federation(TinyGrid(config), continued, run_id=RUN_ID)
+    (Path(config.log_dir) / "summary.json").write_text(json.dumps(summary_of(config) | {"out": config.out}))
+    assert run_federation(TinyGrid(config), continued, run_id=RUN_ID)["rounds"] == 3
+    assert_saved(Path(config.out), models[-1])
+
+
 def test_without_out_the_model_is_a_checkpoint_of_the_log_directory(config, models):
     config = config.model_copy(update={"out": ""})
     with pytest.raises(RuntimeError):

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from configs.schema import RunConfig
 from server.flower.in_process_grid import Drop, Late
-from tests.support.tiny_federation import TinyGrid, all_equal, save_tiny_graph, tiny_config, tiny_federation
+from tests.support.tiny_federation import (
+    TinyGrid,
+    all_equal,
+    client_folder_of,
+    save_tiny_graph,
+    tiny_config,
+    tiny_federation,
+)
 
 NAMES = ("letters", "digits")
 
@@ -158,3 +166,15 @@ def test_a_run_with_weighted_draws_asks_weighs_and_continues_alike(graph, tmp_pa
         assert weight == examples
     else:  # half of the clients are asked, and both have as many examples
         assert weight == {2 * each for each in examples} and len(examples) == 1
+
+
+def test_a_client_that_lost_its_files_takes_part_again(graph, tmp_path):
+    config = config_in(graph, tmp_path)
+    grid = TinyGrid(config)
+    folder = client_folder_of(config, 1)
+    grid.after = lambda server_round, node: shutil.rmtree(folder) if (server_round, node) == (2, 1) else None
+    federation = tiny_federation(grid, config)
+    federation.run()
+    assert {session.accepted_round for session in federation.state.sessions.values()} == {4}
+    assert (folder / "global.safetensors").exists()
+    assert not any(client["refused"] for row in rows(config) for client in row["clients"])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import tomllib
+
 import pytest
 
 from configs.errors import UserError
-from configs.schema import RunConfig
-from server.state.settings import MAY_CHANGE, SETTINGS_FILE, Settings, read_settings
+from configs.schema import RunConfig, load_run_config
+from server.state.settings import MAY_CHANGE, RESUME_FILE, SETTINGS_FILE, Settings, read_settings
 
 CONFIG = RunConfig(num_rounds=5, density=0.5)
 
@@ -15,6 +17,13 @@ def test_settings_are_read_as_they_were_written(tmp_path):
     settings = Settings(2**64 - 1, "f" * 64, CONFIG.values())
     settings.write(tmp_path)
     assert read_settings(tmp_path) == settings
+
+
+def test_the_configuration_that_continues_the_run_is_written_for_flwr_run(tmp_path):
+    Settings(1, "f", CONFIG.values()).write(tmp_path / "state")
+    values = tomllib.loads((tmp_path / "state" / RESUME_FILE).read_text())
+    expected = CONFIG.model_copy(update={"resume": True, "log_dir": str(tmp_path)})
+    assert load_run_config(values) == expected
 
 
 def test_keys_that_change_no_result_may_differ():

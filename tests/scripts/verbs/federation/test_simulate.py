@@ -16,7 +16,7 @@ from server.state.run_lock import DRIVER_LOCK, SERVER_LOCK, check_unused, holdin
 from server.state.settings import Settings
 from server.state.stop_request import request_stop
 from tests.support.command import assert_refused, run, tree
-from tests.support.flower_apps import UNREACHABLE_PROXY
+from tests.support.flower.apps import UNREACHABLE_PROXY
 from tests.support.run_summaries import SUMMARY
 from tests.support.tiny_federation import assert_run_succeeded, run_values, save_tiny_graph, write_texts
 
@@ -225,10 +225,10 @@ def test_a_run_is_continued_with_its_own_settings(place, simulations, capsys):
     assert all((log_dir / name).exists() for name in kept)
 
 
-@pytest.mark.parametrize("other", [("--clients", "2"), ("--set", "seed=1"), ("--overwrite",)])
+@pytest.mark.parametrize("other", [("--clients", "2"), ("--set", "seed=1"), ("--overwrite", "--rounds", "9")])
 def test_a_run_is_continued_without_other_options(place, simulations, capsys, other):
     outcome = run(capsys, "simulate", "--resume", "logs/run", *other)
-    assert_refused(outcome, "--resume alone", as_json=False)
+    assert_refused(outcome, "--resume without other options", as_json=False)
 
 
 def test_a_folder_without_a_state_cannot_be_continued(place, simulations, capsys):
@@ -305,6 +305,8 @@ def test_a_continued_run_replaces_the_model_that_it_saved_when_it_was_interrupte
     write_texts(place / "model")
     outcome = run(capsys, "simulate", "--resume", "logs/run")
     assert_refused(outcome, "model with files in it", as_json=False)
+    assert run(capsys, "simulate", "--resume", "logs/run", "--overwrite").code == 0
+    assert simulations.pop()[1]["run_config"]["overwrite"] is True
     (log_dir / "summary.json").write_text(json.dumps(SUMMARY | {"out": str(place / "model")}))
     assert run(capsys, "simulate", "--resume", "logs/run").code == 0
     assert simulations[1][1]["run_config"]["overwrite"] is True

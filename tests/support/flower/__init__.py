@@ -1,0 +1,1 @@
+"""Flower apps and processes for tests."""
