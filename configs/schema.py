@@ -86,8 +86,8 @@ class RunConfig(Views, Keys):
     """Rise of the server's validation loss (nats per token) above which a merge is rolled back."""
     drift_loss: NonNegative = 0.2
     """Rise of a client's held-out loss above its moving average, summed over rounds (nats), that is drift; 0: off."""
-    drift_routing: Share = 0.1
-    """Divergence of a client's expert visits from their moving average (Jensen-Shannon, bits) that is drift; 0: off."""
+    drift_routing: Share = 0.02
+    """Divergence of a client's expert visits from their average (Jensen-Shannon, bits) that can be drift; 0: off."""
     edit_rest: Whole = 3
     """Server rounds after an edit of an edge in which it is not edited again; 0: none."""
     max_spawned: Whole = 0

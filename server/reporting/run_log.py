@@ -36,7 +36,7 @@ class ClientRecord:
     Bytes are as sent on the wire, framing included; ``update_bytes`` of ``bytes_up`` are its packed update, with
     entropy floor ``update_floor_bytes``. ``refused`` is the reason of a refusal, else None.
     ``drift_loss`` (nats) and ``drift_routing`` (bits) are the statistics of the detection of drift, ``drifted`` whether
-    one exceeds its threshold.
+    one counts as drift.
     """
 
     name: str

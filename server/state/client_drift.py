@@ -13,8 +13,9 @@ from scipy.special import rel_entr
 from configs.run_views import DriftDetection
 from models.runtime.perplexity import LossSum
 
-DECAY = 0.5  # weight of earlier rounds in both moving averages
+DECAY = 0.5  # weight of earlier rounds in all moving averages
 TOLERANCE = 0.01  # nats per token and round that the loss may exceed its moving average by
+SURGE = 5.0  # multiple of the usual divergence of routing that a drift exceeds, too
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,9 @@ class ClientDrift:
 
     The loss is tested with the one-sided cumulative sum of Page (1954, doi:10.1093/biomet/41.1-2.100). Its reference is
     the moving average of the loss in place of a fixed mean, since training lowers the loss: a jump by J nats adds J in
-    its first round and at most J / (1 - DECAY) in all, and the sum falls again while the loss does.
+    its first round and at most J / (1 - DECAY) in all, and the sum falls again while the loss does. Training itself
+    changes the routing, faster with a larger learning rate: the divergence of a round counts as drift where it exceeds
+    ``SURGE`` times the usual one, too.
 
     Attributes:
         seen: last round with a report.
@@ -46,14 +49,16 @@ class ClientDrift:
         excess: cumulative sum of the loss above ``expected`` and ``TOLERANCE``, at least 0, nats per token.
         divergence: Jensen-Shannon divergence between the visits of the last round and their moving average, mean over
             layers, bits (0 to 1); None where there is nothing to compare.
+        usual: moving average of the divergences of earlier rounds, bits; None before the first.
         shares: moving average of the shares of a layer's visits, per layer ``[E]``; NaN for experts never held.
-        drifted: whether one of the two statistics exceeded its threshold in the last report.
+        drifted: whether the last report had a loss or a routing that counts as drift.
     """
 
     seen: int = 0
     expected: float | None = None
     excess: float = 0.0
     divergence: float | None = None
+    usual: float | None = None
     shares: list[np.ndarray] = field(default_factory=list)
     drifted: bool = False
 
@@ -63,14 +68,13 @@ class ClientDrift:
         if observation.loss.tokens:
             self._add_loss(observation.loss.mean)
         layers = self._add_visits(observation.visits)
-        known = [each for each in layers if not math.isnan(each)]
-        self.divergence = sum(known) / len(known) if known else None
-        self.drifted = exceeds(self.excess, keys.drift_loss) or exceeds(self.divergence, keys.drift_routing)
+        surged = self._add_divergence([each for each in layers if not math.isnan(each)], keys.drift_routing)
+        self.drifted = surged or exceeds(self.excess, keys.drift_loss)
         return layers
 
     def restart(self) -> None:
-        """Forget both averages and the alarm: the next report is the first."""
-        self.expected, self.excess, self.divergence = None, 0.0, None
+        """Forget all averages and the alarm: the next report is the first."""
+        self.expected, self.excess, self.divergence, self.usual = None, 0.0, None, None
         self.shares, self.drifted = [], False
 
     def to_json(self) -> dict[str, Any]:
@@ -83,6 +87,15 @@ class ClientDrift:
             return
         self.excess = max(0.0, self.excess + loss - self.expected - TOLERANCE)
         self.expected = DECAY * self.expected + (1 - DECAY) * loss
+
+    def _add_divergence(self, layers: Sequence[float], threshold: float) -> bool:
+        """Update ``divergence`` and ``usual``; return whether the routing of the round counts as drift."""
+        self.divergence = sum(layers) / len(layers) if layers else None
+        if self.divergence is None:
+            return False
+        usual = self.usual
+        self.usual = self.divergence if usual is None else DECAY * usual + (1 - DECAY) * self.divergence
+        return usual is not None and exceeds(self.divergence, threshold) and self.divergence > SURGE * usual
 
     def _add_visits(self, visits: Sequence[np.ndarray]) -> list[float]:
         """Update ``shares``; a layer whose number of experts has changed starts from its visits of this round."""

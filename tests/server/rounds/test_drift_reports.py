@@ -58,8 +58,7 @@ def test_each_accepted_client_gives_one_report():
 def test_clients_whose_text_changes_are_found(tmp_path, tiny_tokenizer, moved, overall):
     """Two clients repeat a text for four rounds; then some of them repeat a text that none had."""
     graph = save_tiny_graph(tmp_path / "graph", tiny_tokenizer, num_experts=4, visits=2)
-    # Within a few rounds of so fast a training routing changes as much as with the text: only losses are tested.
-    keys = {"num_rounds": 5, "local_steps": 8, "rho_max": 0, "drift_routing": 0.0}
+    keys = {"num_rounds": 5, "local_steps": 8, "rho_max": 0}
     config = tiny_config(graph, tmp_path, reply_timeout=60.0, **keys)
     grid = TinyGrid(config)
     write_documents(tmp_path / "changed.jsonl", ["GUV QXW; ZKJ ?! YBP: " * 6] * 20)

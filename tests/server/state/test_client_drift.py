@@ -95,10 +95,23 @@ def test_a_shift_of_routing_is_drift_in_its_round_and_becomes_the_expected_routi
     layers = client.add(report(visits=after), 4, DEFAULTS)
     expected = jensenshannon(before[0], after[0], base=2) ** 2
     assert layers == pytest.approx([expected]) and client.divergence == pytest.approx(expected)
+    assert client.usual == pytest.approx(expected / 2)
     assert client.drifted and client.shares[0] == pytest.approx([0.325, 0.175, 0.2, 0.3])
     for server_round in range(5, 9):
         client.add(report(visits=after), server_round, DEFAULTS)
     assert not client.drifted
+
+
+def test_a_routing_that_always_changes_drifts_only_where_it_changes_more_than_usual():
+    client, shares = ClientDrift(), np.array([400.0, 300.0, 200.0, 100.0])
+    for server_round in range(1, 8):
+        client.add(report(visits=[np.roll(shares, server_round % 2)]), server_round, DEFAULTS)
+        assert not client.drifted
+    assert client.divergence > DEFAULTS.drift_routing and client.usual == pytest.approx(
+        client.divergence, rel=0.5
+    )
+    client.add(report(visits=[[0, 0, 0, 9]]), 8, DEFAULTS)
+    assert client.drifted
 
 
 def test_equal_shares_of_other_totals_and_sampling_noise_are_no_drift():

@@ -33,7 +33,9 @@ STATE = FederationState(
     },
     drift=Drift(
         {
-            2: ClientDrift(7, 0.1 + 0.2, 1 / 3, None, [np.array([1 / 7, np.nan]), np.array([1.0])], True),
+            2: ClientDrift(
+                7, 0.1 + 0.2, 1 / 3, None, 1 / 9, [np.array([1 / 7, np.nan]), np.array([1.0])], True
+            ),
             0: ClientDrift(seen=3),
         },
         overall=True,
