@@ -20,7 +20,7 @@ import typer
 
 from benchmarks.drift.recovery import SHARE, equal_byte_rounds, first_crossing, target_loss
 from benchmarks.drift.runs import run_or_read
-from benchmarks.drift.settings import ARMS, FULL, QUICK, WITH, WITHOUT, Job, Settings, arms
+from benchmarks.drift.settings import ARMS, FULL, QUICK, WITH, WITHOUT, Job, Settings
 from benchmarks.support.runner import Measured, OnStep, report
 from benchmarks.support.statistics import interval
 from benchmarks.support.stored import work_folder
@@ -35,12 +35,12 @@ def measure(quick: bool, on_step: OnStep, *, work: Path | None = None) -> Measur
     """Run all federations and compare their recoveries.
 
     Args:
-        quick: whether to run on little data, and without growth where this version has none.
+        quick: whether to run on little data.
         on_step: progress callback.
         work: folder of finished federations; None: a temporary one.
     """
     settings = QUICK if quick else FULL
-    wanted = [(arm, seed) for seed in settings.seeds for arm in arms(quick)]
+    wanted = [(arm, seed) for seed in settings.seeds for arm in ARMS]
     results: Results = {}
     with work_folder(work) as folder:
         for each in wanted:
@@ -51,11 +51,7 @@ def measure(quick: bool, on_step: OnStep, *, work: Path | None = None) -> Measur
 
 def measured(settings: Settings, results: Results) -> Measured:
     """Figures of finished federations, by arm and seed: means over seeds."""
-    recoveries = {
-        arm: [_recovery(settings, results, arm, seed) for seed in settings.seeds]
-        for arm in ARMS
-        if (arm, settings.seeds[0]) in results
-    }
+    recoveries = {arm: [_recovery(settings, results, arm, seed) for seed in settings.seeds] for arm in ARMS}
     figures: dict[str, float | None] = {}
     for arm, rounds in recoveries.items():
         runs = [results[arm, seed] for seed in settings.seeds]
@@ -66,10 +62,9 @@ def measured(settings: Settings, results: Results) -> Measured:
         )
         figures[f"detection_delay_{arm}"] = _mean([_delay(run, settings) for run in runs])
         figures[f"false_alarms_{arm}"] = fmean(sum(run["drifted"][: settings.switch]) for run in runs)
-    for op in ("spawn", "retire") if WITH in recoveries else ():
+    for op in ("spawn", "retire"):
         figures[f"{op}s"] = fmean(_edits(results[WITH, seed], op) for seed in settings.seeds)
-    if WITH in recoveries:
-        figures["spawned_use"] = _mean([results[WITH, seed]["spawned_use"] for seed in settings.seeds])
+    figures["spawned_use"] = _mean([results[WITH, seed]["spawned_use"] for seed in settings.seeds])
     return Measured(
         figures=figures,
         peers={
@@ -79,7 +74,7 @@ def measured(settings: Settings, results: Results) -> Measured:
             "setting": vars(settings),
             "runs": [{"arm": arm, "seed": seed} | result for (arm, seed), result in results.items()],
         },
-        notes={name: note for name, note in _notes(settings).items() if name in figures},
+        notes=_notes(settings),
         seconds=sum(result["seconds"] for result in results.values()),
     )
 

@@ -6,13 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from configs.errors import UserError
-from configs.schema import RunConfig
-
 WITHOUT, WITH = "without", "with"
-# Keys of the compared runs, by their Python names.
+# Keys of the compared runs, by their Python names: the most experts that growth adds to a layer.
 ARMS: dict[str, dict[str, Any]] = {WITHOUT: {"max_spawned": 0}, WITH: {"max_spawned": 4}}
-GROWTH_KEY = "max_spawned"  # most experts that growth adds to a layer
 
 
 @dataclass(frozen=True)
@@ -113,22 +109,6 @@ class Job:
     keys: Mapping[str, Any] = field(default_factory=dict)
 
 
-def arms(quick: bool) -> list[str]:
-    """Arms that this version can run.
-
-    Raises:
-        UserError: the full run lacks the key that turns growth on.
-    """
-    if GROWTH_KEY in RunConfig.model_fields:
-        return list(ARMS)
-    if quick:
-        return [WITHOUT]
-    raise UserError(
-        "expected the configuration key max-spawned, got a version without growth; update the checkout"
-    )
-
-
 def keys_of(job: Job) -> dict[str, Any]:
     """Keys of the job's run configuration, by their Python names, apart from those of ``Settings``."""
-    known = {name: value for name, value in ARMS[job.arm].items() if name in RunConfig.model_fields}
-    return {"schedule": "constant"} | known | dict(job.keys)
+    return {"schedule": "constant"} | ARMS[job.arm] | dict(job.keys)

@@ -9,6 +9,7 @@ import numpy as np
 from experts.graph.expert_graph import ExpertGraph
 from server.rounds.validation import RoundReplies, reply_loss
 from server.state.client_drift import Observation
+from server.strategies.growth import expert_loads
 
 
 def drift_reports(replies: RoundReplies, graph: ExpertGraph) -> list[Observation]:
@@ -40,8 +41,5 @@ def routed_visits(
     """
     if not usage:
         return []
-    layers = zip(usage, graph.masks, residents, graph.shared_per_layer, strict=True)
-    return [
-        np.where(held, (counts * mask).sum(0), np.nan)[shared:].astype(np.float64)
-        for counts, mask, held, shared in layers
-    ]
+    layers = zip(expert_loads(graph, usage), residents, graph.shared_per_layer, strict=True)
+    return [np.where(held, load, np.nan)[shared:] for load, held, shared in layers]

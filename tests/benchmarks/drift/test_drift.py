@@ -7,20 +7,19 @@ import pytest
 
 from benchmarks.drift import runs
 from benchmarks.drift.__main__ import measure, measured
-from benchmarks.drift.settings import FULL, QUICK, WITH, WITHOUT, Job, arms, keys_of
-from configs.errors import UserError
+from benchmarks.drift.settings import ARMS, FULL, QUICK, WITH, WITHOUT, Job, keys_of
 from configs.schema import RunConfig
-
-GROWTH = "max_spawned" in RunConfig.model_fields
 
 
 def test_the_quick_run_measures_every_arm_and_goes_on_from_finished_federations(tmp_path, monkeypatch):
     steps = []
     found = measure(True, lambda stage, done, total: steps.append((done, total)), work=tmp_path)
-    assert steps[-1] == (len(arms(True)), len(arms(True)))
+    assert steps[-1] == (2, 2)
     assert set(found.notes) <= set(found.figures)
     assert found.figures["new_ppl_without"] > 1 and found.figures["old_ppl_ratio_without"] > 0
-    run = found.peers["runs"][0]
+    run, grown = found.peers["runs"]
+    assert (run["arm"], grown["arm"]) == tuple(ARMS) and run["spawned_use"] is None
+    assert grown["losses"][: QUICK.switch + 1] == run["losses"][: QUICK.switch + 1]
     assert len(run["losses"]) == QUICK.rounds + 1 and len(run["bytes_up"]) == QUICK.rounds
     assert all(math.isfinite(loss) for loss in run["losses"] + run["old_loss"])
     # The text changes: the loss on the new one is far from that on the old one.
@@ -73,15 +72,8 @@ def test_figures_are_means_over_seeds_at_equal_bytes():
 
 def test_the_arms_differ_in_growth_alone():
     plain, grown = (RunConfig(**keys_of(Job(arm, 0, {"seed": 3}))).values() for arm in (WITHOUT, WITH))
-    assert {name for name in plain if plain[name] != grown[name]} == ({"max-spawned"} if GROWTH else set())
+    assert {name for name in plain if plain[name] != grown[name]} == {"max-spawned"}
     assert plain["seed"] == 3 and plain["schedule"] == "constant"
-
-
-@pytest.mark.skipif(GROWTH, reason="this version has growth")
-def test_a_full_run_without_growth_is_refused():
-    assert arms(quick=True) == [WITHOUT]
-    with pytest.raises(UserError, match="expected the configuration key max-spawned"):
-        arms(quick=False)
 
 
 def test_rounds_of_the_full_run_end_with_a_checkpoint():
