@@ -25,6 +25,7 @@ from configs.schema import RunConfig
 from federated.protocol.messages import Request
 from models.bootstrap.recipe import graph_fingerprint, read_recipe
 from models.bootstrap.recipe_build import build_into
+from models.files.safetensors_files import weight_bytes
 
 _FINGERPRINT = re.compile("[0-9a-f]{64}")
 
@@ -97,7 +98,7 @@ def _build(base: str, request: Request, folder: Path) -> None:
     recipe = read_recipe(request.recipe)
     for abandoned in folder.parent.glob(f".{folder.name}.*.partial"):  # left by a killed process
         shutil.rmtree(abandoned)
-    with new_directory(folder, overwrite=True) as directory:
+    with new_directory(folder, overwrite=True, size=weight_bytes(base)) as directory:
         build_into(base, recipe, directory)
         if graph_fingerprint(str(directory)) != request.base_fingerprint:
             raise UserError(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from configs.block_size import choose_block_size, context_length
 from configs.choices import Features, Report
 from configs.errors import UserError
-from configs.output import check_output_directory, new_directory, write_bytes
+from configs.output import check_free_space, check_output_directory, new_directory, write_bytes
 from experts.clustering import check_expert_count
 from models.bootstrap.build import BootstrapOptions, LayerExperts, build_graph, plan_experts
 from models.bootstrap.calibration import PROFILE_TOKENS, Calibration, sample_text
@@ -31,6 +31,7 @@ from models.checkpoints.load import load_dense, load_tokenizer
 from models.checkpoints.save import cast_weights, save_checkpoint
 from models.files.config_file import read_config
 from models.files.fingerprint import fingerprint
+from models.files.safetensors_files import weight_bytes
 from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 from models.runtime.memory import return_freed_memory
 from models.runtime.token_ids import check_token_ids
@@ -72,25 +73,40 @@ def bootstrap_checkpoint(
         "perplexity", "logit_difference"}``; the last as ``check_equality`` returns it.
 
     Raises:
-        UserError: an unusable checkpoint, an E that does not divide the FFN width, too little text, unequal logits.
+        UserError: an unusable checkpoint, an E that does not divide the FFN width, little text or room, unequal logits.
     """
     check_output_directory(out, overwrite=overwrite)
     width = getattr(read_config(source), "intermediate_size", 0)
     check_expert_count(width or options.num_experts, options.num_experts)
     dense, tokenizer = load_dense(source), load_tokenizer(source)
+    check_free_space({out: graph_bytes(source, options)})
     dtype, base = dense.dtype, fingerprint(dense)
     dense = dense.float() if dense.num_parameters() <= _FP32_PARAMETERS else dense
-    sizes = (calibration_tokens, evaluation_tokens)
+    sizes = calibration_tokens, evaluation_tokens
     calibration, held_out = _texts(dense, tokenizer, calibration_ids, sizes, options.seed, on_step)
     measured = _calibration(dense, calibration, options)
     experts = _experts(measured, options, on_step)
-    build = functools.partial(
-        build_graph, dense, experts, options.visits, base_fingerprint=base, consume=True
-    )
+    build = partial(build_graph, dense, experts, options.visits, base_fingerprint=base, consume=True)
     graph, measures = _measured_graph(measured, build, experts, held_out, Report(report), on_step)
     with new_directory(out, overwrite=overwrite) as directory:
         _write(cast_weights(graph, dtype), tokenizer, experts, directory)
     return _summary(out, options, experts) | measures
+
+
+def graph_bytes(source: str, options: BootstrapOptions) -> int:
+    """Bytes of the weights and the recipe of the graph of a dense checkpoint, at most.
+
+    Args:
+        source: directory or hub id of the dense checkpoint.
+        options: options of the bootstrap.
+    """
+    config = read_config(source)
+    hidden, experts, rank = config.hidden_size, options.num_experts, options.default_rank
+    routing = experts * (hidden + 2 * experts + 1)  # router, edge gains and affinities, output gains
+    default = hidden * (2 * rank + 1) if rank else 0
+    # In fp32, and once more in the recipe, which also has the order of the neurons in 16 bits.
+    added = 8 * (routing + default) + 2 * config.intermediate_size
+    return weight_bytes(source) + config.num_hidden_layers * added
 
 
 def _texts(

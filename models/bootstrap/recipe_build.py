@@ -27,7 +27,7 @@ from models.checkpoints.load import load_tokenizer
 from models.checkpoints.save import save_checkpoint
 from models.files.config_file import check_is_dense
 from models.files.fingerprint import fingerprint_of
-from models.files.safetensors_files import check_file, checkpoint_files
+from models.files.safetensors_files import check_file, checkpoint_files, weight_bytes
 from models.files.tied_head import stored_config
 from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 
@@ -105,9 +105,9 @@ def build_from_recipe(base: str, recipe: Recipe, out: Path, *, overwrite: bool =
         overwrite: replace ``out`` if it is not empty.
 
     Raises:
-        UserError: no such base, or a base of other weights or shapes than the recipe's.
+        UserError: no such base, a base of other weights or shapes than the recipe's, or no room for ``out``.
     """
-    with new_directory(out, overwrite=overwrite) as directory:
+    with new_directory(out, overwrite=overwrite, size=weight_bytes(base)) as directory:
         build_into(base, recipe, directory)
 
 

@@ -12,15 +12,18 @@ import tomli_w
 
 from configs.errors import UserError
 from configs.output import write_bytes, write_json
-from configs.schema import RunConfig
+from configs.schema import RunConfig, run_config_defaults
 
 SETTINGS_FILE = "settings.json"
 RESUME_FILE = "resume.toml"
-# Keys that may differ in a continued run: none of them changes what a round computes.
+# Keys that may differ in a continued run: none of them changes what a round computes. The graph is compared by its
+# fingerprint, and clients compare that of the base.
 MAY_CHANGE = (
+    "base",
     "checkpoint-every",
     "early-stop-delta",
     "early-stop-rounds",
+    "graph",
     "keep-best",
     "log-dir",
     "num-threads",
@@ -66,10 +69,11 @@ class Settings:
                 f"expected the graph {self.graph[:12]} that the run was started with, got {graph[:12]} in "
                 f"{config.graph or 'the cache folder'}; name that graph"
             )
-        found = config.values()
+        # A key that the stored settings lack is newer than the run, which had its default.
+        stored, found = run_config_defaults() | dict(self.values), config.values()
         changed = [
             f"{key} = {found.get(key)!r} in place of {value!r}"
-            for key, value in self.values.items()
+            for key, value in stored.items()
             if key not in MAY_CHANGE and found.get(key) != value
         ]
         if changed:

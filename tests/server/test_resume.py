@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
@@ -142,6 +143,13 @@ def test_other_settings_and_another_graph_are_refused_with_their_difference(grap
         run_federation(
             TinyGrid(config), resumed(config).model_copy(update={"graph": str(other)}), run_id=RUN_ID
         )
+
+
+def test_a_graph_that_was_moved_continues_its_run(graph, tmp_path, undisturbed):
+    config = config_in(graph, tmp_path)
+    run_federation(TinyGrid(config), config.model_copy(update={"out": ""}), run_id=RUN_ID)
+    moved = resumed(config).model_copy(update={"graph": str(shutil.copytree(graph, tmp_path / "moved"))})
+    assert_same(run_federation(TinyGrid(moved), moved, run_id=RUN_ID), undisturbed, config)
 
 
 def test_the_state_on_disk_is_bounded(graph, tmp_path):

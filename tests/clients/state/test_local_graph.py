@@ -16,6 +16,8 @@ from configs.schema import load_run_config
 from federated.protocol.messages import NEEDS_RECIPE, Request, read_request
 from models.bootstrap.recipe import graph_fingerprint, read_recipe, read_recipe_file, write_recipe
 from models.checkpoints.load import load_graph
+from server.app import run_federation
+from server.flower.in_process_grid import RUN_ID, Drop
 from tests.support.tiny_federation import TinyGrid, all_equal, node_of, tiny_config, tiny_federation
 
 
@@ -98,6 +100,12 @@ def test_another_base_is_refused_and_nothing_is_kept(config, base, tiny_graph_di
     node = {"cache-dir": str(cache), "base": str(base)}
     message = refusal(config, node, request_of(tiny_graph_dir))
     assert message.startswith("expected the dense base with fingerprint") and str(base) in message
+    assert not [path for path in (cache / "graphs").iterdir() if path.is_dir()]
+
+
+def test_without_room_for_the_graph_nothing_is_kept(config, base, tiny_graph_dir, cache, little_room):
+    node = {"cache-dir": str(cache), "base": str(base)}
+    assert "MiB free on the file system of" in refusal(config, node, request_of(tiny_graph_dir))
     assert not [path for path in (cache / "graphs").iterdir() if path.is_dir()]
 
 
@@ -219,6 +227,23 @@ def test_a_wrong_base_ends_the_run_with_one_line(tmp_path, tiny_graph_dir, base,
     with pytest.raises(UserError, match="expected the dense base with fingerprint") as error:
         run_tiny(config, cache)
     assert "\n" not in str(error.value) and str(base) in str(error.value)
+
+
+def test_a_run_that_is_continued_with_another_base_ends_with_one_line(tmp_path, tiny_graph_dir, base, cache):
+    config = tiny_config(tiny_graph_dir, tmp_path / "run", base=str(base), num_rounds=2)
+    grid = grid_of(config, cache)
+    grid.faults = {(node, "2"): Drop() for node in (0, 1)}
+    with pytest.raises(RuntimeError, match="no client gave a usable update"):
+        run_federation(grid, config, run_id=RUN_ID)
+    shutil.rmtree(cache)
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.norm.weight"] += 1
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    continued = config.model_copy(update={"resume": True})
+    with pytest.raises(
+        UserError, match="expected the dense base with fingerprint .* the server's graph was made"
+    ):
+        run_federation(grid_of(continued, cache), continued, run_id=RUN_ID)
 
 
 def test_a_server_without_a_recipe_says_how_to_mend_it(tmp_path, tiny_graph_dir, base, cache):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from configs.errors import UserError
 from experts.graph.expert_graph import reachable
 from models.bootstrap import pipeline as module
 from models.bootstrap.build import BootstrapOptions
-from models.bootstrap.pipeline import bootstrap_checkpoint, sample_calibration, split_tokens
+from models.bootstrap.pipeline import bootstrap_checkpoint, graph_bytes, sample_calibration, split_tokens
 from models.checkpoints.load import load_dense, load_graph, load_tokenizer
 from models.files.fingerprint import fingerprint
 from models.graph.graph_state import read_graph
@@ -72,6 +73,27 @@ def test_the_dtype_of_the_checkpoint_is_kept_and_its_own_fingerprint_taken(tmp_p
     graph = load_graph(str(tmp_path / "graph"))
     assert graph.dtype == torch.bfloat16 and graph.expert_layers()[0].router.weight.dtype == torch.float32
     assert graph.config.base_fingerprint == fingerprint(load_dense(str(source)))
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [{}, {"router": "contribution", "num_shared": 1, "default_rank": 3, "features": "gate-activation"}],
+)
+def test_a_graph_takes_at_most_the_estimated_bytes(tmp_path, tiny_llama_dir, plan):
+    run(tiny_llama_dir, tmp_path / "graph", plan=plan)
+    files = [tmp_path / "graph" / name for name in ("model.safetensors", "recipe.safetensors")]
+    size = sum(path.stat().st_size for path in files)
+    headers = 8192
+    assert size - headers <= graph_bytes(str(tiny_llama_dir), BootstrapOptions(4, **plan)) <= 1.05 * size
+
+
+def test_without_room_for_the_graph_nothing_is_computed_or_written(tmp_path, tiny_llama_dir, monkeypatch):
+    needed = graph_bytes(str(tiny_llama_dir), BootstrapOptions(4))
+    monkeypatch.setattr("configs.output.shutil.disk_usage", lambda path: SimpleNamespace(free=needed - 1))
+    steps = []
+    with pytest.raises(UserError, match="MiB free on the file system of .*graph"):
+        run(tiny_llama_dir, tmp_path / "graph", on_step=lambda *step: steps.append(step))
+    assert steps == [] and list(tmp_path.iterdir()) == []
 
 
 def test_text_is_sampled_where_none_is_given_and_the_seed_decides(tmp_path, tiny_llama_dir):

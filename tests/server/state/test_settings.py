@@ -29,6 +29,7 @@ def test_the_configuration_that_continues_the_run_is_written_for_flwr_run(tmp_pa
 def test_keys_that_change_no_result_may_differ():
     settings = Settings(1, "f", CONFIG.values())
     settings.check(CONFIG.model_copy(update={"out": "/x", "resume": True, "reply_timeout": 3.0}), "f")
+    settings.check(CONFIG.model_copy(update={"graph": "/moved", "base": "/moved/too"}), "f")
     assert set(MAY_CHANGE) <= set(CONFIG.values())
 
 
@@ -38,6 +39,13 @@ def test_every_other_difference_is_named():
         Settings(1, "f", CONFIG.values()).check(changed, "f")
     with pytest.raises(UserError, match="expected the graph aaaaaaaaaaaa .*got bbbbbbbbbbbb"):
         Settings(1, "a" * 64, CONFIG.values()).check(CONFIG, "b" * 64)
+
+
+def test_a_key_newer_than_the_run_has_its_default():
+    values = {key: value for key, value in CONFIG.values().items() if key != "fraction-train"}
+    Settings(1, "f", values).check(CONFIG, "f")
+    with pytest.raises(UserError, match="fraction-train = 0.5 in place of 1.0"):
+        Settings(1, "f", values).check(CONFIG.model_copy(update={"fraction_train": 0.5}), "f")
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"run_id": 1}', "{"])
