@@ -120,6 +120,7 @@ def test_merge_file_has_exactly_the_agreed_keys(tmp_path):
         "loss_before": 2.0,
         "loss_after": None,
         "gamma_hat": None,
+        "proposed": [],
     }
     assert [merge["round"] for merge in read_rewirings(tmp_path)] == [9, 10]
 
