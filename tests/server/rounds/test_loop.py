@@ -153,7 +153,15 @@ def test_graph_hashes_are_equal_on_both_sides(plain):
 def test_merges_stay_within_rho_max_and_are_logged(plain):
     assert sorted(plain.merges) == [1, 2, 3]
     for server_round, merge in plain.merges.items():
-        assert set(merge) == {"round", "rho_max", "edits", "loss_before", "loss_after", "gamma_hat"}
+        assert set(merge) == {
+            "round",
+            "rho_max",
+            "edits",
+            "loss_before",
+            "loss_after",
+            "gamma_hat",
+            "proposed",
+        }
         assert (merge["round"], merge["rho_max"]) == (server_round, 3)
         assert 1 <= len(merge["edits"]) <= 3
         assert all(set(edit) == {"op", "layer", "p", "q", "reason"} for edit in merge["edits"])
