@@ -19,6 +19,7 @@ from clients.data_stream import (
 from clients.residents.assembly import assemble
 from clients.residents.budget import client_budget, keeps_changes
 from clients.shipment import carried_over, choose_shipment, drawn_with, shipped_in, with_own_limits
+from clients.state.cache_pruning import prune_cache
 from clients.state.local_copy import bring_to_version, client_folder
 from clients.state.local_graph import local_graph
 from clients.state.store import ClientStore
@@ -89,6 +90,7 @@ class Participant:
         node = load_node_config(context.node_config)
         partition = node.partition_id
         graph = local_graph(config, node, request)
+        prune_cache(config, node, run_id=request.run_id or context.run_id)
         store = ClientStore(
             client_folder(config, node, run_id=request.run_id or context.run_id) / f"client-{partition}"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from configs.choices import SamplingWeights
@@ -45,12 +46,23 @@ def check_conflicts(config: Any) -> None:
     """
     if not config.sources:
         raise UserError("expected data to name at least one source, got none; set data to e.g. 'wikimix'")
+    _check_folders(config)
     _check_budgets(config)
     _check_training(config)
     _check_lora(config)
     _check_shipment(config)
     _check_participation(config)
     _check_privacy(config)
+
+
+def _check_folders(config: Any) -> None:
+    """Check that the model at the end of the run replaces neither its logs nor the model that it started from."""
+    for key, value in (("log-dir", config.log_dir), ("graph", config.graph), ("base", config.base)):
+        if config.out and value and Path(value).resolve().is_relative_to(Path(config.out).resolve()):
+            raise UserError(
+                f"expected out to be another folder than {key}, got {config.out}, which is or holds {value}; name "
+                "another"
+            )
 
 
 def _check_participation(config: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import glob
 import os
 import shutil
 import tempfile
@@ -40,6 +41,12 @@ def staging_parent(path: Path) -> Path:
 def partial_directory(path: Path) -> Path:
     """Create the temporary directory, in ``staging_parent(path)``, that will be moved to ``path``."""
     return Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=staging_parent(path)))
+
+
+def remove_partials(path: Path) -> None:
+    """Remove the temporary directories that killed processes left for the directory ``path``."""
+    for folder in staging_parent(path).glob(f".{glob.escape(path.name)}.*.partial"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def place_directory(staged: Path, path: Path) -> None:

@@ -41,6 +41,8 @@ class NodeConfig(Keys):
     """Private data, a path or hub id, all of it this client's; empty: its part of the run's data."""
     cache_dir: str = ""
     """Folder of the client's files, which outlast a run; empty: the run's log-dir, or the user-cache folder."""
+    cache_days: Whole = 30
+    """Days without use after which the files of other runs and built graphs are removed from that folder; 0: never."""
     expert_budget: Whole | None = None
     """Experts per layer the client holds and trains, from 1; takes precedence over the run's budgets."""
     memory_budget_mb: Whole = 0

@@ -96,6 +96,8 @@ class RunConfig(Views, Keys):
     """Visits of an added expert, as a share of its layer's mean, below which it is retired; 0: none is."""
     checkpoint_every: Whole = 0
     """Server rounds between two checkpoints in log-dir/checkpoints; 0: none but out."""
+    keep_checkpoints: Whole = 2
+    """Checkpoints that stay in log-dir/checkpoints, the latest ones; 0: all."""
     keep_best: bool = True
     """Whether the model of the lowest held-out loss is written to log-dir/checkpoints/best, beside the last in out."""
     selection: Selection = "top"

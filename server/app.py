@@ -10,6 +10,7 @@ import torch
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from configs.directory_placement import remove_partials
 from configs.output import check_output_directory
 from configs.paths import cache_folder, graph_or_default
 from configs.schema import RunConfig, load_run_config
@@ -30,6 +31,7 @@ from server.reporting.unused_clients import check_all_used
 from server.rounds.best_model import close_run
 from server.rounds.interruption import replacing_own_model, save_interrupted
 from server.rounds.loop import Federation
+from server.rounds.reply_spool import remove_spools
 from server.rounds.run_observer import RunObserver
 from server.rounds.stoppable_grid import StoppableGrid
 from server.state.federation_state import FederationState
@@ -99,8 +101,7 @@ def run_federation(grid: Grid, config: RunConfig, *, run_id: int) -> dict:
         federation.run()
         text = validation.input_ids if validation is not None else _sampled(global_model, config)
         observer.trace(call_trace(global_model.model, text, config.trace_tokens))
-        if config.out:
-            global_model.save(Path(config.out), overwrite=config.overwrite)
+        _save(global_model, config)
     except BaseException as error:
         save_interrupted(federation, error)
         raise
@@ -147,12 +148,16 @@ def _strategy(
 
 @contextmanager
 def _locked(log_dir: Path | None) -> Iterator[None]:
-    """Lock the configured log directory and withdraw requests to stop; without one, its name is the run id's alone."""
+    """Lock the configured log directory and remove requests to stop and replies of a killed process.
+
+    Without a configured one its name is the run id's alone.
+    """
     if log_dir is None:
         yield
         return
     with holding(log_dir, SERVER_LOCK):
         clear_stop(log_dir)
+        remove_spools(log_dir)
         try:
             yield
         finally:
@@ -193,6 +198,14 @@ def server_text(config: RunConfig, global_model: GlobalModel) -> Blocks | None:
         max_blocks=config.eval_blocks,
         vocab_size=global_model.model.config.vocab_size,
     )
+
+
+def _save(global_model: GlobalModel, config: RunConfig) -> None:
+    """Write the model to ``out``, if it is configured."""
+    if config.out:
+        global_model.save(Path(config.out), overwrite=config.overwrite)
+        if config.resume:  # the run may have been killed while it wrote its model
+            remove_partials(Path(config.out))
 
 
 def _sampled(global_model: GlobalModel, config: RunConfig) -> torch.Tensor:

@@ -11,12 +11,13 @@ or in the user-cache folder without ``cache-dir``, and uses it in all runs that 
 
 from __future__ import annotations
 
+import os
 import re
-import shutil
 from pathlib import Path
 
 from filelock import FileLock
 
+from configs.directory_placement import remove_partials
 from configs.errors import UserError
 from configs.node_config import NodeConfig
 from configs.output import new_directory
@@ -26,6 +27,8 @@ from federated.protocol.messages import Request
 from models.bootstrap.recipe import graph_fingerprint, read_recipe
 from models.bootstrap.recipe_build import build_into
 from models.files.safetensors_files import weight_bytes
+
+GRAPHS = "graphs"  # folder in a node's cache
 
 _FINGERPRINT = re.compile("[0-9a-f]{64}")
 
@@ -71,8 +74,9 @@ def _built_graph(base: str, request: Request, cache: Path) -> Path:
     wanted = request.base_fingerprint
     if not _FINGERPRINT.fullmatch(wanted):
         raise UserError(f"expected a request with the SHA-256 of a graph, got {wanted[:80]!r}")
-    folder = cache / "graphs" / wanted
+    folder = cache / GRAPHS / wanted
     if _is_built(folder, wanted, cache):
+        os.utime(folder)  # its last use, see ``prune_cache``
         return folder
     if not request.recipe:
         raise NeedsRecipe(
@@ -96,8 +100,7 @@ def _is_built(folder: Path, wanted: str, cache: Path) -> bool:
 
 def _build(base: str, request: Request, folder: Path) -> None:
     recipe = read_recipe(request.recipe)
-    for abandoned in folder.parent.glob(f".{folder.name}.*.partial"):  # left by a killed process
-        shutil.rmtree(abandoned)
+    remove_partials(folder)
     with new_directory(folder, overwrite=True, size=weight_bytes(base)) as directory:
         build_into(base, recipe, directory)
         if graph_fingerprint(str(directory)) != request.base_fingerprint:

@@ -49,8 +49,11 @@ def check_room(config: RunConfig, graph: str) -> None:
     Raises:
         UserError: a file system has less.
     """
-    size, every = weight_bytes(graph), config.checkpoint_every
-    models = (config.num_rounds // every if every else 0) + bool(config.out and config.keep_best)
+    size, every, keep = weight_bytes(graph), config.checkpoint_every, config.keep_checkpoints
+    checkpoints = config.num_rounds // every if every else 0
+    # The oldest one is removed after the latest is written.
+    checkpoints = min(checkpoints, keep + 1) if keep else checkpoints
+    models = checkpoints + bool(config.out and config.keep_best)
     sizes = {Path(config.log_dir): size * models} if config.log_dir else {}
     if config.out:
         sizes[Path(config.out)] = size

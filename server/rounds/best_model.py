@@ -11,6 +11,7 @@ from typing import Any
 
 from flwr.common.logger import log
 
+from configs.directory_placement import remove_partials
 from configs.errors import UserError
 from configs.schema import RunConfig
 from federated.run_setup import override_routing
@@ -39,6 +40,7 @@ def close_run(federation: Federation, *, out: str) -> dict[str, Any]:
     observer, best, config = federation.observer, federation.state.best, federation.config
     folder = observer.log_dir / CHECKPOINTS / BEST
     shutil.rmtree(folder, ignore_errors=True)  # of an interruption of this run
+    remove_partials(folder)
     is_last = best.version == federation.global_model.version
     entry = best.entry(out if is_last else "")
     summary = observer.close(out=out, stopped=federation.state.stopped, best=entry)

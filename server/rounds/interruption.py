@@ -76,4 +76,4 @@ def _save_model(federation: Federation, config: RunConfig) -> Path:
             return error.folder
         except Exception:
             _log.exception("the model could not be saved to %s", config.out)
-    return write_checkpoint(log_dir, global_model, state)
+    return write_checkpoint(log_dir, global_model, state, keep=config.keep_checkpoints)

@@ -114,7 +114,8 @@ class Federation:
         if self.journal is not None:
             self.journal.save(self.global_model, self.state, self.observer.history)
         if self.config.checkpoint_every and server_round % self.config.checkpoint_every == 0:
-            write_checkpoint(self.observer.log_dir, self.global_model, self.state)
+            keep = self.config.keep_checkpoints
+            write_checkpoint(self.observer.log_dir, self.global_model, self.state, keep=keep)
 
     def _collect(self, server_round: int, spool: ReplySpool) -> tuple[dict[int, Answer], RoundReplies]:
         """Request an update from the nodes of the round; repeat the exchange where too few replies are usable."""

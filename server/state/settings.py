@@ -25,6 +25,7 @@ MAY_CHANGE = (
     "early-stop-rounds",
     "graph",
     "keep-best",
+    "keep-checkpoints",
     "log-dir",
     "num-threads",
     "out",

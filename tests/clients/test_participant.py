@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -47,6 +49,15 @@ def request_0(graph, model):
 @pytest.fixture
 def config_of(graph, tmp_path):
     return lambda **changes: load_run_config(run_values(graph, tmp_path, **{"local_steps": 2, **changes}))
+
+
+def test_the_first_message_of_a_run_removes_files_of_runs_long_ago(config_of, request_0):
+    config = config_of()
+    old = Path(config.log_dir) / "clients" / "run-99"
+    old.mkdir(parents=True)
+    os.utime(old, (0, 0))
+    Participant.open(config, node_context(), request_0)
+    assert not old.exists()
 
 
 def test_a_client_opens_its_data_and_the_global_model(config_of, model, request_0):

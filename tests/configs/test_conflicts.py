@@ -39,6 +39,10 @@ def test_the_defaults_agree_with_each_other():
     ("changes", "keys"),
     [
         ({"sources": ()}, ["data"]),
+        ({"out": "runs/x", "log_dir": "runs/x"}, ["out", "log-dir", "runs/x"]),
+        ({"out": "runs", "log_dir": "runs/x"}, ["out", "log-dir", "runs/x"]),
+        ({"out": "graph", "graph": "./graph"}, ["out", "graph"]),
+        ({"out": "dense", "base": "dense"}, ["out", "base"]),
         ({"budgets": "1,2,3"}, ["budgets", "num-clients"]),
         ({"budgets": "1,2", "memory_budget_mb": 9}, ["budgets", "memory-budget-mb"]),
         ({"client_budgets": (4, 2), "ship_experts": 3}, ["ship-experts", "smallest client budget 2"]),
@@ -67,7 +71,7 @@ def test_the_defaults_agree_with_each_other():
             [
                 "entry-score=shared, combine=mean, client-weight=uniform, clip-norm-multiple=0, keep-best=false, "
                 "drift-loss=0, drift-routing=0 with dp-clip-norm, "
-                "got saliency, entrywise, examples, 2, true, 0.2, 0.1;",
+                "got saliency, entrywise, examples, 2, true, 0.2, 0.02;",
             ],
         ),
         (PRIVATE | {"combine": "hajek"}, ["combine=mean with dp-clip-norm, got hajek"]),
@@ -103,6 +107,7 @@ def test_each_conflict_names_its_keys(changes, keys):
         {"warmup_steps": 59, "total_steps": 60},
         {"train": "experts", "lora_rank": 4, "weights": "nf4", "attention_lora": True},
         {"low_rank": True},
+        {"out": "runs/x/out", "log_dir": "runs/x", "graph": "graph"},
         {"sampling_weights": "staleness", "fraction_train": 0.9, "min_clients": 2, "round_deadline": 600.0},
         SHARED,
         PRIVATE,

@@ -11,7 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from configs.directory_placement import MARKER, entries, place_directory, staging_parent
+from configs.directory_placement import (
+    MARKER,
+    entries,
+    place_directory,
+    remove_partials,
+    staging_parent,
+)
 from configs.output import OutputKept, check_output_directory, new_directory
 from tests.support.paths import ROOT
 
@@ -199,3 +205,13 @@ def as_nobody(function: Callable[[], object]) -> str:
     os.waitpid(child, 0)
     with os.fdopen(receive) as stream:
         return stream.read()
+
+
+def test_what_killed_processes_left_for_a_directory_is_removed_and_nothing_else(tmp_path):
+    path = tmp_path / "out[1]"
+    for name in (".out[1].a.partial", ".out[1].b.partial", ".out1.a.partial", ".other.a.partial", "out[1]"):
+        (tmp_path / name / "x").mkdir(parents=True)
+    remove_partials(path)
+    kept = [".other.a.partial", ".out1.a.partial", "out[1]"]
+    assert sorted(each.name for each in tmp_path.iterdir()) == kept
+    remove_partials(tmp_path / "absent" / "out")

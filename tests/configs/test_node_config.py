@@ -10,7 +10,7 @@ from configs.node_config import NodeConfig, load_node_config
 def test_flowers_own_keys_are_enough_and_leave_everything_to_the_run():
     node = load_node_config({"partition-id": 3, "num-partitions": 8})
     assert (node.partition_id, node.num_partitions) == (3, 8)
-    assert (node.graph, node.base, node.data_dir, node.cache_dir) == ("", "", "", "")
+    assert (node.graph, node.base, node.data_dir, node.cache_dir, node.cache_days) == ("", "", "", "", 30)
     assert (node.expert_budget, node.memory_budget_mb, node.density, node.upload_budget_mb) == (
         None,
         0,
@@ -27,6 +27,7 @@ def test_every_key_is_taken_in_flowers_types():
         "base": "owner/llama",
         "data-dir": 2024,
         "cache-dir": "/c",
+        "cache-days": 7,
         "memory-budget-mb": 900,
         "density": 1,
         "upload-budget-mb": 2,

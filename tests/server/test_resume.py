@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from flwr.app import Context, RecordDict
 
 from benchmarks.support.resume.killed_run import STAGES, dying
 from configs.errors import UserError
@@ -150,6 +151,27 @@ def test_a_graph_that_was_moved_continues_its_run(graph, tmp_path, undisturbed):
     run_federation(TinyGrid(config), config.model_copy(update={"out": ""}), run_id=RUN_ID)
     moved = resumed(config).model_copy(update={"graph": str(shutil.copytree(graph, tmp_path / "moved"))})
     assert_same(run_federation(TinyGrid(moved), moved, run_id=RUN_ID), undisturbed, config)
+
+
+def test_what_a_killed_run_left_half_written_is_removed(graph, tmp_path):
+    """Replies of the round, the final model and checkpoints."""
+    config = config_in(graph, tmp_path, checkpoint_every=1)
+    logs = Path(config.log_dir)
+    run_federation(TinyGrid(config), config.model_copy(update={"out": ""}), run_id=RUN_ID)
+    assert {path.name for path in (logs / "checkpoints").glob("round-?")} == {"round-2", "round-3"}
+    (logs / "state" / "round-3.safetensors").unlink()
+    left = [logs / ".replies.abc", tmp_path / ".out.abc.partial"]
+    left += [logs / "checkpoints" / name for name in (".round-2.abc.partial", ".best.abc.partial")]
+    for folder in left:
+        (folder / "x").mkdir(parents=True)
+    values = resumed(config).values()
+    server_app.main(TinyGrid(config), server_context(values))
+    assert Path(config.out).is_dir() and not any(folder.exists() for folder in left)
+
+
+def server_context(values: dict) -> Context:
+    """Context of a ServerApp with this run configuration."""
+    return Context(run_id=RUN_ID, node_id=0, node_config={}, state=RecordDict(), run_config=values)
 
 
 def test_the_state_on_disk_is_bounded(graph, tmp_path):

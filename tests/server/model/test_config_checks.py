@@ -55,6 +55,8 @@ def test_a_dense_model_is_no_graph(tiny_llama_dir, tiny_graph_dir, tmp_path):
         ({"num_rounds": 6, "out": ""}, 3),
         ({"num_rounds": 6, "keep_best": False}, 4),
         ({"num_rounds": 600, "log_dir": ""}, 1),
+        ({"num_rounds": 600, "keep_checkpoints": 3}, 6),
+        ({"num_rounds": 6, "keep_checkpoints": 3}, 5),
         ({"num_rounds": 600, "checkpoint_every": 0}, 2),
     ],
 )
@@ -62,7 +64,13 @@ def test_room_is_needed_for_last_and_best_model_and_for_every_checkpoint(
     tiny_graph_dir, tmp_path, monkeypatch, changes, models
 ):
     size = (tiny_graph_dir / "model.safetensors").stat().st_size
-    own = {"num_rounds": 5, "checkpoint_every": 2, "out": str(tmp_path / "out"), **changes}
+    own = {
+        "num_rounds": 5,
+        "checkpoint_every": 2,
+        "keep_checkpoints": 0,
+        "out": str(tmp_path / "out"),
+        **changes,
+    }
     config = tiny_config(tiny_graph_dir, tmp_path).model_copy(update=own)
     free = SimpleNamespace(free=models * size)
     monkeypatch.setattr("configs.output.shutil.disk_usage", lambda path: free)

@@ -26,6 +26,18 @@ def test_a_checkpoint_is_the_model_as_it_is(global_model, tmp_path):
     assert all_equal(load_graph(str(folder)), global_model.model)
 
 
+def test_the_latest_checkpoints_stay_and_what_a_killed_process_left_is_removed(global_model, tmp_path):
+    folder = tmp_path / "checkpoints"
+    (folder / ".round-2.abc.partial").mkdir(parents=True)
+    (folder / "best").mkdir()
+    for server_round in (2, 9, 10, 11):
+        write_checkpoint(tmp_path, global_model, FederationState(server_round=server_round), keep=2)
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"best", *(f"round-{n}{end}" for n in (10, 11) for end in ("", ".state.safetensors"))}
+    write_checkpoint(tmp_path, global_model, FederationState(server_round=12))
+    assert (folder / "round-10").exists()
+
+
 def test_the_state_lies_next_to_the_model(global_model, tmp_path):
     state = FederationState(server_round=2, model_version=2, stopped="why")
     write_checkpoint(tmp_path, global_model, state)
