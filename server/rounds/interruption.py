@@ -8,9 +8,9 @@ from pathlib import Path
 
 from configs.output import OutputKept
 from configs.schema import RunConfig
+from server.reporting.summary import read_summary
 from server.rounds.best_model import close_run
 from server.rounds.loop import Federation
-from server.rounds.run_observer import read_summary
 from server.state.checkpoint import write_checkpoint, write_state
 
 _log = logging.getLogger(__name__)

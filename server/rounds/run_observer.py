@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -11,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from configs.output import finite, write_json
+from configs.output import finite
 from experts.graph.expert_graph import ExpertGraph
 from federated.protocol.messages import Reply
 from federated.protocol.steps import step_stats
@@ -28,6 +27,7 @@ from server.reporting.run_log import (
     RoundRecord,
     RunLog,
 )
+from server.reporting.summary import SUMMARY_FILE, clear_summary, write_summary
 from server.reporting.tensorboard_log import TensorBoardLog
 from server.rounds.exchange import Answer
 from server.rounds.round_record import round_record
@@ -37,7 +37,6 @@ from server.state.drift import Drift
 from server.state.run_history import TRAFFIC, ClientFigures, RunHistory
 from server.strategies.strategy import Accepted
 
-SUMMARY_FILE = "summary.json"
 _EVENTS = "tensorboard"
 
 
@@ -64,7 +63,7 @@ class RunObserver:
         self.log_dir, self._global_model = log_dir, global_model
         self._log = RunLog(log_dir, num_layers=len(experts), experts_per_layer=experts, resumed=resumed)
         if resumed is None:
-            (log_dir / SUMMARY_FILE).unlink(missing_ok=True)
+            clear_summary(log_dir)
             for folder in (_EVENTS, CHECKPOINTS):
                 shutil.rmtree(log_dir / folder, ignore_errors=True)
         self._failures = LogFailures()
@@ -234,7 +233,7 @@ class RunObserver:
 
     def _write_summary(self) -> dict[str, Any]:
         summary = finite(self._summary | {"log_errors": self._failures.reasons})
-        self._failures.attempt(SUMMARY_FILE, write_json, self.log_dir / SUMMARY_FILE, summary)
+        self._failures.attempt(SUMMARY_FILE, write_summary, self.log_dir, summary)
         return summary
 
     def _note(self, accepted: Accepted) -> None:
@@ -247,11 +246,6 @@ class RunObserver:
 
     def _client(self, node: int, reply: Reply) -> ClientFigures:
         return self.history.client(node, reply, num_experts=max(self._global_model.graph.num_experts))
-
-
-def read_summary(log_dir: Path) -> dict[str, Any]:
-    """Read the summary of a finished run from its log directory."""
-    return json.loads((log_dir / SUMMARY_FILE).read_text(encoding="utf-8"))
 
 
 def _copy_cluster_statistics(source: str, log_dir: Path) -> None:

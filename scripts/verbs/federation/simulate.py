@@ -90,7 +90,7 @@ def simulate(
     Runs real Flower processes: a SuperLink, the simulation engine, the ServerApp and the ClientApp of this project. The
     state of the run is saved after each round: a run that was killed is continued with --resume.
     """
-    from server.rounds.run_observer import read_summary
+    from server.reporting.summary import read_summary
 
     quiet_libraries()
     if resume is not None:
@@ -163,8 +163,8 @@ def _log_directory(folder: Path, *, keep: bool) -> Iterator[None]:
     """
     from server.flower.flower_run import interruption
     from server.reporting.run_log import clear_run
+    from server.reporting.summary import clear_summary
     from server.rounds.reply_spool import remove_spools
-    from server.rounds.run_observer import SUMMARY_FILE
     from server.state.run_lock import DRIVER_LOCK, SERVER_LOCK, check_unused, holding
     from server.state.stop_request import clear_stop
 
@@ -172,7 +172,7 @@ def _log_directory(folder: Path, *, keep: bool) -> Iterator[None]:
         check_unused(folder, SERVER_LOCK)
         if not keep:
             clear_run(folder)
-            (folder / SUMMARY_FILE).unlink(missing_ok=True)
+            clear_summary(folder)
             shutil.rmtree(folder / "clients", ignore_errors=True)
         clear_stop(folder)
         try:

@@ -74,7 +74,7 @@ FILES = {
     "expert_call_trace.json": "server.reporting.run_log.RunLog.call_trace",
     "tensorboard": "tensorboard.summary.writer.record_writer.RecordWriter.write",
     "cluster_stats.txt": "server.rounds.run_observer._copy_cluster_statistics",
-    "summary.json": "server.rounds.run_observer.write_json",
+    "summary.json": "server.reporting.summary.write_json",
 }
 
 

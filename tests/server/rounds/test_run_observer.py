@@ -17,8 +17,9 @@ from federated.protocol.steps import step_stats
 from federated.wire.codec import packed_stats
 from server.model.global_model import GlobalModel
 from server.reporting.run_log import RewireRecord
+from server.reporting.summary import read_summary
 from server.rounds.exchange import Answer
-from server.rounds.run_observer import RunObserver, read_summary
+from server.rounds.run_observer import RunObserver
 from server.rounds.validation import check_evaluations, check_replies
 from server.state.client_drift import ClientDrift
 from server.state.drift import Drift
