@@ -13,7 +13,13 @@ from server.app import run_federation
 from server.flower.flower_process import job_processes
 from server.flower.in_process_grid import RUN_ID
 from server.state.journal import STATE_FOLDER
-from tests.support.flower.deployment import Deployment, deployment, kill_server_app, wait_until
+from tests.support.flower.deployment import (
+    Deployment,
+    deployment,
+    kill_server_app,
+    wait_for_end_of_server_app,
+    wait_until,
+)
 from tests.support.tiny_federation import TinyGrid, run_values, save_tiny_graph
 
 
@@ -62,6 +68,7 @@ def test_a_killed_server_app_and_a_killed_superlink_leave_the_model_of_an_undist
         started.link.kill()
         assert_killed(job, 3, tmp_path / "run")
         started.restart()
+        wait_for_end_of_server_app(logs)
         job = continue_run(started, logs)
         assert (job.communicate()[0], job.returncode) == ("", 0)
     assert job_processes(started.job) == []

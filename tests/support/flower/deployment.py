@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
+from configs.errors import UserError
 from server.flower.flower_process import (
     JOB_VARIABLE,
     flower_environment,
@@ -22,7 +23,7 @@ from server.flower.flower_process import (
     wait_until_healthy,
 )
 from server.flower.guard import guarded
-from server.state.run_lock import SERVER_LOCK
+from server.state.run_lock import SERVER_LOCK, check_unused
 from tests.support.paths import ROOT
 
 POLL_SECONDS = 0.05
@@ -102,6 +103,17 @@ def deployment(folder: Path) -> Iterator[Deployment]:
 def kill_server_app(log_dir: Path) -> None:
     """Kill the process of the ServerApp that uses a log directory."""
     os.kill(json.loads((log_dir / SERVER_LOCK).read_text())["pid"], signal.SIGKILL)
+
+
+def wait_for_end_of_server_app(log_dir: Path, *, seconds: float = 60.0) -> None:
+    """Wait until no ServerApp uses a log directory; one whose SuperLink was killed ends when another one answers."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return check_unused(log_dir, SERVER_LOCK)
+        except UserError:
+            assert time.monotonic() < deadline
+            time.sleep(POLL_SECONDS)
 
 
 def wait_until(
