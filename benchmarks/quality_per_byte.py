@@ -36,8 +36,7 @@ from benchmarks.support.quality.result import Run
 from benchmarks.support.quality.runs import bootstrapped_graph
 from benchmarks.support.quality.settings import FULL, QUICK, Job, Rate, Settings
 from benchmarks.support.runner import Measured, OnStep, report
-from benchmarks.support.stored import work_folder
-from configs.paths import cache_folder
+from benchmarks.support.stored import chosen_work, work_folder
 from configs.schema import RunConfig
 from scripts.shared.console import quiet_libraries
 from scripts.shared.options import JsonFlag
@@ -165,7 +164,7 @@ def main(
 ) -> None:
     """Measure bytes to a given quality; a full run that was interrupted goes on from its finished runs."""
     quiet_libraries()
-    folder = work if work or quick else cache_folder() / "benchmarks" / "quality_per_byte"
+    folder = chosen_work("quality_per_byte", work, quick=quick)
     report("quality_per_byte", partial(measure, work=folder), quick=quick, as_json=as_json)
 
 

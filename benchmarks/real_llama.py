@@ -57,8 +57,7 @@ from benchmarks.support.quality.settings import FULL as SMALL_FULL
 from benchmarks.support.quality.settings import QUICK as SMALL_QUICK
 from benchmarks.support.quality.settings import Job, Settings
 from benchmarks.support.runner import Measured, OnStep, report
-from benchmarks.support.stored import work_folder
-from configs.paths import cache_folder
+from benchmarks.support.stored import chosen_work, work_folder
 from configs.schema import RunConfig
 from scripts.shared.console import quiet_libraries
 from scripts.shared.options import JsonFlag
@@ -240,7 +239,7 @@ def main(
 ) -> None:
     """Measure bytes to a given quality on a really pretrained Llama; goes on from the runs that are finished."""
     quiet_libraries()
-    folder = work if work or quick else cache_folder() / "benchmarks" / "real_llama"
+    folder = chosen_work("real_llama", work, quick=quick)
     report("real_llama", partial(measure, work=folder, jobs=jobs), quick=quick, as_json=as_json)
 
 

@@ -19,8 +19,7 @@ import typer
 from benchmarks.support.robustness.runs import run_or_read
 from benchmarks.support.robustness.settings import AGGREGATIONS, FULL, QUICK, Job, Settings
 from benchmarks.support.runner import Measured, OnStep, report
-from benchmarks.support.stored import work_folder
-from configs.paths import cache_folder
+from benchmarks.support.stored import chosen_work, work_folder
 from scripts.shared.console import quiet_libraries
 from scripts.shared.options import JsonFlag
 
@@ -109,7 +108,7 @@ def main(
 ) -> None:
     """Measure robustness; a full run that was interrupted goes on from its finished federations."""
     quiet_libraries()
-    folder = work if work or quick else cache_folder() / "benchmarks" / "robustness"
+    folder = chosen_work("robustness", work, quick=quick)
     report("robustness", partial(measure, work=folder), quick=quick, as_json=as_json)
 
 

@@ -23,8 +23,7 @@ from benchmarks.drift.runs import run_or_read
 from benchmarks.drift.settings import ARMS, FULL, QUICK, WITH, WITHOUT, Job, Settings
 from benchmarks.support.runner import Measured, OnStep, report
 from benchmarks.support.statistics import interval
-from benchmarks.support.stored import work_folder
-from configs.paths import cache_folder
+from benchmarks.support.stored import chosen_work, work_folder
 from scripts.shared.console import quiet_libraries
 from scripts.shared.options import JsonFlag
 
@@ -132,7 +131,7 @@ def main(
 ) -> None:
     """Measure recovery; a full run that was interrupted goes on from its finished federations."""
     quiet_libraries()
-    folder = work if work or quick else cache_folder() / "benchmarks" / "drift"
+    folder = chosen_work("drift", work, quick=quick)
     report("drift", partial(measure, work=folder), quick=quick, as_json=as_json)
 
 

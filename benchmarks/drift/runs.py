@@ -16,11 +16,11 @@ import torch
 
 from benchmarks.drift.settings import Job, Settings, keys_of
 from benchmarks.drift.switched_app import SwitchedApp
+from benchmarks.support.federation_run import check_all_used, federate
 from benchmarks.support.material import (
     data_sources,
     domain_blocks,
     model_path,
-    stored_graph,
     write_client_data,
 )
 from benchmarks.support.stored import stored
@@ -29,11 +29,10 @@ from configs.schema import RunConfig
 from models.checkpoints.load import load_graph
 from models.graph.graph_state import read_graph
 from models.runtime.perplexity import evaluate_loss
-from server.app import run_federation
-from server.flower.in_process_grid import RUN_ID, InProcessGrid
 from server.reporting.run_log import read_rewirings, read_rounds
 from server.state.checkpoint import CHECKPOINTS
 from server.state.federation_state import FederationState
+from server.strategies.growth import expert_loads
 
 
 def run_or_read(job: Job, settings: Settings, quick: bool, work: Path) -> dict[str, Any]:
@@ -59,49 +58,26 @@ def run_job(job: Job, settings: Settings, quick: bool, work: Path) -> dict[str, 
     """
     torch.set_num_threads(1)
     started = time.perf_counter()
-    graph = stored_graph(
-        work,
-        model=settings.model,
-        experts=settings.experts,
-        calibration_tokens=settings.calibration_tokens,
-        seed=job.seed,
-        quick=quick,
-    )
+    graph = settings.graph(work, job.seed, quick=quick)
     with TemporaryDirectory(prefix="fedgraft-") as scratch:
         folder = Path(scratch)
-        config = _config(job, settings, folder, graph)
+        config = settings.config(
+            graph=graph,
+            log_dir=folder / "logs",
+            seed=job.seed,
+            checkpoint_every=settings.switch,
+            experts_per_token=settings.visits,
+            upload_budget_mb=settings.upload_budget_mb,
+            **keys_of(job),
+        )
         before, after = (
             _write_data(folder / name, domains, job.seed, settings, quick)
             for name, domains in (("before", settings.before), ("after", settings.after))
         )
-        nodes = [
-            {"partition-id": client, "num-partitions": settings.num_clients, "data-dir": str(data)}
-            for client, data in enumerate(before)
-        ]
         switched = SwitchedApp(app, settings.switch, dict(enumerate(after[: settings.changed])))
-        summary = run_federation(InProcessGrid(switched, nodes, config.values()), config, run_id=RUN_ID)
+        summary = federate(config, before, switched)
         result = _result(summary, Path(config.log_dir), settings, quick)
     return result | {"seconds": round(time.perf_counter() - started, 1)}
-
-
-def _config(job: Job, settings: Settings, scratch: Path, graph: Path) -> RunConfig:
-    return RunConfig(
-        graph=str(graph),
-        log_dir=str(scratch / "logs"),
-        num_clients=settings.num_clients,
-        num_rounds=settings.rounds,
-        checkpoint_every=settings.switch,
-        experts_per_token=settings.visits,
-        upload_budget_mb=settings.upload_budget_mb,
-        eval_blocks=settings.valid_blocks,
-        block_size=settings.block_size,
-        batch_size=settings.batch_size,
-        local_steps=settings.local_steps,
-        learning_rate=settings.learning_rate,
-        seed=job.seed,
-        device="cpu",
-        **keys_of(job),
-    )
 
 
 def _write_data(
@@ -131,9 +107,7 @@ def _sources(domains: Sequence[str], settings: Settings, quick: bool) -> list[st
 
 def _result(summary: Mapping[str, Any], log_dir: Path, settings: Settings, quick: bool) -> dict[str, Any]:
     rounds = read_rounds(log_dir)
-    refused = [client["refused"] for row in rounds for client in row["clients"] if client["refused"]]
-    if refused:
-        raise RuntimeError(f"expected a reply of every client in every round, got {refused[0]}")
+    check_all_used(rounds)
     perplexities = [{each["name"]: each["perplexity"] for each in row["clients"]} for row in rounds]
     perplexities.append({each["name"]: each["perplexity_after"] for each in summary["clients"]})
     changed = [f"client-{client}" for client in range(settings.changed)]
@@ -147,7 +121,7 @@ def _result(summary: Mapping[str, Any], log_dir: Path, settings: Settings, quick
         "divergence": [max(client["drift_routing"] or 0.0 for client in row["clients"]) for row in rounds],
         "old_loss": [_old_loss(folder, settings, quick) for folder in folders],
         "edits": dict(edits),
-        "spawned_use": _spawned_use(folders[-1], settings.experts),
+        "spawned_use": _spawned_use(folders[-1]),
     }
 
 
@@ -162,17 +136,17 @@ def _old_loss(checkpoint: Path, settings: Settings, quick: bool) -> float:
     return fmean(evaluate_loss(model, text.input_ids, text.labels).mean for text in texts)
 
 
-def _spawned_use(checkpoint: Path, experts: int) -> float | None:
-    """Visits of experts beyond the first ``experts`` of a layer over the mean of its experts; None without any.
+def _spawned_use(checkpoint: Path) -> float | None:
+    """Visits of the attached experts of a layer over the mean of its experts, mean over layers; None without any.
 
-    A spawned expert is the last of its layer; the visits are the moving average that the server keeps.
+    The visits are the moving average that the server keeps.
     """
-    masks = read_graph(load_graph(str(checkpoint))).masks
+    graph = read_graph(load_graph(str(checkpoint)))
     state = checkpoint.with_name(f"{checkpoint.name}.state.safetensors").read_bytes()
-    usage = FederationState.from_bytes(state).usage.counts
-    shares = []
-    for counts, mask in zip(usage, masks, strict=True):
-        if len(counts) > experts:
-            visits = (counts * mask).sum(0)
-            shares.append(visits[experts:].mean() / visits.mean())
+    loads = expert_loads(graph, FederationState.from_bytes(state).usage.counts)
+    shares = [
+        load[list(attached)].mean() / load.mean()
+        for load, attached in zip(loads, graph.attached_per_layer, strict=True)
+        if attached
+    ]
     return fmean(shares) if shares else None

@@ -6,54 +6,32 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from benchmarks.support.federation_run import FederationSettings
+
 WITHOUT, WITH = "without", "with"
 # Keys of the compared runs, by their Python names: the most experts that growth adds to a layer.
 ARMS: dict[str, dict[str, Any]] = {WITHOUT: {"max_spawned": 0}, WITH: {"max_spawned": 4}}
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Amount of training and of measurement.
+@dataclass(frozen=True, kw_only=True)
+class Settings(FederationSettings):
+    """Amount of training and of measurement; the learning rate is constant.
 
     Attributes:
         before: domains of the clients up to the switch, dealt to them in turn.
         after: domains from then on, which no client had.
-        num_clients: clients.
         changed: clients whose domain changes, the first ones.
-        experts: E of each layer at the start.
         visits: experts per token and layer.
-        switch: last round with the first domains.
-        rounds: server rounds; a multiple of ``switch``.
+        switch: last round with the first domains, of which ``rounds`` is a multiple.
         upload_budget_mb: MB of each packed update.
-        train_blocks: training blocks of a client.
-        valid_blocks: held-out blocks of a client.
-        block_size: tokens per block.
-        batch_size: blocks per batch.
-        local_steps: optimizer steps of a client per round.
-        learning_rate: constant learning rate of the clients.
-        seeds: seeds of clusters, data order and batches.
-        calibration_tokens: calibration tokens of the bootstrap, sampled from the model.
-        model: name of the dense model, see ``material.model_path``.
     """
 
     before: Sequence[str]
     after: Sequence[str]
-    num_clients: int
     changed: int
-    experts: int
     visits: int
     switch: int
-    rounds: int
     upload_budget_mb: float
-    train_blocks: int
-    valid_blocks: int
-    block_size: int
-    batch_size: int
-    local_steps: int
-    learning_rate: float
-    seeds: Sequence[int]
-    calibration_tokens: int
-    model: str = "mix7M"
 
 
 FULL = Settings(

@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from configs.output import write_json
+from configs.paths import cache_folder
 
 
 def digest(facts: Any) -> str:
@@ -31,6 +32,11 @@ def stored(folder: Path, facts: Mapping[str, Any], compute: Callable[[], Any]) -
         folder.mkdir(parents=True, exist_ok=True)
         write_json(path, {"facts": dict(facts), "result": compute()})
     return json.loads(path.read_text(encoding="utf-8"))["result"]
+
+
+def chosen_work(name: str, work: Path | None, *, quick: bool) -> Path | None:
+    """Folder of finished results: the given one, else for a full run that of benchmark ``name`` in the user's cache."""
+    return work if work or quick else cache_folder() / "benchmarks" / name
 
 
 @contextmanager

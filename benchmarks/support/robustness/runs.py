@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.support.material import data_sources, model_path, stored_graph, write_client_data
+from benchmarks.support.federation_run import federate
+from benchmarks.support.material import data_sources, model_path, write_client_data
 from benchmarks.support.robustness.attacks import ATTACKS, AttackedApp, Victim
 from benchmarks.support.robustness.settings import AGGREGATIONS, Job, Settings
 from benchmarks.support.stored import stored
@@ -22,8 +23,6 @@ from configs.schema import RunConfig
 from models.checkpoints.load import load_graph
 from models.graph.graph_state import read_graph
 from models.graph.unit_vectors import unit_sizes
-from server.app import run_federation
-from server.flower.in_process_grid import RUN_ID, InProcessGrid
 from server.reporting.run_log import read_rounds
 
 
@@ -36,14 +35,13 @@ def run_or_read(job: Job, settings: Settings, quick: bool, work: Path) -> dict[s
         the graph edits; ``seconds``.
     """
     amount = {name: value for name, value in asdict(settings).items() if name not in ("seeds", "attacks")}
-    keys = AGGREGATIONS[job.aggregation] | dict(job.keys)
     # All that a job depends on but its code; named by its keys, so that a changed default makes another job.
     facts = {
         "attack": job.attack,
         "seed": job.seed,
         "settings": amount,
         "quick": quick,
-        "config": RunConfig(**keys).values(),
+        "config": RunConfig(**_keys(job)).values(),
     }
     return stored(work, facts, lambda: run_job(job, settings, quick, work))
 
@@ -52,42 +50,18 @@ def run_job(job: Job, settings: Settings, quick: bool, work: Path) -> dict[str, 
     """Train the federation of a job; the folder ``work`` holds the bootstrapped graphs."""
     torch.set_num_threads(1)
     started = time.perf_counter()
-    graph = stored_graph(
-        work,
-        model=settings.model,
-        experts=settings.experts,
-        calibration_tokens=settings.calibration_tokens,
-        seed=job.seed,
-        quick=quick,
-    )
+    graph = settings.graph(work, job.seed, quick=quick)
     with TemporaryDirectory(prefix="fedgraft-") as scratch:
         folder = Path(scratch)
-        config = _config(job, settings, folder, graph)
-        nodes = [
-            {"partition-id": client, "num-partitions": settings.num_clients, "data-dir": str(data)}
-            for client, data in enumerate(_write_data(folder / "data", job.seed, settings, quick))
-        ]
-        client_app = _hostile(job, settings, config) if job.attack else app
-        summary = run_federation(InProcessGrid(client_app, nodes, config.values()), config, run_id=RUN_ID)
+        config = settings.config(graph=graph, log_dir=folder / "logs", seed=job.seed, **_keys(job))
+        data = _write_data(folder / "data", job.seed, settings, quick)
+        summary = federate(config, data, _hostile(job, settings, config) if job.attack else app)
         rounds = read_rounds(Path(config.log_dir))
     return _result(summary, rounds, settings) | {"seconds": round(time.perf_counter() - started, 1)}
 
 
-def _config(job: Job, settings: Settings, scratch: Path, graph: Path) -> RunConfig:
-    return RunConfig(
-        graph=str(graph),
-        log_dir=str(scratch / "logs"),
-        num_clients=settings.num_clients,
-        num_rounds=settings.rounds,
-        eval_blocks=settings.valid_blocks,
-        block_size=settings.block_size,
-        batch_size=settings.batch_size,
-        local_steps=settings.local_steps,
-        learning_rate=settings.learning_rate,
-        seed=job.seed,
-        device="cpu",
-        **{**AGGREGATIONS[job.aggregation], **job.keys},
-    )
+def _keys(job: Job) -> dict[str, Any]:
+    return AGGREGATIONS[job.aggregation] | dict(job.keys)
 
 
 def _write_data(folder: Path, seed: int, settings: Settings, quick: bool) -> list[Path]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from benchmarks.support.federation_run import FederationSettings
 from benchmarks.support.robustness.attacks import ATTACKS
 
 # Keys of the two ways of aggregating that are compared.
@@ -21,43 +22,19 @@ AGGREGATIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Amount of training and of measurement.
+@dataclass(frozen=True, kw_only=True)
+class Settings(FederationSettings):
+    """Amount of training and of measurement; the learning rate falls linearly.
 
     Attributes:
         domains: text of the clients, of which each has equal parts.
-        num_clients: clients, hostile ones included.
-        attackers: number of hostile clients.
-        experts: E of each layer.
-        rounds: server rounds.
-        train_blocks: training blocks of a client.
-        valid_blocks: held-out blocks of a client.
-        block_size: tokens per block.
-        batch_size: blocks per batch.
-        local_steps: optimizer steps of a client per round.
-        learning_rate: learning rate of the clients, with a linear schedule.
-        seeds: seeds of clusters, data order and batches.
+        attackers: number of hostile clients among the clients.
         attacks: names of attacks.
-        calibration_tokens: calibration tokens of the bootstrap, sampled from the model.
-        model: name of the dense model, see ``material.model_path``.
     """
 
     domains: Sequence[str]
-    num_clients: int
     attackers: int
-    experts: int
-    rounds: int
-    train_blocks: int
-    valid_blocks: int
-    block_size: int
-    batch_size: int
-    local_steps: int
-    learning_rate: float
-    seeds: Sequence[int]
     attacks: Sequence[str]
-    calibration_tokens: int
-    model: str = "mix7M"
 
 
 FULL = Settings(

@@ -6,8 +6,9 @@ import pytest
 
 from benchmarks.support.averaging import Averaging
 from benchmarks.support.federated_methods import Schedule
-from benchmarks.support.federation_run import run_in_process
+from benchmarks.support.federation_run import FederationSettings, check_all_used, federate, run_in_process
 from benchmarks.support.quality.runs import packed_clients
+from clients.client_app import app
 from clients.state.store import ClientStore
 from clients.training.trainer import LocalTraining
 from models.checkpoints.load import load_graph
@@ -81,3 +82,48 @@ def test_a_refused_reply_is_an_error(federation, tmp_path):
     missing = [folders["letters"], tmp_path / "absent"]
     with pytest.raises(RuntimeError, match="expected a reply of every client"):
         run_in_process(config, NAMES, missing)
+
+
+def test_settings_name_the_keys_of_a_run(tmp_path):
+    settings = FederationSettings(
+        num_clients=3,
+        experts=4,
+        rounds=2,
+        train_blocks=8,
+        valid_blocks=5,
+        block_size=32,
+        batch_size=2,
+        local_steps=6,
+        learning_rate=0.25,
+        seeds=(0,),
+        calibration_tokens=64,
+    )
+    config = settings.config(graph=tmp_path, log_dir=tmp_path / "logs", seed=7, rho_max=0)
+    assert (config.num_clients, config.num_rounds, config.eval_blocks, config.local_steps) == (3, 2, 5, 6)
+    assert (config.learning_rate, config.seed, config.rho_max) == (0.25, 7, 0)
+    graph = settings.graph(tmp_path / "work", 0, quick=True)
+    assert load_graph(str(graph)).config.num_experts[0] == 4
+    assert (
+        settings.graph(tmp_path / "work", 0, quick=True)
+        == graph
+        != settings.graph(tmp_path / "work", 1, quick=True)
+    )
+
+
+def test_each_client_reads_its_own_folder(federation):
+    config, folders = federation
+    asked = []
+
+    def client_app(message, context):
+        asked.append((context.node_config["partition-id"], context.node_config["data-dir"]))
+        return app(message, context)
+
+    assert federate(config, list(folders.values()), client_app)["rounds"] == config.num_rounds
+    assert set(asked) == {(index, str(folder)) for index, folder in enumerate(folders.values())}
+
+
+def test_a_refused_update_is_an_error():
+    used = {"clients": [{"refused": None}]}
+    check_all_used([used])
+    with pytest.raises(RuntimeError, match="every client in every round, got too late"):
+        check_all_used([used, {"clients": [{"refused": None}, {"refused": "too late"}]}])

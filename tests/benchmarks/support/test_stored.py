@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from benchmarks.support.stored import digest, stored, work_folder
+from pathlib import Path
+
+from benchmarks.support.stored import chosen_work, digest, stored, work_folder
 
 
 def test_a_result_is_computed_once_for_the_same_facts(tmp_path):
@@ -29,3 +31,10 @@ def test_results_go_to_the_folder_given_or_to_one_that_is_removed(tmp_path):
     with work_folder(None) as folder:
         assert folder.is_dir()
     assert tmp_path.is_dir() and not folder.exists()
+
+
+def test_only_a_full_run_without_a_folder_takes_that_in_the_users_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEDGRAFT_CACHE", str(tmp_path))
+    assert chosen_work("drift", None, quick=False) == tmp_path / "benchmarks" / "drift"
+    assert chosen_work("drift", None, quick=True) is None
+    assert chosen_work("drift", Path("/own"), quick=False) == Path("/own")
