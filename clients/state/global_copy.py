@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from experts.graph.edit_plan import renumber_units
 from experts.graph.expert_graph import ExpertGraph
 from federated.protocol.copy_hash import copy_hash, unit_digest, vector_digest
 from federated.updates.update import parse_unit, unit_name
@@ -38,7 +39,7 @@ class GlobalCopy:
         self._experts = Path(folder) / "experts"
         self._files: dict[Unit, str] = {}
         self._digests: dict[Unit, str] = {}
-        self._generation = 0
+        self._generation = self._renumbered = 0
 
     def read(self, unit: Unit) -> Tensor | None:
         """Weights ``[3hd]`` fp32 of an expert; None if it never moved."""
@@ -48,31 +49,18 @@ class GlobalCopy:
 
     def write(self, unit: Unit, weights: Tensor) -> None:
         """Write an expert's weights ``[3hd]``; they take effect with the next ``save``."""
-        name = self._free_name(unit)
+        # An expert keeps its file when its number changes, so that number and generation alone do not name one.
+        suffix = f".{self._renumbered}" if self._renumbered else ""
+        name = f"{unit_name(unit)}.{self._generation + 1}{suffix}.safetensors"
         # Not flushed one by one, which for thousands takes seconds: a damaged file is detected, and costs a snapshot.
         write_checked(self._experts / name, {"weights": weights}, {}, durable=False)
         self._files[unit], self._digests[unit] = name, vector_digest(weights)
 
-    def _free_name(self, unit: Unit) -> str:
-        """Name of a file that no other unit has, since an expert keeps its file when its number changes."""
-        taken = {name for other, name in self._files.items() if other[0] == unit[0] and other != unit}
-        stem = f"{unit_name(unit)}.{self._generation + 1}"
-        names = (
-            f"{stem}{suffix}.safetensors" for suffix in ("", *(f".{n}" for n in range(1, len(taken) + 1)))
-        )
-        return next(name for name in names if name not in taken)
-
     def renumber(self, layer: int, origin: Sequence[int]) -> None:
         """Give the experts of a layer new numbers: ``origin[e]`` is the present number of e; -1: a new one."""
-        places = {old: new for new, old in enumerate(origin) if old >= 0} | {OTHERS: OTHERS}
-        self._files, self._digests = (
-            {
-                unit if unit[0] != layer else (layer, places[unit[1]]): value
-                for unit, value in values.items()
-                if unit[0] != layer or unit[1] in places
-            }
-            for values in (self._files, self._digests)
-        )
+        self._renumbered += 1
+        self._files = renumber_units(self._files, {layer: origin})
+        self._digests = renumber_units(self._digests, {layer: origin})
 
     def hash(self, model: FedGraftForCausalLM, moved: Iterable[Unit] = ()) -> str:
         """Hash by which the server compares copies; only units that ``moved`` since the last call are hashed again.

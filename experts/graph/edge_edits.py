@@ -76,11 +76,8 @@ def propose_edits(
 def _check_edge(edit: EdgeEdit, graph: ExpertGraph, masks: Sequence[np.ndarray]) -> None:
     if edit.layer >= len(masks) or edit.q >= len(masks[edit.layer]):
         raise UserError(f"expected a known layer and experts p < q, got {edit}")
-    _check_chosen(edit, edit.p, graph)
-    if edit.q in graph.attached_per_layer[edit.layer]:
-        raise UserError(
-            f"expected an edge between experts that the router chooses, got {edit}; expert {edit.q} is attached"
-        )
+    for expert in (edit.p, edit.q):
+        _check_chosen(edit, expert, graph)
     exists = bool(masks[edit.layer][edit.p, edit.q])
     if exists == isinstance(edit, AddEdge):
         state = "exists already" if exists else "does not exist"
@@ -105,7 +102,9 @@ def _check_chosen(edit: EdgeEdit | RootEdit, expert: int, graph: ExpertGraph) ->
             f"{edit.layer} are shared, and every token visits them"
         )
     if expert in attached:
-        raise UserError(f"expected an edit of experts that the router chooses, got {edit}; it is attached")
+        raise UserError(
+            f"expected an edit of experts that the router chooses, got {edit}; expert {expert} is attached"
+        )
 
 
 def _swaps(

@@ -15,7 +15,7 @@ import numpy as np
 from configs.errors import UserError
 from experts.graph.edge_edits import apply_edits
 from experts.graph.edits import Edit, MergeExperts, RetireExpert, SpawnExpert
-from experts.graph.expert_edits import apply_expert_edits
+from experts.graph.expert_edits import apply_expert_edits, unchanged
 from experts.graph.expert_graph import ExpertGraph
 
 # Experts that one plan may spawn in a layer; the version of the graph stands above them in an expert's identity.
@@ -38,25 +38,32 @@ class AppliedPlan:
     origins: tuple[np.ndarray, ...]
     parents: tuple[dict[int, int], ...]
 
-    def renumbered_layers(self, before: Sequence[int]) -> list[int]:
-        """Layers whose experts are others than the ``before[layer]`` ones before the plan, or in other places."""
-        return [
-            layer
-            for layer, (origin, count) in enumerate(zip(self.origins, before, strict=True))
-            if not np.array_equal(origin, np.arange(count))
-        ]
-
     def renumber(self, values: Mapping[tuple[int, int], Value]) -> dict[tuple[int, int], Value]:
-        """Values by unit ``(layer, expert)`` in numbers after the plan; those of removed experts are left out.
+        """Values by unit in numbers after the plan, see ``renumber_units``."""
+        return renumber_units(values, dict(enumerate(self.origins)))
 
-        Units with a negative number, which are no experts, keep it.
-        """
-        numbers = [{int(old): new for new, old in enumerate(origin) if old >= 0} for origin in self.origins]
-        return {
-            (layer, expert if expert < 0 else numbers[layer][expert]): value
-            for (layer, expert), value in values.items()
-            if expert < 0 or expert in numbers[layer]
-        }
+
+def renumber_units(
+    values: Mapping[tuple[int, int], Value], origins: Mapping[int, Sequence[int] | np.ndarray]
+) -> dict[tuple[int, int], Value]:
+    """Values by unit ``(layer, expert)`` in new numbers; those of removed experts are left out.
+
+    Units with a negative number, which are no experts, keep it.
+
+    Args:
+        values: by unit in old numbers.
+        origins: old number of each expert, by layer; -1: a new expert. Other layers stay as they are.
+    """
+    numbers = {
+        layer: {int(old): new for new, old in enumerate(origin) if old >= 0}
+        for layer, origin in origins.items()
+    }
+
+    def number(layer: int, expert: int) -> int | None:
+        return expert if expert < 0 or layer not in numbers else numbers[layer].get(expert)
+
+    moved = (((layer, number(layer, expert)), value) for (layer, expert), value in values.items())
+    return {(layer, expert): value for (layer, expert), value in moved if expert is not None}
 
 
 def apply_plan(graph: ExpertGraph, edits: Sequence[Edit]) -> AppliedPlan:
@@ -76,25 +83,17 @@ def apply_plan(graph: ExpertGraph, edits: Sequence[Edit]) -> AppliedPlan:
         graph, [edit for edit in edits if not isinstance(edit, RetireExpert | MergeExperts | SpawnExpert)]
     )
     grown = _spawn(wired, spawns)
-    if not removals:
-        origins = [_origin(count, mask) for count, mask in zip(graph.num_experts, grown.masks, strict=True)]
-        return AppliedPlan(grown, tuple(origins), _parents(spawns, [{}] * len(origins)))
-    edited = apply_expert_edits(grown, removals)
+    edited = apply_expert_edits(grown, removals) if removals else unchanged(grown)
     before = zip(edited.kept, graph.num_experts, strict=True)
-    origins = [np.where(kept < count, kept, -1) for kept, count in before]
+    origins = tuple(np.where(kept < count, kept, -1) for kept, count in before)
     return AppliedPlan(
-        replace(edited.graph, version=grown.version), tuple(origins), _parents(spawns, edited.numbers)
+        replace(edited.graph, version=grown.version), origins, _parents(spawns, edited.numbers)
     )
 
 
 def spawned_last(graph: ExpertGraph, layer: int, expert: int) -> bool:
     """Whether an expert was spawned by the latest plan."""
     return graph.version > 0 and graph.ids_per_layer[layer][expert] // _IDS_PER_PLAN == graph.version
-
-
-def _origin(count: int, mask: np.ndarray) -> np.ndarray:
-    numbers = np.arange(len(mask))
-    return np.where(numbers < count, numbers, -1)
 
 
 def _spawn(graph: ExpertGraph, spawns: Sequence[SpawnExpert]) -> ExpertGraph:
@@ -128,10 +127,10 @@ def _check_spawn(edit: SpawnExpert, graph: ExpertGraph, masks: Sequence[np.ndarr
 def _parents(
     spawns: Sequence[SpawnExpert], numbers: Sequence[Mapping[int, int]]
 ) -> tuple[dict[int, int], ...]:
-    """Spawned expert -> parent in numbers after the plan; an empty map of numbers changes none."""
+    """Spawned expert -> parent in numbers after the plan."""
     found: list[dict[int, int]] = [{} for _ in numbers]
     for edit in spawns:
-        number = numbers[edit.layer] or {each: each for each in (edit.expert, edit.parent)}
+        number = numbers[edit.layer]
         if edit.expert not in number or edit.parent not in number:
             raise UserError(
                 f"expected a plan to keep a spawned expert and its parent, got {edit} and their removal"

@@ -52,12 +52,12 @@ class RemoveEdge(_EdgeEdit):
 
 
 @dataclass(frozen=True)
-class _RootEdit:
-    """Edit of the root of an expert; in JSON p == q == ``expert``.
+class _SingleEdit:
+    """Edit of one expert; in JSON p == q == ``expert``.
 
     Attributes:
         layer: index of the layer.
-        expert: expert whose root is opened or closed.
+        expert: edited expert.
         reason: cause of the edit, for the log.
     """
 
@@ -77,13 +77,13 @@ class _RootEdit:
         return _as_dict(self.op, self.layer, self.expert, self.expert, self.reason)
 
 
-class OpenRoot(_RootEdit):
+class OpenRoot(_SingleEdit):
     """Permission for the router to choose an expert."""
 
     op = "open-root"
 
 
-class CloseRoot(_RootEdit):
+class CloseRoot(_SingleEdit):
     """Restriction of an expert to visits along edges."""
 
     op = "close-root"
@@ -122,30 +122,10 @@ class SpawnExpert:
         return _as_dict(self.op, self.layer, self.parent, self.expert, self.reason)
 
 
-@dataclass(frozen=True)
-class RetireExpert:
-    """Removal of an expert, whose parents get edges to its children; in JSON p == q == ``expert``.
+class RetireExpert(_SingleEdit):
+    """Removal of an expert, whose parents get edges to its children."""
 
-    Attributes:
-        layer: index of the layer.
-        expert: removed expert.
-        reason: cause of the edit, for the log.
-    """
-
-    op: ClassVar[str] = "retire-expert"
-    layer: int
-    expert: int
-    reason: str = ""
-
-    def __post_init__(self) -> None:
-        _check_known(self, self.layer, self.expert)
-
-    def __str__(self) -> str:
-        return f"{self.op} {self.layer}:{self.expert}"
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return _as_dict(self.op, self.layer, self.expert, self.expert, self.reason)
+    op = "retire-expert"
 
 
 @dataclass(frozen=True)

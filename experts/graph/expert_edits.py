@@ -102,6 +102,13 @@ def apply_expert_edits(graph: ExpertGraph, edits: Sequence[Edit]) -> EditedGraph
     return EditedGraph(edited, kept, numbers, added)
 
 
+def unchanged(graph: ExpertGraph) -> EditedGraph:
+    """A graph without any edit, of the same version."""
+    kept = tuple(np.arange(count) for count in graph.num_experts)
+    numbers = tuple({expert: expert for expert in range(count)} for count in graph.num_experts)
+    return EditedGraph(graph, kept, numbers, tuple(np.zeros_like(mask) for mask in graph.masks))
+
+
 def still_attached(mask: np.ndarray, kept: np.ndarray, attached: Collection[int]) -> tuple[int, ...]:
     """New numbers of the attached experts that an edge still leads to; one without any is a root.
 

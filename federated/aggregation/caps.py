@@ -6,6 +6,11 @@ import statistics
 from collections.abc import Sequence
 
 
+def untrusted(clients: int) -> int:
+    """Number of largest values, of one per client, that must not decide alone: a fifth, at least one of three."""
+    return max(1, clients // 5) if clients > 2 else 0
+
+
 def capped(values: Sequence[float], multiple: float) -> list[float]:
     """Each value, at most ``multiple`` times the lower median of all (0: no cap).
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from experts.graph.expert_graph import ExpertGraph
+from federated.aggregation.caps import untrusted
 from federated.updates.update import RefusedUpdate
 from federated.wire.columns import pack_column, unpack_column
 from models.graph.runtime_settings import Observer, observing_walks
@@ -61,10 +62,7 @@ class UsageCounter:
         @torch.no_grad()
         def observe(layer: ExpertGraphMLP, scores_TE: Tensor, walk: Walk, weights_TK: Tensor) -> None:
             self._counts[index] += traversals(walk, layer.num_experts).cpu()
-            chosen_TE = scores_TE.clone()
-            chosen_TE[:, layer.attached] = float("-inf")
-            wanted = demand(chosen_TE, layer.num_visits, layer.num_shared).cpu()
-            wanted[layer.attached] = wanted[:, layer.attached] = 0
+            wanted = demand(scores_TE, layer.num_visits, layer.num_shared, layer.attached).cpu()
             self._counts[index] += wanted * self._absent[index]
 
         return observe
@@ -89,13 +87,18 @@ def traversals(walk: Walk, num_experts: int) -> Tensor:
     return torch.bincount(sources * num_experts + targets, minlength=num_experts**2).view(num_experts, -1)
 
 
-def demand(scores_TE: Tensor, top_k: int, num_shared: int = 0) -> Tensor:
+def demand(scores_TE: Tensor, top_k: int, num_shared: int = 0, attached: Sequence[int] = ()) -> Tensor:
     """Tokens with both p and q in the top-k of the raw router logits, int64 ``[E, E]``, for p < q only.
 
-    The first ``num_shared`` of the k visits are those of shared experts; only the others are chosen by logits.
+    The first ``num_shared`` of the k visits are those of shared experts; only the others are chosen by logits. Those
+    of ``attached`` experts are not among the k.
     """
+    if attached:
+        scores_TE = scores_TE.clone()
+        scores_TE[:, attached] = float("-inf")
     best = scores_TE[:, num_shared:].topk(max(top_k - num_shared, 0), -1).indices + num_shared
     chosen = torch.zeros_like(scores_TE).scatter(-1, best, 1.0)
+    chosen[:, attached] = 0  # where fewer than k others are left
     return (chosen.T @ chosen).round().long().triu(1)
 
 
@@ -119,9 +122,8 @@ def _sum_of_bounded(counts_CEE: np.ndarray) -> np.ndarray:
         return counts_CEE.sum(0)
     totals[~used] = 1.0
     counts_CEE *= (statistics.median_low(totals[used]) / totals)[:, None, None]
-    clients = len(totals)
-    most = max(1, clients // 5) if clients > 2 else 0
-    limit = np.partition(counts_CEE, clients - 1 - most, axis=0)[clients - 1 - most]
+    largest = len(totals) - 1 - untrusted(len(totals))
+    limit = np.partition(counts_CEE, largest, axis=0)[largest]
     return np.minimum(counts_CEE, limit).sum(0)
 
 

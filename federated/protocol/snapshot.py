@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from configs.errors import UserError
+from configs.keys import Whole
 from experts.graph.expert_graph import ExpertGraph, check_reachable
 from federated.protocol.copy_hash import moved_vector, routing_vector
 from federated.updates.update import RefusedUpdate
@@ -33,8 +34,6 @@ _UNIT = re.compile(r"unit\.(\d{1,9})\.(-1|\d{1,9})")
 _WIDTH = 32  # bits of a difference
 _MOST_ADDED = 4096  # experts of a layer that the checkpoint lacks
 
-NonNegative = Annotated[int, Field(ge=0)]
-
 
 class SnapshotHeader(ColumnsHeader):
     """Header of a snapshot: the version of the global model and of its graph.
@@ -47,8 +46,8 @@ class SnapshotHeader(ColumnsHeader):
     format: Literal[1] = 1
     version: int = Field(ge=0)
     graph_version: int = Field(ge=0)
-    ids: list[list[NonNegative]] = []
-    attached: list[list[NonNegative]] = []
+    ids: list[list[Whole]] = []
+    attached: list[list[Whole]] = []
     checksum: str = ""
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from experts.graph.edit_plan import renumber_units
 from models.graph.unit_vectors import OTHERS, Unit
 
 
@@ -38,9 +39,7 @@ def remap_vectors(
         origins: per layer, see ``remap_vector``.
         counts: E of each layer before the edits.
     """
-    remapped = {unit: vector for unit, vector in vectors.items() if unit[1] == OTHERS}
-    for layer, (origin, count) in enumerate(zip(origins, counts, strict=True)):
-        for expert, old in enumerate(origin.tolist()):
-            if (layer, old) in vectors and old >= 0:
-                remapped[layer, expert] = remap_vector(vectors[layer, old], origin, count)
-    return remapped
+    return {
+        unit: vector if unit[1] == OTHERS else remap_vector(vector, origins[unit[0]], counts[unit[0]])
+        for unit, vector in renumber_units(vectors, dict(enumerate(origins))).items()
+    }

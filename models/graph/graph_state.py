@@ -9,14 +9,16 @@ from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 
 
 def read_graph(model: FedGraftForCausalLM) -> ExpertGraph:
-    """Copy of the masks and the graph version of a model."""
-    masks = tuple(layer.edges.cpu().numpy().copy() for layer in model.expert_layers())
+    """Copy of the expert graph of a model."""
     layers = model.expert_layers()
-    num_shared, attached = tuple(layer.num_shared for layer in layers), tuple(
-        tuple(each.attached) for each in layers
+    attached = tuple(tuple(layer.attached) for layer in layers)
+    return ExpertGraph(
+        masks=tuple(layer.edges.cpu().numpy().copy() for layer in layers),
+        version=model.config.graph_version,
+        num_shared=tuple(layer.num_shared for layer in layers),
+        attached=attached if any(attached) else (),
+        ids=tuple(layer.ids for layer in layers),
     )
-    ids = tuple(layer.ids for layer in layers)
-    return ExpertGraph(masks, model.config.graph_version, num_shared, attached if any(attached) else (), ids)
 
 
 def check_graph(model: FedGraftForCausalLM) -> None:

@@ -14,6 +14,8 @@ def summary_lines(summary: dict[str, Any]) -> list:
     from rich.markup import escape
     from rich.table import Table
 
+    from server.reporting.summary import model_line
+
     table = Table("client", "budget", title="held-out perplexity of the global model")
     for column in ("before", "after", "after, personal"):
         table.add_column(column, justify="right")
@@ -29,7 +31,7 @@ def summary_lines(summary: dict[str, Any]) -> list:
     ]
     if summary["stopped"]:
         lines.append(f"stopped after round {summary['rounds']}: {summary['stopped']}")
-    lines += [_model_line(name, summary[name]) for name in ("last", "best") if summary.get(name)]
+    lines += [model_line(name, summary[name], digits=2) for name in ("last", "best") if summary.get(name)]
     for way in ("up", "down"):
         sent, dense = summary[f"bytes_{way}"], summary[f"bytes_{way}_dense"]
         ratio = f" ({dense / sent:.0f} times less)" if sent else ""
@@ -46,13 +48,6 @@ def summary_lines(summary: dict[str, Any]) -> list:
     if summary["out"]:
         lines.append(f"model: {summary['out']}")
     return [table, *map(escape, lines)]
-
-
-def _model_line(name: str, model: dict[str, Any]) -> str:
-    """Round, perplexity and folder of the last or the best model."""
-    perplexity = "unknown" if model["perplexity"] is None else f"{model['perplexity']:.2f}"
-    where = f", in {model['out']}" if model.get("out") else ""
-    return f"{name} model: round {model['round']}, perplexity {perplexity}{where}"
 
 
 def _drift_lines(summary: dict[str, Any]) -> list[str]:

@@ -16,6 +16,7 @@ from configs.errors import UserError
 from configs.schema import RunConfig
 from federated.run_setup import override_routing
 from server.model.global_model import GlobalModel
+from server.reporting.summary import model_line
 from server.rounds.loop import Federation
 from server.state.best_round import BestRound
 from server.state.checkpoint import CHECKPOINTS
@@ -56,9 +57,7 @@ def _log_models(summary: Mapping[str, Any]) -> None:
     """Log round and perplexity of the last and the best model; Flower's own logger shows it in the log of the run."""
     for name, model in (("last", summary["last"] | {"out": summary["out"]}), ("best", summary["best"])):
         if model:
-            perplexity = "unknown" if model["perplexity"] is None else f"{model['perplexity']:.3f}"
-            where = f", in {model['out']}" if model["out"] else ""
-            log(logging.INFO, "%s model: round %d, perplexity %s%s", name, model["round"], perplexity, where)
+            log(logging.INFO, "%s", model_line(name, model, digits=3))
 
 
 def write_best(best: BestRound, config: RunConfig, folder: Path, *, source: str, journal: Journal) -> None:

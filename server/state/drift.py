@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from configs.run_views import DriftDetection
+from federated.aggregation.caps import untrusted
 from server.state.client_drift import ClientDrift, Observation
 
 RECENT = 3  # rounds since its last report in which a client counts
@@ -93,6 +94,5 @@ def _layers(tensors: Mapping[str, np.ndarray], index: int) -> list[np.ndarray]:
 
 def _bounded_mean(values: Sequence[float]) -> float:
     known = sorted(each for each in values if not math.isnan(each))
-    most = max(1, len(known) // 5) if len(known) > 2 else 0
-    kept = known[: len(known) - most]
+    kept = known[: len(known) - untrusted(len(known))]
     return sum(kept) / len(kept) if kept else 0.0

@@ -29,10 +29,10 @@ class EditedEdges:
     def resting(self, graph: ExpertGraph, server_round: int, rest: int) -> set[tuple[int, int, int]]:
         """Edges ``(layer, p, q)`` of ``graph`` that were edited in the latest ``rest`` rounds; drops older ones."""
         self.rounds = {edge: last for edge, last in self.rounds.items() if last > server_round - rest}
-        places = [{identity: place for place, identity in enumerate(ids)} for ids in graph.ids_per_layer]
-        found = set()
-        for edge in self.rounds:
-            layer, p, q = map(int, edge.split("."))
-            if p in places[layer] and q in places[layer]:
-                found.add((layer, places[layer][p], places[layer][q]))
-        return found
+        known = graph.ids_per_layer
+        edges = (tuple(map(int, edge.split("."))) for edge in self.rounds)
+        return {
+            (layer, known[layer].index(p), known[layer].index(q))
+            for layer, p, q in edges
+            if p in known[layer] and q in known[layer]
+        }

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from configs.run_views import Rewiring
 from experts.graph.edge_edits import propose_edits
-from experts.graph.edits import Edit, RetireExpert, SpawnExpert
+from experts.graph.edits import Edit, SpawnExpert
 from federated.data.blocks import Blocks
 from models.runtime.perplexity import evaluate_loss
 from server.model.global_model import GlobalModel
@@ -74,8 +74,7 @@ def _apply(global_model: GlobalModel, state: FederationState, edits: Sequence[Ed
     state.edited.add(global_model.graph, edits, state.server_round)
     state.usage.reset(edits)
     plan = global_model.edit(edits)
-    if any(isinstance(edit, SpawnExpert | RetireExpert) for edit in edits):
-        state.usage.renumber(plan.origins)
+    state.usage.renumber(plan.origins)
     if any(isinstance(edit, SpawnExpert) for edit in edits):
         state.drift.restart()
 

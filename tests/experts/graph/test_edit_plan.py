@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs.errors import UserError
-from experts.graph.edit_plan import apply_plan, spawned_last
+from experts.graph.edit_plan import apply_plan, renumber_units, spawned_last
 from experts.graph.edits import (
     AddEdge,
     CloseRoot,
@@ -39,7 +39,6 @@ def test_a_spawned_expert_is_the_last_one_and_attached_to_its_parent():
     assert plan.graph.masks[1][:, 4].tolist() == [False, False, True, False, False]
     assert plan.origins[0].tolist() == [0, 1, 2, 3] and plan.origins[1].tolist() == [0, 1, 2, 3, -1]
     assert plan.parents == ({}, {4: 2})
-    assert plan.renumbered_layers([4, 4]) == [1]
 
 
 def test_identities_outlast_renumbering_and_are_not_used_again():
@@ -179,3 +178,9 @@ def test_only_experts_of_the_latest_plan_count_as_spawned_last():
 def test_attached_experts_that_do_not_fit_the_graph_are_refused(attached, message):
     with pytest.raises(UserError, match=message):
         ExpertGraph(graph_of().masks, attached=attached)
+
+
+def test_units_of_other_layers_and_units_that_are_no_experts_keep_their_numbers():
+    values = {(0, 0): "a", (0, 2): "c", (1, 0): "d", (1, 1): "e", (1, -1): "rest"}
+    moved = renumber_units(values, {1: [1, -1]})
+    assert moved == {(0, 0): "a", (0, 2): "c", (1, 0): "e", (1, -1): "rest"}

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from configs.errors import UserError
 from experts.graph.edge_edits import apply_edits
 from experts.graph.edits import Edit, MergeExperts, RetireExpert, edits_from_dicts
-from experts.graph.expert_edits import apply_expert_edits, retirements
+from experts.graph.expert_edits import apply_expert_edits, retirements, unchanged
 from experts.graph.expert_graph import ExpertGraph, check_mask, check_reachable
 
 
@@ -196,3 +196,10 @@ def test_a_keep_map_becomes_a_plan():
     edits = retirements({1: np.array([2, 0]), 0: np.array([1])}, [2, 3, 4], "worst")
     assert edits == [RetireExpert(0, 0, "worst"), RetireExpert(1, 1, "worst")]
     assert retirements({}, [2]) == []
+
+
+def test_a_graph_without_edits_keeps_all_experts_and_its_version():
+    graph = graph_of((1, 2))
+    same = unchanged(graph)
+    assert same.graph is graph and [kept.tolist() for kept in same.kept] == [list(range(4))]
+    assert same.numbers == ({0: 0, 1: 1, 2: 2, 3: 3},) and not same.added[0].any()

@@ -87,6 +87,15 @@ def test_demand_counts_pairs_within_the_best_k():
     assert demand(scores, 3).tolist() == [[0, 3, 3], [0, 0, 3], [0, 0, 0]]
 
 
+@pytest.mark.parametrize("top_k", [1, 2, 3, 4])
+def test_attached_experts_take_no_place_among_the_best_k(top_k):
+    scores = torch.randn(30, 4, generator=torch.Generator().manual_seed(0))
+    before = scores.clone()
+    found = demand(scores, top_k, attached=[3])
+    assert torch.equal(found[:3, :3], demand(scores[:, :3], min(top_k, 3))) and found[:, 3].sum() == 0
+    assert torch.equal(scores, before)
+
+
 @pytest.mark.parametrize("order", ["best-first", "depth-first"])
 def test_a_model_is_counted_layer_by_layer_over_all_forward_passes(order):
     model = with_random_gains(graph_of(num_experts=4, visits=3))
