@@ -96,19 +96,21 @@ class FederationSettings:
         )
 
 
-def federate(config: RunConfig, data_dirs: Sequence[Path], client_app: ClientApp = app) -> dict[str, Any]:
+def federate(
+    config: RunConfig, data_dirs: Sequence[Path], client_app: ClientApp | None = None
+) -> dict[str, Any]:
     """Run a federation in which every client has a data folder of its own, and return its summary.
 
     Args:
         config: run configuration; ``log_dir`` receives the logs and the files of the clients.
         data_dirs: data folder of each client.
-        client_app: called with each message and the Context of its client.
+        client_app: called with each message and the Context of its client; None: ``clients.client_app``.
     """
     nodes = [
         {"partition-id": partition, "num-partitions": len(data_dirs), "data-dir": str(folder)}
         for partition, folder in enumerate(data_dirs)
     ]
-    return run_federation(InProcessGrid(client_app, nodes, config.values()), config, run_id=RUN_ID)
+    return run_federation(InProcessGrid(client_app or app, nodes, config.values()), config, run_id=RUN_ID)
 
 
 def check_all_used(rounds: Sequence[Mapping[str, Any]]) -> None:
@@ -130,7 +132,7 @@ def run_in_process(
     names: Sequence[str],
     data_dirs: Sequence[Path],
     *,
-    client_app: ClientApp = app,
+    client_app: ClientApp | None = None,
 ) -> Federated:
     """Run a federation in which every client has a data folder of its own.
 
@@ -138,7 +140,7 @@ def run_in_process(
         config: run configuration; ``log_dir`` receives the logs and the files of the clients.
         names: name of each client.
         data_dirs: data folder of each client.
-        client_app: called with each message and the Context of its client.
+        client_app: called with each message and the Context of its client; None: ``clients.client_app``.
 
     Raises:
         RuntimeError: a client's reply was refused, so the run is not the one asked for.

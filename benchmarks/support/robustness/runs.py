@@ -55,7 +55,7 @@ def run_job(job: Job, settings: Settings, quick: bool, work: Path) -> dict[str, 
         folder = Path(scratch)
         config = settings.config(graph=graph, log_dir=folder / "logs", seed=job.seed, **_keys(job))
         data = _write_data(folder / "data", job.seed, settings, quick)
-        summary = federate(config, data, _hostile(job, settings, config) if job.attack else app)
+        summary = federate(config, data, _hostile(job, settings, config) if job.attack else None)
         rounds = read_rounds(Path(config.log_dir))
     return _result(summary, rounds, settings) | {"seconds": round(time.perf_counter() - started, 1)}
 
