@@ -17,22 +17,25 @@ def apply_edits(graph: ExpertGraph, edits: Sequence[Edit]) -> ExpertGraph:
 
     Raises:
         UserError: an edit of experts, an unknown layer or expert, a shared or attached expert, an added edge or root
-            that exists, a removed one that does not, a root without which its expert cannot be reached.
+            that exists, a removed one that does not, or one without which an expert cannot be reached.
     """
     masks = [mask.copy() for mask in graph.masks]
     for edit in edits:
         if isinstance(edit, AddEdge | RemoveEdge):
             _check_edge(edit, graph, masks)
-            masks[edit.layer][edit.p, edit.q] = isinstance(edit, AddEdge)
+            entry = edit.p, edit.q
         elif isinstance(edit, OpenRoot | CloseRoot):
             _check_root(edit, graph, masks)
-            masks[edit.layer][edit.expert, edit.expert] = isinstance(edit, OpenRoot)
-            check_reachable(masks[edit.layer], edit.layer)
+            entry = edit.expert, edit.expert
         else:
             known = (AddEdge, RemoveEdge, OpenRoot, CloseRoot)
             raise UserError(
                 f"expected an edit to be one of {', '.join(kind.op for kind in known)}, got {edit.op!r}"
             )
+        mask = masks[edit.layer]
+        before = reachable(mask)
+        mask[entry] = isinstance(edit, AddEdge | OpenRoot)
+        check_reachable(mask, edit.layer, before=before)
     return replace(graph, masks=tuple(masks), version=graph.version + 1)
 
 

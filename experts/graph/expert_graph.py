@@ -134,13 +134,19 @@ def reachable(mask: np.ndarray) -> np.ndarray:
     return found
 
 
-def check_reachable(mask: np.ndarray, layer: int) -> None:
+def check_reachable(mask: np.ndarray, layer: int, *, before: np.ndarray | None = None) -> None:
     """Refuse a graph with an unreachable expert.
+
+    Args:
+        mask: bool ``[E, E]``.
+        layer: index, for the message.
+        before: bool ``[E]``, the experts that must be reachable, those before an edit; None: all.
 
     Raises:
         UserError: names the layer and the experts.
     """
-    lost = np.flatnonzero(~reachable(mask)).tolist()
+    unreached = ~reachable(mask)
+    lost = np.flatnonzero(unreached if before is None else unreached & before).tolist()
     if lost:
         raise UserError(
             f"layer {layer}: expected every expert within reach of a root, got none for {', '.join(map(str, lost))}; "

@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from configs.errors import UserError
@@ -78,6 +78,7 @@ def test_roots_are_opened_and_closed():
     ("edits", "message"),
     [
         ([CloseRoot(0, 2)], "within reach of a root, got none for 2"),
+        ([CloseRoot(0, 1), RemoveEdge(0, 0, 1)], "within reach of a root, got none for 1"),
         ([OpenRoot(0, 1)], "open already"),
         ([CloseRoot(0, 1), CloseRoot(0, 1)], "closed already"),
         ([OpenRoot(0, 4)], "known expert"),
@@ -133,6 +134,7 @@ def random_plan(rng: np.random.Generator, graph: ExpertGraph) -> list[Edit]:
 
 @settings(max_examples=150, deadline=None)
 @given(st.integers(0, 2**32 - 1))
+@example(275200)  # removes the only edge to an expert without a root
 def test_random_plans_keep_graphs_valid_and_equal_on_all_sides(seed):
     rng = np.random.default_rng(seed)
     graph = graph_of((0, 1), (1, 3), num_experts=5)
