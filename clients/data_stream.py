@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,12 +25,19 @@ BATCH_ORDER, UPLOAD_SELECTION = 1, 2
 # The document readers take seconds to import. They are imported where they are used, since in a deployment each message
 # starts a new process and only the first one reads documents.
 if TYPE_CHECKING:
+    from datasets import Dataset
+
     from federated.data.chat_template import ChatTemplate
     from federated.data.partition import ClientDocuments
 
 
 def client_documents(
-    config: RunConfig, partition: int, *, data_dir: str = "", chat: ChatTemplate | None = None
+    config: RunConfig,
+    partition: int,
+    *,
+    data_dir: str = "",
+    chat: ChatTemplate | None = None,
+    copy: Path | None = None,
 ) -> ClientDocuments:
     """Documents of one client.
 
@@ -37,12 +46,13 @@ def client_documents(
         partition: index of the client, from 0.
         data_dir: private data, all of it this client's; empty: its part of the run's data.
         chat: template of chats; None: their plain form.
+        copy: file with the run's data, written by the first client of the run on this machine; None: no such file.
 
     Raises:
         UserError: data that does not exist, or none for this client.
     """
     from federated.data.documents import load_documents
-    from federated.data.partition import partition_documents
+    from federated.data.partition import documents_of_client, partition_documents
 
     if data_dir:
         documents = load_documents(
@@ -55,7 +65,13 @@ def client_documents(
             f"expected a partition-id from 0 to {config.num_clients - 1} (num-clients is {config.num_clients}), "
             f"got {partition}"
         )
-    return all_clients(config, chat=chat)[partition]
+    return documents_of_client(
+        _run_documents(config, chat, copy),
+        partition,
+        partition=config.partition,
+        num_clients=config.num_clients,
+        seed=config.seed,
+    )
 
 
 def all_clients(config: RunConfig, *, chat: ChatTemplate | None = None) -> list[ClientDocuments]:
@@ -64,10 +80,23 @@ def all_clients(config: RunConfig, *, chat: ChatTemplate | None = None) -> list[
     Raises:
         UserError: data that does not exist, or a client without documents.
     """
-    from federated.data.documents import load_documents
     from federated.data.partition import partition_documents
 
-    documents = load_documents(
+    return partition_documents(
+        _run_documents(config, chat, None),
+        partition=config.partition,
+        num_clients=config.num_clients,
+        seed=config.seed,
+    )
+
+
+def _run_documents(config: RunConfig, chat: ChatTemplate | None, copy: Path | None) -> Dataset:
+    """Documents of all clients of a run, from the file ``copy`` where it is given."""
+    from clients.state.run_documents import copied_documents
+    from federated.data.documents import load_documents
+
+    load = partial(
+        load_documents,
         config.sources,
         template=config.template,
         chat=chat,
@@ -75,9 +104,7 @@ def all_clients(config: RunConfig, *, chat: ChatTemplate | None = None) -> list[
         wikimix_documents=config.train_documents,
         seed=config.seed,
     )
-    return partition_documents(
-        documents, partition=config.partition, num_clients=config.num_clients, seed=config.seed
-    )
+    return load() if copy is None else copied_documents(copy, load)
 
 
 def pack_client(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from flwr.app import Context
@@ -91,12 +93,11 @@ class Participant:
         partition = node.partition_id
         graph = local_graph(config, node, request)
         prune_cache(config, node, run_id=request.run_id or context.run_id)
-        store = ClientStore(
-            client_folder(config, node, run_id=request.run_id or context.run_id) / f"client-{partition}"
-        )
+        folder = client_folder(config, node, run_id=request.run_id or context.run_id)
+        store = ClientStore(folder / f"client-{partition}")
         model = open_mapped(graph, store.copy).to(choose_device(config.device))
         config = with_block_size(config, model.config)
-        name, train, valid = store.blocks(lambda: _make_blocks(config, node, graph, model))
+        name, train, valid = store.blocks(lambda: _make_blocks(config, node, graph, model, folder))
         override_routing(model, config)
         bring_to_version(model, store, request)
         config = with_own_limits(config, node, name)
@@ -247,14 +248,16 @@ class Participant:
 
 
 def _make_blocks(
-    config: RunConfig, node: NodeConfig, graph: str, model: FedGraftForCausalLM
+    config: RunConfig, node: NodeConfig, graph: str, model: FedGraftForCausalLM, folder: Path
 ) -> tuple[str, Blocks, Blocks]:
     # Imported here: only the first message of a run reads documents.
     from federated.data.chat_template import ChatTemplate
 
     tokenizer = load_tokenizer(graph)
     chat = ChatTemplate(lambda: tokenizer)
-    documents = client_documents(config, node.partition_id, data_dir=node.data_dir, chat=chat)
+    # Chats are rendered with the tokenizer of the graph, which a node may have at a path of its own.
+    copy = folder / f"documents-{hashlib.sha256(graph.encode()).hexdigest()[:8]}.arrow"
+    documents = client_documents(config, node.partition_id, data_dir=node.data_dir, chat=chat, copy=copy)
     train, valid = pack_client(
         documents,
         tokenizer,

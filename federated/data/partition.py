@@ -46,6 +46,33 @@ def partition_documents(
     Raises :class:`UserError` for fewer domains, labels or documents than clients, an unknown column, or a client
     without a training document.
     """
+    names, partitioner = _partitioner(documents, partition, num_clients, seed)
+    return [_client(name, _load(partitioner, client, num_clients)) for client, name in enumerate(names)]
+
+
+def documents_of_client(
+    documents: Dataset, client: int, *, partition: str, num_clients: int, seed: int
+) -> ClientDocuments:
+    """Part of one client in ``partition_documents``; the other clients' documents are not read.
+
+    Args:
+        documents: of all clients.
+        client: index of the client, from 0.
+        partition: as for ``partition_documents``.
+        num_clients: clients of the partition.
+        seed: of the partition.
+
+    Raises:
+        UserError: as ``partition_documents``, for this client.
+    """
+    names, partitioner = _partitioner(documents, partition, num_clients, seed)
+    return _client(names[client], _load(partitioner, client, num_clients))
+
+
+def _partitioner(
+    documents: Dataset, partition: str, num_clients: int, seed: int
+) -> tuple[list[str], Partitioner]:
+    """Names of the clients, and the partitioner of the documents."""
     kind, argument = parse_partition(partition)
     if len(documents) < 2 * num_clients:
         raise UserError(
@@ -68,7 +95,7 @@ def partition_documents(
         # The partitioner cuts contiguous shards, and documents come ordered by source.
         partitioner, keyed = IidPartitioner(num_clients), documents.shuffle(seed=seed)
     partitioner.dataset = keyed
-    return [_client(name, rows) for name, rows in zip(names, _load(partitioner, num_clients), strict=True)]
+    return names, partitioner
 
 
 def _by_dealt_labels(
@@ -138,12 +165,12 @@ def _deal(labels: Iterable[str], num_clients: int, what: str) -> list[list[str]]
     )
 
 
-def _load(partitioner: Partitioner, num_clients: int) -> list[Dataset]:
+def _load(partitioner: Partitioner, client: int, num_clients: int) -> Dataset:
     try:
         with warnings.catch_warnings():
             # The Dirichlet partitioner warns on each repeated draw after one that leaves a client empty.
             warnings.simplefilter("ignore", UserWarning)
-            return [partitioner.load_partition(client) for client in range(num_clients)]
+            return partitioner.load_partition(client)
     except ValueError:
         raise UserError(
             f"expected a draw that leaves none of {num_clients} clients empty, got none in ten; "

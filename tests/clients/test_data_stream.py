@@ -16,6 +16,7 @@ from clients.data_stream import (
     round_generator,
 )
 from configs.errors import UserError
+from federated.data import documents
 from federated.data.partition import ClientDocuments
 from tests.conftest import tiny_llama
 from tests.support.paths import ROOT
@@ -37,6 +38,13 @@ def test_each_domain_is_a_client(config):
 
 def test_a_client_gets_its_part_of_the_runs_data(config):
     assert [client_documents(config, partition) for partition in (0, 1)] == all_clients(config)
+
+
+def test_clients_of_a_run_read_one_copy_of_its_data(config, tmp_path, monkeypatch):
+    expected, copy = all_clients(config), tmp_path / "copy.arrow"
+    assert client_documents(config, 1, copy=copy) == expected[1]
+    monkeypatch.setattr(documents, "load_documents", lambda *_, **__: pytest.fail("the data was read again"))
+    assert client_documents(config, 0, copy=copy) == expected[0]
 
 
 def test_private_data_is_all_the_clients_own(config, tmp_path):

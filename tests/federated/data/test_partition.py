@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from configs.errors import UserError
 from federated.data.answers import RANGES
-from federated.data.partition import ClientDocuments, partition_documents
+from federated.data.partition import ClientDocuments, documents_of_client, partition_documents
 
 
 def corpus(**sizes: int) -> Dataset:
@@ -56,6 +56,14 @@ def test_every_document_lands_exactly_once(documents, partition, num_clients, se
     for client in clients:
         assert client.train and client.valid
         assert all(documents[int(text)][1] for text in client.train), "a held-out document is trained on"
+
+
+@pytest.mark.parametrize("partition", ["domain", "iid", "dirichlet:0.5", "natural:domain"])
+def test_the_part_of_one_client_is_that_of_the_whole_partition(partition):
+    keys = {"partition": partition, "num_clients": 3, "seed": 1}
+    dataset = corpus(a=20, b=15, c=12, d=9)
+    parts = [documents_of_client(dataset, client, **keys) for client in range(3)]
+    assert parts == partition_documents(dataset, **keys)
 
 
 def test_a_client_per_domain_in_the_order_of_the_domains():
