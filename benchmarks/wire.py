@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from benchmarks.support.runner import Measured, OnStep, run_benchmark
-from benchmarks.support.wire_lowrank import energy_ratios
-from benchmarks.support.wire_peers import dense_peers, speed_figures
-from benchmarks.support.wire_updates import (
+from benchmarks.support.wire.lowrank import energy_ratios
+from benchmarks.support.wire.peers import dense_peers, speed_figures
+from benchmarks.support.wire.updates import (
     TrainingSettings,
     kept,
     random_update,

@@ -19,7 +19,7 @@ import torch
 from flwr.app import Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from benchmarks.support.runner import peak_bytes
+from benchmarks.support.process_peak import peak_bytes
 from configs.run_views import Combine
 from configs.schema import RunConfig
 from federated.aggregation.combine import aggregate

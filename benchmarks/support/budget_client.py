@@ -16,7 +16,7 @@ import psutil
 import torch
 from flwr.app import Context, RecordDict
 
-from benchmarks.support.runner import peak_bytes
+from benchmarks.support.process_peak import peak_bytes
 from clients.data_stream import client_documents
 from clients.participant import Participant
 from clients.training.trainer import train_locally

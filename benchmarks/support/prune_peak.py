@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from benchmarks.support.runner import peak_bytes
+from benchmarks.support.process_peak import peak_bytes
 from models.moe_files.layout import read_moe_layout
 from models.moe_files.prune import prune_checkpoint
 

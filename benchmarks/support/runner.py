@@ -110,17 +110,6 @@ def measured_apart(module: str, arguments: Sequence[str]) -> dict[str, float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def peak_bytes() -> int:
-    """Peak resident memory of this process, from ``/proc``.
-
-    The peak of ``getrusage`` is inherited from the parent process, whose memory may be larger.
-    """
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("expected VmHWM in /proc/self/status, got none; measure on Linux")
-
-
 def machine() -> dict[str, Any]:
     """Machine of this run: processor, cores, memory in GiB, matrix instructions, threads, accelerator, versions."""
     flags = _cpu_field("flags").split()

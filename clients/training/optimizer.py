@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
-from torch.optim.lr_scheduler import LRScheduler
-from transformers.optimization import (
-    Adafactor,
-    get_constant_schedule_with_warmup,
-    get_cosine_schedule_with_warmup,
-    get_linear_schedule_with_warmup,
-)
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from configs.run_views import OptimizerName, ScheduleName
 
@@ -39,6 +35,9 @@ def make_optimizer(
         momentum: momentum of sgd.
     """
     if name == "adafactor":
+        # Imported here: it imports bitsandbytes and torch's compiler, seconds in the new process of each message.
+        from transformers.optimization import Adafactor
+
         return Adafactor(
             parameters,
             lr=learning_rate,
@@ -75,8 +74,17 @@ def make_schedule(
     # Offset by one step: the first warm-up step has a rate of zero, so that a client with a single step in its round
     # would not train.
     warmup, total = warmup_steps + 1, total_steps + 1
+    factor = partial(_rate, name=name, warmup=warmup, total=total)
+    return LambdaLR(optimizer, factor, last_epoch=first_step)
+
+
+def _rate(step: int, *, name: ScheduleName, warmup: int, total: int) -> float:
+    """Learning rate of a step over the base rate, as transformers' schedules with warm-up have it."""
+    if step < warmup:
+        return step / warmup
+    if name == "constant":
+        return 1.0
+    span = max(1, total - warmup)
     if name == "linear":
-        return get_linear_schedule_with_warmup(optimizer, warmup, total, last_epoch=first_step)
-    if name == "cosine":
-        return get_cosine_schedule_with_warmup(optimizer, warmup, total, last_epoch=first_step)
-    return get_constant_schedule_with_warmup(optimizer, warmup, last_epoch=first_step)
+        return max(0.0, (total - step) / span)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / span)))

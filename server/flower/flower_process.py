@@ -50,6 +50,8 @@ def flower_environment(home: Path, *, job: str) -> dict[str, str]:
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        # Ray's own is 15, with which simulated clients get next to no time beside other processes.
+        "RAY_worker_niceness": inherited.get("RAY_worker_niceness", "0"),
         "OMP_NUM_THREADS": "1",
         "PYTHONUNBUFFERED": "1",
         JOB_VARIABLE: job,

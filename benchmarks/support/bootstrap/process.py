@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.support.runner import peak_bytes
+from benchmarks.support.process_peak import peak_bytes
 from fedgraft import main
 
 

@@ -8,7 +8,7 @@ from multiprocessing import get_context
 
 from flwr.app import Context, Message, RecordDict
 
-from benchmarks.support.runner import peak_bytes
+from benchmarks.support.process_peak import peak_bytes
 
 
 class ClientProcess:

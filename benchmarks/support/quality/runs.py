@@ -17,11 +17,11 @@ from benchmarks.support.averaging import Averaging
 from benchmarks.support.federated_methods import Client, Method, Schedule
 from benchmarks.support.federation_run import run_in_process
 from benchmarks.support.material import data_sources, domain_blocks, model_path, write_client_data
+from benchmarks.support.process_peak import peak_bytes
 from benchmarks.support.quality.client_process import ClientProcess
 from benchmarks.support.quality.graph_lora import graph_factors
 from benchmarks.support.quality.result import Run
 from benchmarks.support.quality.settings import Job, Settings
-from benchmarks.support.runner import peak_bytes
 from benchmarks.support.stored import digest
 from clients.data_stream import client_documents, pack_client
 from clients.training.trainer import LocalTraining

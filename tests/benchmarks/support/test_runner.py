@@ -7,7 +7,8 @@ import sys
 import numpy as np
 
 from benchmarks.support.material import DEMO_MODEL, SHARED
-from benchmarks.support.runner import RESULTS, Measured, measured_result, peak_bytes
+from benchmarks.support.process_peak import peak_bytes
+from benchmarks.support.runner import RESULTS, Measured, measured_result
 from tests.support.paths import ROOT
 from tests.support.paths import SHARED as TEST_SHARED
 
@@ -15,9 +16,10 @@ from tests.support.paths import SHARED as TEST_SHARED
 def test_the_peak_of_a_process_is_not_that_of_the_one_that_started_it():
     held = np.ones(300 * 2**20, dtype=np.uint8)
     assert peak_bytes() > held.nbytes
-    code = "from benchmarks.support.runner import peak_bytes; import numpy; print(peak_bytes())"
+    imports = "from benchmarks.support.process_peak import peak_bytes; import numpy; "
+    code = imports + "print(peak_bytes())"
     alone = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout)
-    big = "import numpy; from benchmarks.support.runner import peak_bytes; x = numpy.ones(300 << 20, dtype='u1'); "
+    big = imports + "x = numpy.ones(300 << 20, dtype='u1'); "
     grown = int(
         subprocess.run(
             [sys.executable, "-c", big + "print(peak_bytes())"], capture_output=True, text=True

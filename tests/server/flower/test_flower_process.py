@@ -80,9 +80,15 @@ def test_environment_is_isolated_and_finds_flower_without_activation(tmp_path, m
     assert (env["FLWR_HOME"], env[JOB_VARIABLE], env["OMP_NUM_THREADS"]) == (str(tmp_path), "j", "1")
     assert env[DRIVER_VARIABLE] == driver_mark()
     assert env["FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"] == "1"
+    assert env["RAY_worker_niceness"] == "0"
     program = resolve_program(["flower-superlink", "--insecure"], env)
     assert os.access(program[0], os.X_OK)
     assert program[1:] == ["--insecure"]
+
+
+def test_the_priority_of_simulated_clients_can_be_set(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_worker_niceness", "7")
+    assert flower_environment(tmp_path, job="j")["RAY_worker_niceness"] == "7"
 
 
 def test_a_missing_program_is_named(tmp_path):

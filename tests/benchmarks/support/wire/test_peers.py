@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.support.wire_peers import (
+from benchmarks.support.wire.peers import (
     dense_peers,
     plain_pack,
     plain_select,
     plain_unpack,
     speed_figures,
 )
-from benchmarks.support.wire_updates import kept, random_update
+from benchmarks.support.wire.updates import kept, random_update
 from federated.wire.codec import pack_update
 
 

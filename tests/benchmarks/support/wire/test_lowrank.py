@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.support.wire_lowrank import energy_ratios, factor_energy, sparse_energy
+from benchmarks.support.wire.lowrank import energy_ratios, factor_energy, sparse_energy
 
 
 def normal(*shape, seed=0):

@@ -13,7 +13,7 @@ from torch import Tensor
 from zstandard import ZstdCompressor, ZstdDecompressor
 
 from benchmarks.support.statistics import alternate, median_ratio, processor_seconds
-from benchmarks.support.wire_updates import kept
+from benchmarks.support.wire.updates import kept
 from federated.updates.update import (
     SparseUpdate,
     SparseVector,

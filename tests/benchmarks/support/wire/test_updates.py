@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.support.wire_updates import (
+from benchmarks.support.wire.updates import (
     TrainedUpdates,
     kept,
     random_update,

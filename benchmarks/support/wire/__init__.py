@@ -1,0 +1,1 @@
+"""Updates and peers of the benchmark of the wire format."""
