@@ -11,7 +11,7 @@ result.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,8 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks.scale.cost_model import Coefficients, fit, predict
+from benchmarks.scale.cost_model import Coefficients, Load, fit, predict
+from benchmarks.scale.large_units import large_rounds
 from benchmarks.scale.predictions import prediction_lines, predictions, read_coefficients
 from benchmarks.scale.reply_memory import reply_memory
 from benchmarks.scale.runs import load_of, quantities, run_or_read, totals
@@ -49,19 +50,31 @@ def measure(quick: bool, on_step: OnStep, *, work: Path | None = None) -> Measur
     """
     settings = QUICK if quick else FULL
     runs: dict[Point, dict[str, Any]] = {}
+    large = large_rounds(1, 2, unit_size=10_000) if quick else large_rounds()
     with work_folder(work) as folder:
         for point in settings.points:
             runs[point] = run_or_read(point, settings, folder)
             on_step("federations", len(runs), len(settings.points))
-    return measured(settings, runs)
+    return measured(settings, runs, large)
 
 
-def measured(settings: Settings, runs: Mapping[Point, Mapping[str, Any]]) -> Measured:
-    """Figures and cost model of finished federations."""
+def measured(
+    settings: Settings,
+    runs: Mapping[Point, Mapping[str, Any]],
+    large: Sequence[tuple[Load, Mapping[str, float]]],
+) -> Measured:
+    """Figures and cost model of finished federations.
+
+    Args:
+        settings: amounts.
+        runs: results.
+        large: loads and CPU seconds of ``large_rounds``, on which the model is fitted, too.
+    """
     fitted = [point for point in runs if not point.held_out]
     loads = {point: load_of(point, settings) for point in runs}
-    coefficients = fit(
-        [loads[point] for point in fitted], [quantities(runs[point], loads[point]) for point in fitted]
+    coefficients: Coefficients = fit(
+        [*(loads[point] for point in fitted), *(load for load, _ in large)],
+        [*(quantities(runs[point], loads[point]) for point in fitted), *(seconds for _, seconds in large)],
     ) | {"reply_memory": reply_memory()}
     rows = [_row(point, runs[point], coefficients, loads[point]) for point in runs]
     held_out = [row["errors"] for row in rows if row["held_out"]]
@@ -72,7 +85,12 @@ def measured(settings: Settings, runs: Mapping[Point, Mapping[str, Any]]) -> Mea
             **{f"{name}_error_held_out": error for name, error in errors.items()},
             "rss_ratio_50_over_8": _rss_ratio(rows),
         },
-        peers={"points": rows, "coefficients": coefficients, "setting": _amounts(settings)},
+        peers={
+            "points": rows,
+            "coefficients": coefficients,
+            "large_rounds": [{"load": asdict(load), "seconds": dict(seconds)} for load, seconds in large],
+            "setting": _amounts(settings),
+        },
         notes={
             "relative_error_held_out": "largest of the errors below",
             "server_seconds_error_held_out": "CPU seconds of the server's thread per round",
@@ -82,7 +100,7 @@ def measured(settings: Settings, runs: Mapping[Point, Mapping[str, Any]]) -> Mea
     )
 
 
-def _row(point: Point, run: Mapping[str, Any], coefficients: Coefficients, load: Any) -> dict[str, Any]:
+def _row(point: Point, run: Mapping[str, Any], coefficients: Coefficients, load: Load) -> dict[str, Any]:
     """Measured and predicted cost of a point."""
     found, expected = totals(run), predict(coefficients, load)
     return {

@@ -27,6 +27,7 @@ class Load:
     Attributes:
         asked: n.
         used: a.
+        failed: clients whose answer is an error.
         weights: P.
         held: b.
         density: d.
@@ -40,6 +41,7 @@ class Load:
 
     asked: float
     used: float
+    failed: float
     weights: float
     held: float
     density: float
@@ -96,6 +98,7 @@ FEATURES: dict[str, dict[str, Callable[[Load], float]]] = {
     "update_bytes": {"per update": lambda load: 1, "per entropy byte": _update},
     "step_bytes": {"per step": lambda load: 1, "per entropy byte": _step},
     "reply_frame": {"per reply": lambda load: 1, "per usage count": lambda load: load.counts},
+    "error_bytes": {"per error": lambda load: 1},
     "request_frame": {"per request": lambda load: 1},
     "exchange": {
         "per round": lambda load: 1,
@@ -136,16 +139,20 @@ def fit(loads: Sequence[Load], measured: Sequence[Mapping[str, float]]) -> Coeff
 
     Args:
         loads: of the runs.
-        measured: by run, every quantity of ``FEATURES``; ``runs.quantities`` gives it.
+        measured: by run, quantities of ``FEATURES``; one that is 0 or absent is fitted on the other runs.
     """
-    return {name: _fit_one(name, loads, [run[name] for run in measured]) for name in FEATURES}
+    return {name: _fit_one(name, loads, [run.get(name, 0.0) for run in measured]) for name in FEATURES}
 
 
 def _fit_one(name: str, loads: Sequence[Load], values: Sequence[float]) -> dict[str, float]:
-    matrix = np.array([[feature(load) for feature in FEATURES[name].values()] for load in loads], float)
-    target = np.array(values, float)
-    scale = np.abs(matrix).max(axis=0)
-    found, _ = nnls(matrix / scale / target[:, None], np.ones(len(target)))
+    """Coefficients of one quantity; 0 where no run has any of it."""
+    rows = [(load, value) for load, value in zip(loads, values, strict=True) if value]
+    if not rows:
+        return dict.fromkeys(FEATURES[name], 0.0)
+    matrix = np.array([[feature(load) for feature in FEATURES[name].values()] for load, _ in rows], float)
+    relative = matrix / np.array([[value] for _, value in rows])
+    scale = relative.max(axis=0)
+    found, _ = nnls(relative / scale, np.ones(len(rows)))
     return dict(zip(FEATURES[name], (found / scale).tolist(), strict=True))
 
 
@@ -165,19 +172,10 @@ def predict(coefficients: Coefficients, load: Load) -> dict[str, Any]:
     each = {name: quantity(name, coefficients, load) for name in (*FEATURES, "reply_memory")}
     parts = {name: each[name] for name in PARTS}
     return {
-        "bytes_up": load.used * (each["update_bytes"] + each["reply_frame"]),
+        "bytes_up": load.used * (each["update_bytes"] + each["reply_frame"])
+        + load.failed * each["error_bytes"],
         "bytes_down": load.asked * (load.missing_steps * each["step_bytes"] + each["request_frame"]),
         "server_seconds": sum(parts.values()),
         "peak_bytes": each["peak_bytes"] + each["reply_memory"] + load.kept_steps * each["step_bytes"],
         "parts": parts,
     }
-
-
-def missing_steps(server_round: int, fraction: float) -> float:
-    """Expected server steps that a client lacks in a round in which it is asked, of rounds with a uniform draw.
-
-    Args:
-        server_round: from 1, in which there is no step yet.
-        fraction: share of the clients that is asked in each round.
-    """
-    return (1 - (1 - fraction) ** (server_round - 1)) / fraction

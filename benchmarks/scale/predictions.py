@@ -49,6 +49,7 @@ def llama_load(clients: int, asked: int) -> Load:
     return Load(
         asked=asked,
         used=asked,
+        failed=0,
         weights=LLAMA_2_7B.weights,
         held=0.5,
         density=DENSITY,

@@ -15,7 +15,8 @@ from typing import Any
 
 from benchmarks.scale.apps.costs import COSTS_FILE
 from benchmarks.scale.apps.faults import faulty_count
-from benchmarks.scale.cost_model import PARTS, Load, missing_steps
+from benchmarks.scale.catch_up import missing_steps
+from benchmarks.scale.cost_model import PARTS, Load
 from benchmarks.scale.graphs import graph_of
 from benchmarks.scale.project import measured_project
 from benchmarks.scale.settings import Point, Settings
@@ -100,9 +101,11 @@ def load_of(point: Point, settings: Settings) -> Load:
     """Load of the measured rounds of a point."""
     asked, size = asked_clients(point, settings), point.size
     held = _budgets(point, settings)
+    keys = config_of(point, settings, Path("graph"), Path("logs")).participation
     return Load(
         asked=asked,
         used=asked - 2 * faulty_count(asked),
+        failed=faulty_count(asked),
         weights=size.weights,
         held=fmean(held) / size.experts,
         density=point.density,
@@ -110,9 +113,7 @@ def load_of(point: Point, settings: Settings) -> Load:
         value_bits=settings.value_bits,
         layers=size.layers,
         experts=size.experts,
-        missing_steps=fmean(
-            missing_steps(number, settings.fraction) for number in range(2, settings.rounds + 1)
-        ),
+        missing_steps=missing_steps(point.clients, settings.rounds, keys),
         kept_steps=settings.rounds,
     )
 
@@ -122,11 +123,18 @@ def quantities(run: Mapping[str, Any], load: Load) -> dict[str, float]:
     rounds, costs = run["rounds"][1:], run["costs"][1:]
     used = [client for row in rounds for client in row["clients"] if client["update_bytes"]]
     frames = [client["bytes_up"] - client["update_bytes"] for client in used]
+    errors = [
+        client["bytes_up"]
+        for row in rounds
+        for client in row["clients"]
+        if client["bytes_up"] and not client["update_bytes"]
+    ]
     requests = [client["bytes_down"] for client in run["rounds"][0]["clients"]]  # without a step
     return {
         "update_bytes": fmean(client["update_bytes"] for client in used),
         "step_bytes": fmean(row["step_bytes"] for row in rounds),
         "reply_frame": fmean(frames),
+        "error_bytes": fmean(errors or [0]),
         "request_frame": fmean(requests),
         "peak_bytes": run["peak_bytes"],
         **{part: fmean(row.get(part, 0.0) for row in costs) for part in PARTS},

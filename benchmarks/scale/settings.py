@@ -83,10 +83,8 @@ FULL = Settings(
     points=(
         Point(DEMO, 8, 0.006),
         Point(DEMO, 16, 0.006),
-        Point(DEMO, 32, 0.006),
         Point(DEMO, 8, 0.05),
         Point(DEMO, 32, 0.05),
-        Point(MEDIUM, 8, 0.006),
         Point(MEDIUM, 16, 0.05),
         Point(DEMO, 50, 0.05, held_out=True),
         Point(LARGE, 24, 0.015, held_out=True),

@@ -12,8 +12,10 @@ from flwr.serverapp import Grid, ServerApp
 
 from benchmarks.scale.apps.costs import ServerCosts
 from benchmarks.scale.apps.faults import faulty, write_faults
-from server import app as project
+from configs.schema import load_run_config
+from server.app import run_federation
 from server.model.global_model import GlobalModel
+from server.reporting.failure import recording_failure
 from server.rounds.stoppable_grid import StoppableGrid
 from server.state.journal import Journal
 from server.strategies.sam_v2 import SamV2
@@ -31,10 +33,11 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run the project's ServerApp and write its costs."""
+    """Run the project's ServerApp and write its costs; a client may fail or be late in all rounds."""
     log_dir, costs = Path(str(context.run_config["log-dir"])), ServerCosts()
-    with counting_parts(costs):
-        project.main(MeasuredGrid(grid, log_dir, costs), context)
+    config = load_run_config(context.run_config)
+    with recording_failure(log_dir), counting_parts(costs):
+        run_federation(MeasuredGrid(grid, log_dir, costs), config, run_id=context.run_id)
     costs.write(log_dir)
 
 

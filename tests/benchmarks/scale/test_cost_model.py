@@ -13,15 +13,14 @@ from benchmarks.scale.cost_model import (
     Load,
     column_bytes,
     fit,
-    missing_steps,
     position_bits,
     predict,
     quantity,
 )
 
 LOAD = Load(
-    asked=8, used=6, weights=1000.0, held=0.5, density=0.1, step_density=0.2, value_bits=2, layers=2, experts=4,
-    missing_steps=1.5, kept_steps=3,
+    asked=8, used=6, failed=1, weights=1000.0, held=0.5, density=0.1, step_density=0.2, value_bits=2,
+    layers=2, experts=4, missing_steps=1.5, kept_steps=3,
 )  # fmt: skip
 REPLY = {"per unit": 2.0, "per usage count": 3.0}
 
@@ -35,13 +34,6 @@ def test_positions_take_their_entropy():
 
 def test_a_load_counts_entries_units_and_usage():
     assert (LOAD.update_entries, LOAD.step_entries, LOAD.units, LOAD.counts) == (50, 200, 4, 32)
-
-
-def test_a_client_lacks_one_step_where_all_are_asked_and_more_where_fewer_are():
-    assert [missing_steps(number, 1.0) for number in (1, 2, 9)] == [0, 1, 1]
-    # Asked in half of the rounds: in the third, half of the clients lack one step, the others two.
-    assert missing_steps(3, 0.5) == pytest.approx(1.5)
-    assert missing_steps(1000, 0.01) == pytest.approx(100, rel=1e-3)
 
 
 def loads() -> list[Load]:
@@ -67,6 +59,14 @@ def test_coefficients_are_not_negative():
     assert all(value >= 0 for keys in fit(loads(), measured).values() for value in keys.values())
 
 
+def test_a_quantity_that_no_run_has_is_zero():
+    measured = [dict.fromkeys(FEATURES, 1.0) | {"error_bytes": 0.0} for _ in loads()]
+    found = fit(loads(), measured)
+    assert found["error_bytes"] == {"per error": 0.0} and found["request_frame"][
+        "per request"
+    ] == pytest.approx(1)
+
+
 def test_a_prediction_adds_up():
     coefficients = {name: dict.fromkeys(keys, 0.0) for name, keys in FEATURES.items()} | {
         "reply_memory": REPLY
@@ -75,10 +75,11 @@ def test_a_prediction_adds_up():
     coefficients["reply_frame"]["per usage count"] = 2.0
     coefficients["step_bytes"]["per step"] = 10.0
     coefficients["request_frame"]["per request"] = 1.0
+    coefficients["error_bytes"]["per error"] = 9.0
     coefficients["check"]["per entry"] = 0.01
     coefficients["peak_bytes"] = {"per process": 500.0, "per weight": 4.0}
     found = predict(coefficients, LOAD)
-    assert found["bytes_up"] == 6 * (100 + 2 * 32)
+    assert found["bytes_up"] == 6 * (100 + 2 * 32) + 9
     assert found["bytes_down"] == 8 * (1.5 * 10 + 1)
     assert found["parts"].keys() == set(PARTS)
     assert found["server_seconds"] == found["parts"]["check"] == pytest.approx(0.01 * 6 * 50)

@@ -1,0 +1,1 @@
+"""Perplexity against epsilon of client-level differential privacy."""
