@@ -43,6 +43,31 @@ VERBS = {
         _FEDERATION,
         "Train and rewire an expert graph with several clients, each with its own data.",
     ),
+    "submit": Verb(
+        "scripts.verbs.federation.submit:submit",
+        _FEDERATION,
+        "Train and rewire an expert graph on a SuperLink and its SuperNodes, as simulate does on this machine.",
+    ),
+    "resume": Verb(
+        "scripts.verbs.federation.resume:resume",
+        _FEDERATION,
+        "Follow a submitted run again after its terminal was lost, or continue it after its last completed round.",
+    ),
+    "status": Verb(
+        "scripts.verbs.federation.status:status",
+        _FEDERATION,
+        "Show state and progress of a submitted run, or the runs and SuperNodes of a SuperLink.",
+    ),
+    "stop": Verb(
+        "scripts.verbs.federation.stop:stop",
+        _FEDERATION,
+        "End a submitted run: the server saves the model of the last completed round first.",
+    ),
+    "check-node": Verb(
+        "scripts.verbs.federation.check_node:check_node",
+        _FEDERATION,
+        "Check whether data, graph, disk, memory and connection of a site fit a run, and measure what one round costs.",
+    ),
     "saliency": Verb(
         "scripts.verbs.experts.saliency:saliency",
         _EXPERTS,

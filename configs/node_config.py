@@ -43,6 +43,8 @@ class NodeConfig(Keys):
     """Folder of the client's files, which outlast a run; empty: the run's log-dir, or the user-cache folder."""
     cache_days: Whole = 30
     """Days without use after which the files of other runs and built graphs are removed from that folder; 0: never."""
+    cache_mb: Whole = 0
+    """MiB of that folder above which those files are removed, too, the longest unused first; 0: no limit."""
     expert_budget: Whole | None = None
     """Experts per layer the client holds and trains, from 1; takes precedence over the run's budgets."""
     memory_budget_mb: Whole = 0

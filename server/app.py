@@ -27,6 +27,7 @@ from server.privacy.noise import NoiseSource
 from server.privacy.noise_key import create_noise_key, read_noise_key, remove_noise_key
 from server.reporting.call_trace import call_trace
 from server.reporting.failure import recording_failure
+from server.reporting.record_stream import printing_records
 from server.reporting.unused_clients import check_all_used
 from server.rounds.best_model import close_run
 from server.rounds.interruption import replacing_own_model, save_interrupted
@@ -56,7 +57,7 @@ def main(grid: Grid, context: Context) -> None:
     """
     log_dir = context.run_config.get("log-dir")
     folder = Path(str(log_dir)) if log_dir else None
-    with _locked(folder), recording_failure(folder):
+    with _locked(folder), printing_records(folder), recording_failure(folder):
         check_all_used(run_federation(grid, load_run_config(context.run_config), run_id=context.run_id))
 
 

@@ -446,3 +446,33 @@ def test_declarations_of_options_are_recognized():
     )
     assert sorted(option_helps(source)) == ["'Some.'", "f'{A} more.'"]
     assert option_helps("parser.add_argument('--a', help='Some.')") == []
+
+
+UNPICKLING = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve"}
+UNPICKLING_CALLS = {"torch.load", "joblib.load", "pd.read_pickle", "pandas.read_pickle", "yaml.load"}
+
+
+def unpickled(source: str) -> list[str]:
+    """Imports and calls of a module that run code out of the data that they read."""
+    tree = ast.parse(source)
+    imported = {name.partition(".")[0] for _, name in imports(source)} & UNPICKLING
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    names = {ast.unparse(call.func) for call in calls} & UNPICKLING_CALLS
+    allowed = [
+        "allow_pickle"
+        for call in calls
+        for keyword in call.keywords
+        if keyword.arg == "allow_pickle" and ast.unparse(keyword.value) != "False"
+    ]
+    return sorted(imported | names) + allowed
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_no_module_unpickles(path):
+    assert unpickled(path.read_text()) == []
+
+
+def test_unpickling_is_recognized():
+    source = "import pickle\nx = torch.load(f)\nnp.load(f, allow_pickle=True)\nnp.load(g, allow_pickle=False)"
+    assert unpickled(source) == ["pickle", "torch.load", "allow_pickle"]
+    assert unpickled("from cloudpickle import loads\njson.load(f)") == ["cloudpickle"]

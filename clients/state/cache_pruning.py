@@ -18,21 +18,25 @@ _SECONDS_PER_DAY = 86_400
 
 
 def prune_cache(config: RunConfig, node: NodeConfig, *, run_id: int) -> None:
-    """Remove the files of other runs, and built graphs, that were not used for ``cache-days``.
+    """Remove the files of other runs, and built graphs, that were not used for ``cache-days`` or exceed ``cache-mb``.
 
-    Only at the first message of a run, before it has files. The last use is the newest modification.
+    Only at the first message of a run, before it has files. The last use is the newest modification; the longest unused
+    are removed first.
 
     Args:
         config: run configuration.
-        node: node configuration; names the folder and the number of days.
+        node: node configuration; names the folder, the number of days and the size.
         run_id: id of the run.
     """
     own = client_folder(config, node, run_id=run_id)
-    if not node.cache_days or own.exists():
+    if not (node.cache_days or node.cache_mb) or own.exists():
         return
-    oldest = time.time() - node.cache_days * _SECONDS_PER_DAY
-    for folder in _folders(own, node):
-        if _last_use(folder) < oldest:
+    oldest = time.time() - node.cache_days * _SECONDS_PER_DAY if node.cache_days else 0.0
+    limit = node.cache_mb * 2**20 if node.cache_mb else float("inf")
+    total = 0
+    for used, folder in sorted(((_last_use(folder), folder) for folder in _folders(own, node)), reverse=True):
+        total += _size(folder)
+        if used < oldest or total > limit:
             shutil.rmtree(folder, ignore_errors=True)  # another client may remove it, too
 
 
@@ -44,6 +48,15 @@ def _folders(own: Path, node: NodeConfig) -> Iterator[Path]:
     for folder in (node_cache(node) / GRAPHS).glob("*"):
         if folder.is_dir():
             yield folder
+
+
+def _size(folder: Path) -> int:
+    """Bytes of all files of a folder; those that are removed meanwhile are left out."""
+    total = 0
+    for path in folder.rglob("*"):
+        with suppress(FileNotFoundError):
+            total += path.stat().st_size if path.is_file() else 0
+    return total
 
 
 def _last_use(folder: Path) -> float:

@@ -15,7 +15,7 @@
 #   DATA_DIR_0/_1   private data of client 0 / 1 instead: only that SuperNode gets the folder
 #   LOG_DIR         logs of the run (logs/local)          OUT      folder for the trained graph (none)
 #   CACHE_DIR       state of the clients on disk, one folder each (removed at the end unless set)
-#   TIMEOUT         time limit of the job in seconds (3600)  APP_DIR  another Flower app to run (this one)
+#   TIMEOUT         time limit of the job in seconds (3600)
 #   PYTHON          interpreter that has flwr (.venv/bin/python)
 set -euo pipefail
 
@@ -35,7 +35,6 @@ ROUNDS=${2:-3} # of a new run, as GRAPH
 shift $(($# < 2 ? $# : 2))
 PYTHON=${PYTHON:-$ROOT/.venv/bin/python}
 LOG_DIR=$(realpath -m "${LOG_DIR:-$ROOT/logs/local}")
-APP_DIR=$(realpath -m "${APP_DIR:-$ROOT}")
 if [[ ! $ROUNDS =~ ^[1-9][0-9]*$ ]]; then
     echo "error: expected ROUNDS to be a number above 0, got '$ROUNDS'" >&2
     exit 2
@@ -52,15 +51,16 @@ fi
 WORK=$(mktemp -d)
 CACHE_DIR=$(realpath -m "${CACHE_DIR:-$WORK/cache}")
 JOB=fedgraft-local-$$-$RANDOM
-exec_submit() { cd "$ROOT" && exec env FEDGRAFT_JOB="$JOB" TMPDIR="$WORK" "$PYTHON" -m scripts.deploy.submit "$@"; }
-submit() { (exec_submit "$@"); }
+exec_python() { cd "$ROOT" && exec env FEDGRAFT_JOB="$JOB" FLWR_HOME="$WORK/home" TMPDIR="$WORK" "$PYTHON" "$@"; }
+processes() { (exec_python -m scripts.deploy.commands "$@"); }
+fedgraft() { (exec_python fedgraft.py "$@"); }
 cleanup() {
-    submit stop "$JOB" || true
+    processes stop "$JOB" || true
     rm -rf "$WORK"
 }
 trap cleanup EXIT
 # The server saves the model of the rounds so far before everything is stopped; a second Ctrl-C ends at once.
-trap 'trap "exit 130" INT; submit interrupt "$LOG_DIR" || true; ${RUN:+wait "$RUN"} || true; exit 130' INT
+trap 'trap "exit 130" INT; fedgraft stop "$LOG_DIR" && ${RUN:+wait "$RUN"} || true; exit 130' INT
 # What this script starts has a process group of its own, which Ctrl-C on the console does not reach.
 apart() {
     set -m
@@ -70,9 +70,9 @@ apart() {
 trap 'exit 143' TERM
 mkdir -p "$LOG_DIR" "$WORK/empty"
 # Stops everything where this script is killed and cannot.
-apart exec_submit guard "$JOB" $$ "$WORK"
+apart exec_python -m scripts.deploy.commands guard "$JOB" $$ "$WORK"
 disown
-read -r LINK NODE_0 NODE_1 < <(submit ports 3)
+read -r LINK NODE_0 NODE_1 < <(processes ports 3)
 
 # Flower's processes start in an empty folder, install nothing, report nothing and keep to one thread each; a proxy of
 # the environment does not receive their connections over loopback.
@@ -112,14 +112,15 @@ absolute_sources() {
     echo "${sources[*]}"
 }
 if [[ -n $RESUME ]]; then
-    SETTINGS=(--resume "$RESUME")
+    COMMAND=(resume "$RESUME")
 else
-    SETTINGS=("graph=$GRAPH" "num-rounds=$ROUNDS" "log-dir=$LOG_DIR")
-    if [[ -n ${FEDGRAFT_DATA:-} ]]; then SETTINGS+=("data=$(absolute_sources "$FEDGRAFT_DATA")"); fi
-    if [[ -n ${OUT:-} ]]; then SETTINGS+=("out=$(realpath -m "$OUT")"); fi
+    COMMAND=(submit --graph "$GRAPH" --rounds "$ROUNDS" --log-dir "$LOG_DIR")
+    if [[ -n ${FEDGRAFT_DATA:-} ]]; then COMMAND+=(--set "data=$(absolute_sources "$FEDGRAFT_DATA")"); fi
+    if [[ -n ${OUT:-} ]]; then COMMAND+=(--out "$(realpath -m "$OUT")"); fi
+    for setting in "$@"; do COMMAND+=(--set "$setting"); done
 fi
+COMMAND+=(--superlink "127.0.0.1:$LINK" --insecure --timeout "${TIMEOUT:-3600}")
 # In the background, so that a signal ends the wait at once and the trap above stops everything.
-apart exec_submit run --app "$APP_DIR" --port "$LINK" --log "$LOG_DIR/flower.log" --timeout "${TIMEOUT:-3600}" \
-    "${SETTINGS[@]}" "$@"
+apart exec_python fedgraft.py "${COMMAND[@]}"
 RUN=$!
 wait "$RUN"

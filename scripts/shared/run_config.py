@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from configs.schema import RunConfig
 
 DEFAULT_LOG_DIR = "logs/run"
+PROJECT = Path(__file__).resolve().parents[2]  # folder of the Flower app
 
 
 def read_run_config(config: Path | None, given: dict[str, Any], assignments: list[str]) -> RunConfig:

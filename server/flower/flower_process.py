@@ -14,14 +14,11 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-import httpx
 import psutil
-import tomli_w
 
 from federated.driver_watch import DRIVER_VARIABLE, driver_mark
+from server.flower.connection import LOOPBACK, Connection
 
-CONNECTION = "local"  # name of the only SuperLink connection in config.toml
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 JOB_VARIABLE = (
     "FEDGRAFT_JOB"  # environment variable that marks every process of one job, whichever its parent
 )
@@ -59,6 +56,11 @@ def flower_environment(home: Path, *, job: str) -> dict[str, str]:
     }
 
 
+def inherited_job() -> str:
+    """Mark of the job that this process belongs to; empty without one."""
+    return os.environ.get(JOB_VARIABLE, "")
+
+
 def without_marks() -> dict[str, str]:
     """Environment of this process without the marks of a job and its driver."""
     return {k: v for k, v in os.environ.items() if k not in (JOB_VARIABLE, DRIVER_VARIABLE)}
@@ -87,11 +89,9 @@ def free_ports(count: int) -> list[int]:
         return [probe.getsockname()[1] for probe in probes]
 
 
-def write_connection(home: Path, address: str) -> None:
-    """Write ``address`` (host:port, without TLS) as the default connection of the Flower home folder ``home``."""
-    home.mkdir(parents=True, exist_ok=True)
-    superlink = {"default": CONNECTION, CONNECTION: {"address": address, "insecure": True}}
-    (home / "config.toml").write_text(tomli_w.dumps({"superlink": superlink}), encoding="utf-8")
+def loopback(port: int) -> Connection:
+    """Connection without TLS to a port of this machine."""
+    return Connection(f"127.0.0.1:{port}", insecure=True)
 
 
 def start_process(
@@ -116,26 +116,28 @@ def start_simulator(
     command = ["flower-superlink", "--insecure", "--simulation", "--isolation", "subprocess"]
     command += ["--host", "127.0.0.1", "--port", str(port)]
     process = start_process(command, env=env, cwd=cwd, stdout=log)
-    wait_until_healthy(port, process=process)
+    wait_until_healthy(loopback(port), process=process)
     return process
 
 
 def wait_until_healthy(
-    port: int, *, process: subprocess.Popen[bytes] | None = None, timeout: float = 60.0
+    connection: Connection, *, process: subprocess.Popen[bytes] | None = None, timeout: float = 60.0
 ) -> None:
-    """Wait at most ``timeout`` seconds for a SuperLink on loopback ``port`` to answer its health check.
+    """Wait at most ``timeout`` seconds for a SuperLink to answer its health check.
 
-    Raises RunFailed if it does not, immediately if ``process`` has ended.
+    Raises:
+        RunFailed: it does not; at once if ``process`` has ended.
+        UserError: it has other TLS settings than the connection.
     """
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
-        answers = _answers(port)
+        answers = connection.is_healthy()
         if process is not None and process.poll() is not None:
-            raise RunFailed(f"the SuperLink on port {port} ended with code {process.returncode}")
+            raise RunFailed(f"the SuperLink at {connection.address} ended with code {process.returncode}")
         if answers:
             return
         time.sleep(0.1)
-    raise RunFailed(f"no SuperLink answered on port {port} within {timeout:.0f} s")
+    raise RunFailed(f"no SuperLink answered at {connection.address} within {timeout:.0f} s")
 
 
 def stop_job(job: str) -> None:
@@ -162,21 +164,27 @@ def job_processes(job: str) -> list[psutil.Process]:
 
 
 @contextmanager
-def termination_as_interrupt() -> Iterator[None]:
-    """Raise KeyboardInterrupt on SIGTERM inside the body, so that clean-up runs; no effect outside the main thread."""
+def termination_as_interrupt(*signals: signal.Signals) -> Iterator[None]:
+    """Raise KeyboardInterrupt on signals inside the body, so that clean-up runs; no effect outside the main thread.
+
+    Args:
+        signals: SIGTERM unless given; one that is ignored, as SIGHUP under ``nohup``, stays so.
+    """
 
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
+    chosen = [each for each in signals or (signal.SIGTERM,) if signal.getsignal(each) != signal.SIG_IGN]
     try:
-        previous = signal.signal(signal.SIGTERM, interrupt)
+        previous = [(each, signal.signal(each, interrupt)) for each in chosen]
     except ValueError:  # not the main thread, where signal handlers cannot be set
         yield
         return
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for each, handler in previous:
+            signal.signal(each, handler)
 
 
 def resolve_program(command: Sequence[str], env: Mapping[str, str]) -> list[str]:
@@ -185,13 +193,6 @@ def resolve_program(command: Sequence[str], env: Mapping[str, str]) -> list[str]
     if program is None:
         raise RunFailed(f"{command[0]} is not installed in {sysconfig.get_path('scripts')}; install flwr")
     return [program, *command[1:]]
-
-
-def _answers(port: int) -> bool:
-    try:
-        return httpx.get(f"http://127.0.0.1:{port}/health", timeout=1.0, trust_env=False).is_success
-    except httpx.HTTPError:
-        return False
 
 
 def _signal(process: psutil.Process, number: int) -> None:

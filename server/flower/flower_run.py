@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import shutil
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import tomli_w
 
 from configs.errors import Interrupted, UserError
 from configs.output import write_bytes
-from server.flower.flower_process import CONNECTION, RunFailed, resolve_program, start_process
+from server.flower.connection import CONNECTION
+from server.flower.flower_cli import ANSI, RunStatus, run_status, submit
+from server.flower.flower_process import RunFailed, start_process
 from server.reporting.failure import clear_failure, read_failure
 from server.state.run_lock import SERVER_LOCK, check_unused, wait_until_unused
 from server.state.stop_request import StopRequested, request_stop
@@ -27,7 +26,6 @@ APP_SUFFIXES = frozenset(
     {".py", ".toml", ".json", ".jsonl", ".yaml", ".yml", ".md"}
 )  # file types of a bundle
 ASK_SECONDS = 30.0  # between two status queries while the log stream is open
-_ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _EXCEPTION = re.compile(r"^((?:\w+\.)*[A-Z]\w*)(?:: (.*))?$")
 # Message of the exception that Flower raises from the cause when the thread of the simulation ends.
 _WRAPPER = "An error was encountered. Ending simulation."
@@ -35,19 +33,6 @@ _WRAPPER = "An error was encountered. Ending simulation."
 _log = logging.getLogger(__name__)
 
 RunConfigValues = Mapping[str, bool | int | float | str]
-
-
-@dataclass(frozen=True)
-class RunStatus:
-    """Status of a run as Flower reports it, e.g. ``finished:completed``, and its details."""
-
-    state: str
-    details: str
-
-    @property
-    def finished(self) -> bool:
-        """Whether the run has ended, with or without success."""
-        return self.state.startswith("finished")
 
 
 def run_and_wait(
@@ -81,17 +66,53 @@ def run_and_wait(
     if log_dir is not None:
         check_unused(log_dir, SERVER_LOCK)
     clear_failure(log_dir)
-    empty = empty_folder(scratch)
-    app = stage_app(Path(project), scratch / "app")
-    config_file = scratch / "run-config.toml"
-    config_file.write_text(tomli_w.dumps(dict(run_config)), encoding="utf-8")
-    run_id = submit(app, config_file=config_file, federation_config=federation_config, env=env, cwd=empty)
+    run_id = start_run(
+        project, run_config=run_config, env=env, scratch=scratch, federation_config=federation_config
+    )
     try:
-        status = wait_for_run(run_id, env=env, cwd=empty, log_file=log_file, timeout=timeout)
+        finish_run(run_id, log_dir=log_dir, env=env, scratch=scratch, log_file=log_file, timeout=timeout)
     except KeyboardInterrupt:
         if log_dir is not None:
             end_run(log_dir)
         raise
+
+
+def start_run(
+    project: Path,
+    *,
+    run_config: RunConfigValues,
+    env: Mapping[str, str],
+    scratch: Path,
+    federation_config: Mapping[str, int | float] | None = None,
+) -> str:
+    """Submit a Flower app to a SuperLink; returns the run id. Arguments and errors as ``run_and_wait``."""
+    app = stage_app(Path(project), scratch / "app")
+    config_file = scratch / "run-config.toml"
+    config_file.write_text(tomli_w.dumps(dict(run_config)), encoding="utf-8")
+    cwd = empty_folder(scratch)
+    return submit(app, config_file=config_file, federation_config=federation_config, env=env, cwd=cwd)
+
+
+def finish_run(
+    run_id: str,
+    *,
+    log_dir: Path | None,
+    env: Mapping[str, str],
+    scratch: Path,
+    log_file: Path,
+    timeout: float,
+) -> None:
+    """Wait for the end of a run; raises the cause of a failure, see ``run_and_wait``.
+
+    Args:
+        run_id: of the run.
+        log_dir: folder with the ``failure.json`` of its ServerApp; None: there is none.
+        env: environment of Flower's commands, which names the SuperLink.
+        scratch: folder for temporary files.
+        log_file: destination of the run's log.
+        timeout: limit in seconds.
+    """
+    status = wait_for_run(run_id, env=env, cwd=empty_folder(scratch), log_file=log_file, timeout=timeout)
     failure = read_failure(log_dir)
     if log_dir is not None and failure and failure[0] == StopRequested.__name__:
         raise interruption(log_dir)
@@ -133,28 +154,6 @@ def stage_app(project: Path, target: Path) -> Path:
     return target
 
 
-def submit(
-    app: Path,
-    *,
-    config_file: Path,
-    env: Mapping[str, str],
-    cwd: Path,
-    federation_config: Mapping[str, int | float] | None = None,
-) -> str:
-    """Submit the app in folder ``app`` with ``flwr run``; returns the run id. Raises RunFailed if it is refused."""
-    command = ["flwr", "run", str(app), CONNECTION, "--format", "json", "--run-config", str(config_file)]
-    if federation_config:
-        command += ["--federation-config", " ".join(f"{k}={v}" for k, v in federation_config.items())]
-    return str(_ask_flwr(command, env=env, cwd=cwd)["run-id"])
-
-
-def run_status(run_id: str, *, env: Mapping[str, str], cwd: Path) -> RunStatus:
-    """Query the status of a run with ``flwr ls``; raises RunFailed when the SuperLink does not answer."""
-    command = ["flwr", "ls", CONNECTION, "--run-id", run_id, "--format", "json"]
-    run = _ask_flwr(command, env=env, cwd=cwd)["runs"][0]
-    return RunStatus(state=run["status"], details=run["status-details"])
-
-
 def wait_for_run(
     run_id: str, *, env: Mapping[str, str], cwd: Path, log_file: Path, timeout: float
 ) -> RunStatus:
@@ -165,6 +164,7 @@ def wait_for_run(
     """
     deadline = time.monotonic() + timeout
     command = ["flwr", "log", run_id, CONNECTION, "--stream"]
+    log_file.unlink(missing_ok=True)  # another process may still write into the one of an earlier stream
     with log_file.open("wb") as log:
         stream = start_process(command, env=env, cwd=cwd, stdout=log)
         try:
@@ -207,7 +207,7 @@ def root_cause(log: str) -> tuple[str, str]:
     """Class name and first message line of the last exception in a log; two empty strings without one."""
     found = ("", "")
     in_traceback = False
-    for line in _ANSI.sub("", log).splitlines():
+    for line in ANSI.sub("", log).splitlines():
         if line.startswith("Traceback (most recent call last):"):
             in_traceback = True
         elif in_traceback and (match := _EXCEPTION.match(line)):
@@ -223,23 +223,6 @@ def _may_be_bundled(path: Path) -> bool:
     if path.name.startswith(".") or path.is_symlink() or path.name == "__pycache__":
         return False
     return path.is_dir() or path.suffix in APP_SUFFIXES
-
-
-def _ask_flwr(command: Sequence[str], *, env: Mapping[str, str], cwd: Path) -> dict[str, Any]:
-    """Run a ``flwr`` command and parse the JSON object it prints; raises RunFailed with its error message."""
-    program = resolve_program(command, env)
-    result = subprocess.run(
-        program, env=dict(env), cwd=cwd, stdin=subprocess.DEVNULL, capture_output=True, text=True
-    )
-    try:
-        answer = json.loads(result.stdout[result.stdout.index("{") :])
-    except ValueError:
-        answer = {"error-message": result.stderr or result.stdout}
-    if not answer.get("success"):
-        lines = [line.strip() for line in _ANSI.sub("", answer.get("error-message", "")).splitlines()]
-        message = next((line for line in reversed(lines) if line), "no answer")
-        raise RunFailed(f"`{' '.join(command[:2])}` failed: {message}")
-    return answer
 
 
 def _wait(process: subprocess.Popen[bytes], seconds: float) -> None:

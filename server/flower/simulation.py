@@ -17,10 +17,10 @@ from server.flower.flower_process import (
     RunFailed,
     flower_environment,
     free_ports,
+    loopback,
     start_simulator,
     stop_job,
     termination_as_interrupt,
-    write_connection,
 )
 from server.flower.flower_run import RunConfigValues, empty_folder, run_and_wait
 from server.flower.guard import guarded
@@ -92,7 +92,7 @@ def _simulator(job: str, scratch: Path, log_dir: Path) -> Iterator[Mapping[str, 
     try:
         with (log_dir / "superlink.log").open("wb") as log:
             port, process = _start_anywhere(env, empty_folder(scratch), log)
-        write_connection(home, f"127.0.0.1:{port}")
+        loopback(port).write(home)
         yield env
     finally:
         stop_job(job)
@@ -105,7 +105,7 @@ def _start_anywhere(env: Mapping[str, str], cwd: Path, log: IO[bytes]) -> tuple[
     for _ in range(START_ATTEMPTS - 1):
         try:
             return _start_once(env, cwd, log)
-        except RunFailed:
+        except (RunFailed, UserError):  # of the program that has the port
             continue
     return _start_once(env, cwd, log)
 

@@ -33,8 +33,8 @@ from models.graph.unit_vectors import Unit
 from server.model.global_model import GlobalModel
 from server.state.federation_state import FederationState
 from server.state.run_history import RunHistory
+from server.state.settings import STATE_FOLDER
 
-STATE_FOLDER = "state"
 KEPT_ROUNDS = 2  # states kept: where the last one is damaged, the run continues from the one before
 
 _FACTS, _FEDERATION = "facts", "federation"

@@ -14,6 +14,7 @@ from configs.errors import UserError
 from configs.output import write_bytes, write_json
 from configs.schema import RunConfig, run_config_defaults
 
+STATE_FOLDER = "state"  # in a log directory
 SETTINGS_FILE = "settings.json"
 RESUME_FILE = "resume.toml"
 # Keys that may differ in a continued run: none of them changes what a round computes. The graph is compared by its

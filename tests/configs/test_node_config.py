@@ -28,6 +28,7 @@ def test_every_key_is_taken_in_flowers_types():
         "data-dir": 2024,
         "cache-dir": "/c",
         "cache-days": 7,
+        "cache-mb": 100,
         "memory-budget-mb": 900,
         "density": 1,
         "upload-budget-mb": 2,

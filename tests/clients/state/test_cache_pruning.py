@@ -20,10 +20,15 @@ def make(folder: Path, *, days: float) -> Path:
     file = folder / "client-0" / "global.safetensors"
     file.parent.mkdir(parents=True)
     file.touch()
-    used = time.time() - days * DAY
-    for path in (file, file.parent, folder):
-        os.utime(path, (used, used))
+    make_used(folder, days)
     return folder
+
+
+def make_used(folder: Path, days: float) -> None:
+    """Set the last use of a folder to so many days ago."""
+    used = time.time() - days * DAY
+    for path in (*folder.rglob("*"), folder):
+        os.utime(path, (used, used))
 
 
 def test_runs_and_graphs_of_a_cache_folder_that_were_not_used_are_removed(tmp_path):
@@ -73,3 +78,14 @@ def test_a_folder_that_another_client_removes_at_the_same_time_is_left_to_it(tmp
     monkeypatch.setattr(cache_pruning, "_last_use", removed_meanwhile)
     prune_cache(RunConfig(), node_of({"cache-dir": str(tmp_path)}), run_id=7)
     assert not folder.exists()
+
+
+def test_the_longest_unused_folders_above_the_size_limit_are_removed(tmp_path):
+    folders = {}
+    for days, name in enumerate(("run-1", "graphs/aa", "run-2", "run-3")):
+        folders[name] = make(tmp_path / name, days=days)
+        (folders[name] / "client-0" / "global.safetensors").write_bytes(bytes(2**19))
+        make_used(folders[name], days)
+    node = node_of({"cache-dir": str(tmp_path), "cache-mb": 1, "cache-days": 0})
+    prune_cache(RunConfig(), node, run_id=7)
+    assert [name for name, folder in folders.items() if folder.exists()] == ["run-1", "graphs/aa"]

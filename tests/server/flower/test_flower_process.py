@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-import tomllib
 
 import psutil
 import pytest
@@ -20,7 +19,9 @@ from server.flower.flower_process import (
     RunFailed,
     flower_environment,
     free_ports,
+    inherited_job,
     job_processes,
+    loopback,
     resolve_program,
     start_process,
     stop_job,
@@ -28,7 +29,6 @@ from server.flower.flower_process import (
     wait_until_healthy,
     without_loopback_proxy,
     without_marks,
-    write_connection,
 )
 
 # Starts a child in a session of its own that ignores SIGTERM, as a daemon does, and ends itself.
@@ -103,15 +103,6 @@ def test_free_ports_differ_and_can_be_bound():
         probe.bind(("127.0.0.1", ports[0]))
 
 
-def test_connection_file_is_what_flower_reads(tmp_path):
-    write_connection(tmp_path / "home", "127.0.0.1:4711")
-    config = tomllib.loads((tmp_path / "home" / "config.toml").read_text())
-    assert config["superlink"][config["superlink"]["default"]] == {
-        "address": "127.0.0.1:4711",
-        "insecure": True,
-    }
-
-
 def test_stop_job_ends_stubborn_daemons_of_this_job_alone(tmp_path, monkeypatch):
     monkeypatch.setattr("server.flower.flower_process.STOP_SECONDS", 0.5)
     env = flower_environment(tmp_path, job=f"mine-{os.getpid()}")
@@ -160,12 +151,12 @@ def test_waiting_for_a_superlink_that_ended_fails_at_once(tmp_path):
     process = subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"])
     process.wait()
     with pytest.raises(RunFailed, match="ended with code 3"):
-        wait_until_healthy(free_ports(1)[0], process=process, timeout=30)
+        wait_until_healthy(loopback(free_ports(1)[0]), process=process, timeout=30)
 
 
 def test_waiting_for_a_closed_port_ends_at_the_timeout():
     with pytest.raises(RunFailed, match="no SuperLink answered"):
-        wait_until_healthy(free_ports(1)[0], timeout=0.3)
+        wait_until_healthy(loopback(free_ports(1)[0]), timeout=0.3)
 
 
 def test_sigterm_becomes_an_interrupt_inside_the_body_only():
@@ -187,3 +178,22 @@ def test_signals_are_left_alone_in_another_thread():
     thread.start()
     thread.join()
     assert entered == [signal.getsignal(signal.SIGTERM)]
+
+
+def test_a_signal_that_is_ignored_stays_so_and_others_interrupt():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with termination_as_interrupt(signal.SIGTERM, signal.SIGHUP):
+            os.kill(os.getpid(), signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    with pytest.raises(KeyboardInterrupt), termination_as_interrupt(signal.SIGHUP):
+        os.kill(os.getpid(), signal.SIGHUP)
+        time.sleep(5)
+
+
+def test_the_mark_of_the_own_job(monkeypatch):
+    monkeypatch.delenv(JOB_VARIABLE, raising=False)
+    assert inherited_job() == ""
+    monkeypatch.setenv(JOB_VARIABLE, "mine")
+    assert inherited_job() == "mine"

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import io
-import json
 import threading
 import time
 import zipfile
-from pathlib import Path
 
 import pytest
 from flwr.cli.build import build_fab_from_disk
 
 from configs.errors import Interrupted, UserError
-from server.flower.flower_process import RunFailed, flower_environment
+from server.flower.flower_cli import RunStatus
+from server.flower.flower_process import RunFailed
 from server.flower.flower_run import (
-    RunStatus,
     empty_folder,
     raise_for_status,
     root_cause,
     run_and_wait,
-    run_status,
     stage_app,
-    submit,
     wait_for_run,
 )
 from server.state.run_lock import SERVER_LOCK, holding
@@ -167,47 +163,6 @@ def test_a_log_directory_in_use_is_refused_before_its_failure_is_cleared(tmp_pat
     with holding(tmp_path, SERVER_LOCK), pytest.raises(UserError, match="in use by process"):
         run_and_wait(tmp_path, run_config={"log-dir": str(tmp_path)}, **options)
     assert (tmp_path / "failure.json").exists() and not (tmp_path / "scratch").exists()
-
-
-@pytest.fixture
-def fake_flwr(tmp_path):
-    """Function that installs a shell script as ``flwr`` and returns the keyword arguments of its callers."""
-
-    def install(script: str) -> dict:
-        program = tmp_path / "bin" / "flwr"
-        program.parent.mkdir(exist_ok=True)
-        program.write_text(f"#!/bin/sh\n{script}\n")
-        program.chmod(0o755)
-        return {
-            "env": flower_environment(tmp_path, job="") | {"PATH": f"{program.parent}:/usr/bin:/bin"},
-            "cwd": tmp_path,
-        }
-
-    return install
-
-
-def test_submit_passes_everything_on_and_returns_the_run_id(tmp_path, fake_flwr):
-    options = fake_flwr(
-        f"""printf '%s\\n' "$@" > {tmp_path}/args; echo 'noise {{"success": true, "run-id": "17"}}'"""
-    )
-    federation = {"num-supernodes": 2, "client-resources-num-cpus": 1}
-    assert submit(Path("/app"), config_file=Path("/c.toml"), federation_config=federation, **options) == "17"
-    assert (tmp_path / "args").read_text().splitlines() == [
-        *("run", "/app", "local", "--format", "json", "--run-config", "/c.toml"),
-        *("--federation-config", "num-supernodes=2 client-resources-num-cpus=1"),
-    ]
-
-
-def test_a_refused_submission_is_an_error_in_one_line(fake_flwr):
-    answer = {"success": False, "error-message": "Using x\n\n[code: 15] Invalid run configuration."}
-    options = fake_flwr(f"cat <<'END'\n{json.dumps(answer)}\nEND\nexit 1")
-    with pytest.raises(RunFailed, match=r"^`flwr run` failed: \[code: 15\] Invalid run configuration\.$"):
-        submit(Path("/app"), config_file=Path("/c.toml"), **options)
-
-
-def test_a_flwr_command_without_output_is_an_error(fake_flwr):
-    with pytest.raises(RunFailed, match="`flwr ls` failed: no answer"):
-        run_status("17", **fake_flwr("exit 1"))
 
 
 def test_waiting_follows_the_log_until_the_status_is_final(tmp_path, fake_flwr):

@@ -18,6 +18,7 @@ from server.flower.flower_process import (
     JOB_VARIABLE,
     flower_environment,
     free_ports,
+    loopback,
     start_process,
     stop_job,
     wait_until_healthy,
@@ -38,26 +39,27 @@ class Deployment:
 
     Attributes:
         link: process of the SuperLink.
+        options: options of ``fedgraft`` that name it.
     """
 
     def __init__(self, folder: Path, job: str) -> None:
         self.folder, self.job = folder, job
         (folder / "empty").mkdir(parents=True)
         self.port, *self._node_ports = free_ports(3)
+        self.options = ("--superlink", f"127.0.0.1:{self.port}", "--insecure")
         env = flower_environment(folder / "home", job=self.job)
         self._env = env | {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.05"}
         self._start_all()
 
-    def submit(self, *arguments: str) -> subprocess.Popen[str]:
-        """Submit a job by ``scripts.deploy.submit``; the process ends with the job."""
-        command = [sys.executable, "-m", "scripts.deploy.submit", "run", "--app", str(ROOT)]
-        command += ["--port", str(self.port), "--log", str(self.folder / "flower.log"), "--timeout", "300"]
+    def fedgraft(self, *arguments: str) -> subprocess.Popen[str]:
+        """Start a verb of the ``fedgraft`` command that connects to the SuperLink."""
         return subprocess.Popen(
-            [*command, *arguments],
+            [sys.executable, "fedgraft.py", *arguments, *self.options],
             cwd=ROOT,
             env=os.environ | {JOB_VARIABLE: self.job},
+            stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
+            stderr=subprocess.PIPE,
             text=True,
         )
 
@@ -72,7 +74,7 @@ class Deployment:
     def _start_all(self) -> None:
         self.link = self._start("superlink", "flower-superlink", "--insecure", "--port", str(self.port))
         self._nodes = [self._start_node(index, port) for index, port in enumerate(self._node_ports)]
-        wait_until_healthy(self.port, process=self.link)
+        wait_until_healthy(loopback(self.port), process=self.link)
 
     def _start_node(self, index: int, port: int) -> subprocess.Popen[bytes]:
         cache = self.folder / "cache" / f"client{index}"
@@ -105,7 +107,7 @@ def kill_server_app(log_dir: Path) -> None:
     os.kill(json.loads((log_dir / SERVER_LOCK).read_text())["pid"], signal.SIGKILL)
 
 
-def wait_for_end_of_server_app(log_dir: Path, *, seconds: float = 60.0) -> None:
+def wait_for_end_of_server_app(log_dir: Path, *, seconds: float = 300.0) -> None:
     """Wait until no ServerApp uses a log directory; one whose SuperLink was killed ends when another one answers."""
     deadline = time.monotonic() + seconds
     while True:
@@ -117,7 +119,7 @@ def wait_for_end_of_server_app(log_dir: Path, *, seconds: float = 60.0) -> None:
 
 
 def wait_until(
-    condition: Callable[[], bool], *, process: subprocess.Popen[str], seconds: float = 120.0
+    condition: Callable[[], bool], *, process: subprocess.Popen[str], seconds: float = 600.0
 ) -> None:
     """Wait until a condition holds while a process runs."""
     deadline = time.monotonic() + seconds

@@ -43,14 +43,14 @@ def wait_for_round(server_round: int, logs: Path, job: subprocess.Popen[str]) ->
 
 def assert_killed(job: subprocess.Popen[str], server_round: int, folder: Path) -> None:
     """The job has failed before the end of a round, without a final model."""
-    output, _ = job.communicate()
-    assert job.returncode == 1 and output.startswith("error: ") and len(output.splitlines()) == 1
+    output, errors = job.communicate()
+    assert (job.returncode, output) == (1, "") and errors.splitlines()[-1].startswith("fedgraft: error: ")
     saved = folder / "logs" / STATE_FOLDER / f"round-{server_round}.safetensors"
     assert not saved.exists() and not (folder / "out").exists()
 
 
 def continue_run(started: Deployment, logs: Path) -> subprocess.Popen[str]:
-    return started.submit("--resume", str(logs))
+    return started.fedgraft("resume", str(logs))
 
 
 def test_a_killed_server_app_and_a_killed_superlink_leave_the_model_of_an_undisturbed_run(
@@ -59,7 +59,9 @@ def test_a_killed_server_app_and_a_killed_superlink_leave_the_model_of_an_undist
     graph = save_tiny_graph(tmp_path / "graph", tiny_tokenizer, num_experts=4, visits=2)
     settings, logs = settings_in(tmp_path / "run", graph), tmp_path / "run" / "logs"
     with deployment(tmp_path / "flower") as started:
-        job = started.submit(*(f"{key}={json.dumps(value)}" for key, value in settings.items()))
+        job = started.fedgraft(
+            "submit", *(f"--set={key}={json.dumps(value)}" for key, value in settings.items())
+        )
         wait_for_round(2, logs, job)
         kill_server_app(logs)
         assert_killed(job, 2, tmp_path / "run")
@@ -70,7 +72,8 @@ def test_a_killed_server_app_and_a_killed_superlink_leave_the_model_of_an_undist
         started.restart()
         wait_for_end_of_server_app(logs)
         job = continue_run(started, logs)
-        assert (job.communicate()[0], job.returncode) == ("", 0)
+        output, errors = job.communicate()
+        assert (job.returncode, "round 3/3" in errors, "graph edits" in output) == (0, True, True), errors
     assert job_processes(started.job) == []
     summary = json.loads((logs / "summary.json").read_text())
     assert (summary["rounds"], summary["stopped"]) == (3, None)
