@@ -1,4 +1,4 @@
-"""The client's copy of the global model on disk: experts that differ from the checkpoint, one file each."""
+"""The client's copy of the global model on disk: the experts that differ from the checkpoint, and the rest."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from clients.state.weight_files import Place, WeightFiles
 from experts.graph.edit_plan import renumber_units
 from experts.graph.expert_graph import ExpertGraph
 from federated.protocol.copy_hash import copy_hash, unit_digest, vector_digest
@@ -25,7 +25,7 @@ from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 
 
 class GlobalCopy:
-    """Experts that ever moved, fp32, one file each, and a state file with routing, graph and the names of those files.
+    """Experts that ever moved, fp32, in ``WeightFiles``, and a state file with routing, graph and the places in those.
 
     The state file is replaced last and atomically, so that a killed process leaves the previous version. Experts are
     read on access (see ``models.checkpoints.disk_experts``), so that they need not fit into memory together.
@@ -36,30 +36,23 @@ class GlobalCopy:
 
     def __init__(self, folder: Path) -> None:
         self._state = Path(folder) / "global.safetensors"
-        self._experts = Path(folder) / "experts"
-        self._files: dict[Unit, str] = {}
+        self._weights = WeightFiles(Path(folder) / "experts")
+        self._places: dict[Unit, Place] = {}
         self._digests: dict[Unit, str] = {}
-        self._generation = self._renumbered = 0
+        self._generation = 0
 
     def read(self, unit: Unit) -> Tensor | None:
         """Weights ``[3hd]`` fp32 of an expert; None if it never moved."""
-        if unit not in self._files:
-            return None
-        return _read_weights(self._experts / self._files[unit])
+        return self._weights.read(self._places[unit]) if unit in self._places else None
 
     def write(self, unit: Unit, weights: Tensor) -> None:
         """Write an expert's weights ``[3hd]``; they take effect with the next ``save``."""
-        # An expert keeps its file when its number changes, so that number and generation alone do not name one.
-        suffix = f".{self._renumbered}" if self._renumbered else ""
-        name = f"{unit_name(unit)}.{self._generation + 1}{suffix}.safetensors"
-        # Not flushed one by one, which for thousands takes seconds: a damaged file is detected, and costs a snapshot.
-        write_checked(self._experts / name, {"weights": weights}, {}, durable=False)
-        self._files[unit], self._digests[unit] = name, vector_digest(weights)
+        self._places[unit] = self._weights.append(self._generation + 1, weights)
+        self._digests[unit] = vector_digest(weights)
 
     def renumber(self, layer: int, origin: Sequence[int]) -> None:
         """Give the experts of a layer new numbers: ``origin[e]`` is the present number of e; -1: a new one."""
-        self._renumbered += 1
-        self._files = renumber_units(self._files, {layer: origin})
+        self._places = renumber_units(self._places, {layer: origin})
         self._digests = renumber_units(self._digests, {layer: origin})
 
     def hash(self, model: FedGraftForCausalLM, moved: Iterable[Unit] = ()) -> str:
@@ -83,14 +76,14 @@ class GlobalCopy:
         if saved is None:
             return 0
         try:
-            graph, files, digests, version, generation = _parse(*saved)
+            graph, places, digests, version, generation = _parse(*saved)
             origins = identity_origins(read_graph(model), graph)
-            self._check(model, saved[0], origins, files, digests)
+            self._check(model, saved[0], origins, places, digests)
         except (KeyError, ValueError, TypeError, AttributeError):
             return 0
         renumber_experts(model, origins)
-        self._files, self._digests, self._generation = files, digests, generation
-        self._remove_others()
+        self._places, self._digests, self._generation = places, digests, generation
+        self._weights.keep_only(places.values())
         for index in _write_rest(model, saved[0]):
             self._digests[index, OTHERS] = vector_digest(saved[0][f"attention/{index}"])
         write_graph(model, graph)
@@ -105,7 +98,7 @@ class GlobalCopy:
 
     def _clear(self) -> None:
         """Clear the record of the files on disk."""
-        self._files, self._digests, self._generation = {}, {}, 0
+        self._places, self._digests, self._generation = {}, {}, 0
 
     def save(self, model: FedGraftForCausalLM, version: int, moved: Iterable[Unit] = ()) -> None:
         """Save routing, graph and attention of ``model`` with the experts written before, as one version.
@@ -126,6 +119,8 @@ class GlobalCopy:
             f"mask/{index}": torch.from_numpy(mask.astype(np.uint8)) for index, mask in enumerate(graph.masks)
         }
         tensors |= {f"attention/{index}": read_attention(model, index) for index in attention}
+        self._gather_scattered()
+        self._weights.close_written()
         self._generation += 1
         facts = {
             "version": version,
@@ -137,29 +132,37 @@ class GlobalCopy:
             f"ids/{index}": torch.tensor(ids, dtype=torch.int64)
             for index, ids in enumerate(graph.ids_per_layer)
         }
-        names = {unit_name(unit): [name, self._digests[unit]] for unit, name in self._files.items()}
-        metadata = {key: str(value) for key, value in facts.items()} | {"experts": json.dumps(names)}
+        experts = {unit_name(unit): [*place, self._digests[unit]] for unit, place in self._places.items()}
+        metadata = {key: str(value) for key, value in facts.items()} | {"experts": json.dumps(experts)}
         write_checked(self._state, tensors, metadata)
-        self._remove_others()
+        self._weights.keep_only(self._places.values())
 
     def forget(self) -> None:
         """Delete the copy; the next load starts from the checkpoint."""
         self._state.unlink(missing_ok=True)
         self._clear()
-        self._remove_others()
+        self._weights.close_written()
+        self._weights.keep_only([])
+
+    def _gather_scattered(self) -> None:
+        """Append the experts of files that are mostly superseded to the new one, so that the folder stays bounded."""
+        scattered = self._weights.scattered(self._places.values())
+        for unit, place in self._places.items():
+            if place.name in scattered:
+                self._places[unit] = self._weights.append(self._generation + 1, self._weights.read(place))
 
     def _check(
         self,
         model: FedGraftForCausalLM,
         tensors: Mapping[str, Tensor],
         origins: Sequence[np.ndarray],
-        files: Mapping[Unit, str],
+        places: Mapping[Unit, Place],
         digests: Mapping[Unit, str],
     ) -> None:
         """ValueError or KeyError for a copy of another model or a damaged expert."""
         layers = model.expert_layers()
         for index, (layer, origin) in enumerate(zip(layers, origins, strict=True)):
-            if any(old < 0 and (index, new) not in files for new, old in enumerate(origin)):
+            if any(old < 0 and (index, new) not in places for new, old in enumerate(origin)):
                 raise ValueError("a copy of another graph")
             for name, parameter in layer.routing_parameters().items():
                 shape = [layer.hidden_size if name == "router" else len(origin)] * parameter.dim()
@@ -169,46 +172,29 @@ class GlobalCopy:
             attention = tensors.get(f"attention/{index}")
             if attention is not None and attention.numel() != attention_count(model, index):
                 raise ValueError(f"attention of layer {index} has another size")
-        for unit, name in files.items():
-            weights = _read_weights(self._experts / name)
-            if weights.numel() != weight_count(layers[unit[0]]) or vector_digest(weights) != digests[unit]:
+        for unit, place in places.items():
+            fits = place.count == weight_count(layers[unit[0]])
+            if not fits or vector_digest(self._weights.read(place)) != digests[unit]:
                 raise ValueError(f"expert {unit} is damaged")
-
-    def _remove_others(self) -> None:
-        """Remove files of superseded experts and of killed processes."""
-        kept = set(self._files.values())
-        for path in self._experts.glob("*"):
-            if path.name not in kept:
-                path.unlink()
-
-
-def _read_weights(path: Path) -> Tensor:
-    """Weights of an expert's file; ValueError if it cannot be read."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return file.get_tensor("weights")
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path.name} is damaged") from error
 
 
 def _parse(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
-) -> tuple[ExpertGraph, dict[Unit, str], dict[Unit, str], int, int]:
-    """Graph, files and digests of experts, version and generation; KeyError or ValueError for other contents."""
+) -> tuple[ExpertGraph, dict[Unit, Place], dict[Unit, str], int, int]:
+    """Graph, places and digests of experts, version and generation; KeyError or ValueError for other contents."""
     count = sum(name.startswith("mask/") for name in tensors)
     masks = tuple(tensors[f"mask/{index}"].numpy().astype(np.bool_) for index in range(count))
-    names = json.loads(metadata["experts"])
-    files, digests = {}, {}
-    for key, (name, digest) in names.items():
+    places, digests = {}, {}
+    for key, (*place, digest) in json.loads(metadata["experts"]).items():
         unit = parse_unit(key)
-        files[unit], digests[unit] = name, digest
+        places[unit], digests[unit] = Place(*place), digest
     graph = ExpertGraph(
         masks,
         int(metadata["graph_version"]),
         attached=tuple(map(tuple, json.loads(metadata["attached"]))),
         ids=tuple(tuple(tensors[f"ids/{index}"].tolist()) for index in range(count)),
     )
-    return graph, files, digests, int(metadata["version"]), int(metadata["generation"])
+    return graph, places, digests, int(metadata["version"]), int(metadata["generation"])
 
 
 @torch.no_grad()

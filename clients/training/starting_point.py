@@ -32,7 +32,7 @@ class StartingPoint:
     def routing_change(self, model: FedGraftForCausalLM, unit: Unit) -> Tensor:
         """Change of the routing ``[d + 1 + 2E]`` of one expert."""
         layer, expert = unit
-        return read_routing(model.expert_layers()[layer], expert) - self._routing[layer][expert]
+        return read_routing(model.expert_layer(layer), expert) - self._routing[layer][expert]
 
     def change(self, model: FedGraftForCausalLM, unit: Unit) -> Tensor:
         """Change of a resident unit ``[size]`` of the trained ``model``."""

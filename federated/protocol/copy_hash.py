@@ -33,7 +33,7 @@ def moved_vector(model: FedGraftForCausalLM, unit: Unit) -> Tensor:
     layer, expert = unit
     if expert == OTHERS:
         return read_attention(model, layer)
-    return flatten_weights(*model.expert_layers()[layer].read_expert(expert))
+    return flatten_weights(*model.expert_layer(layer).read_expert(expert))
 
 
 def copy_hash(model: FedGraftForCausalLM, moved: Mapping[Unit, str]) -> str:

@@ -132,7 +132,7 @@ def _write(model: FedGraftForCausalLM, unit: Unit, vector: Tensor) -> None:
     if unit[1] == OTHERS:
         write_attention(model, unit[0], vector)
     else:
-        layer = model.expert_layers()[unit[0]]
+        layer = model.expert_layer(unit[0])
         layer.write_expert(unit[1], *unflatten_weights(vector, layer.hidden_size))
 
 

@@ -99,7 +99,7 @@ def lora_change(model: FedGraftForCausalLM, unit: Unit) -> Tensor:
     Raises:
         ValueError: the model does not hold this expert.
     """
-    module = model.expert_layers()[unit[0]].storage.expert(unit[1])
+    module = model.expert_layer(unit[0]).storage.expert(unit[1])
     return flatten_weights(_change(module.gate_up), _change(module.down))
 
 

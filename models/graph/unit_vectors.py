@@ -85,7 +85,7 @@ def read_unit(model: FedGraftForCausalLM, unit: Unit) -> Tensor:
     Raises:
         ValueError: the model does not hold this expert.
     """
-    layer, expert = model.expert_layers()[unit[0]], unit[1]
+    layer, expert = model.expert_layer(unit[0]), unit[1]
     if expert == OTHERS:
         return read_attention(model, unit[0])
     return torch.cat([flatten_weights(*layer.read_expert(expert)), read_routing(layer, expert)])
@@ -98,7 +98,7 @@ def write_unit(model: FedGraftForCausalLM, unit: Unit, vector: Tensor) -> None:
     Raises:
         ValueError: the vector has another size, or the model does not hold this expert.
     """
-    layer, expert = model.expert_layers()[unit[0]], unit[1]
+    layer, expert = model.expert_layer(unit[0]), unit[1]
     if expert == OTHERS:
         write_attention(model, unit[0], vector)
         return

@@ -101,6 +101,10 @@ class FedGraftForCausalLM(FedGraftPreTrainedModel, LlamaForCausalLM):
         """Expert graphs of the decoder layers, in order."""
         return [layer.mlp for layer in self.model.layers]
 
+    def expert_layer(self, index: int) -> ExpertGraphMLP:
+        """Expert graph of one decoder layer."""
+        return self.model.layers[index].mlp
+
 
 def init_expert_graph(module, std: float) -> None:
     """Initialize an expert layer: normal weights, every expert a root, no edges, zero gains."""

@@ -112,9 +112,10 @@ def test_nothing_is_written_outside_the_folder(tiny_graph_dir, tmp_path, monkeyp
     store.save_assembler(store.load_assembler(0, [4, 4], 1), 1)
     store.blocks(lambda: ("a", BLOCKS, OTHER))
     store.save_residual(1, {(0, 0): torch.ones(2)}, PLAIN, ShippedUpdate(1, b"packed", {}))
-    names = ["assembler-1", "blocks", "experts/0.1.1", "global", "residual-1"]
+    names = ["assembler-1.safetensors", "blocks.safetensors", "experts/1.f32"]
+    names += ["global.safetensors", "residual-1.safetensors"]
     files = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
-    assert files == [f"clients/client-0/{name}.safetensors" for name in names]
+    assert files == [f"clients/client-0/{name}" for name in names]
 
 
 def test_a_round_starts_from_the_residual_before_it_however_often_it_is_repeated(store):

@@ -260,7 +260,7 @@ def _rewrite(folder: Path) -> None:
     kept = GlobalCopy(folder)
     model = open_mapped((folder / "graph-path").read_text(), kept)
     version = kept.load(model)
-    unit = min(kept._files)
+    unit = min(kept._places)
     kept.write(unit, kept.read(unit) * 1.001)
     kept.save(model, version)
 
