@@ -173,7 +173,7 @@ class GlobalCopy:
             if attention is not None and attention.numel() != attention_count(model, index):
                 raise ValueError(f"attention of layer {index} has another size")
         for unit, place in places.items():
-            fits = place.count == weight_count(layers[unit[0]])
+            fits = place.size == weight_count(layers[unit[0]])
             if not fits or vector_digest(self._weights.read(place)) != digests[unit]:
                 raise ValueError(f"expert {unit} is damaged")
 

@@ -21,11 +21,11 @@ _ITEM = 4
 
 
 class Place(NamedTuple):
-    """Place of a vector: ``count`` float32 from byte ``start`` of the file ``name``."""
+    """Place of a vector: ``size`` float32 from byte ``start`` of the file ``name``."""
 
     name: str
     start: int
-    count: int
+    size: int
 
 
 class WeightFiles:
@@ -60,14 +60,14 @@ class WeightFiles:
         Raises:
             ValueError: the file is missing, or ends before the vector does.
         """
-        values = np.empty(place.count, dtype=np.float32)
+        values = np.empty(place.size, dtype=np.float32)
         try:
             with (self._folder / place.name).open("rb", buffering=0) as file:
-                size = os.preadv(file.fileno(), [values], place.start) if values.size else 0
+                read = os.preadv(file.fileno(), [values.data], place.start) if values.size else 0
         except OSError as error:
             raise ValueError(f"{place.name} cannot be read: {error}") from error
-        if size < values.nbytes:
-            raise ValueError(f"expected {values.nbytes} bytes of {place.name} from {place.start}, got {size}")
+        if read < values.nbytes:
+            raise ValueError(f"expected {values.nbytes} bytes of {place.name} from {place.start}, got {read}")
         return torch.from_numpy(values)
 
     def close_written(self) -> None:
@@ -78,7 +78,7 @@ class WeightFiles:
         """Names of finished files of which the given places are less than half."""
         used: dict[str, int] = {}
         for place in places:
-            used[place.name] = used.get(place.name, 0) + _ITEM * place.count
+            used[place.name] = used.get(place.name, 0) + _ITEM * place.size
         return {
             name
             for name, size in used.items()
