@@ -188,3 +188,15 @@ class ExportFormat(StrEnum):
     """Formats of exported checkpoints."""
 
     DENSE = "dense"
+    MIXTRAL = "mixtral"
+    QWEN2_MOE = "qwen2-moe"
+    GRANITE_MOE = "granite-moe"
+
+
+class ExportedWeights(StrEnum):
+    """Type of the weights of an export; auto: as stored, or fp16 in GGUF files."""
+
+    AUTO = "auto"
+    FP32 = "fp32"
+    BF16 = "bf16"
+    FP16 = "fp16"

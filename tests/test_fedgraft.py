@@ -110,8 +110,8 @@ BAD_INPUT = {
         ["'llama'", "fedgraft bootstrap"],
     ),
     "export: an unknown format": (
-        ("export", "--model", "graph", "--to", "gguf", "--out", "new"),
-        ["dense", "'gguf'"],
+        ("export", "--model", "graph", "--to", "onnx", "--out", "new"),
+        ["dense", "'onnx'"],
     ),
     "export: a full output directory": (
         ("export", "--model", "graph", "--out", "full"),

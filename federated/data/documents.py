@@ -26,6 +26,8 @@ from federated.data.splits import HELD_OUT, assign_splits, hold_out, split_word
 _GENERIC_NAMES = ("train", "data", "all")
 _CONSUMED = {"text", "split", *INSTRUCTION_COLUMNS, *CONTEXT_COLUMNS, *RESPONSE_COLUMNS}
 _OWN_SPLIT = "split word"
+# Training documents generated per domain of WikiMix.
+WIKIMIX_DOCUMENTS = 2000
 
 Row = dict[str, Any]
 
@@ -36,7 +38,7 @@ def load_documents(
     template: str = "auto",
     chat: ChatTemplate | None = None,
     loss_on: str = LossOn.ALL,
-    wikimix_documents: int = 2000,
+    wikimix_documents: int = WIKIMIX_DOCUMENTS,
     seed: int = 0,
 ) -> datasets.Dataset:
     """Load all ``sources`` into one dataset, one document per row, in the order of the sources.

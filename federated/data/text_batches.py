@@ -14,21 +14,28 @@ from configs.errors import UserError
 from federated.data.answers import Document, documents_of
 from federated.data.blocks import Blocks, pack_blocks, stream_blocks
 from federated.data.chat_template import ChatTemplate
-from federated.data.documents import absolute_sources, load_documents
+from federated.data.documents import WIKIMIX_DOCUMENTS, absolute_sources, load_documents
 from models.runtime.perplexity import IGNORED
 
 
 def texts_by_domain(
-    sources: Sequence[str], split: str, *, chat: ChatTemplate | None = None, loss_on: str = LossOn.ALL
+    sources: Sequence[str],
+    split: str,
+    *,
+    chat: ChatTemplate | None = None,
+    loss_on: str = LossOn.ALL,
+    wikimix_documents: int = WIKIMIX_DOCUMENTS,
 ) -> dict[str, list[Document]]:
-    """Documents of one split of ``sources`` (see ``load_documents``) by domain.
+    """Documents of one split of ``sources`` by domain; the other arguments are those of ``load_documents``.
 
     Raises:
         UserError: an unknown split, a split without documents, a source that cannot be read.
     """
     check_choice("`split`", split, Split)
     texts: dict[str, list[Document]] = {}
-    for row in load_documents(absolute_sources(sources), chat=chat, loss_on=loss_on):
+    for row in load_documents(
+        absolute_sources(sources), chat=chat, loss_on=loss_on, wikimix_documents=wikimix_documents
+    ):
         members = texts.setdefault(row["domain"], [])
         if split in ("all", row["split"]):
             members += documents_of([row])

@@ -1,1 +1,1 @@
-"""Loading, saving and dense export of checkpoints."""
+"""Loading and saving of checkpoints."""

@@ -14,9 +14,9 @@ from models.bootstrap.pipeline import bootstrap_checkpoint
 from models.bootstrap.recipe import read_recipe, read_recipe_file
 from models.bootstrap.recipe_build import DenseBase, build_from_recipe, check_base
 from models.checkpoints.convert import as_checkpoint
-from models.checkpoints.dense_export import export_dense
 from models.checkpoints.disk_experts import open_mapped
 from models.checkpoints.load import load_causal_lm, load_dense, load_graph
+from models.export.dense import export_dense
 from models.files.config_file import read_config
 from models.files.fingerprint import fingerprint
 from models.moe_files.prune import prune_checkpoint

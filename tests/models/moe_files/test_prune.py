@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from configs.errors import UserError
-from models.checkpoints.dense_export import export_dense
 from models.checkpoints.load import load_graph
 from models.checkpoints.save import cast_weights, save_checkpoint
+from models.export.dense import export_dense
 from models.graph.graph_state import check_graph, read_graph
 from models.moe_files.layout import read_moe_layout
 from models.moe_files.prune import preview_prune, prune_checkpoint

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from experts.graph.expert_graph import reachable
+from models.export.plain_model import plain_model
 from models.graph.runtime_settings import visiting
 from models.remote_code.configuration_fedgraft import FedGraftConfig
 from models.remote_code.experts_fedgraft import ExpertGraphMLP
@@ -26,7 +27,7 @@ class DenseExport:
         max_logit_difference: largest absolute difference to the graph's logits with every expert active.
     """
 
-    model: LlamaForCausalLM
+    model: PreTrainedModel
     not_representable: list[str]
     max_logit_difference: float
 
@@ -38,34 +39,35 @@ class DenseExport:
 
 @torch.no_grad()
 def export_dense(graph: FedGraftForCausalLM, *, probe_tokens: int = 256, seed: int = 0) -> DenseExport:
-    """Concatenate the experts of each layer to a dense FFN, with neurons in the order of the dense base.
-
-    Without the neurons of retired experts the dense model may be narrower than the base; every layer is padded with
-    zero neurons to the widest. Default outputs are left out: with every expert active they add nothing, unless experts
-    were removed since they were fitted.
+    """Build the dense model of a graph and compare the logits of random tokens.
 
     Args:
         graph: any expert graph.
         probe_tokens: number of random tokens for the comparison of logits, in fp32.
         seed: seed of these tokens.
     """
+    dense = dense_model(graph)
+    difference = _logit_difference(graph, dense, probe_tokens, seed)
+    return DenseExport(dense, not_representable(graph), difference)
+
+
+@torch.no_grad()
+def dense_model(graph: FedGraftForCausalLM) -> PreTrainedModel:
+    """Concatenate the experts of each layer to a dense FFN, with neurons in the order of the dense base.
+
+    Without the neurons of retired experts the dense model may be narrower than the base; every layer is padded with
+    zero neurons to the widest. Default outputs are left out: with every expert active they add nothing, unless experts
+    were removed since they were fitted.
+    """
     layers = graph.expert_layers()
     width = max(layer.neurons.numel() for layer in layers)
-    config = dense_config(graph.config, width)
-    config.dtype = graph.dtype
-    dense = LlamaForCausalLM(config).eval()
-    for parameter in dense.parameters():  # without the buffers: rotary frequencies stay in fp32
-        parameter.data = parameter.data.to(graph.dtype)
-    dense.generation_config = copy.deepcopy(graph.generation_config)
-    rest = {name: value for name, value in graph.state_dict().items() if ".mlp." not in name}
-    dense.load_state_dict(rest, strict=False)
+    dense = plain_model(graph, LlamaForCausalLM, dense_config(graph.config, width))
     for target, source in zip(dense.model.layers, layers, strict=True):
         gate, up, down = dense_weights(source, width)
         target.mlp.gate_proj.weight.copy_(gate)
         target.mlp.up_proj.weight.copy_(up)
         target.mlp.down_proj.weight.copy_(down)
-    difference = _logit_difference(graph, dense, probe_tokens, seed)
-    return DenseExport(dense, not_representable(graph), difference)
+    return dense
 
 
 def dense_config(config: FedGraftConfig, width: int) -> LlamaConfig:
@@ -106,7 +108,7 @@ def not_representable(graph: FedGraftForCausalLM) -> list[str]:
     return [f"{what}: layers {', '.join(map(str, where))}" for what, where in found.items()]
 
 
-def _logit_difference(graph: FedGraftForCausalLM, dense: LlamaForCausalLM, tokens: int, seed: int) -> float:
+def _logit_difference(graph: FedGraftForCausalLM, dense: PreTrainedModel, tokens: int, seed: int) -> float:
     length = min(tokens, graph.config.max_position_embeddings)
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(graph.config.vocab_size, (1, length), generator=generator)

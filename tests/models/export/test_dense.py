@@ -5,9 +5,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from models.checkpoints.dense_export import dense_config, dense_weights, export_dense, not_representable
 from models.checkpoints.load import load_dense
 from models.checkpoints.save import cast_weights
+from models.export.dense import dense_config, dense_weights, export_dense, not_representable
 from models.files.fingerprint import fingerprint
 from models.moe.remove import keep_experts
 from tests.conftest import tiny_llama

@@ -1,0 +1,1 @@
+"""Export of models to formats that other tools load: plain Llamas and mixtures of experts, GGUF files."""
