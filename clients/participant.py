@@ -173,8 +173,8 @@ class Participant:
     def _assemble(self, stream: Iterator[Batch], training: LocalTraining, server_round: int) -> None:
         """Train the assembler, then set the residents: its choice or the most used experts, by trial training."""
         config = self.config
-        seed, num_experts = config.seed + self.partition, self.model.config.num_experts
-        assembler = self.store.load_assembler(seed, num_experts, server_round)
+        graph = read_graph(self.model)
+        assembler = self.store.load_assembler(config.seed + self.partition, graph, server_round)
         assemble(
             assembler,
             self.model,
@@ -186,7 +186,7 @@ class Participant:
             training=training,
             hold=materialize,
         )
-        self.store.save_assembler(assembler, server_round)
+        self.store.save_assembler(assembler, graph, server_round)
 
     def visits(self) -> list[int]:
         """Experts per token, per layer: scaled with the budget unless the run sets experts-per-token."""

@@ -16,6 +16,7 @@ from tests.models.files.test_checked_file import damaged
 
 BLOCKS = Blocks(torch.arange(12).view(3, 4), torch.arange(12).view(3, 4) - 100)
 PLAIN = ExpertGraph((np.eye(2, dtype=bool),))
+FOURS = ExpertGraph((np.eye(4, dtype=bool),) * 2)
 OTHER = Blocks(torch.tensor([[1, 2**31 - 1]]), torch.tensor([[-100, 3]]))
 
 
@@ -68,33 +69,56 @@ def test_an_assembler_comes_from_its_seed_then_from_disk(store):
     expected_next = torch.rand(1)
     torch.manual_seed(5)
     first, same, other = (
-        store.load_assembler(1, [4, 4], 1),
-        store.load_assembler(1, [4, 4], 1),
-        store.load_assembler(2, [4, 4], 1),
+        store.load_assembler(1, FOURS, 1),
+        store.load_assembler(1, FOURS, 1),
+        store.load_assembler(2, FOURS, 1),
     )
     assert torch.equal(torch.rand(1), expected_next)  # the caller's random state is left alone
     assert equal_state(first, same) and not equal_state(first, other)
     with torch.no_grad():
         first.root.bias += 1
-    store.save_assembler(first, 1)
-    assert equal_state(again(store).load_assembler(9, [4, 4], 2), first)
-    assert not equal_state(again(store).load_assembler(9, [4, 4], 1), first)  # round 1 starts without it
+    store.save_assembler(first, FOURS, 1)
+    assert equal_state(again(store).load_assembler(9, FOURS, 2), first)
+    assert not equal_state(again(store).load_assembler(9, FOURS, 1), first)  # round 1 starts without it
 
 
 @pytest.mark.parametrize("damage", ["empty", "half", "garbage", "flipped bit"])
 def test_a_damaged_assembler_starts_afresh(store, damage):
-    store.save_assembler(store.load_assembler(1, [4, 4], 1), 1)
+    store.save_assembler(store.load_assembler(1, FOURS, 1), FOURS, 1)
     path = store.folder / "assembler-1.safetensors"
     path.write_bytes(damaged(path.read_bytes(), damage))
     assert equal_state(
-        store.load_assembler(3, [4, 4], 2), ClientStore(store.folder / "none").load_assembler(3, [4, 4], 2)
+        store.load_assembler(3, FOURS, 2), ClientStore(store.folder / "none").load_assembler(3, FOURS, 2)
     )
 
 
 def test_an_assembler_of_another_shape_starts_afresh(store):
-    store.save_assembler(Assembler([4, 4], hidden_size=4), 1)
+    store.save_assembler(Assembler([4, 4], hidden_size=4), FOURS, 1)
     assert equal_state(
-        store.load_assembler(3, [4, 4], 2), ClientStore(store.folder / "none").load_assembler(3, [4, 4], 2)
+        store.load_assembler(3, FOURS, 2), ClientStore(store.folder / "none").load_assembler(3, FOURS, 2)
+    )
+
+
+def test_own_logits_follow_their_experts_through_renumbering(store):
+    before = store.load_assembler(1, FOURS, 1)
+    with torch.no_grad():
+        before.root.bias += 1
+        for own in before.own:
+            own.copy_(torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    store.save_assembler(before, FOURS, 1)
+    # Of the first layer expert 1 is retired, and one is added; the second layer is as it was.
+    masks = (np.eye(4, dtype=bool), np.eye(4, dtype=bool))
+    after = store.load_assembler(2, ExpertGraph(masks, 1, ids=((0, 2, 3, 4), (0, 1, 2, 3))), 2)
+    assert [own.tolist() for own in after.own] == [[1, 3, 4, 0], [1, 2, 3, 4]]
+    assert torch.equal(after.root.bias, before.root.bias)
+    grown = store.load_assembler(2, ExpertGraph((np.eye(5, dtype=bool), masks[1]), 1), 2)
+    assert grown.own[0].tolist() == [1, 2, 3, 4, 0]
+
+
+def test_an_assembler_of_another_number_of_layers_starts_afresh(store):
+    store.save_assembler(store.load_assembler(1, FOURS, 1), FOURS, 1)
+    assert equal_state(
+        store.load_assembler(3, PLAIN, 2), ClientStore(store.folder / "x").load_assembler(3, PLAIN, 2)
     )
 
 
@@ -109,7 +133,7 @@ def test_nothing_is_written_outside_the_folder(tiny_graph_dir, tmp_path, monkeyp
     model = open_mapped(str(tiny_graph_dir), store.copy)
     model.expert_layers()[0].write_expert(1, *model.expert_layers()[0].read_expert(2))
     store.copy.save(model, 1)
-    store.save_assembler(store.load_assembler(0, [4, 4], 1), 1)
+    store.save_assembler(store.load_assembler(0, FOURS, 1), FOURS, 1)
     store.blocks(lambda: ("a", BLOCKS, OTHER))
     store.save_residual(1, {(0, 0): torch.ones(2)}, PLAIN, ShippedUpdate(1, b"packed", {}))
     names = ["assembler-1.safetensors", "blocks.safetensors", "experts/1.f32"]
