@@ -31,6 +31,7 @@ from models.checkpoints.disk_experts import open_mapped
 from models.checkpoints.load import load_tokenizer
 from models.files.safetensors_files import weight_bytes
 from models.graph.graph_state import read_graph
+from models.runtime.precision import choose_device
 
 _MIB = 2**20
 _RUN_ID = 1  # of the round that is tried
@@ -153,6 +154,7 @@ class NodeCheck:
         config = with_block_size(self.config, model.config)
         budget = client_budget(config, self.node, model, f"client-{self.node.partition_id}")
         experts = budget or max(model.config.num_experts)
+        choose_device(self.node.device or self.config.device)
         held = psutil.Process().memory_info().rss
         needed = held + activation_bytes(config, model) + experts * expert_bytes(config, model)
         free = psutil.virtual_memory().available + held

@@ -95,7 +95,7 @@ class Participant:
         prune_cache(config, node, run_id=request.run_id or context.run_id)
         folder = client_folder(config, node, run_id=request.run_id or context.run_id)
         store = ClientStore(folder / f"client-{partition}")
-        model = open_mapped(graph, store.copy).to(choose_device(config.device))
+        model = open_mapped(graph, store.copy).to(choose_device(node.device or config.device))
         config = with_block_size(config, model.config)
         name, train, valid = store.blocks(lambda: _make_blocks(config, node, graph, model, folder))
         override_routing(model, config)

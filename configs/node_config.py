@@ -8,10 +8,11 @@ Flower itself sets ``partition-id`` and ``num-partitions`` in a simulation; in a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import field_validator, model_validator
 
+from configs.choices import Device
 from configs.errors import UserError
 from configs.keys import (
     Count,
@@ -22,6 +23,7 @@ from configs.keys import (
     check_known,
     integer_as_text,
     keys_of,
+    one_of,
     validate_keys,
 )
 
@@ -47,6 +49,8 @@ class NodeConfig(Keys):
     """MiB of that folder above which those files are removed, too, the longest unused first; 0: no limit."""
     expert_budget: Whole | None = None
     """Experts per layer the client holds and trains, from 1; takes precedence over the run's budgets."""
+    device: Annotated[str, one_of(Device)] | None = None
+    """Device of the client's training, cpu, cuda or auto; takes precedence over the run's."""
     memory_budget_mb: Whole = 0
     """MiB that the client's process may occupy in training; takes precedence over the run's budgets; 0: the run's."""
     density: Density | None = None

@@ -66,6 +66,7 @@ def test_another_graph_than_the_server_s_ends_the_check(config, tmp_path, tiny_g
     [
         ({"data_dir": "/no/such/data"}, "data", "/no/such/data"),
         ({"memory_budget_mb": 1}, "memory", "expected memory-budget-mb of at least"),
+        ({"device": "cuda"}, "memory", "expected a CUDA device"),
         ({"expert_budget": 9}, "memory", "expected a budget from 1"),
         ({"cache_dir": "/proc/none"}, "disk", "/proc/none"),
     ],

@@ -29,6 +29,7 @@ def test_every_key_is_taken_in_flowers_types():
         "cache-dir": "/c",
         "cache-days": 7,
         "cache-mb": 100,
+        "device": "cpu",
         "memory-budget-mb": 900,
         "density": 1,
         "upload-budget-mb": 2,

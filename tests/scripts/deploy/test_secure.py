@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from models.checkpoints.load import load_graph
 from models.graph.graph_state import read_graph
 from server.flower.flower_process import JOB_VARIABLE, free_ports, stop_job
 from server.flower.guard import guarded
+from tests.support.flower.deployment import wait_until
 from tests.support.paths import ROOT
 from tests.support.tiny_federation import save_tiny_graph, write_texts
 
@@ -129,6 +131,49 @@ def test_commands_change_nothing_a_second_time(place):
         assert re.search("kept|already running|lab is", result.stdout), (line, result.stdout)
 
 
+SMALL = "--set block-size=32 --set local-steps=2 --set trace-tokens=0 --clients 3"
+
+
+def test_a_detached_run_elsewhere_is_shown_followed_and_fetched(place):
+    """The folder of the SuperLink's machine is another one here: rounds come through the log, results by a copy."""
+    logs, there = place.folder / "logs" / "away", place.folder / "srv" / "run"
+    submit = (
+        f'fedgraft submit --connection lab --graph "$GRAPH" --rounds 1 {SMALL} --log-dir logs/away --out away'
+    )
+    place.execute(f"{submit} --server-folder {there} --detach")
+    assert "round 0 of 1" in place.shell("fedgraft status logs/away").stdout
+    place.execute("fedgraft resume logs/away --json")
+    summary = json.loads(place.output["fedgraft resume logs/away --json"].stdout)
+    assert summary["out"] == str(place.folder / "away") and summary["log_dir"] == str(logs)
+    assert read_graph(load_graph(summary["out"])).digest() == summary["graph_hash"]
+    assert (logs / "rounds.jsonl").read_text() == (there / "logs" / "rounds.jsonl").read_text()
+    assert (there / "logs" / "state").is_dir() and not (logs / "state").exists()
+    assert "fedgraft-record summary.json" in (logs / "flower.log").read_text()
+
+
+def test_a_run_outlasts_its_terminal_and_is_stopped_with_its_model(place):
+    submit = f'fedgraft submit --connection lab --graph "$GRAPH" --rounds 500 {SMALL} --log-dir logs/long --out long'
+    command = ["bash", "-c", f"exec {submit}"]
+    follower = subprocess.Popen(
+        command,
+        cwd=place.folder,
+        env=place.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    rounds = place.folder / "logs" / "long" / "rounds.jsonl"
+    wait_until(lambda: rounds.exists() and rounds.read_text().count("\n") > 0, process=follower)
+    follower.send_signal(signal.SIGHUP)
+    _, errors = follower.communicate(timeout=300)
+    assert follower.returncode == 130 and "goes on: `fedgraft resume" in errors
+    assert ": running, round" in place.shell("fedgraft status logs/long").stdout
+    place.execute("fedgraft stop logs/long")
+    summary = json.loads((place.folder / "logs" / "long" / "summary.json").read_text())
+    assert (summary["stopped"], summary["out"]) == ("interrupted", str(place.folder / "long"))
+    assert read_graph(load_graph(summary["out"])).digest() == summary["graph_hash"]
+
+
 def node(place: Place, *options: str) -> subprocess.CompletedProcess[str]:
     """Another SuperNode, which reports a refusal by the SuperLink and ends."""
     command = (
@@ -162,3 +207,13 @@ def test_services_end_by_their_state_folder(place):
     stop = 'scripts/deploy/supernode.sh --stop --state "$STATE/site-2"'
     assert "ended process" in place.shell(stop).stdout
     assert "nothing runs" in place.shell(stop).stdout
+
+
+def test_a_superlink_that_starts_again_knows_its_nodes_and_runs(place):
+    before = place.shell("fedgraft status --connection lab --json").stdout
+    place.execute('scripts/deploy/superlink.sh --stop --state "$STATE/superlink"')
+    start = next(line for block in blocks() for line in block if "superlink.sh" in line)
+    place.execute(start)
+    after = json.loads(place.shell("fedgraft status --connection lab --json").stdout)
+    assert after["runs"] == json.loads(before)["runs"] and len(after["runs"]) == 3
+    assert set(after["nodes"]) == set(json.loads(before)["nodes"])

@@ -8,7 +8,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from clients.state.store import ClientStore
 from configs.errors import UserError
 from configs.schema import RunConfig
 from federated.aggregation.usage import combine_usage, unpack_usage
-from federated.protocol.messages import RESEND, message_bytes, read_reply, read_request
+from federated.protocol.messages import RESEND, message_bytes, read_reply, read_request, write_reply
 from federated.updates.update import RefusedUpdate
 from models.checkpoints.disk_experts import open_mapped
 from models.checkpoints.load import load_graph
@@ -420,6 +420,21 @@ def test_a_reply_of_an_earlier_round_is_refused_when_it_is_played_again(graph, t
     refused = [[client["refused"] for client in row["clients"] if client["refused"]] for row in seen.rounds]
     assert refused[0] == []
     assert refused[1:] == [[f"expected an update of version {v}, got one of version 0"] for v in (1, 2)]
+
+
+def test_an_update_that_was_changed_on_its_way_is_refused(graph, tmp_path):
+    config = tiny_config(graph, tmp_path, local_steps=1, num_rounds=2)
+
+    def tamper(reply: Message) -> Message:
+        read = read_reply(reply.content, [4, 4])
+        changed = bytearray(read.update)
+        changed[len(changed) // 2] ^= 1
+        return Message(write_reply(replace(read, update=bytes(changed))), reply_to=request_of(reply))
+
+    seen = run(config, faults={(0, "1"): tamper})
+    refused = [[client["refused"] for client in row["clients"] if client["refused"]] for row in seen.rounds]
+    assert len(refused[0]) == 1 and "checksum" in refused[0][0]
+    assert refused[1] == []
 
 
 def test_a_node_that_answers_for_another_client_is_refused(graph, tmp_path):
