@@ -36,7 +36,7 @@ VERBS = {
     "export": Verb(
         "scripts.verbs.graph.export:export",
         _GRAPH,
-        "Write an expert graph as a plain Llama or mixture of experts that transformers loads without FedGraft.",
+        "Write an expert graph as a plain Llama, a mixture of experts of transformers, or a GGUF file for llama.cpp.",
     ),
     "simulate": Verb(
         "scripts.verbs.federation.simulate:simulate",

@@ -191,6 +191,16 @@ class ExportFormat(StrEnum):
     MIXTRAL = "mixtral"
     QWEN2_MOE = "qwen2-moe"
     GRANITE_MOE = "granite-moe"
+    GGUF = "gguf"
+
+
+class GgufModel(StrEnum):
+    """Model in a GGUF file of an expert graph; auto: Qwen2-MoE if the graph has shared experts, else Mixtral."""
+
+    AUTO = "auto"
+    DENSE = "dense"
+    MIXTRAL = "mixtral"
+    QWEN2_MOE = "qwen2-moe"
 
 
 class ExportedWeights(StrEnum):
@@ -200,3 +210,4 @@ class ExportedWeights(StrEnum):
     FP32 = "fp32"
     BF16 = "bf16"
     FP16 = "fp16"
+    Q8_0 = "q8_0"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from configs.choices import ExportFormat
+from configs.choices import ExportedWeights, ExportFormat
 from configs.errors import UserError
 from models.export.dense import dense_model, not_representable
 from models.export.deviation import Deviation, block_logits, mean_kl, measure_deviation
@@ -41,14 +42,16 @@ class ExportOptions:
     """Options of an export.
 
     Attributes:
-        to: format.
+        to: format; for a GGUF file that of the model in it.
         dtype: dtype of the written weights.
+        gguf: type of the weights of a GGUF file; None for a checkpoint.
         equalise: pad layers with fewer routed experts than others.
         exponent: router rows are scaled by ``2 ** -exponent``; None: chosen by measurement.
     """
 
     to: ExportFormat
     dtype: torch.dtype = torch.float32
+    gguf: ExportedWeights | None = None
     equalise: bool = False
     exponent: int | None = None
 
@@ -99,7 +102,7 @@ def export_graph(
     """
     if options.to == ExportFormat.DENSE:
         model, exponent, lost = dense_model(graph), None, not_representable(graph)
-        round_weights(model, options.dtype)
+        _round(model, options)
     else:
         model, exponent = _mixture(graph, text, options, on_step)
         lost = lost_in_mixture(graph)
@@ -113,6 +116,28 @@ def export_graph(
             on_block=lambda done, total: on_step("comparing", done, total),
         )
     return Export(model, deviation, lost, exponent)
+
+
+@torch.no_grad()
+def rounded_export(
+    model: PreTrainedModel,
+    text: ExportText,
+    weights: ExportedWeights,
+    on_step: OnStep = lambda stage, done, total: None,
+) -> Export:
+    """Round a copy of a plain model in fp32 to the weights of a GGUF file and compare it with the model."""
+    from models.export.gguf_files.storage import round_to_gguf
+
+    rounded = copy.deepcopy(model)
+    round_to_gguf(rounded, weights)
+    deviation = measure_deviation(
+        model,
+        rounded,
+        text.input_ids,
+        text.labels,
+        on_block=lambda done, total: on_step("comparing", done, total),
+    )
+    return Export(rounded, deviation, [])
 
 
 def check_divergence(deviation: Deviation, most: float | None) -> None:
@@ -135,18 +160,28 @@ def round_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
         parameter.data = parameter.data.to(dtype).to(parameter.dtype)
 
 
+def _round(model: PreTrainedModel, options: ExportOptions) -> None:
+    if options.gguf is None:
+        round_weights(model, options.dtype)
+        return
+    from models.export.gguf_files.storage import round_to_gguf
+
+    round_to_gguf(model, options.gguf)
+
+
 def _mixture(
     graph: FedGraftForCausalLM, text: ExportText, options: ExportOptions, on_step: OnStep
 ) -> tuple[PreTrainedModel, int]:
     layers = mixture_layers(graph, options.to, text.calibration, equalise=options.equalise)
     start = _NEAR_EXACT_START if FORMATS[options.to].near_exact else _START
     model = mixture_model(graph, options.to, layers, start)
-    round_weights(model, options.dtype)
+    _round(model, options)
+    router_dtype = torch.float32 if options.gguf else options.dtype
     exponent, tried = options.exponent, 0
 
     def divergence(exponent: int) -> float:
         nonlocal tried
-        scale_routers(model, layers, exponent, options.dtype)
+        scale_routers(model, layers, exponent, router_dtype)
         tried += 1
         on_step("choosing the router scale", tried, None)
         return mean_kl(expected, model, text.calibration)
@@ -154,5 +189,5 @@ def _mixture(
     if exponent is None:
         expected = list(block_logits(graph, text.calibration))
         exponent = choose_exponent(divergence, start)
-    scale_routers(model, layers, exponent, options.dtype)
+    scale_routers(model, layers, exponent, router_dtype)
     return model, exponent

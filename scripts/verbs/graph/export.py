@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from configs.choices import ExportedWeights, ExportFormat, Split
+from configs.choices import ExportedWeights, ExportFormat, GgufModel, Split
 from scripts.shared.console import print_result, progress, quiet_libraries
 from scripts.shared.options import DATA, EvaluationTokens, ExpertModel, JsonFlag, NewCheckpoint
 from scripts.shared.verb import verb
 
 if TYPE_CHECKING:
-    import torch
-
-    from models.export.pipeline import ExportOptions, ExportText
+    from models.export.pipeline import ExportText
 
 # Most tokens of the text from which the router scale is chosen.
 _CALIBRATION_TOKENS = 1024
@@ -30,13 +28,20 @@ class ExportSettings:
     to: Annotated[
         ExportFormat,
         typer.Option(
-            help="Format: LlamaForCausalLM with every expert active (dense), or a mixture of experts of transformers, "
-            "of which qwen2-moe and granite-moe have a shared expert."
+            help="Format: LlamaForCausalLM with every expert active (dense), a mixture of experts of transformers, of "
+            "which qwen2-moe and granite-moe have a shared expert, or a GGUF file."
         ),
     ] = ExportFormat.DENSE
     weights: Annotated[
-        ExportedWeights, typer.Option(help="Type of the written weights; auto: as stored.")
+        ExportedWeights,
+        typer.Option(help="Type of the written weights; auto: as stored, or fp16 in a GGUF file."),
     ] = ExportedWeights.AUTO
+    gguf_model: Annotated[
+        GgufModel,
+        typer.Option(
+            help="Model in the GGUF file of an expert graph; auto: qwen2-moe with shared experts, else mixtral."
+        ),
+    ] = GgufModel.AUTO
     max_kl: Annotated[
         float | None,
         typer.Option(
@@ -51,10 +56,13 @@ class ExportSettings:
             help="Pad layers with fewer experts than others, in place of refusing them.",
         ),
     ] = False
-    router_exponent: Annotated[
+    exponent: Annotated[
         int | None,
         typer.Option(
-            min=0, max=30, help="Scale router rows by 2^-N; N is chosen by measurement unless given."
+            "--router-exponent",
+            min=0,
+            max=30,
+            help="Scale router rows by 2^-N; N is chosen by measurement unless given.",
         ),
     ] = None
 
@@ -68,89 +76,22 @@ def export(
     evaluation_tokens: EvaluationTokens = 4096,
     as_json: JsonFlag = False,
 ) -> None:
-    """Write an expert graph as a plain Llama or mixture of experts that transformers loads without FedGraft.
+    """Write an expert graph as a plain Llama, a mixture of experts of transformers, or a GGUF file for llama.cpp.
 
     Names what the format cannot hold, with its layers, and measures divergence, logit difference and perplexity on
-    held-out text: of the format's model from the graph; of a dense Llama from the graph with every expert active. A
-    mixture of experts that has the format already is checked and copied.
+    held-out text: of the written weights from the graph; of a dense Llama from the graph with every expert active. A
+    mixture of experts that has the format already is checked and copied; any Llama, Mixtral or Qwen2-MoE becomes a GGUF
+    file.
     """
-    from configs.output import check_output_directory
-    from models.files.config_file import read_config
-    from models.remote_code.configuration_fedgraft import FedGraftConfig
+    from models.export.checkpoint import ExportRequest, check_export, export_checkpoint
 
     quiet_libraries()
-    check_output_directory(write.out, overwrite=write.overwrite)
-    config = read_config(model)
-    measured = _export_graph if config.model_type == FedGraftConfig.model_type else _copy
-    result = {"out": str(write.out), "to": settings.to}
-    result |= measured(model, write, settings, data, evaluation_tokens)
-    print_result(result, as_json=as_json, lines=_lines(result))
-
-
-def _export_graph(
-    model: str, write: NewCheckpoint, settings: ExportSettings, data: list[str], tokens: int
-) -> dict[str, Any]:
-    from configs.output import check_free_space, new_directory
-    from models.checkpoints.load import load_graph, load_tokenizer
-    from models.checkpoints.save import cast_weights, save_checkpoint
-    from models.export.pipeline import check_divergence, export_graph
-    from models.runtime.precision import precision_name
-
-    options, text = _options(model, settings), _text(model, data, tokens)
-    graph = load_graph(model, precision="fp32")
-    check_free_space({write.out: sum(p.numel() * options.dtype.itemsize for p in graph.parameters())})
+    values = {field.name: getattr(settings, field.name) for field in fields(settings)}
+    request = ExportRequest(model, write.out, overwrite=write.overwrite, **values)
+    check_export(request)
     with progress() as on_step:
-        exported = export_graph(graph, text, options, on_step)
-    check_divergence(exported.deviation, settings.max_kl)
-    del graph
-    size = sum(parameter.numel() * options.dtype.itemsize for parameter in exported.model.parameters())
-    with new_directory(write.out, overwrite=write.overwrite, size=size) as directory:
-        save_checkpoint(cast_weights(exported.model, options.dtype), load_tokenizer(model), directory)
-    return {**exported.figures(), "weights": precision_name(exported.model)}
-
-
-def _copy(
-    model: str, write: NewCheckpoint, settings: ExportSettings, data: list[str], tokens: int
-) -> dict[str, Any]:
-    """Copy a mixture of experts that has the format, and measure it."""
-    from configs.output import new_directory
-    from models.checkpoints.load import load_causal_lm
-    from models.export.deviation import Deviation
-    from models.export.own_format import check_own_format, copy_checkpoint
-    from models.files.config_file import read_config
-    from models.files.safetensors_files import weight_bytes
-    from models.files.side_files import local_checkpoint
-    from models.runtime.perplexity import evaluate_loss
-    from models.runtime.precision import precision_name
-
-    check_own_format(read_config(model), settings.to, model)
-    source, text = local_checkpoint(model), _text(model, data, tokens)
-    lm = load_causal_lm(str(source), precision="auto")
-    loss = evaluate_loss(lm, text.input_ids, text.labels)
-    with new_directory(write.out, overwrite=write.overwrite, size=weight_bytes(str(source))) as directory:
-        copy_checkpoint(source, directory)
-    figures = Deviation(before=loss, after=loss, agreed=loss.tokens).figures()
-    return {"exact": True, **figures, "not_representable": [], "weights": precision_name(lm)}
-
-
-def _options(model: str, settings: ExportSettings) -> ExportOptions:
-    from models.export.pipeline import ExportOptions
-
-    return ExportOptions(
-        to=settings.to,
-        dtype=_dtype(model, settings.weights),
-        equalise=settings.equalise,
-        exponent=settings.router_exponent,
-    )
-
-
-def _dtype(model: str, weights: ExportedWeights) -> torch.dtype:
-    import torch
-
-    from models.files.config_file import read_dtype
-
-    named = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    return named.get(weights) or read_dtype(model)
+        result = export_checkpoint(request, _text(model, data, evaluation_tokens), on_step)
+    print_result(result, as_json=as_json, lines=_lines(result))
 
 
 def _text(model: str, sources: list[str], tokens: int) -> ExportText:

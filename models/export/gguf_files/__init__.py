@@ -1,0 +1,1 @@
+"""GGUF files of exported models, for llama.cpp."""
