@@ -20,13 +20,13 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks.scale.cost_model import Coefficients, Load, fit, predict
-from benchmarks.scale.large_units import large_rounds
+from benchmarks.scale.large_units import UNIT, large_rounds
 from benchmarks.scale.predictions import prediction_lines, predictions, read_coefficients
 from benchmarks.scale.reply_memory import reply_memory
-from benchmarks.scale.runs import load_of, quantities, run_or_read, totals
+from benchmarks.scale.runs import load_of, load_of_run, quantities, run_or_read, totals
 from benchmarks.scale.settings import FULL, QUICK, Point, Settings
 from benchmarks.support.runner import Measured, OnStep, report
-from benchmarks.support.stored import chosen_work, work_folder
+from benchmarks.support.stored import chosen_work, stored, work_folder
 from configs.errors import UserError
 from scripts.shared.console import print_result, quiet_libraries, stderr
 from scripts.shared.options import JsonFlag
@@ -50,12 +50,19 @@ def measure(quick: bool, on_step: OnStep, *, work: Path | None = None) -> Measur
     """
     settings = QUICK if quick else FULL
     runs: dict[Point, dict[str, Any]] = {}
-    large = large_rounds(1, 2, unit_size=10_000) if quick else large_rounds()
+    amount = (
+        {"units": 1, "clients": 2, "unit_size": 10_000}
+        if quick
+        else {"units": 8, "clients": 3, "unit_size": UNIT}
+    )
     with work_folder(work) as folder:
+        large = stored(
+            folder, {"large_rounds": amount}, lambda: [_plain(row) for row in large_rounds(**amount)]
+        )
         for point in settings.points:
             runs[point] = run_or_read(point, settings, folder)
             on_step("federations", len(runs), len(settings.points))
-    return measured(settings, runs, large)
+    return measured(settings, runs, [(Load(**row["load"]), row["seconds"]) for row in large])
 
 
 def measured(
@@ -73,7 +80,7 @@ def measured(
     fitted = [point for point in runs if not point.held_out]
     loads = {point: load_of(point, settings) for point in runs}
     coefficients: Coefficients = fit(
-        [*(loads[point] for point in fitted), *(load for load, _ in large)],
+        [*(load_of_run(loads[point], runs[point]) for point in fitted), *(load for load, _ in large)],
         [*(quantities(runs[point], loads[point]) for point in fitted), *(seconds for _, seconds in large)],
     ) | {"reply_memory": reply_memory()}
     rows = [_row(point, runs[point], coefficients, loads[point]) for point in runs]
@@ -88,7 +95,7 @@ def measured(
         peers={
             "points": rows,
             "coefficients": coefficients,
-            "large_rounds": [{"load": asdict(load), "seconds": dict(seconds)} for load, seconds in large],
+            "large_rounds": [_plain(row) for row in large],
             "setting": _amounts(settings),
         },
         notes={
@@ -98,6 +105,11 @@ def measured(
         },
         seconds=sum(run["seconds"] for run in runs.values()),
     )
+
+
+def _plain(row: tuple[Load, Mapping[str, float]]) -> dict[str, Any]:
+    """Load and seconds of a row of ``large_rounds`` as JSON types."""
+    return {"load": asdict(row[0]), "seconds": dict(row[1])}
 
 
 def _row(point: Point, run: Mapping[str, Any], coefficients: Coefficients, load: Load) -> dict[str, Any]:

@@ -35,7 +35,9 @@ class Load:
         value_bits: v.
         layers: L.
         experts: E.
-        missing_steps: g.
+        missing_steps: g, without the step of the first round.
+        missing_first: steps of the first round, which are smaller, that an asked client lacks.
+        fresh: share of a client's update that it lacks for want of a residual of earlier rounds; 0 in the long run.
         kept_steps: steps that the server keeps in memory, for the client that lacks the most.
     """
 
@@ -50,6 +52,8 @@ class Load:
     layers: int
     experts: int
     missing_steps: float
+    missing_first: float
+    fresh: float
     kept_steps: float
 
     @property
@@ -93,10 +97,24 @@ def _step(load: Load) -> float:
     return column_bytes(load.step_entries, load.step_density, load.value_bits)
 
 
+def _filled(load: Load, times: float) -> float:
+    """Share of the step's entries that the updates fill, where they ship ``times`` as many in the mean for each."""
+    return 1 - math.exp(-load.used * load.held * load.density / load.step_density / times)
+
+
 # Features of each quantity. The names are those of the coefficients.
+_STEP: dict[str, Callable[[Load], float]] = {
+    "per step": lambda load: 1,
+    "per entropy byte, common": lambda load: _filled(load, 1) * _step(load),
+    "per entropy byte, rare": lambda load: _filled(load, 8) * _step(load),
+}
 FEATURES: dict[str, dict[str, Callable[[Load], float]]] = {
-    "update_bytes": {"per update": lambda load: 1, "per entropy byte": _update},
-    "step_bytes": {"per step": lambda load: 1, "per entropy byte": _step},
+    "update_bytes": {
+        "per entropy byte": lambda load: (1 - load.fresh) * _update(load),
+        "per entropy byte, first update": lambda load: load.fresh * _update(load),
+    },
+    "step_bytes": _STEP,
+    "first_step_bytes": _STEP,
     "reply_frame": {"per reply": lambda load: 1, "per usage count": lambda load: load.counts},
     "error_bytes": {"per error": lambda load: 1},
     "request_frame": {"per request": lambda load: 1},
@@ -174,7 +192,12 @@ def predict(coefficients: Coefficients, load: Load) -> dict[str, Any]:
     return {
         "bytes_up": load.used * (each["update_bytes"] + each["reply_frame"])
         + load.failed * each["error_bytes"],
-        "bytes_down": load.asked * (load.missing_steps * each["step_bytes"] + each["request_frame"]),
+        "bytes_down": load.asked
+        * (
+            load.missing_steps * each["step_bytes"]
+            + load.missing_first * each["first_step_bytes"]
+            + each["request_frame"]
+        ),
         "server_seconds": sum(parts.values()),
         "peak_bytes": each["peak_bytes"] + each["reply_memory"] + load.kept_steps * each["step_bytes"],
         "parts": parts,

@@ -58,6 +58,8 @@ def llama_load(clients: int, asked: int) -> Load:
         layers=LLAMA_2_7B.layers,
         experts=LLAMA_2_7B.experts,
         missing_steps=gap,
+        missing_first=0,
+        fresh=0,
         kept_steps=gap,
     )
 

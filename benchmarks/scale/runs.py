@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import cycle, islice
 from pathlib import Path
 from statistics import fmean
@@ -15,7 +16,7 @@ from typing import Any
 
 from benchmarks.scale.apps.costs import COSTS_FILE
 from benchmarks.scale.apps.faults import faulty_count
-from benchmarks.scale.catch_up import missing_steps
+from benchmarks.scale.catch_up import RESIDUAL_DECAY, expected_rounds
 from benchmarks.scale.cost_model import PARTS, Load
 from benchmarks.scale.graphs import graph_of
 from benchmarks.scale.project import measured_project
@@ -100,22 +101,38 @@ def asked_clients(point: Point, settings: Settings) -> int:
 def load_of(point: Point, settings: Settings) -> Load:
     """Load of the measured rounds of a point."""
     asked, size = asked_clients(point, settings), point.size
-    held = _budgets(point, settings)
     keys = config_of(point, settings, Path("graph"), Path("logs")).participation
+    expected = expected_rounds(_budgets(point, settings), settings.rounds, keys)
     return Load(
         asked=asked,
         used=asked - 2 * faulty_count(asked),
         failed=faulty_count(asked),
         weights=size.weights,
-        held=fmean(held) / size.experts,
+        held=expected.budget / size.experts,
         density=point.density,
         step_density=settings.downlink_density,
         value_bits=settings.value_bits,
         layers=size.layers,
         experts=size.experts,
-        missing_steps=missing_steps(point.clients, settings.rounds, keys),
+        missing_steps=expected.missing_steps,
+        missing_first=expected.missing_first,
+        fresh=expected.fresh,
         kept_steps=settings.rounds,
     )
+
+
+def load_of_run(load: Load, run: Mapping[str, Any]) -> Load:
+    """The load with the budgets and the earlier updates of the clients whose updates were used in a run."""
+    earlier = Counter[str]()
+    held: list[float] = []
+    fresh: list[float] = []
+    for row in run["rounds"]:
+        used = [client for client in row["clients"] if client["update_bytes"]]
+        if row["round"] > 1:
+            held += [client["budget"] for client in used]
+            fresh += [RESIDUAL_DECAY ** earlier[client["name"]] for client in used]
+        earlier.update(client["name"] for client in used)
+    return replace(load, held=fmean(held) / load.experts, fresh=fmean(fresh, held))
 
 
 def quantities(run: Mapping[str, Any], load: Load) -> dict[str, float]:
@@ -133,6 +150,7 @@ def quantities(run: Mapping[str, Any], load: Load) -> dict[str, float]:
     return {
         "update_bytes": fmean(client["update_bytes"] for client in used),
         "step_bytes": fmean(row["step_bytes"] for row in rounds),
+        "first_step_bytes": run["rounds"][0]["step_bytes"],
         "reply_frame": fmean(frames),
         "error_bytes": fmean(errors or [0]),
         "request_frame": fmean(requests),

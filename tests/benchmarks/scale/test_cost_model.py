@@ -20,7 +20,7 @@ from benchmarks.scale.cost_model import (
 
 LOAD = Load(
     asked=8, used=6, failed=1, weights=1000.0, held=0.5, density=0.1, step_density=0.2, value_bits=2,
-    layers=2, experts=4, missing_steps=1.5, kept_steps=3,
+    layers=2, experts=4, missing_steps=1.5, missing_first=0.5, fresh=0.25, kept_steps=3,
 )  # fmt: skip
 REPLY = {"per unit": 2.0, "per usage count": 3.0}
 
@@ -39,7 +39,15 @@ def test_a_load_counts_entries_units_and_usage():
 def loads() -> list[Load]:
     grid = product((4, 9, 25), (1000.0, 5000.0), (0.01, 0.1), (2, 3))
     return [
-        replace(LOAD, asked=asked, used=asked - 2, weights=weights, density=density, layers=layers)
+        replace(
+            LOAD,
+            asked=asked,
+            used=asked - 2,
+            weights=weights,
+            density=density,
+            layers=layers,
+            fresh=1 / asked,
+        )
         for asked, weights, density, layers in grid
     ]
 
@@ -71,16 +79,18 @@ def test_a_prediction_adds_up():
     coefficients = {name: dict.fromkeys(keys, 0.0) for name, keys in FEATURES.items()} | {
         "reply_memory": REPLY
     }
-    coefficients["update_bytes"]["per update"] = 100.0
+    update = column_bytes(50, 0.1, 2)
+    coefficients["update_bytes"] = {"per entropy byte": 1.0, "per entropy byte, first update": 0.6}
     coefficients["reply_frame"]["per usage count"] = 2.0
     coefficients["step_bytes"]["per step"] = 10.0
+    coefficients["first_step_bytes"]["per step"] = 4.0
     coefficients["request_frame"]["per request"] = 1.0
     coefficients["error_bytes"]["per error"] = 9.0
     coefficients["check"]["per entry"] = 0.01
     coefficients["peak_bytes"] = {"per process": 500.0, "per weight": 4.0}
     found = predict(coefficients, LOAD)
-    assert found["bytes_up"] == 6 * (100 + 2 * 32) + 9
-    assert found["bytes_down"] == 8 * (1.5 * 10 + 1)
+    assert found["bytes_up"] == pytest.approx(6 * (0.9 * update + 2 * 32) + 9)
+    assert found["bytes_down"] == 8 * (1.5 * 10 + 0.5 * 4 + 1)
     assert found["parts"].keys() == set(PARTS)
     assert found["server_seconds"] == found["parts"]["check"] == pytest.approx(0.01 * 6 * 50)
     assert found["peak_bytes"] == 500 + 4 * 1000 + 6 * (2 * 4 + 3 * 32) + 3 * 10

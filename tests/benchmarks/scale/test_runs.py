@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from benchmarks.scale.cost_model import FEATURES
-from benchmarks.scale.runs import asked_clients, config_of, load_of, quantities, totals
+from benchmarks.scale.runs import asked_clients, config_of, load_of, load_of_run, quantities, totals
 from benchmarks.scale.settings import DEMO, FULL, Point
 
 POINT = Point(DEMO, 8, 0.05)
@@ -15,8 +15,14 @@ POINT = Point(DEMO, 8, 0.05)
 
 def line(number: int, up: list[int], updates: list[int | None], down: int, step: int) -> dict[str, Any]:
     clients = [
-        {"bytes_up": size, "bytes_down": down, "update_bytes": update}
-        for size, update in zip(up, updates, strict=True)
+        {
+            "name": f"client-{client}",
+            "budget": 16 - 8 * client,
+            "bytes_up": size,
+            "bytes_down": down,
+            "update_bytes": update,
+        }
+        for client, (size, update) in enumerate(zip(up, updates, strict=True))
     ]
     total = {"bytes_up": sum(up), "bytes_down": down * len(up)}
     return {"round": number, "step_bytes": step, "clients": clients, **total}
@@ -51,8 +57,15 @@ def test_quantities_are_means_over_the_rounds_from_the_second_on():
     assert found.keys() == FEATURES.keys()
     assert found["update_bytes"] == 110 and found["step_bytes"] == 40
     assert found["reply_frame"] == 11 and found["request_frame"] == 70  # of the first round, without a step
+    assert found["first_step_bytes"] == 10
     assert found["error_bytes"] == 7
     assert found["check"] == 2.0 and found["exchange"] == 6.0
+
+
+def test_the_load_of_a_run_is_that_of_its_used_clients():
+    load = load_of_run(load_of(POINT, FULL), RUN)
+    assert load.held == pytest.approx(12 / 16)
+    assert load.fresh == pytest.approx((1 / 2 + 1 / 4) / 2)
 
 
 def test_totals_leave_out_requests_that_no_reply_had_arrived_to():
@@ -70,5 +83,5 @@ def test_the_load_of_a_point():
     load = load_of(POINT, FULL)
     assert (load.asked, load.used, load.failed) == (4, 2, 1)
     assert (load.weights, load.layers, load.experts) == (DEMO.weights, 4, 16)
-    assert load.held == pytest.approx((3 * 16 + 3 * 12 + 2 * 8) / 8 / 16)
-    assert 1 < load.missing_steps < 2.5
+    assert 0.5 < load.held < 1.0
+    assert 0.5 < load.missing_steps < 2 and 0 < load.missing_first < 1 and 0 < load.fresh < 0.5

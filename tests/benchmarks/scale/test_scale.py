@@ -35,7 +35,7 @@ LARGE = [
 
 def result_of(clients: int, **changes: Any) -> dict[str, Any]:
     """A run whose costs are proportional to its clients, except for its memory."""
-    client = {"bytes_up": 1100, "bytes_down": 500, "update_bytes": 1000}
+    client = {"name": "client-0", "budget": 8, "bytes_up": 1100, "bytes_down": 500, "update_bytes": 1000}
     row = {
         "step_bytes": 300,
         "clients": [client] * clients,
