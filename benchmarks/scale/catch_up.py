@@ -1,4 +1,4 @@
-"""What the asked clients of a run lack and hold, from the rules by which the server draws clients, without training."""
+"""Expected missing steps and budgets of the asked clients, from the server's rules of the draw, without training."""
 
 from __future__ import annotations
 
