@@ -1,0 +1,1 @@
+"""Deviation of exported models from their expert graph, and speed of their GGUF files."""

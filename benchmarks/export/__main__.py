@@ -1,0 +1,103 @@
+"""Deviation of exported mixtures of experts from their expert graph, and decoding speed of a GGUF file.
+
+SmolLM2-135M-Instruct and a Llama of 7 M parameters (``small``) are bootstrapped with half of the experts active, shared
+experts among them, and no default outputs, which no format can hold. ``kl`` is the mean divergence of the export from
+the graph in nats per token of held-out text of eight domains, everything in fp32; ``kl_bf16`` is that of the graph
+itself with matrix products in bf16. ``ppl_ratio_worst`` is the largest perplexity of an export over that of its graph.
+``gguf_f32_logprob_difference`` is the largest difference of a log-probability between llama.cpp, which opens the GGUF
+file in fp32, and transformers. ``tokens_per_second_gguf_over_dense_gguf`` compares the Qwen2-MoE of SmolLM2 with its
+dense model, both GGUF files in fp16 under llama.cpp with one thread.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from benchmarks.export.conversions import Amounts, Material, exports, material, probe, rounding
+from benchmarks.export.runtime import log_probability_difference, opened, speed_ratios
+from benchmarks.support.material import REAL_MODEL, model_path
+from benchmarks.support.runner import Measured, OnStep, run_benchmark
+from configs.choices import ExportedWeights, ExportFormat
+from models.checkpoints.load import load_tokenizer
+from models.export.dense import dense_model
+from models.export.pipeline import Export
+
+FULL = {REAL_MODEL: Amounts(8), "mix7M": Amounts(16)}
+QUICK = {"mix7M": Amounts(8, block_size=64, calibration=2, choice=2, held_out=1)}
+_NAMES = {
+    ExportFormat.MIXTRAL: "kl_mixtral",
+    ExportFormat.QWEN2_MOE: "kl_qwen2moe",
+    ExportFormat.GRANITE_MOE: "kl_granite",
+}
+# Formats that llama.cpp opens.
+_IN_GGUF = (ExportFormat.MIXTRAL, ExportFormat.QWEN2_MOE)
+_REPETITIONS, _TOKENS = 5, 64
+
+
+def measure(quick: bool, on_step: OnStep) -> Measured:
+    """Measure deviations of all formats and the speed of one.
+
+    Args:
+        quick: use the embedded model and little text.
+        on_step: called with the stage, the number of steps done and their total.
+    """
+    torch.set_num_threads(1)
+    figures: dict[str, float | None] = {}
+    peers: dict[str, Any] = {}
+    differences, worst = [], []
+    for name, amounts in (QUICK if quick else FULL).items():
+        prefix = "" if name == REAL_MODEL else "small_"
+        found = material(name, amounts, quick=quick)
+        on_step(f"{name}: exports", 0, len(_NAMES))
+        made = exports(found, _counting(f"{name}: exports", on_step))
+        values = {to: each.figures() for to, each in made.items()}
+        figures |= {prefix + _NAMES[to]: each["mean_kl"] for to, each in values.items()}
+        figures[prefix + "kl_bf16"] = rounding(found).figures()["mean_kl"]
+        worst += [each["perplexity"]["after"] / each["perplexity"]["before"] for each in values.values()]
+        with TemporaryDirectory(prefix="fedgraft-") as folder:
+            path = model_path(name, quick=quick)
+            files = _in_llama_cpp(found, made, path, Path(folder))
+        differences += files["differences"]
+        peers[name] = {"amounts": asdict(amounts), "exports": values, **files}
+        on_step(f"{name}: llama.cpp", 1, 1)
+    figures["ppl_ratio_worst"] = max(worst)
+    figures["gguf_f32_logprob_difference"] = max(differences)
+    first = next(iter(peers.values()))
+    figures["tokens_per_second_gguf_over_dense_gguf"] = statistics.median(first["speed_ratios"])
+    return Measured(figures=figures, peers=peers)
+
+
+def _counting(stage: str, on_step: OnStep) -> Any:
+    done = iter(range(1, len(_NAMES) + 1))
+    return lambda: on_step(stage, next(done), len(_NAMES))
+
+
+def _in_llama_cpp(
+    found: Material, made: Mapping[ExportFormat, Export], source: str, folder: Path
+) -> dict[str, Any]:
+    """Differences of log-probabilities, and ratios of decoding speed, of the GGUF files of one model."""
+    tokenizer, ids = load_tokenizer(source), probe(found)
+    context = len(ids) + _TOKENS
+    differences = []
+    for to in _IN_GGUF:
+        model = made[to].model
+        file = opened(model, tokenizer, folder / f"{to}.gguf", ExportedWeights.FP32, context=context)
+        differences.append(log_probability_difference(model, file, ids, positions=6))
+    models = (made[ExportFormat.QWEN2_MOE].model, dense_model(found.graph))
+    one, other = (
+        opened(model, tokenizer, folder / f"{number}.gguf", ExportedWeights.FP16, context=context)
+        for number, model in enumerate(models)
+    )
+    ratios = speed_ratios(one, other, ids[:16].tolist(), _TOKENS, _REPETITIONS)
+    return {"differences": differences, "speed_ratios": ratios}
+
+
+if __name__ == "__main__":
+    run_benchmark("export", measure)
