@@ -38,6 +38,11 @@ VERBS = {
         _GRAPH,
         "Write an expert graph as a plain Llama, a mixture of experts of transformers, or a GGUF file for llama.cpp.",
     ),
+    "push": Verb(
+        "scripts.verbs.graph.push:push",
+        _GRAPH,
+        "Upload an export with its model card to a model hub, as one commit.",
+    ),
     "simulate": Verb(
         "scripts.verbs.federation.simulate:simulate",
         _FEDERATION,

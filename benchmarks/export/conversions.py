@@ -82,6 +82,7 @@ def rounding(found: Material) -> Deviation:
     return total
 
 
-def probe(found: Material) -> Tensor:
-    """One block of held-out text ``[S]``, for the comparison with llama.cpp."""
-    return found.text.input_ids[0]
+def probes(found: Material, count: int, length: int) -> list[Tensor]:
+    """Pieces ``[length]`` of held-out blocks for the comparison with llama.cpp; ``length`` divides that of a block."""
+    starts = found.text.input_ids.view(-1, length)
+    return list(starts[:: max(1, len(starts) // count)][:count])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -28,19 +29,21 @@ def opened(
 
 
 @torch.no_grad()
-def log_probability_difference(model: PreTrainedModel, file: LlamaCpp, ids: Tensor, positions: int) -> float:
-    """Largest difference of all log-probabilities after ``positions`` prefixes of ``ids [S]``.
+def log_probability_differences(
+    model: PreTrainedModel, file: LlamaCpp, texts: Sequence[Tensor]
+) -> list[float]:
+    """Largest difference of all log-probabilities after each text ``[S]``.
 
     Args:
         model: in fp32.
         file: its GGUF file in fp32.
-        ids: one text.
-        positions: number of prefixes, of evenly spread lengths.
+        texts: tokens.
     """
-    expected = model(input_ids=ids[None]).logits[0].log_softmax(-1)
-    ends = [len(ids) * (number + 1) // positions for number in range(positions)]
-    found = [file.log_probabilities(ids[:end].tolist()) for end in ends]
-    return max(float((each - expected[end - 1]).abs().max()) for each, end in zip(found, ends, strict=True))
+    found = []
+    for ids in texts:
+        expected = model(input_ids=ids[None]).logits[0, -1].log_softmax(-1)
+        found.append(float((file.log_probabilities(ids.tolist()) - expected).abs().max()))
+    return found
 
 
 def speed_ratios(
@@ -56,6 +59,8 @@ def speed_ratios(
         repetitions: number of ratios.
     """
     ratios = []
+    for each in (file, dense):  # the first run of a file also reads it from the disk
+        each.generate(ids, tokens)
     for _ in range(repetitions):
         one, other = (each.generate(ids, tokens)["timings"]["predicted_per_second"] for each in (file, dense))
         ratios.append(one / other)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from configs.errors import UserError
 from configs.output import check_free_space, check_output_directory, new_directory
 from models.checkpoints.load import load_causal_lm, load_graph, load_tokenizer
 from models.checkpoints.save import cast_weights, save_checkpoint
+from models.export.card import CardFacts, write_card
 from models.export.deviation import Deviation
 from models.export.own_format import check_own_format, copy_checkpoint
 from models.export.pipeline import (
@@ -54,6 +55,7 @@ class ExportRequest:
         exponent: router rows are scaled by ``2 ** -exponent``; None: chosen by measurement.
         max_kl: largest mean divergence in nats per token; None: any.
         overwrite: whether ``out`` may be replaced.
+        card: names of base, licence and data for the model card.
     """
 
     source: str
@@ -65,6 +67,7 @@ class ExportRequest:
     exponent: int | None = None
     max_kl: float | None = None
     overwrite: bool = False
+    card: CardFacts = field(default_factory=CardFacts)
 
     @property
     def of_graph(self) -> bool:
@@ -131,7 +134,9 @@ def _write_graph(request: ExportRequest, text: ExportText, on_step: OnStep) -> d
     size = sum(parameter.numel() for parameter in exported.model.parameters()) * dtype.itemsize
     with new_directory(request.out, overwrite=request.overwrite, size=size) as directory:
         save_checkpoint(cast_weights(exported.model, dtype), load_tokenizer(request.source), directory)
-    return exported.figures() | {"weights": precision_name(exported.model)}
+        result = exported.figures() | {"weights": precision_name(exported.model)}
+        _write_card(request, directory, result)
+    return result
 
 
 def _exported(request: ExportRequest, text: ExportText, options: ExportOptions, on_step: OnStep) -> Export:
@@ -160,7 +165,14 @@ def _write_gguf(request: ExportRequest, text: ExportText, on_step: OnStep) -> di
     name = f"model-{weights}.gguf"
     with new_directory(request.out, overwrite=request.overwrite) as directory:
         write_gguf(exported.model, load_tokenizer(request.source), directory / name, weights)
-    return exported.figures() | {"weights": str(weights), "file": str(request.out / name)}
+        result = exported.figures() | {"weights": str(weights), "file": str(request.out / name)}
+        _write_card(request, directory, result)
+    return result
+
+
+def _write_card(request: ExportRequest, directory: Path, result: dict[str, Any]) -> None:
+    source = local_checkpoint(request.source)
+    write_card(directory, source, request.card, {**result, "to": request.to}, name=request.out.name)
 
 
 def _gguf_model(request: ExportRequest) -> ExportFormat:

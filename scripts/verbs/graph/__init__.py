@@ -1,1 +1,1 @@
-"""Verbs on one expert graph: bootstrap, evaluate, generate, export."""
+"""Verbs on one expert graph: bootstrap, evaluate, generate, export, push."""

@@ -67,11 +67,30 @@ class ExportSettings:
     ] = None
 
 
+@dataclass(frozen=True)
+class CardOptions:
+    """Facts of the model card."""
+
+    base_model: Annotated[
+        str,
+        typer.Option(
+            help="Name of the dense base in the model card; that of the model's own card unless given."
+        ),
+    ] = ""
+    license: Annotated[
+        str, typer.Option(help="Licence in the model card; that of the model's own card unless given.")
+    ] = ""
+    trained_on: Annotated[
+        list[str] | None, typer.Option(help="Name of training data in the model card; repeatable.")
+    ] = None
+
+
 @verb
 def export(
     model: ExpertModel,
     write: NewCheckpoint,
     settings: ExportSettings = ExportSettings(),
+    card: CardOptions = CardOptions(),
     data: Annotated[list[str], DATA] = ["wikimix"],  # noqa: B006 - a default of the command line
     evaluation_tokens: EvaluationTokens = 4096,
     as_json: JsonFlag = False,
@@ -83,11 +102,13 @@ def export(
     mixture of experts that has the format already is checked and copied; any Llama, Mixtral or Qwen2-MoE becomes a GGUF
     file.
     """
+    from models.export.card import CardFacts
     from models.export.checkpoint import ExportRequest, check_export, export_checkpoint
 
     quiet_libraries()
     values = {field.name: getattr(settings, field.name) for field in fields(settings)}
-    request = ExportRequest(model, write.out, overwrite=write.overwrite, **values)
+    facts = CardFacts(card.base_model, card.license, tuple(card.trained_on or ()), tuple(data))
+    request = ExportRequest(model, write.out, overwrite=write.overwrite, card=facts, **values)
     check_export(request)
     with progress() as on_step:
         result = export_checkpoint(request, _text(model, data, evaluation_tokens), on_step)

@@ -118,3 +118,22 @@ def test_a_mixture_of_the_format_is_copied_and_another_refused(tmp_path, capsys,
     report = run(capsys, *command, "--to", "mixtral", "--json").json()
     assert report["mean_kl"] == 0 and report["perplexity"]["before"] == report["perplexity"]["after"] > 1
     assert tree(tmp_path / "copy") == tree(source)
+
+
+@pytest.mark.parametrize("to", ["dense", "mixtral"])
+def test_every_export_has_a_card_and_settings_for_generation(tmp_path, capsys, tiny_graph_dir, to):
+    out = tmp_path / "named"
+    card = ("--base-model", "me/base", "--license", "mit", "--trained-on", "letters")
+    command = ("export", "--model", tiny_graph_dir, "--to", to, "--out", out, *card, *SMALL, "--json")
+    assert run(capsys, *command).code == 0
+    text = (out / "README.md").read_text()
+    for words in (
+        "# named",
+        "base_model: me/base",
+        "license: mit",
+        "- letters",
+        "Held-out text: wikimix",
+        to,
+    ):
+        assert words in text
+    assert (out / "generation_config.json").is_file()
