@@ -12,7 +12,7 @@ import pytest
 from configs.errors import UserError
 from models.export.push import check_pushable, push_folder
 from tests.conftest import tiny_llama
-from tests.support.hub_server import TOKEN, hub_server
+from tests.models.export.hub_server import TOKEN, hub_server
 from tests.support.paths import ROOT
 
 
