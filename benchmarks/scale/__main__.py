@@ -56,19 +56,21 @@ def measure(quick: bool, on_step: OnStep, *, work: Path | None = None) -> Measur
         else {"units": 8, "clients": 3, "unit_size": UNIT}
     )
     with work_folder(work) as folder:
+        memory = stored(folder, {"reply_memory": "of one reply"}, reply_memory)
         large = stored(
             folder, {"large_rounds": amount}, lambda: [_plain(row) for row in large_rounds(**amount)]
         )
         for point in settings.points:
             runs[point] = run_or_read(point, settings, folder)
             on_step("federations", len(runs), len(settings.points))
-    return measured(settings, runs, [(Load(**row["load"]), row["seconds"]) for row in large])
+    return measured(settings, runs, [(Load(**row["load"]), row["seconds"]) for row in large], memory)
 
 
 def measured(
     settings: Settings,
     runs: Mapping[Point, Mapping[str, Any]],
     large: Sequence[tuple[Load, Mapping[str, float]]],
+    memory: dict[str, float],
 ) -> Measured:
     """Figures and cost model of finished federations.
 
@@ -76,13 +78,14 @@ def measured(
         settings: amounts.
         runs: results.
         large: loads and CPU seconds of ``large_rounds``, on which the model is fitted, too.
+        memory: result of ``reply_memory``.
     """
     fitted = [point for point in runs if not point.held_out]
     loads = {point: load_of(point, settings) for point in runs}
     coefficients: Coefficients = fit(
         [*(load_of_run(loads[point], runs[point]) for point in fitted), *(load for load, _ in large)],
         [*(quantities(runs[point], loads[point]) for point in fitted), *(seconds for _, seconds in large)],
-    ) | {"reply_memory": reply_memory()}
+    ) | {"reply_memory": memory}
     rows = [_row(point, runs[point], coefficients, loads[point]) for point in runs]
     held_out = [row["errors"] for row in rows if row["held_out"]]
     errors = {name: max(each[name] for each in held_out) for name in ERRORS}
