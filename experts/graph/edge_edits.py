@@ -17,9 +17,11 @@ def apply_edits(graph: ExpertGraph, edits: Sequence[Edit]) -> ExpertGraph:
 
     Raises:
         UserError: an edit of experts, an unknown layer or expert, a shared or attached expert, an added edge or root
-            that exists, a removed one that does not, or one without which an expert cannot be reached.
+            that exists, a removed one that does not, or one without which an expert of ``graph`` that could be
+            reached no longer can.
     """
     masks = [mask.copy() for mask in graph.masks]
+    before = {edit.layer: reachable(masks[edit.layer]) for edit in edits if edit.layer < len(masks)}
     for edit in edits:
         if isinstance(edit, AddEdge | RemoveEdge):
             _check_edge(edit, graph, masks)
@@ -33,9 +35,8 @@ def apply_edits(graph: ExpertGraph, edits: Sequence[Edit]) -> ExpertGraph:
                 f"expected an edit to be one of {', '.join(kind.op for kind in known)}, got {edit.op!r}"
             )
         mask = masks[edit.layer]
-        before = reachable(mask)
         mask[entry] = isinstance(edit, AddEdge | OpenRoot)
-        check_reachable(mask, edit.layer, before=before)
+        check_reachable(mask, edit.layer, before=before[edit.layer])
     return replace(graph, masks=tuple(masks), version=graph.version + 1)
 
 

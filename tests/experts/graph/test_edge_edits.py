@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from configs.errors import UserError
@@ -230,7 +230,14 @@ def test_a_graph_without_edges_or_without_gaps_is_left_alone():
     assert propose_edits(full, counts(full, p0q1=9), 3) == []
 
 
+def unreached_case() -> tuple[ExpertGraph, list[np.ndarray]]:
+    """Expert 1 is the only root: the best swap leads to 2 and thereby to 3, the next one removes 2 -> 3."""
+    usage = np.array([[2, 0, 3, 4], [0, 4, 4, 2], [0, 0, 2, 2], [0, 0, 0, 3]], dtype=float)
+    return graph_of((0, 1), (0, 3), (2, 3), roots=(1,)), [usage]
+
+
 @settings(max_examples=200, deadline=None)
+@example(unreached_case(), 4)
 @given(graphs_with_usage(), st.integers(0, 9))
 def test_proposals_keep_all_promises(case, rho_max):
     graph, usage = case

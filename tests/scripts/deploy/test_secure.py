@@ -161,6 +161,8 @@ def test_a_run_outlasts_its_terminal_and_is_stopped_with_its_model(place):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A suite started by ``nohup`` passes on that the signal is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
     )
     rounds = place.folder / "logs" / "long" / "rounds.jsonl"
     wait_until(lambda: rounds.exists() and rounds.read_text().count("\n") > 0, process=follower)

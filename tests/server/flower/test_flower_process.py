@@ -185,11 +185,12 @@ def test_a_signal_that_is_ignored_stays_so_and_others_interrupt():
     try:
         with termination_as_interrupt(signal.SIGTERM, signal.SIGHUP):
             os.kill(os.getpid(), signal.SIGHUP)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        with pytest.raises(KeyboardInterrupt), termination_as_interrupt(signal.SIGHUP):
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(5)
     finally:
         signal.signal(signal.SIGHUP, before)
-    with pytest.raises(KeyboardInterrupt), termination_as_interrupt(signal.SIGHUP):
-        os.kill(os.getpid(), signal.SIGHUP)
-        time.sleep(5)
 
 
 def test_the_mark_of_the_own_job(monkeypatch):
