@@ -16,9 +16,6 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import Annotated
-
-import typer
 
 from benchmarks.support.quality.comparison import (
     both_directions,
@@ -35,11 +32,9 @@ from benchmarks.support.quality.jobs import Jobs
 from benchmarks.support.quality.result import Run
 from benchmarks.support.quality.runs import bootstrapped_graph
 from benchmarks.support.quality.settings import FULL, QUICK, Job, Rate, Settings
-from benchmarks.support.runner import Measured, OnStep, report
-from benchmarks.support.stored import chosen_work, work_folder
+from benchmarks.support.runner import Measured, OnStep, run_resumable
+from benchmarks.support.stored import work_folder
 from configs.schema import RunConfig
-from scripts.shared.console import quiet_libraries
-from scripts.shared.options import JsonFlag
 
 METHODS = ("dense", "ours", "fedit")
 _CONFIG = (
@@ -152,21 +147,5 @@ def _measured(settings: Settings, runs: Runs) -> Measured:
     )
 
 
-def main(
-    quick: Annotated[bool, typer.Option(help="Smoke test under a minute; writes no result.")] = False,
-    work: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder of finished runs, which are reused; for a full run in the user's cache folder."
-        ),
-    ] = None,
-    as_json: JsonFlag = False,
-) -> None:
-    """Measure bytes to a given quality; a full run that was interrupted goes on from its finished runs."""
-    quiet_libraries()
-    folder = chosen_work("quality_per_byte", work, quick=quick)
-    report("quality_per_byte", partial(measure, work=folder), quick=quick, as_json=as_json)
-
-
 if __name__ == "__main__":
-    typer.run(main)
+    run_resumable("quality_per_byte", measure)

@@ -56,10 +56,9 @@ from benchmarks.support.quality.runs import bootstrapped_graph
 from benchmarks.support.quality.settings import FULL as SMALL_FULL
 from benchmarks.support.quality.settings import QUICK as SMALL_QUICK
 from benchmarks.support.quality.settings import Job, Settings
-from benchmarks.support.runner import Measured, OnStep, report
-from benchmarks.support.stored import chosen_work, work_folder
+from benchmarks.support.runner import Measured, OnStep, QuickFlag, WorkFolder, report_resumable
+from benchmarks.support.stored import work_folder
 from configs.schema import RunConfig
-from scripts.shared.console import quiet_libraries
 from scripts.shared.options import JsonFlag
 
 _BOOTSTRAP = {"router": "contribution", "features": "gate-activation", "edges_per_expert": 0}
@@ -227,20 +226,13 @@ def _round_seconds(run: Run) -> float:
 
 
 def main(
-    quick: Annotated[bool, typer.Option(help="Smoke test on the embedded model; writes no result.")] = False,
-    work: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder of graphs and finished runs, which are reused; for a full run in the user's cache folder."
-        ),
-    ] = None,
+    quick: QuickFlag = False,
+    work: WorkFolder = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Runs side by side, one core each.")] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Measure bytes to a given quality on a really pretrained Llama; goes on from the runs that are finished."""
-    quiet_libraries()
-    folder = chosen_work("real_llama", work, quick=quick)
-    report("real_llama", partial(measure, work=folder, jobs=jobs), quick=quick, as_json=as_json)
+    report_resumable("real_llama", partial(measure, jobs=jobs), quick=quick, work=work, as_json=as_json)
 
 
 if __name__ == "__main__":

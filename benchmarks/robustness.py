@@ -9,19 +9,14 @@ and a benchmark that was interrupted goes on from there.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from benchmarks.support.robustness.runs import run_or_read
 from benchmarks.support.robustness.settings import AGGREGATIONS, FULL, QUICK, Job, Settings
-from benchmarks.support.runner import Measured, OnStep, report
-from benchmarks.support.stored import chosen_work, work_folder
-from scripts.shared.console import quiet_libraries
-from scripts.shared.options import JsonFlag
+from benchmarks.support.runner import Measured, OnStep, run_resumable
+from benchmarks.support.stored import work_folder
 
 Results = dict[tuple[str, str, int], dict[str, Any]]
 
@@ -98,19 +93,5 @@ def _worst(ratios: Sequence[float | None]) -> float | None:
     return max(known) if len(known) == len(ratios) else None
 
 
-def main(
-    quick: Annotated[bool, typer.Option(help="Smoke test under a minute; writes no result.")] = False,
-    work: Annotated[
-        Path | None,
-        typer.Option(help="Folder of finished federations; for a full run in the user's cache folder."),
-    ] = None,
-    as_json: JsonFlag = False,
-) -> None:
-    """Measure robustness; a full run that was interrupted goes on from its finished federations."""
-    quiet_libraries()
-    folder = chosen_work("robustness", work, quick=quick)
-    report("robustness", partial(measure, work=folder), quick=quick, as_json=as_json)
-
-
 if __name__ == "__main__":
-    typer.run(main)
+    run_resumable("robustness", measure)

@@ -11,21 +11,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from benchmarks.drift.recovery import SHARE, equal_byte_rounds, first_crossing, target_loss
 from benchmarks.drift.runs import run_or_read
 from benchmarks.drift.settings import ARMS, FULL, QUICK, WITH, WITHOUT, Job, Settings
-from benchmarks.support.runner import Measured, OnStep, report
+from benchmarks.support.runner import Measured, OnStep, run_resumable
 from benchmarks.support.statistics import interval
-from benchmarks.support.stored import chosen_work, work_folder
-from scripts.shared.console import quiet_libraries
-from scripts.shared.options import JsonFlag
+from benchmarks.support.stored import work_folder
 
 Results = dict[tuple[str, int], dict[str, Any]]
 
@@ -121,19 +116,5 @@ def _notes(settings: Settings) -> dict[str, str]:
     }
 
 
-def main(
-    quick: Annotated[bool, typer.Option(help="Smoke test under a minute; writes no result.")] = False,
-    work: Annotated[
-        Path | None,
-        typer.Option(help="Folder of finished federations; for a full run in the user's cache folder."),
-    ] = None,
-    as_json: JsonFlag = False,
-) -> None:
-    """Measure recovery; a full run that was interrupted goes on from its finished federations."""
-    quiet_libraries()
-    folder = chosen_work("drift", work, quick=quick)
-    report("drift", partial(measure, work=folder), quick=quick, as_json=as_json)
-
-
 if __name__ == "__main__":
-    typer.run(main)
+    run_resumable("drift", measure)

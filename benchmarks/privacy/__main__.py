@@ -10,18 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from benchmarks.privacy.runs import run_or_read
 from benchmarks.privacy.settings import FULL, QUICK, Arm, Settings
-from benchmarks.support.runner import Measured, OnStep, report
-from benchmarks.support.stored import chosen_work, work_folder
-from scripts.shared.console import quiet_libraries
-from scripts.shared.options import JsonFlag
+from benchmarks.support.runner import Measured, OnStep, run_resumable
+from benchmarks.support.stored import work_folder
 
 
 def measure(quick: bool, on_step: OnStep, *, work: Path | None = None) -> Measured:
@@ -68,19 +63,5 @@ def _note(arm: Arm) -> str:
     return f"{what}, {arm.clients} clients"
 
 
-def main(
-    quick: Annotated[bool, typer.Option(help="Smoke test under a minute; writes no result.")] = False,
-    work: Annotated[
-        Path | None,
-        typer.Option(help="Folder of finished federations; for a full run in the user's cache folder."),
-    ] = None,
-    as_json: JsonFlag = False,
-) -> None:
-    """Measure the cost of privacy; a full run that was interrupted goes on from its finished federations."""
-    quiet_libraries()
-    folder = chosen_work("privacy", work, quick=quick)
-    report("privacy", partial(measure, work=folder), quick=quick, as_json=as_json)
-
-
 if __name__ == "__main__":
-    typer.run(main)
+    run_resumable("privacy", measure)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,10 +24,16 @@ from benchmarks.scale.predictions import prediction_lines, predictions, read_coe
 from benchmarks.scale.reply_memory import reply_memory
 from benchmarks.scale.runs import load_of, load_of_run, quantities, run_or_read, totals
 from benchmarks.scale.settings import FULL, QUICK, Point, Settings
-from benchmarks.support.runner import Measured, OnStep, report
-from benchmarks.support.stored import chosen_work, stored, work_folder
-from configs.errors import UserError
-from scripts.shared.console import print_result, quiet_libraries, stderr
+from benchmarks.support.runner import (
+    Measured,
+    OnStep,
+    QuickFlag,
+    WorkFolder,
+    exit_on_bad_input,
+    report_resumable,
+)
+from benchmarks.support.stored import stored, work_folder
+from scripts.shared.console import print_result
 from scripts.shared.options import JsonFlag
 
 # Figure of each quantity's error, and the quantity.
@@ -147,11 +152,8 @@ def _amounts(settings: Settings) -> dict[str, Any]:
 
 
 def main(
-    quick: Annotated[bool, typer.Option(help="Smoke test under a minute; writes no result.")] = False,
-    work: Annotated[
-        Path | None,
-        typer.Option(help="Folder of finished federations; for a full run in the user's cache folder."),
-    ] = None,
+    quick: QuickFlag = False,
+    work: WorkFolder = None,
     predict_llama: Annotated[
         bool,
         typer.Option(
@@ -161,20 +163,15 @@ def main(
     as_json: JsonFlag = False,
 ) -> None:
     """Measure the server's costs; a full run that was interrupted goes on from its finished federations."""
-    quiet_libraries()
     if predict_llama:
         _print_predictions(as_json)
-        return
-    folder = chosen_work("scale", work, quick=quick)
-    report("scale", partial(measure, work=folder), quick=quick, as_json=as_json)
+    else:
+        report_resumable("scale", measure, quick=quick, work=work, as_json=as_json)
 
 
 def _print_predictions(as_json: bool) -> None:
-    try:
+    with exit_on_bad_input():
         rows = predictions(read_coefficients())
-    except UserError as error:
-        stderr.print(f"error: {error}", highlight=False, markup=False)
-        raise typer.Exit(2) from None
     print_result({"predictions": rows}, as_json=as_json, lines=prediction_lines(rows))
 
 

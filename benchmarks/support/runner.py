@@ -11,15 +11,18 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 import psutil
 import torch
 import typer
 
+from benchmarks.support.stored import chosen_work
 from configs.errors import UserError
 from configs.output import write_json
 from scripts.shared.console import print_result, progress, quiet_libraries, stderr
@@ -29,6 +32,13 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 
 OnStep = Callable[[str, int, int], None]
+QuickFlag = Annotated[bool, typer.Option(help="Run a smoke test on little data; writes no result.")]
+WorkFolder = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder of finished runs, which are reused; for a full run in the user's cache folder."
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -48,6 +58,12 @@ class Measured:
     seconds: float | None = None
 
 
+class ResumableMeasure(Protocol):
+    """Measurement that stores its finished runs in the folder ``work``; None: a temporary one."""
+
+    def __call__(self, quick: bool, on_step: OnStep, *, work: Path | None) -> Measured: ...
+
+
 def run_benchmark(name: str, measure: Callable[[bool, OnStep], Measured]) -> None:
     """Parse the command line of benchmark ``name``, measure, print, and write the result of a full run.
 
@@ -58,27 +74,49 @@ def run_benchmark(name: str, measure: Callable[[bool, OnStep], Measured]) -> Non
     Exits with 2 for bad input, e.g. if the data of a full run is absent.
     """
 
-    def main(
-        quick: Annotated[bool, typer.Option(help="Run a smoke test on little data; writes nothing.")] = False,
-        as_json: JsonFlag = False,
-    ) -> None:
-        quiet_libraries()
+    def main(quick: QuickFlag = False, as_json: JsonFlag = False) -> None:
         report(name, measure, quick=quick, as_json=as_json)
 
     typer.run(main)
 
 
+def run_resumable(name: str, measure: ResumableMeasure) -> None:
+    """Do the same as ``run_benchmark`` for a measurement that stores its finished runs, with an option ``--work``."""
+
+    def main(quick: QuickFlag = False, work: WorkFolder = None, as_json: JsonFlag = False) -> None:
+        """Measure; a full run that was interrupted goes on from its finished runs."""
+        report_resumable(name, measure, quick=quick, work=work, as_json=as_json)
+
+    typer.run(main)
+
+
+def report_resumable(
+    name: str, measure: ResumableMeasure, *, quick: bool, work: Path | None, as_json: bool
+) -> None:
+    """Do the same as ``report`` for a measurement that stores its finished runs in ``chosen_work``."""
+    folder = chosen_work(name, work, quick=quick)
+    report(name, partial(measure, work=folder), quick=quick, as_json=as_json)
+
+
 def report(name: str, measure: Callable[[bool, OnStep], Measured], *, quick: bool, as_json: bool) -> None:
     """Measure, print, and write the result of a full run; the arguments are those of ``run_benchmark``."""
-    try:
+    quiet_libraries()
+    with exit_on_bad_input():
         result = measured_result(name, measure, quick=quick)
-    except UserError as error:
-        stderr.print(f"error: {error}", highlight=False, markup=False)
-        raise typer.Exit(2) from None
     if not quick:
         RESULTS.mkdir(exist_ok=True)
         write_json(RESULTS / f"{name}.json", result)
     print_result(result, as_json=as_json, lines=_lines(name, result, quick))
+
+
+@contextmanager
+def exit_on_bad_input() -> Iterator[None]:
+    """Print a ``UserError`` on stderr and exit with 2 in its place."""
+    try:
+        yield
+    except UserError as error:
+        stderr.print(f"error: {error}", highlight=False, markup=False)
+        raise typer.Exit(2) from None
 
 
 def measured_result(name: str, measure: Callable[[bool, OnStep], Measured], *, quick: bool) -> dict[str, Any]:
