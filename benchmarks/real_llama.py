@@ -8,8 +8,9 @@ gains by repairing what another did not lose; ``dense`` is FedAvg of the FFNs of
 that the graph is compared with.
 
 Learning rates and the settings of ours are chosen on one seed (of documents, clusters and batches) and reported on
-others. Bytes are those of the Flower messages up to the end of the first round in which the geometric mean of the
-clients' held-out perplexities has reached 90 % of what FedAvg gains, and for FedIT its final one.
+others; on that seed a run of ours ends where it has reached the loss at which it is compared with FedAvg. Bytes are
+those of the Flower messages up to the end of the first round in which the geometric mean of the clients' held-out
+perplexities has reached 90 % of what FedAvg gains, and for FedIT its final one.
 
 Sizes are chosen for jobs of about half an hour on one core of a processor without bf16 instructions, where a training
 step of 256 tokens takes 3 to 5 s, as much on the graph as on the dense model. A client trains 4 steps of 2 blocks of
@@ -134,13 +135,18 @@ def _all_runs(
     total = sum(len(rates[name]) for name in tuned) + len(table) + len(methods) * len(settings.half_seeds)
     jobs = Jobs("real_llama", settings, quick, work, on_step, total)
     bootstrapped_graph(seed, settings, quick, work)
-    tried = jobs.run([Job(name, seed, rate) for name in tuned for rate in rates[name]])
-    best = {
-        name: min((run for run in tried if run.method == name), key=lambda run: run.loss) for name in tuned
-    }
-    ours = best["half ours"]
-    rows = [ours, *jobs.run([Job("half ours", seed, ours.learning_rate, keys) for keys in table])]
-    keys = {"half ours": chosen_row(rows, best["half dense"]).keys}
+    dense = jobs.run([Job("half dense", seed, rate) for rate in rates["half dense"]])
+    best = {"half dense": min(dense, key=_loss)}
+    end = {"early_stop_loss": _end_loss(best["half dense"])}
+    tried = jobs.run(
+        [Job("half ours", seed, rate, end) for rate in rates["half ours"]]
+        + [Job("half fedit", seed, rate) for rate in rates["half fedit"]]
+    )
+    best["half fedit"] = min((run for run in tried if run.method == "half fedit"), key=_loss)
+    ours = chosen_row([run for run in tried if run.method == "half ours"], best["half dense"])
+    best["half ours"] = ours
+    rows = [ours, *jobs.run([Job("half ours", seed, ours.learning_rate, {**keys, **end}) for keys in table])]
+    keys = {"half ours": _own_keys(chosen_row(rows, best["half dense"]))}
     for each in settings.half_seeds:
         bootstrapped_graph(each, settings, quick, work)
     reported = jobs.run(
@@ -151,7 +157,21 @@ def _all_runs(
         ]
     )
     by_method = {name: [run for run in reported if run.method == name] for name in methods}
-    return {**by_method, "tried": tried, "table": rows, "table dense": [best["half dense"]]}
+    return {**by_method, "tried": dense + tried, "table": rows, "table dense": [best["half dense"]]}
+
+
+def _loss(run: Run) -> float:
+    return run.loss
+
+
+def _end_loss(dense: Run) -> float:
+    """Loss at which a run of ours ends on the first seed: the target, rounded down, so that it is reached."""
+    return math.floor(target(dense) * 1e4) / 1e4
+
+
+def _own_keys(run: Run) -> dict[str, Any]:
+    """Keys of a run apart from the one that ends it early."""
+    return {name: value for name, value in run.keys.items() if name != "early_stop_loss"}
 
 
 def chosen_row(rows: Sequence[Run], dense: Run) -> Run:
@@ -196,7 +216,7 @@ def _measured(settings: Settings, runs: Runs) -> Measured:
         peers={
             "seeds": found,
             "intervals": intervals(found),
-            "table": [{"keys": dict(run.keys), **_row(run, reference)} for run in runs["table"]],
+            "table": [{"keys": _own_keys(run), **_row(run, reference)} for run in runs["table"]],
             "perplexity": {name: [perplexities(run) for run in each] for name, each in runs.items()},
             "config": RunConfig().values(),
             "setting": vars(settings),

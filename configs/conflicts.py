@@ -21,6 +21,7 @@ _PRIVATE: dict[str, str | float | bool] = {
     "clip_unit_multiple": 0.0,
     "opposition_limit": 0.0,
     "early_stop_rounds": 0,
+    "early_stop_loss": 0.0,
     "keep_best": False,
     "drift_loss": 0.0,
     "drift_routing": 0.0,

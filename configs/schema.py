@@ -192,6 +192,8 @@ class RunConfig(Views, Keys):
     """Rounds without an improvement of the clients' held-out loss after which the run ends; 0: never."""
     early_stop_delta: NonNegative = 0.0
     """Decrease of the held-out loss (nats per token) that counts as an improvement."""
+    early_stop_loss: NonNegative = 0.0
+    """Held-out loss of the clients (nats per token) at which the run ends; 0: none."""
     assembler_steps: Whole = 8
     """Assembler steps before local training; 0: it is not trained."""
     assembler_learning_rate: Positive = 0.3

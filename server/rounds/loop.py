@@ -173,7 +173,10 @@ class Federation:
         state.drift.add(reports, server_round, config.drift_detection)
         if server_round < config.num_rounds:
             state.stopped = self._budget.exhausted(state.updates) or state.early_stop.after(
-                held_out_loss(replies), rounds=config.early_stop_rounds, delta=config.early_stop_delta
+                held_out_loss(replies),
+                rounds=config.early_stop_rounds,
+                delta=config.early_stop_delta,
+                target=config.early_stop_loss,
             )
 
     def _compare(self, loss: LossSum) -> None:

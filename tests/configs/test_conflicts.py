@@ -80,6 +80,7 @@ def test_the_defaults_agree_with_each_other():
         (PRIVATE | {"opposition_limit": 0.1}, ["opposition-limit=0 with dp-clip-norm, got 0.1"]),
         (PRIVATE | {"max_spawned": 2}, ["max-spawned=0 with dp-clip-norm, got 2"]),
         (PRIVATE | {"early_stop_rounds": 3}, ["early-stop-rounds=0 with dp-clip-norm, got 3"]),
+        (PRIVATE | {"early_stop_loss": 2.5}, ["early-stop-loss=0 with dp-clip-norm, got 2.5"]),
         (
             PRIVATE | {"sampling_weights": "examples", "fraction_train": 0.5},
             ["sampling-weights to be uniform or staleness with dp-clip-norm, got examples"],

@@ -576,6 +576,12 @@ def test_a_run_ends_when_the_held_out_loss_stops_falling(graph, tmp_path):
         )  # no client could know that this was the last round
 
 
+def test_a_run_ends_when_the_held_out_loss_reaches_its_target(graph, tmp_path):
+    seen = run(tiny_config(graph, tmp_path, num_rounds=4, early_stop_loss=100.0, rho_max=0))
+    assert seen.summary["rounds"] == 1
+    assert seen.summary["stopped"].endswith("nats per token is at most early-stop-loss 100")
+
+
 def test_a_last_round_without_a_better_loss_is_no_early_stop(graph, tmp_path):
     seen = run(
         tiny_config(graph, tmp_path, num_rounds=2, local_steps=1, early_stop_rounds=1, early_stop_delta=100.0)

@@ -6,12 +6,12 @@ from models.runtime.perplexity import LossSum
 from server.state.early_stop import EarlyStop
 
 
-def stops(losses: list[float | None], *, rounds: int, delta: float = 0.0) -> int | None:
+def stops(losses: list[float | None], *, rounds: int, delta: float = 0.0, target: float = 0.0) -> int | None:
     """Return the round, from 1, after which a run with these losses ends, or None; a loss of None: no held-out text."""
     watch = EarlyStop()
     for server_round, loss in enumerate(losses, start=1):
         held_out = LossSum() if loss is None else LossSum(loss * 8, 8)
-        if watch.after(held_out, rounds=rounds, delta=delta) is not None:
+        if watch.after(held_out, rounds=rounds, delta=delta, target=target) is not None:
             return server_round
     return None
 
@@ -34,6 +34,25 @@ def stops(losses: list[float | None], *, rounds: int, delta: float = 0.0) -> int
 )
 def test_a_run_ends_after_so_many_rounds_without_a_better_loss(losses, rounds, delta, expected):
     assert stops(losses, rounds=rounds, delta=delta) == expected
+
+
+@pytest.mark.parametrize(
+    ("losses", "rounds", "target", "expected"),
+    [
+        ([3.0, 2.5, 2.0], 0, 2.5, 2),  # at most the target, without any number of rounds
+        ([3.0, 2.5, 2.0], 0, 2.25, 3),
+        ([3.0, 2.5, 2.0], 0, 0.0, None),
+        ([None, 3.0, 3.0], 1, 2.0, 3),  # whichever is first
+        ([None, 1.0], 1, 2.0, 2),
+    ],
+)
+def test_a_run_ends_at_its_target_loss(losses, rounds, target, expected):
+    assert stops(losses, rounds=rounds, target=target) == expected
+
+
+def test_the_reason_of_a_target_holds_the_figures():
+    reason = EarlyStop().after(LossSum(19.0, 10), rounds=0, delta=0.0, target=2.25)
+    assert reason == "the held-out loss of 1.9000 nats per token is at most early-stop-loss 2.25"
 
 
 def test_the_reason_holds_the_figures():
