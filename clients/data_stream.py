@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -13,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from configs.block_size import choose_block_size
 from configs.errors import UserError
+from configs.node_config import NodeConfig
 from configs.schema import RunConfig
 from federated.data.blocks import Blocks, pack_blocks
 from models.checkpoints.load import load_tokenizer
@@ -125,6 +127,37 @@ def pack_client(
         for texts in (documents.train, documents.valid)
     )
     return train, valid
+
+
+def node_blocks(
+    config: RunConfig, node: NodeConfig, graph: str, *, folder: Path | None = None
+) -> tuple[str, Blocks, Blocks]:
+    """Name of a node's client, and its training and held-out blocks, for a graph with its tokenizer.
+
+    Args:
+        config: run configuration.
+        node: node configuration, for its partition and private data.
+        graph: folder of the graph.
+        folder: receives the run's data of the first client, which others of the run then read; None: no such copy.
+
+    Raises:
+        UserError: as ``client_documents`` and ``pack_client``.
+    """
+    from federated.data.chat_template import ChatTemplate
+
+    shape, tokenizer = read_config(graph), load_tokenizer(graph)
+    documents = client_documents(
+        config,
+        node.partition_id,
+        data_dir=node.data_dir,
+        chat=ChatTemplate(lambda: tokenizer),
+        # Chats are rendered with the tokenizer of the graph, which a node may have at a path of its own.
+        copy=folder and folder / f"documents-{hashlib.sha256(graph.encode()).hexdigest()[:8]}.arrow",
+    )
+    train, valid = pack_client(
+        documents, tokenizer, config.block_size, shape.max_position_embeddings, shape.vocab_size
+    )
+    return documents.name, train, valid
 
 
 def check_tokens(clients: Sequence[ClientDocuments], graph: str, block_size: int) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 from flwr.app import Context, RecordDict
 
-from clients.data_stream import client_documents, pack_client
+from clients.data_stream import node_blocks
 from clients.participant import Participant
 from clients.residents.budget import activation_bytes, client_budget, expert_bytes
 from clients.state.local_graph import NeedsRecipe, local_graph, node_cache
@@ -23,12 +23,11 @@ from configs.node_config import NodeConfig
 from configs.output import check_free_space, check_output_directory
 from configs.paths import graph_or_default
 from configs.schema import RunConfig
-from federated.data.chat_template import ChatTemplate
 from federated.protocol.messages import Request, message_bytes, write_reply
 from federated.run_setup import prepare_process, with_block_size
 from models.bootstrap.recipe import graph_fingerprint
 from models.checkpoints.disk_experts import open_mapped
-from models.checkpoints.load import load_tokenizer
+from models.files.config_file import read_config
 from models.files.safetensors_files import weight_bytes
 from models.graph.graph_state import read_graph
 from models.runtime.precision import choose_device
@@ -131,14 +130,8 @@ class NodeCheck:
         return f"{self.graph}, fingerprint {self.fingerprint}"
 
     def _data(self) -> str:
-        model = open_mapped(self.graph)
-        config, shape = with_block_size(self.config, model.config), model.config
-        tokenizer = load_tokenizer(self.graph)
-        chat = ChatTemplate(lambda: tokenizer)
-        documents = client_documents(config, self.node.partition_id, data_dir=self.node.data_dir, chat=chat)
-        train, valid = pack_client(
-            documents, tokenizer, config.block_size, shape.max_position_embeddings, shape.vocab_size
-        )
+        config = with_block_size(self.config, read_config(self.graph))
+        _, train, valid = node_blocks(config, self.node, self.graph)
         needed = config.local_steps * config.batch_size * config.accumulation_steps
         passes = f"; {needed / len(train):.1f} passes over them a round" if len(train) else ""
         return f"{len(train)} training and {len(valid)} held-out blocks of {config.block_size} tokens{passes}"

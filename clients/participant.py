@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from flwr.app import Context
 from torch import Tensor
 
-from clients.data_stream import (
-    BATCH_ORDER,
-    UPLOAD_SELECTION,
-    client_documents,
-    pack_client,
-    round_generator,
-)
+from clients.data_stream import BATCH_ORDER, UPLOAD_SELECTION, node_blocks, round_generator
 from clients.residents.assembly import assemble
 from clients.residents.budget import client_budget, keeps_changes
 from clients.shipment import carried_over, choose_shipment, drawn_with, shipped_in, with_own_limits
@@ -29,7 +21,7 @@ from clients.training.gradient_rms import entry_gradient_rms
 from clients.training.resident_model import changes, hold_residents
 from clients.training.starting_point import StartingPoint
 from clients.training.trainer import Batch, LocalResult, LocalTraining, train_locally
-from configs.node_config import NodeConfig, load_node_config
+from configs.node_config import load_node_config
 from configs.schema import RunConfig
 from federated.aggregation.usage import UsageCounter, pack_usage
 from federated.data.blocks import Blocks, batches, take
@@ -40,7 +32,6 @@ from federated.selection.shared_entries import SharedEntries
 from federated.updates.update import density
 from federated.wire.codec import pack_update
 from models.checkpoints.disk_experts import materialize, open_mapped
-from models.checkpoints.load import load_tokenizer
 from models.graph.graph_state import read_graph
 from models.graph.runtime_settings import (
     residents,
@@ -97,7 +88,7 @@ class Participant:
         store = ClientStore(folder / f"client-{partition}")
         model = open_mapped(graph, store.copy).to(choose_device(node.device or config.device))
         config = with_block_size(config, model.config)
-        name, train, valid = store.blocks(lambda: _make_blocks(config, node, graph, model, folder))
+        name, train, valid = store.blocks(lambda: node_blocks(config, node, graph, folder=folder))
         override_routing(model, config)
         bring_to_version(model, store, request)
         config = with_own_limits(config, node, name)
@@ -245,27 +236,6 @@ class Participant:
 
     def _generator(self, request: Request, purpose: int) -> torch.Generator:
         return round_generator(self.config.seed, request.server_round, self.partition, purpose=purpose)
-
-
-def _make_blocks(
-    config: RunConfig, node: NodeConfig, graph: str, model: FedGraftForCausalLM, folder: Path
-) -> tuple[str, Blocks, Blocks]:
-    # Imported here: only the first message of a run reads documents.
-    from federated.data.chat_template import ChatTemplate
-
-    tokenizer = load_tokenizer(graph)
-    chat = ChatTemplate(lambda: tokenizer)
-    # Chats are rendered with the tokenizer of the graph, which a node may have at a path of its own.
-    copy = folder / f"documents-{hashlib.sha256(graph.encode()).hexdigest()[:8]}.arrow"
-    documents = client_documents(config, node.partition_id, data_dir=node.data_dir, chat=chat, copy=copy)
-    train, valid = pack_client(
-        documents,
-        tokenizer,
-        config.block_size,
-        model.config.max_position_embeddings,
-        model.config.vocab_size,
-    )
-    return documents.name, train, valid
 
 
 def _loss_numbers(name: str, loss: LossSum) -> dict[str, float]:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from clients.data_stream import (
     BATCH_ORDER,
@@ -12,6 +13,7 @@ from clients.data_stream import (
     all_clients,
     check_tokens,
     client_documents,
+    node_blocks,
     pack_client,
     round_generator,
 )
@@ -20,7 +22,7 @@ from federated.data import documents
 from federated.data.partition import ClientDocuments
 from tests.conftest import tiny_llama
 from tests.support.paths import ROOT
-from tests.support.tiny_federation import TEXTS, tiny_config
+from tests.support.tiny_federation import TEXTS, node_of, save_tiny_graph, tiny_config
 
 
 @pytest.fixture
@@ -87,6 +89,28 @@ def test_documents_become_blocks_within_the_context(tiny_tokenizer):
     assert valid.input_ids.shape == (1, 16) and valid.num_tokens == 4
     with pytest.raises(UserError, match="block-size"):
         pack_client(documents, tiny_tokenizer, 16, 8)
+
+
+def test_the_blocks_of_a_node_are_those_of_its_documents_and_its_graph(config, tmp_path, tiny_tokenizer):
+    graph = str(save_tiny_graph(tmp_path / "graph", tiny_tokenizer))
+    name, *blocks = node_blocks(config, node_of(partition=1), graph, folder=tmp_path / "copies")
+    assert name == "digits"
+    for found, expected in zip(
+        blocks, pack_client(all_clients(config)[1], tiny_tokenizer, 32, 128, 64), strict=True
+    ):
+        assert torch.equal(found.input_ids, expected.input_ids)
+        assert torch.equal(found.labels, expected.labels)
+    assert len(list((tmp_path / "copies").glob("documents-*.arrow"))) == 1
+
+
+def test_the_blocks_of_a_node_with_private_data_are_of_all_of_it(config, tmp_path, tiny_tokenizer):
+    graph = str(save_tiny_graph(tmp_path / "graph", tiny_tokenizer))
+    node = node_of({"data-dir": str(tmp_path / "texts" / "letters.jsonl")}, partition=1)
+    name, train, valid = node_blocks(config, node, graph)
+    letters, _ = all_clients(config)
+    tokens = [sum(len(text) for text in texts) for texts in (letters.train, letters.valid)]
+    assert name == "client-1"
+    assert train.num_tokens + valid.num_tokens == sum(tokens) + 20  # and an end token a document
 
 
 def test_a_client_whose_documents_hold_no_text_is_refused(tiny_tokenizer):
