@@ -11,8 +11,8 @@ import tomli_w
 from configs.errors import UserError
 from configs.node_config import load_node_config
 from configs.output import write_bytes
-from configs.values import parse_assignments
 from federated.driver_watch import driver_mark
+from scripts.shared.run_config import read_node_values
 from server.flower.connection import Connection, add_connection
 from server.flower.deployed_run import flower_commands
 from server.flower.flower_cli import register_node
@@ -50,10 +50,7 @@ def check_health(address: str, roots: Path | None) -> int:
 
 def write_node_config(file: Path, assignments: list[str]) -> None:
     """Validate the configuration of a node and write it as TOML, paths made absolute."""
-    values = parse_assignments(assignments)
-    for key in ("graph", "base", "data-dir", "cache-dir"):
-        if key in values and Path(str(values[key])).expanduser().exists():
-            values[key] = str(Path(str(values[key])).expanduser().absolute())
+    values = read_node_values(assignments)
     load_node_config(values)
     write_bytes(file, tomli_w.dumps(values).encode())
 

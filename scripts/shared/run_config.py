@@ -67,6 +67,19 @@ def read_resumed_config(log_dir: Path, *, alone: bool, overwrite: bool = False) 
     return replacing_own_model(run, log_dir)
 
 
+def read_node_values(assignments: list[str]) -> dict[str, Any]:
+    """Read the node configuration ``KEY=VALUE...`` of a command line: names with hyphens, existing paths made absolute.
+
+    Raises:
+        UserError: an assignment without a key or ``=``.
+    """
+    from configs.values import parse_assignments
+
+    values = parse_assignments(assignments)
+    paths = {key for key in ("graph", "base", "data-dir", "cache-dir") if key in values}
+    return values | {key: absolute_path(str(values[key])) for key in paths}
+
+
 def check_run(run: RunConfig) -> None:
     """Check log and output directories, room on disk, graph, and data of server and clients before any process starts.
 

@@ -10,7 +10,7 @@ import typer
 
 from scripts.shared.console import print_result, quiet_libraries, stderr
 from scripts.shared.options import JsonFlag
-from scripts.shared.run_config import absolute_path
+from scripts.shared.run_config import read_node_values
 from scripts.shared.run_options import ConnectionOptions, RunConfigFile, Settings
 from scripts.shared.verb import verb
 
@@ -53,7 +53,7 @@ def check_node(
     quiet_libraries()
     run = load_run_config((read_config_file(config) if config else {}) | parse_assignments(settings or []))
     check = NodeCheck(
-        run, load_node_config(_node_values(node)), fingerprint, read_recipe_of(recipe) if recipe else b""
+        run, load_node_config(read_node_values(node)), fingerprint, read_recipe_of(recipe) if recipe else b""
     )
     if link != ConnectionOptions():
         check.findings.append(_connection(link))
@@ -68,15 +68,6 @@ def check_node(
     )
     if not check.ok:
         raise typer.Exit(1)
-
-
-def _node_values(assignments: list[str]) -> dict[str, Any]:
-    """Node configuration of a command line, its existing paths made absolute."""
-    from configs.values import parse_assignments
-
-    values = parse_assignments(assignments)
-    paths = {key for key in ("graph", "base", "data-dir", "cache-dir") if key in values}
-    return values | {key: absolute_path(str(values[key])) for key in paths}
 
 
 def _show(finding: Finding) -> None:

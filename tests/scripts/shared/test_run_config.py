@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from configs.errors import UserError
-from scripts.shared.run_config import read_run_config
+from scripts.shared.run_config import read_node_values, read_run_config
 
 
 def configured(place: Path, text: str, given: dict, assignments: list[str]):
@@ -44,3 +44,18 @@ def test_paths_become_absolute_and_names_stay(tmp_path, monkeypatch):
     assert (run.template, run.log_dir) == ("auto", str(tmp_path / "logs" / "run"))
     assert read_run_config(None, {"graph": "owner/name"}, []).graph == "owner/name"
     assert read_run_config(None, {}, ["template=form.json"]).template == str(tmp_path / "form.json")
+
+
+def test_existing_paths_of_a_node_become_absolute_and_names_stay(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my graph").mkdir()
+    assignments = ["partition-id=1", "graph=my graph", "base=owner/name", "data-dir=none", "density=0.5"]
+    assert read_node_values(assignments) == {
+        "partition-id": 1,
+        "graph": str(tmp_path / "my graph"),
+        "base": "owner/name",
+        "data-dir": "none",
+        "density": 0.5,
+    }
+    with pytest.raises(UserError, match="key=value"):
+        read_node_values(["partition-id"])
