@@ -51,6 +51,22 @@ class Connection:
                 f"expected a file of root certificates (PEM), found none at {self.root_certificates}"
             )
 
+    @classmethod
+    def of_settings(cls, settings: Mapping[str, Any]) -> Connection:
+        """Connection of the keys and values in Flower's configuration file, the reverse of ``settings``.
+
+        Relative root certificates are those of the working directory, as for Flower.
+
+        Raises:
+            UserError: as for the arguments.
+        """
+        roots = settings.get("root-certificates")
+        return cls(
+            str(settings.get("address", "")),
+            Path(roots).expanduser().absolute() if roots else None,
+            bool(settings.get("insecure")),
+        )
+
     @property
     def is_loopback(self) -> bool:
         """Whether the address is one of this machine alone."""
@@ -172,13 +188,9 @@ def _parsed(name: str, known: Mapping[str, Any], path: Path) -> Connection:
         names = ", ".join(sorted(connections)) or "none"
         raise UserError(f"expected a SuperLink connection of {path} ({names}), got {name!r}{hint}")
     values = connections[name]
-    address = str(values.get("address", ""))
-    if address.startswith(":"):
+    if str(values.get("address", "")).startswith(":"):
         raise UserError(
             f"expected the connection to a SuperLink, got {name!r}, Flower's simulation engine on this machine; use "
             "`fedgraft simulate`"
         )
-    roots = values.get("root-certificates")
-    return Connection(
-        address, Path(roots).expanduser().absolute() if roots else None, bool(values.get("insecure"))
-    )
+    return Connection.of_settings(values)

@@ -54,17 +54,11 @@ def read_submission(log_dir: Path) -> Submission | None:
     path = log_dir / SUBMISSION_FILE
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        link = content.pop("connection")
-        roots = link.get("root-certificates")
-        connection = Connection(
-            link["address"], Path(roots) if roots else None, bool(link.get("insecure", False))
-        )
+        connection = Connection.of_settings(content.pop("connection"))
         return Submission(connection=connection, **content)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(
             f"expected the record of a submitted run in {path}, which cannot be read: {error}"
         ) from error

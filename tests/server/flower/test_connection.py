@@ -92,6 +92,20 @@ def test_impossible_connections_are_refused(values, message):
         Connection(*values)
 
 
+def test_a_connection_is_built_from_its_settings(certificates, monkeypatch):
+    for connection in (
+        Connection("127.0.0.1:1", insecure=True),
+        Connection("a.org:2", certificates[0]),
+        Connection("b.org:3"),
+    ):
+        assert Connection.of_settings(connection.settings()) == connection
+    monkeypatch.chdir(certificates[0].parent)
+    settings = {"address": "a.org:2", "root-certificates": certificates[0].name}
+    assert Connection.of_settings(settings) == Connection("a.org:2", certificates[0])
+    with pytest.raises(UserError, match="host:port, got ''"):
+        Connection.of_settings({})
+
+
 def test_a_written_connection_is_what_flower_reads(tmp_path, certificates):
     for connection in (Connection("127.0.0.1:1", insecure=True), Connection("[::1]:2", certificates[0])):
         connection.write(tmp_path / "home")

@@ -29,5 +29,5 @@ def test_a_record_whose_certificates_are_gone_names_them(tmp_path):
     roots.touch()
     Submission("17", Connection("a.org:1", roots), {}).write(tmp_path)
     roots.unlink()
-    with pytest.raises(UserError, match="found none at"):
+    with pytest.raises(UserError, match=f"submission.json, .*found none at {roots}"):
         read_submission(tmp_path)
