@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +143,7 @@ def _exported(request: ExportRequest, text: ExportText, options: ExportOptions, 
     graph = load_graph(request.source, precision="fp32")
     width = 1 if options.gguf == ExportedWeights.Q8_0 else options.dtype.itemsize
     check_free_space({request.out: sum(parameter.numel() for parameter in graph.parameters()) * width})
-    options = ExportOptions(options.to, options.dtype, options.gguf, request.equalise, request.exponent)
+    options = replace(options, equalise=request.equalise, exponent=request.exponent)
     exported = export_graph(graph, text, options, on_step)
     check_divergence(exported.deviation, request.max_kl)
     return exported

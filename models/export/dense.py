@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from experts.graph.expert_graph import reachable
+from models.export.lost import listed_by_layer
 from models.export.plain_model import plain_model
 from models.graph.runtime_settings import visiting
 from models.remote_code.configuration_fedgraft import FedGraftConfig
@@ -105,7 +106,7 @@ def not_representable(graph: FedGraftForCausalLM) -> list[str]:
             found.setdefault("default outputs in place of removed experts", []).append(index)
         if not reachable(layer.edges.cpu().numpy()).all():
             found.setdefault("experts that no walk reaches, and a dense FFN always runs", []).append(index)
-    return [f"{what}: layers {', '.join(map(str, where))}" for what, where in found.items()]
+    return listed_by_layer(found)
 
 
 def _logit_difference(graph: FedGraftForCausalLM, dense: PreTrainedModel, tokens: int, seed: int) -> float:

@@ -108,13 +108,7 @@ def export_graph(
         lost = lost_in_mixture(graph)
     every_expert = visiting(graph, graph.config.num_experts) if exponent is None else nullcontext()
     with every_expert:
-        deviation = measure_deviation(
-            graph,
-            model,
-            text.input_ids,
-            text.labels,
-            on_block=lambda done, total: on_step("comparing", done, total),
-        )
+        deviation = _compared(graph, model, text, on_step)
     return Export(model, deviation, lost, exponent)
 
 
@@ -130,14 +124,7 @@ def rounded_export(
 
     rounded = copy.deepcopy(model)
     round_to_gguf(rounded, weights)
-    deviation = measure_deviation(
-        model,
-        rounded,
-        text.input_ids,
-        text.labels,
-        on_block=lambda done, total: on_step("comparing", done, total),
-    )
-    return Export(rounded, deviation, [])
+    return Export(rounded, _compared(model, rounded, text, on_step), [])
 
 
 def check_divergence(deviation: Deviation, most: float | None) -> None:
@@ -158,6 +145,19 @@ def round_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Round the weights of a model to the values of a dtype, in place; their own dtype does not change."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype).to(parameter.dtype)
+
+
+def _compared(
+    reference: PreTrainedModel, model: PreTrainedModel, text: ExportText, on_step: OnStep
+) -> Deviation:
+    """Deviation of a model from a reference on the held-out text."""
+    return measure_deviation(
+        reference,
+        model,
+        text.input_ids,
+        text.labels,
+        on_block=lambda done, total: on_step("comparing", done, total),
+    )
 
 
 def _round(model: PreTrainedModel, options: ExportOptions) -> None:

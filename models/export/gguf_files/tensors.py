@@ -89,12 +89,17 @@ def interleave(rows: Tensor, heads: int) -> Tensor:
     return rows.reshape(heads, 2, -1, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
 
 
+def head_width(config: Any) -> int:
+    """Width of one attention head: ``head_dim`` where a configuration has it, else ``hidden_size`` over the heads."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def rope_factors(config: Any) -> Tensor | None:
     """Divisors of the rotary frequencies, fp32, that the Llama-3 scaling applies; None for other rotary embeddings."""
     rope: Mapping[str, Any] = config.rope_parameters
     if rope.get("rope_type", "default") != "llama3":
         return None
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    width = head_width(config)
     frequency = 1.0 / rope["rope_theta"] ** (torch.arange(0, width, 2, dtype=torch.float32) / width)
     turns = rope["original_max_position_embeddings"] * frequency / (2 * math.pi)
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]

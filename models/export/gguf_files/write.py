@@ -17,7 +17,7 @@ from transformers import (
 from configs.choices import ExportedWeights
 from configs.errors import UserError
 from models.export.gguf_files.storage import encode, stored_type
-from models.export.gguf_files.tensors import gguf_tensors
+from models.export.gguf_files.tensors import gguf_tensors, head_width
 from models.export.gguf_files.vocabulary import write_vocabulary
 
 _ARCHITECTURES = {LlamaConfig: "llama", MixtralConfig: "llama", Qwen2MoeConfig: "qwen2moe"}
@@ -48,10 +48,11 @@ def architecture_of(config: Any) -> str:
         )
     if config.hidden_act != "silu" or getattr(config, "mlp_bias", False):
         raise UserError(f"expected gated FFNs with silu and without biases, got {config.hidden_act!r}")
-    if name == "qwen2moe" and _head_dim(config) * config.num_attention_heads != config.hidden_size:
+    if name == "qwen2moe" and head_width(config) * config.num_attention_heads != config.hidden_size:
         raise UserError(
             "expected heads whose widths add up to the hidden width for the architecture qwen2moe, got "
-            f"{config.num_attention_heads} of {_head_dim(config)} for {config.hidden_size}; set `gguf_model` to mixtral"
+            f"{config.num_attention_heads} of {head_width(config)} for {config.hidden_size}; "
+            "set `gguf_model` to mixtral"
         )
     return name
 
@@ -92,10 +93,6 @@ def write_gguf(
     writer.close()
 
 
-def _head_dim(config: Any) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
 def _add_shape(writer: gguf.GGUFWriter, config: Any) -> None:
     writer.add_name(str(getattr(config, "_name_or_path", "") or config.model_type))
     writer.add_context_length(config.max_position_embeddings)
@@ -104,11 +101,11 @@ def _add_shape(writer: gguf.GGUFWriter, config: Any) -> None:
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(_head_dim(config))
-    writer.add_value_length(_head_dim(config))
+    writer.add_key_length(head_width(config))
+    writer.add_value_length(head_width(config))
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_rope_dimension_count(_head_dim(config))
+    writer.add_rope_dimension_count(head_width(config))
     writer.add_vocab_size(config.vocab_size)
 
 

@@ -2,8 +2,12 @@ from __future__ import annotations
 
 import torch
 
-from models.export.lost import lost_in_mixture
+from models.export.lost import listed_by_layer, lost_in_mixture
 from tests.support.tiny_graphs import graph_of, shared_graph_of, with_random_gains
+
+
+def test_properties_are_listed_with_their_layers():
+    assert listed_by_layer({"a": [0, 2], "b": [1]}) == ["a: layers 0, 2", "b: layers 1"]
 
 
 def test_an_untrained_graph_without_default_outputs_loses_nothing():

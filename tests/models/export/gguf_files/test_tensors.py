@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from models.export.gguf_files.tensors import gguf_tensors, interleave, rope_factors
+from models.export.gguf_files.tensors import gguf_tensors, head_width, interleave, rope_factors
 from tests.conftest import tiny_llama
 from tests.models.export.test_mixture import LLAMA3
 from tests.support.tiny_gguf import _tensors
@@ -43,6 +43,11 @@ def test_qwen_keeps_its_rows_and_stores_the_shared_gate_as_a_vector():
     assert torch.equal(found["blk.0.attn_k.bias"], layer.self_attn.k_proj.bias)
     assert torch.equal(found["blk.0.ffn_gate_inp_shexp.weight"], layer.mlp.shared_expert_gate.weight[0])
     assert torch.equal(found["blk.0.ffn_down_shexp.weight"], layer.mlp.shared_expert.down_proj.weight)
+
+
+def test_heads_have_their_own_width_or_a_part_of_the_hidden_width():
+    assert head_width(tiny_llama(head_dim=16).config) == 16
+    assert head_width(tiny_moe("qwen2_moe").config) == 8  # no head_dim: width 32, 4 heads
 
 
 def test_rope_factors_give_the_frequencies_of_transformers():
