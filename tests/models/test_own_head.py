@@ -16,12 +16,12 @@ from models.bootstrap.recipe_build import DenseBase, build_from_recipe, check_ba
 from models.checkpoints.convert import as_checkpoint
 from models.checkpoints.disk_experts import open_mapped
 from models.checkpoints.load import load_causal_lm, load_dense, load_graph
-from models.export.dense import export_dense
 from models.files.config_file import read_config
 from models.files.fingerprint import fingerprint
 from models.moe_files.prune import prune_checkpoint
 from models.remote_code.modeling_fedgraft import FedGraftForCausalLM
 from tests.conftest import tiny_llama
+from tests.models.export.dense_export import export_dense
 from tests.support.own_head import add_head, own_head, own_head_logits, save_with_own_head
 from tests.support.tiny_graphs import graph_of, random_ids
 from tests.support.tiny_moes import saved_moe

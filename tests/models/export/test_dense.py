@@ -7,10 +7,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from models.checkpoints.load import load_dense
 from models.checkpoints.save import cast_weights
-from models.export.dense import dense_config, dense_weights, export_dense, not_representable
+from models.export.dense import dense_config, dense_weights, not_representable
 from models.files.fingerprint import fingerprint
 from models.moe.remove import keep_experts
 from tests.conftest import tiny_llama
+from tests.models.export.dense_export import export_dense
 from tests.support.tiny_graphs import (
     graph_of,
     logit_difference,

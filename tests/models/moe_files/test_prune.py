@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from configs.errors import UserError
 from models.checkpoints.load import load_graph
 from models.checkpoints.save import cast_weights, save_checkpoint
-from models.export.dense import export_dense
 from models.graph.graph_state import check_graph, read_graph
 from models.moe_files.layout import read_moe_layout
 from models.moe_files.prune import preview_prune, prune_checkpoint
+from tests.models.export.dense_export import export_dense
 from tests.support.command import tree
 from tests.support.tiny_graphs import graph_of, logit_difference, random_ids, with_random_gains
 from tests.support.tiny_moes import FAMILIES, saved_moe, tiny_moe
