@@ -17,6 +17,7 @@ from server.reporting.summary import SUMMARY_FILE
 POLL_SECONDS = 0.5
 _MARK = "fedgraft-record "  # starts a line of the log, before a file name and its JSON
 _FILES = (SUMMARY_FILE, FAILURE_FILE)
+_NO_FILE = (-1, -1)  # stamp of a file that is not there
 
 _log = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ def printing_records(log_dir: Path | None) -> Iterator[None]:
     printed = {
         row["round"]: row for row in read_rounds(log_dir)
     }  # of an earlier run, or an earlier part of this one
-    earlier = {name: _written_at(log_dir / name) for name in _FILES}
+    earlier = {name: _stamp(log_dir / name) for name in _FILES}
 
     def look() -> None:
         for row in read_rounds(log_dir):
@@ -43,11 +44,11 @@ def printing_records(log_dir: Path | None) -> Iterator[None]:
                 _print(ROUNDS_FILE, row)
 
     try:
-        with _repeating(look, "print-records"):
+        with _repeating(_on_change(log_dir / ROUNDS_FILE, look), "print-records"):
             yield
     finally:
         for name in _FILES:
-            if (written := _written_at(log_dir / name)) and written != earlier[name]:
+            if _stamp(log_dir / name) not in (_NO_FILE, earlier[name]):
                 _print(name, json.loads((log_dir / name).read_text(encoding="utf-8")))
 
 
@@ -60,7 +61,7 @@ def writing_records(log_file: Path, log_dir: Path) -> Iterator[None]:
         log_dir: folder that receives ``rounds.jsonl``, ``summary.json`` and ``failure.json``.
     """
     log_dir.mkdir(parents=True, exist_ok=True)
-    with _repeating(lambda: write_records(log_file, log_dir), "write-records"):
+    with _repeating(_on_change(log_file, lambda: write_records(log_file, log_dir)), "write-records"):
         yield
 
 
@@ -114,11 +115,25 @@ def _print(name: str, value: dict[str, Any]) -> None:
     print(f"\n{_MARK}{name} {json.dumps(value)}", flush=True)
 
 
-def _written_at(path: Path) -> int:
-    """Time of the last change of a file in ns; 0 where there is none."""
+def _on_change(path: Path, act: Callable[[], None]) -> Callable[[], None]:
+    """Function that calls ``act`` unless the stamp of a file is the one at its last call that succeeded."""
+    seen: tuple[int, int] | None = None
+
+    def look() -> None:
+        nonlocal seen
+        if (stamp := _stamp(path)) != seen:
+            act()
+            seen = stamp
+
+    return look
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    """Time of the last change of a file in ns and its size in bytes."""
     with suppress(FileNotFoundError):
-        return path.stat().st_mtime_ns
-    return 0
+        status = path.stat()
+        return status.st_mtime_ns, status.st_size
+    return _NO_FILE
 
 
 def _marked_lines(log_file: Path) -> list[str]:

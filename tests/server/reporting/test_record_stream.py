@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import time
 
+from server.reporting import record_stream
 from server.reporting.record_stream import printing_records, write_records, writing_records
 from server.reporting.run_log import read_rounds
 
@@ -45,6 +46,31 @@ def test_records_are_printed_after_an_exception_and_none_without_a_folder(tmp_pa
     with printing_records(None):
         pass
     assert capsys.readouterr().out == ""
+
+
+def test_a_file_that_has_not_changed_is_not_parsed_again(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(record_stream, "POLL_SECONDS", 0.01)
+    parsed, looks = [], []
+
+    def counted(log_dir):
+        parsed.append(read_rounds(log_dir))
+        return parsed[-1]
+
+    def stamped(path, stamp=record_stream._stamp):
+        looks.append(path.name)
+        return stamp(path)
+
+    monkeypatch.setattr(record_stream, "read_rounds", counted)
+    monkeypatch.setattr(record_stream, "_stamp", stamped)
+    append(tmp_path, ROWS[0])
+    with printing_records(tmp_path):
+        deadline = time.monotonic() + 20
+        while looks.count("rounds.jsonl") < 5 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        append(tmp_path, ROWS[1])
+    # Rounds of an earlier run, the first look, and the line that was appended.
+    assert parsed == [ROWS[:1], ROWS[:1], ROWS[:2]] and looks.count("rounds.jsonl") > 5
+    assert capsys.readouterr().out == f"\nfedgraft-record rounds.jsonl {json.dumps(ROWS[1])}\n"
 
 
 def test_records_of_a_growing_log_are_merged_with_earlier_rounds(tmp_path):
