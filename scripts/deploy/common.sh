@@ -37,10 +37,12 @@ split_options() {
 }
 
 # Environment of Flower's processes: they install nothing, report nothing, keep to one thread each unless
-# OMP_NUM_THREADS is set, and a proxy of the environment does not receive their connections over loopback.
+# OMP_NUM_THREADS is set, and a proxy of the environment does not receive their connections over loopback; gRPC prefers
+# no_grpc_proxy to no_proxy where it is set.
 flower_environment() {
-    local direct=${no_proxy:-${NO_PROXY:-}}
-    export no_proxy="${direct:+$direct,}127.0.0.1,localhost,::1"
+    local direct=${no_proxy:-${NO_PROXY:-}} loopback=127.0.0.1,localhost,::1
+    export no_proxy="${direct:+$direct,}$loopback"
+    if [[ -n ${no_grpc_proxy+set} ]]; then export no_grpc_proxy="${no_grpc_proxy:+$no_grpc_proxy,}$loopback"; fi
     export NO_PROXY=$no_proxy PATH="$(dirname "$PYTHON"):$PATH" OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
     export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1 FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1
     export FLWR_SUPEREXEC_TASK_POLL_INTERVAL=${FLWR_SUPEREXEC_TASK_POLL_INTERVAL:-0.2}

@@ -18,6 +18,7 @@
 #   TIMEOUT         time limit of the job in seconds (3600)
 #   PYTHON          interpreter that has flwr (.venv/bin/python)
 set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 RESUME=
 if [[ $# -eq 2 && $1 == --resume ]]; then
@@ -26,41 +27,30 @@ if [[ $# -eq 2 && $1 == --resume ]]; then
     shift
 fi
 if [[ $# -lt 1 || $1 == -* ]]; then
-    sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "$0" >&2
+    print_help >&2
     exit 2
 fi
-ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 GRAPH=$(realpath -m "$1")
 ROUNDS=${2:-3} # of a new run, as GRAPH
 shift $(($# < 2 ? $# : 2))
-PYTHON=${PYTHON:-$ROOT/.venv/bin/python}
 LOG_DIR=$(realpath -m "${LOG_DIR:-$ROOT/logs/local}")
-if [[ ! $ROUNDS =~ ^[1-9][0-9]*$ ]]; then
-    echo "error: expected ROUNDS to be a number above 0, got '$ROUNDS'" >&2
-    exit 2
-fi
-if [[ -n $RESUME && ! -f $RESUME/state/settings.json ]]; then
-    echo "error: expected the log directory of a run, found no '$RESUME/state/settings.json'" >&2
-    exit 2
-fi
-if [[ ! -x $PYTHON ]]; then
-    echo "error: expected a Python interpreter at '$PYTHON'; run scripts/quickstart.sh first or set PYTHON" >&2
-    exit 2
-fi
+[[ $ROUNDS =~ ^[1-9][0-9]*$ ]] || fail "expected ROUNDS to be a number above 0, got '$ROUNDS'"
+[[ -z $RESUME || -f $RESUME/state/settings.json ]] ||
+    fail "expected the log directory of a run, found no '$RESUME/state/settings.json'"
+need_python
 
 WORK=$(mktemp -d)
 CACHE_DIR=$(realpath -m "${CACHE_DIR:-$WORK/cache}")
-JOB=fedgraft-local-$$-$RANDOM
-exec_python() { cd "$ROOT" && exec env FEDGRAFT_JOB="$JOB" FLWR_HOME="$WORK/home" TMPDIR="$WORK" "$PYTHON" "$@"; }
-processes() { (exec_python -m scripts.deploy.commands "$@"); }
-fedgraft() { (exec_python fedgraft.py "$@"); }
+# Of every process that this script starts.
+export FEDGRAFT_JOB=fedgraft-local-$$-$RANDOM FLWR_HOME=$WORK/home TMPDIR=$WORK
+exec_python() { cd "$ROOT" && exec "$PYTHON" "$@"; }
 cleanup() {
-    processes stop "$JOB" || true
+    helper stop "$FEDGRAFT_JOB" || true
     rm -rf "$WORK"
 }
 trap cleanup EXIT
 # The server saves the model of the rounds so far before everything is stopped; a second Ctrl-C ends at once.
-trap 'trap "exit 130" INT; fedgraft stop "$LOG_DIR" && ${RUN:+wait "$RUN"} || true; exit 130' INT
+trap 'trap "exit 130" INT; (exec_python fedgraft.py stop "$LOG_DIR") && ${RUN:+wait "$RUN"} || true; exit 130' INT
 # What this script starts has a process group of its own, which Ctrl-C on the console does not reach.
 apart() {
     set -m
@@ -70,22 +60,15 @@ apart() {
 trap 'exit 143' TERM
 mkdir -p "$LOG_DIR" "$WORK/empty"
 # Stops everything where this script is killed and cannot.
-apart exec_python -m scripts.deploy.commands guard "$JOB" $$ "$WORK"
+apart exec_python -m scripts.deploy.commands guard "$FEDGRAFT_JOB" $$ "$WORK"
 disown
-read -r LINK NODE_0 NODE_1 < <(processes ports 3)
+read -r LINK NODE_0 NODE_1 < <(helper ports 3)
 
-# Flower's processes start in an empty folder, install nothing, report nothing and keep to one thread each; a proxy of
-# the environment does not receive their connections over loopback.
-DIRECT=${no_proxy:-${NO_PROXY:-}}
-DIRECT=${DIRECT:+$DIRECT,}127.0.0.1,localhost,::1
 flower() {
     local log=$1
     shift
-    cd "$WORK/empty" && exec env -u PYTHONPATH \
-        PATH="$(dirname "$PYTHON"):$PATH" FLWR_HOME="$WORK/home" FEDGRAFT_JOB="$JOB" OMP_NUM_THREADS=1 \
-        FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1 FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 \
-        FLWR_SUPEREXEC_TASK_POLL_INTERVAL=0.2 no_proxy="$DIRECT" NO_PROXY="$DIRECT" \
-        no_grpc_proxy="${no_grpc_proxy:+$no_grpc_proxy,}$DIRECT" "$@" >"$LOG_DIR/$log" 2>&1
+    flower_environment
+    cd "$WORK/empty" && exec "$@" >"$LOG_DIR/$log" 2>&1
 }
 launch() {
     apart flower "$@"

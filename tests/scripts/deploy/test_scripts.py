@@ -12,6 +12,7 @@ import yaml
 
 from configs.node_config import load_node_config
 from configs.values import parse_assignments
+from server.flower.flower_process import without_loopback_proxy
 from tests.support.command import tree
 from tests.support.paths import ROOT
 
@@ -69,6 +70,36 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, name, arguments, mes
     assert (result.returncode, result.stdout) == (2, "")
     assert message in result.stderr and len(result.stderr.splitlines()) == 1
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+LOOPBACK = "127.0.0.1,localhost,::1"
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({}, {"no_proxy": LOOPBACK, "NO_PROXY": LOOPBACK, "no_grpc_proxy": "unset"}),
+        (
+            {"NO_PROXY": "a.org", "no_grpc_proxy": "b.org"},
+            dict.fromkeys(("no_proxy", "NO_PROXY"), f"a.org,{LOOPBACK}")
+            | {"no_grpc_proxy": f"b.org,{LOOPBACK}"},
+        ),
+        (
+            {"no_grpc_proxy": ""},
+            {"no_proxy": LOOPBACK, "NO_PROXY": LOOPBACK, "no_grpc_proxy": LOOPBACK},
+        ),
+    ],
+)
+def test_a_proxy_does_not_receive_connections_over_loopback(before, after):
+    names = ("no_proxy", "NO_PROXY", "no_grpc_proxy")
+    shown = "\n".join(f'echo "{name} ${{{name}-unset}}"' for name in names)
+    code = f"set -euo pipefail\nsource '{DEPLOY / 'common.sh'}'\nflower_environment\n{shown}"
+    environment = {"PATH": "/usr/bin:/bin", "PYTHON": sys.executable} | before
+    result = subprocess.run(["bash", "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert dict(line.split(" ", 1) for line in result.stdout.splitlines()) == after
+    # As the environment of the processes that Python starts.
+    expected = without_loopback_proxy(before)
+    assert {name: expected.get(name, "unset") for name in names} == after
 
 
 def test_a_private_key_that_others_can_read_is_refused(tmp_path):
