@@ -12,6 +12,7 @@ from scripts.shared.console import option_names, warnings_as_lines
 from scripts.shared.verb_group import Verb, VerbGroup
 
 _GRAPH, _FEDERATION, _EXPERTS = "Expert graph", "Federated training", "Experts of any model"
+_WEB = "Web page"
 VERBS = {
     "bootstrap": Verb(
         "scripts.verbs.graph.bootstrap:bootstrap",
@@ -102,6 +103,11 @@ VERBS = {
         "scripts.verbs.experts.scan:domain_scan",
         _EXPERTS,
         "Flag the experts that are more active on a domain than on general text: the domain map of a selection.",
+    ),
+    "ui": Verb(
+        "scripts.verbs.web.ui:ui",
+        _WEB,
+        "Serve the web page of the workbench on 127.0.0.1: experts, runs, differences, chat.",
     ),
 }
 

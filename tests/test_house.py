@@ -50,6 +50,7 @@ ROOMS = {
     "federated": ("", "updates", "wire", "selection", "aggregation", "protocol", "data"),
     "clients": ("training", "residents", "state", ""),
     "server": ("model", "privacy", "reporting", "state", "strategies", "rounds", "", "flower"),
+    "ui": ("shared", "experts", ""),
     "scripts": ("shared", "verbs", "tools", "", "deploy"),
 }
 LARGEST_FOLDER = 16

@@ -30,7 +30,7 @@ class ExpertList:
         actions: str ``[L, E]``: one of ``ACTIONS``, or empty where the layer has no such expert. ``merge`` removes an
             expert by merging it into one that stays.
         source: ``files, metric, selection_mode, action_mode``.
-        filters: ``min_rank, max_rank, n_prune``.
+        filters: ``min_rank, max_rank, n_prune``, and ``guard_top`` where not 0.
     """
 
     rank_sum: np.ndarray

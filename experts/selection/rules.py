@@ -34,6 +34,7 @@ class SelectionRules:
         action: ``analyze`` (ranks only), ``prune``, or ``merge`` (into experts that stay).
         min_rank: smallest rank sum of a removable expert.
         max_rank: largest rank sum of a removable expert.
+        guard_top: percentage of each layer's routed experts that are exempt, those of the best ranks, rounded up.
         min_experts_per_layer: smallest number of routed experts that a layer keeps.
         ignored: expert ids exempt in every layer.
         safety: experts that are exempt (``safety_mode`` ``protect``) or removed first, in order of rank (``target``).
@@ -48,6 +49,7 @@ class SelectionRules:
     action: str = "prune"
     min_rank: float | None = None
     max_rank: float | None = None
+    guard_top: float = 0.0
     min_experts_per_layer: int = 1
     ignored: frozenset[int] = frozenset()
     safety: ExpertMap | None = None
@@ -62,6 +64,8 @@ class SelectionRules:
         check_choice("`domain_mode`", self.domain_mode, DomainMode)
         _check_at_least("n_prune", self.n_prune, 0)
         _check_at_least("min_experts_per_layer", self.min_experts_per_layer, 1)
+        if not 0 <= self.guard_top <= 100:
+            raise UserError(f"expected `guard_top` to be a percentage from 0 to 100, got {self.guard_top}")
         low, high = self.min_rank, self.max_rank
         if low is not None and high is not None and not low <= high:
             raise UserError(f"expected `min_rank` to be at most `max_rank`, got {low} and {high}")
@@ -121,6 +125,8 @@ def select_experts(
         "action_mode": selection.action,
     }
     filters = {name: getattr(selection, name) for name in ("min_rank", "max_rank", "n_prune")}
+    if selection.guard_top:
+        filters["guard_top"] = selection.guard_top
     return ExpertList(ranks, actions, source, filters)
 
 
@@ -136,8 +142,8 @@ def _chosen(ranks: np.ndarray, routed: np.ndarray, selection: SelectionRules) ->
     if selection.n_prune > len(tightest):
         raise UserError(
             f"expected to remove at most {len(tightest)} experts {where}, got `n_prune` {selection.n_prune}; "
-            "shared, protected and ignored experts, those outside the rank filter, the best of a layer if strided, and "
-            f"{selection.min_experts_per_layer} per layer stay: lower `n_prune` or loosen those"
+            "shared, protected, guarded and ignored experts, those outside the rank filter, the best of a layer if "
+            f"strided, and {selection.min_experts_per_layer} per layer stay: lower `n_prune` or loosen those"
         )
     targets = _targets(ranks.shape, selection)
     return [pair for group in groups.values() for pair in _take(group, selection, targets)]
@@ -185,6 +191,7 @@ def free_experts(ranks: np.ndarray, routed: np.ndarray, selection: SelectionRule
         candidates &= ranks >= selection.min_rank
     if selection.max_rank is not None:
         candidates &= ranks <= selection.max_rank
+    candidates &= ~_guarded(ranks, routed, selection.guard_top)
     candidates[:, sorted(selection.ignored)] = False
     if selection.safety is not None and selection.safety_mode == "protect":
         candidates &= ~selection.safety.mask
@@ -193,6 +200,13 @@ def free_experts(ranks: np.ndarray, routed: np.ndarray, selection: SelectionRule
     if selection.strategy == "strided":
         candidates[np.arange(len(ranks)), np.where(routed, ranks, np.inf).argmin(axis=1)] = False
     return candidates
+
+
+def _guarded(ranks: np.ndarray, routed: np.ndarray, percentage: float) -> np.ndarray:
+    """Best ``percentage`` of the routed experts of each layer, rounded up, bool ``[L, E]``; of ties the first."""
+    numbers = np.ceil(routed.sum(axis=1, keepdims=True) * percentage / 100)
+    order = np.where(routed, ranks, np.inf).argsort(axis=1, kind="stable")
+    return routed & (order.argsort(axis=1) < numbers)
 
 
 def _targets(shape: tuple[int, ...], selection: SelectionRules) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 import warnings
@@ -28,7 +29,8 @@ stderr = Console(stderr=True)
 
 
 OnStep = Callable[[str, int, int | None], None]
-LINE_SECONDS = 10.0  # between two lines of a stage where stderr is no terminal
+# Seconds between two lines of a stage where stderr is no terminal.
+LINE_SECONDS = float(os.environ.get("FEDGRAFT_PROGRESS_SECONDS", "10"))
 
 
 @contextmanager

@@ -58,6 +58,10 @@ class ProtectionOptions:
     min_experts_per_layer: Annotated[
         int, typer.Option(min=1, help="Fewest experts that a layer keeps, without its shared ones.")
     ] = 1
+    guard_top: Annotated[
+        float,
+        typer.Option(min=0, max=100, help="Percentage of every layer's experts, the best ranked, that stay."),
+    ] = 0.0
     safety_map: Annotated[Path | None, typer.Option(help="Expert map of `fedgraft safety-scan`.")] = None
     domain_map: Annotated[Path | None, typer.Option(help="Expert map of `fedgraft domain-scan`.")] = None
     ignore_experts: Annotated[
@@ -143,6 +147,7 @@ _BY_SALIENCY = (
     "strategy",
     "model_wide",
     "min_experts_per_layer",
+    "guard_top",
     "safety_map",
     "safety_mode",
     "domain_map",

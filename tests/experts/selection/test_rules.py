@@ -149,6 +149,18 @@ def test_a_rank_filter_drops_no_expert_from_the_table(tmp_path):
         select(n_prune=5, min_rank=3, max_rank=6)
 
 
+def test_the_guarded_best_of_every_layer_stay_in_a_model_wide_selection(tmp_path):
+    layers = saliency_of_scores([[8, 7, 6, 5], [1, 1, 1, 97]])
+    wide = {"n_prune": 4, "model_wide": True, "min_experts_per_layer": 1}
+    chosen = [select_experts([layers], "freq", SelectionRules(**wide, guard_top=guard)) for guard in (0, 50)]
+    assert [removed(each) for each in chosen] == [[[3], [0, 1, 2]], [[2, 3], [1, 2]]]
+    assert chosen[1].filters["guard_top"] == 50 and "guard_top" not in chosen[0].filters
+    for path in write_expert_list(chosen[1], tmp_path):
+        assert load_expert_list(path)[1].tolist() == [0, 3]
+    with pytest.raises(UserError, match="at most 2 experts in the whole model.*guarded"):
+        select_experts([layers], "freq", SelectionRules(**wide, guard_top=51))
+
+
 def test_the_rank_filter_is_on_sums_of_ranks():
     experts = select_experts([FALLING, FALLING], "freq", SelectionRules(n_prune=1, max_rank=6))
     assert removed(experts) == [[2], [2]]
@@ -208,6 +220,7 @@ def cases(draw):
         action=draw(st.sampled_from(["prune", "merge"])),
         min_rank=low,
         max_rank=draw(st.none() | st.integers(low or 1, 60)),
+        guard_top=draw(st.sampled_from([0.0, 20.0, 60.0])),
         min_experts_per_layer=draw(st.integers(1, 3)),
         ignored=frozenset(draw(st.sets(st.integers(0, max(shape) - 1), max_size=2))),
         safety=maps["safety"],
@@ -254,6 +267,11 @@ def _check(case, experts: ExpertList) -> None:
         assert not (gone & selection.safety.mask).any()
     if selection.domain is not None:
         assert not (gone & selection.domain.mask).any()
+    for layer, number in enumerate(saliencies[0].experts_per_layer):
+        guarded = np.argsort(experts.rank_sum[layer, :number], kind="stable")[
+            : -(-number * int(selection.guard_top) // 100)
+        ]
+        assert not gone[layer, guarded].any()
     low, high = selection.min_rank or 0, selection.max_rank or np.inf
     assert ((low <= experts.rank_sum[gone]) & (experts.rank_sum[gone] <= high)).all()
     kept = (experts.actions == "keep").sum(axis=1)
@@ -282,6 +300,7 @@ def test_a_list_only_grows_with_n(seed, number):
         ({"domain_mode": "target"}, "`domain_mode` to be protect, got 'target'"),
         ({"n_prune": -1}, "`n_prune` of at least 0"),
         ({"min_experts_per_layer": 0}, "`min_experts_per_layer` of at least 1"),
+        ({"guard_top": 101}, "`guard_top` to be a percentage from 0 to 100, got 101"),
         ({"min_rank": 3, "max_rank": 2}, "`min_rank` to be at most `max_rank`"),
         ({"min_rank": float("nan"), "max_rank": 2}, "`min_rank` to be at most `max_rank`"),
         ({"safety_mode": "target"}, "`safety_map` with `safety_mode` target"),

@@ -1,0 +1,1 @@
+"""Verb of the web page."""

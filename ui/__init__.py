@@ -1,0 +1,1 @@
+"""Web page of the workbench (Gradio), served on this machine only."""

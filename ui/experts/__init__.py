@@ -1,0 +1,1 @@
+"""Experts tab: choice of the experts that stay, by saliency files."""

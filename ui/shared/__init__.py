@@ -1,0 +1,1 @@
+"""Parts that the tabs share: sessions, jobs, files and pictures."""
