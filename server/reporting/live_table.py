@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from rich.markup import escape
 from rich.spinner import Spinner
 from rich.table import Table
 
+from server.reporting.background import in_background
 from server.reporting.run_log import read_rewirings, read_rounds
 
 POLL_SECONDS = 0.5
@@ -43,20 +43,11 @@ def follow_run(
 @contextmanager
 def following(log_dir: Path, *, num_rounds: int, console: Console | None = None) -> Iterator[None]:
     """Run ``follow_run`` in a thread for the duration of a ``with`` block."""
-    done = threading.Event()
-    thread = threading.Thread(
-        target=follow_run,
-        args=(log_dir,),
-        kwargs={"is_finished": done.is_set, "num_rounds": num_rounds, "console": console},
-        name="follow-run",
-        daemon=True,
-    )
-    thread.start()
-    try:
+    with in_background(
+        lambda done: follow_run(log_dir, is_finished=done.is_set, num_rounds=num_rounds, console=console),
+        "follow-run",
+    ):
         yield
-    finally:
-        done.set()
-        thread.join()
 
 
 def rounds_table(rounds: list[dict[str, Any]], edits: Mapping[int, int]) -> Table:

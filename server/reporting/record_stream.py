@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from server.reporting.background import in_background
 from server.reporting.failure import FAILURE_FILE
 from server.reporting.run_log import ROUNDS_FILE, read_rounds, write_atomically
 from server.reporting.summary import SUMMARY_FILE
@@ -88,20 +89,14 @@ def write_records(log_file: Path, log_dir: Path) -> None:
 @contextmanager
 def _repeating(act: Callable[[], None], name: str) -> Iterator[None]:
     """Call a function in a thread every POLL_SECONDS during the block, and once more at its end."""
-    done = threading.Event()
 
-    def repeat() -> None:
+    def repeat(done: threading.Event) -> None:
         while not done.wait(POLL_SECONDS):
             _attempt(act)
-
-    thread = threading.Thread(target=repeat, name=name, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
         _attempt(act)
+
+    with in_background(repeat, name):
+        yield
 
 
 def _attempt(act: Callable[[], None]) -> None:
