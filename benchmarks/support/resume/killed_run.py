@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 
 from clients.client_app import app
@@ -107,9 +108,8 @@ def weights_hash(folder: Path) -> str:
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             for name in sorted(file.keys()):
-                digest.update(
-                    name.encode() + bytes(file.get_tensor(name).contiguous().view(-1).untyped_storage())
-                )
+                values = file.get_tensor(name).contiguous().view(-1).view(torch.uint8)
+                digest.update(name.encode() + values.numpy().tobytes())
     return digest.hexdigest()
 
 
