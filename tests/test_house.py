@@ -50,7 +50,7 @@ ROOMS = {
     "federated": ("", "updates", "wire", "selection", "aggregation", "protocol", "data"),
     "clients": ("training", "residents", "state", ""),
     "server": ("model", "privacy", "reporting", "state", "strategies", "rounds", "", "flower"),
-    "ui": ("shared", "experts", ""),
+    "ui": ("shared", "experts", "run", "diff", "chat", ""),
     "scripts": ("shared", "verbs", "tools", "", "deploy"),
 }
 LARGEST_FOLDER = 16

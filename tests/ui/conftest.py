@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from gradio_client import Client
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser
 
+from benchmarks.ui.browser import CHROMIUM, opened_browser
 from experts.saliency.measures import save_saliency
 from tests.support.saliency_samples import saliency_of_scores
 from tests.support.tiny_moes import saved_moe
 from ui.serve import serving
-
-CHROMIUM = Path("/usr/bin/chromium")
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync"
-)
 
 
 @pytest.fixture(scope="session")
@@ -52,7 +46,5 @@ def browser() -> Iterator[Browser]:
     """Debian's Chromium without a window."""
     if not CHROMIUM.exists():
         pytest.skip(f"no browser: {CHROMIUM} is absent (apt-get install chromium)")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=FLAGS.split())
+    with opened_browser() as browser:
         yield browser
-        browser.close()

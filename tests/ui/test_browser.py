@@ -81,6 +81,18 @@ def test_a_job_runs_to_its_end(tab, page):
     assert (page.runs / "from-browser" / "config.json").is_file()
 
 
+def test_every_tab_opens_and_has_its_form(tab):
+    for name, field in (
+        ("Run", "Layer"),
+        ("Diff", "First run"),
+        ("Chat", "Prompt"),
+        ("Experts", "Experts to remove"),
+    ):
+        tab.get_by_role("tab", name=name).click()
+        tab.get_by_label(field, exact=True).first.wait_for()
+        assert tab.evaluate("document.documentElement.scrollWidth") <= 1280
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 400])
 def test_no_part_of_the_page_is_wider_than_the_screen(tab, page, tmp_path, width, scheme):

@@ -78,6 +78,26 @@ def test_an_error_is_one_line_with_the_labels_of_the_page(client, page):
         client.predict([handle_file(page.saliency)] * 5, api_name="/load_saliency")
 
 
+def test_two_files_are_compared_and_two_runs_are_listed(client, page):
+    files = [handle_file(path) for path in (page.saliency, page.other)]
+    picture, figures, *_ = client.predict(*files, "freq", api_name="/compare_files")
+    assert json.loads(picture)["diverging"] is True and "risen 5, fallen 3, equal 0" in figures
+    with pytest.raises(AppError, match="“Run” of the list, got none"):
+        client.predict(None, None, api_name="/compare_runs")
+    assert client.predict(None, 0, api_name="/show_run")[0].count("Choose a run") == 1
+
+
+def test_a_prompt_is_continued_by_two_models_in_the_colors_of_their_experts(client, page):
+    steps = client.submit(str(page.model), str(page.model), "abc", 4, 0, 1, api_name="/chat")
+    shown = list(steps)
+    assert any("3 tokens" in base and "waiting" in result for base, result in shown)
+    base, result = shown[-1]
+    assert "4 tokens" in base and "4 tokens" in result and "tokens/s" in base
+    assert base.count("class='fg-token' title='expert ") == 4
+    with pytest.raises(AppError, match="expected a prompt, got none"):
+        client.predict(None, None, " ", 4, 0, 0, api_name="/chat")
+
+
 def test_prune_writes_the_checkpoint_below_the_folder_of_runs(client, page):
     select(client, page.saliency)
     status, models = client.predict(str(page.model), "prune", "smaller", False, "", api_name="/compress")

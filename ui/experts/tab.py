@@ -133,18 +133,8 @@ class ExpertsTab:
                     label="Model", choices=self.workspace.models(), info="For the size and the job."
                 )
             with gr.Column(scale=3, min_width=320):
-                picture = heat_map("Rank of every expert, by layer", "experts-map")
-                summary = gr.HTML(label="Summary", elem_id="experts-summary")
-                with gr.Accordion("Layers", open=False):
-                    layers = gr.HTML(label="Layers")
-                with gr.Row():
-                    csv = gr.DownloadButton("Download CSV", value=None, size="sm")
-                    json = gr.DownloadButton("Download JSON", value=None, size="sm")
-                command = gr.Textbox(
-                    label="Command line", interactive=False, lines=2, max_lines=8, buttons=["copy"]
-                )
+                outputs = _outputs()
                 self._job(model, form[2])
-        outputs = [picture, summary, layers, csv, json, command]
         inputs = [model, *form]
         loading = files.change(callback(self.load_saliency), files, loaded, api_name="load_saliency")
         loading.then(callback(self.select_experts), inputs, outputs, api_name=False, show_progress="hidden")
@@ -196,6 +186,19 @@ def _expert_list(session: Session) -> Path:
     if chosen is None:
         raise UserError("expected a selection of experts, got none; load a saliency file first")
     return write_expert_list(chosen, session.new_folder("expert-list"))[0]
+
+
+def _outputs() -> list:
+    """Components of a selection, in the order of ``ExpertsTab.select_experts``."""
+    picture = heat_map("Rank of every expert, by layer", "experts-map")
+    summary = gr.HTML(label="Summary", elem_id="experts-summary")
+    with gr.Accordion("Layers", open=False):
+        layers = gr.HTML(label="Layers")
+    with gr.Row():
+        csv = gr.DownloadButton("Download CSV", value=None, size="sm")
+        json = gr.DownloadButton("Download JSON", value=None, size="sm")
+    command = gr.Textbox(label="Command line", interactive=False, lines=2, max_lines=8, buttons=["copy"])
+    return [picture, summary, layers, csv, json, command]
 
 
 def _form() -> list:

@@ -1,0 +1,1 @@
+"""Response times of the web page in a browser."""

@@ -1,0 +1,1 @@
+"""Diff tab: differences of two saliency files or two runs."""

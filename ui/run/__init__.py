@@ -1,0 +1,1 @@
+"""Run tab: start of a federation and live view of its log directory."""
