@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import Callable
 
@@ -58,5 +59,12 @@ def _answer(message: Message, context: Context, act: Callable[[Participant, Requ
         return Message(Error(code=BAD_INPUT, reason=" ".join(str(error).split())), reply_to=message)
     except Exception as error:  # noqa: BLE001 - the boundary to Flower
         _log.exception("failure while handling a message")
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        return Message(Error(code=REFUSED, reason=reason), reply_to=message)
+        return Message(Error(code=REFUSED, reason=_reason(error)), reply_to=message)
+
+
+def _reason(error: Exception) -> str:
+    """One line about an unexpected exception."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        space = "expected free disk space for the client's files"
+        return f"{space}, got {error}; free some, or set cache-dir to a larger disk"
+    return " ".join(f"{type(error).__name__}: {error}".split())

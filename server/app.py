@@ -58,7 +58,8 @@ def main(grid: Grid, context: Context) -> None:
     log_dir = context.run_config.get("log-dir")
     folder = Path(str(log_dir)) if log_dir else None
     with _locked(folder), printing_records(folder), recording_failure(folder):
-        check_all_used(run_federation(grid, load_run_config(context.run_config), run_id=context.run_id))
+        config = load_run_config(context.run_config)
+        check_all_used(run_federation(grid, config, run_id=context.run_id), config.num_clients)
 
 
 def run_federation(grid: Grid, config: RunConfig, *, run_id: int) -> dict:

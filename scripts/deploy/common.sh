@@ -36,6 +36,17 @@ split_options() {
     done
 }
 
+# The address $1 of a SuperLink without TLS.
+check_loopback() {
+    [[ $1 == 127.* || $1 == localhost:* ]] ||
+        fail "expected a --superlink on loopback with --insecure, got '$1'; set --root-certificates"
+}
+
+# The file $1 of root certificates.
+check_roots() {
+    [[ -r $1 ]] || fail "expected --root-certificates with a readable file, got '$1'; ask the operator for ca.crt"
+}
+
 # Environment of Flower's processes: they install nothing, report nothing, keep to one thread each unless
 # OMP_NUM_THREADS is set, and a proxy of the environment does not receive their connections over loopback; gRPC prefers
 # no_grpc_proxy to no_proxy where it is set.

@@ -10,6 +10,7 @@
 # --port PORT         port (9093)
 # --state DIR         folder of its database, log and apps (~/.local/state/fedgraft/superlink)
 # --no-node-authentication  accept any SuperNode
+# --isolation process server apps are started by superexec.sh: they outlast a restart of the SuperLink (subprocess)
 # --insecure          no TLS and no SuperNode authentication; with a loopback host only
 # --detach            return once it answers; a second call finds it running and does nothing
 # --stop              end the SuperLink of the state folder
@@ -23,7 +24,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 ARGUMENTS=("$@")
 split_options "$@"
 set -- "${OPTIONS[@]}"
-CERTIFICATES='' HOST=127.0.0.1 PORT=9093 INSECURE='' DETACH='' STOP='' AUTHENTICATION=1
+CERTIFICATES='' HOST=127.0.0.1 PORT=9093 INSECURE='' DETACH='' STOP='' AUTHENTICATION=1 ISOLATION=subprocess
 STATE=${XDG_STATE_HOME:-$HOME/.local/state}/fedgraft/superlink
 while [[ $# -gt 0 ]]; do
     case $1 in
@@ -31,6 +32,7 @@ while [[ $# -gt 0 ]]; do
         --host) HOST=$(value "$@"); shift 2 ;;
         --port) PORT=$(value "$@"); shift 2 ;;
         --state) STATE=$(value "$@"); shift 2 ;;
+        --isolation) ISOLATION=$(value "$@"); shift 2 ;;
         --no-node-authentication) AUTHENTICATION='' && shift ;;
         --insecure) INSECURE=1 && shift ;;
         --detach) DETACH=1 && shift ;;
@@ -47,7 +49,9 @@ if [[ -n $STOP ]]; then
     exit 0
 fi
 [[ $PORT =~ ^[0-9]+$ ]] || fail "expected --port as a number, got '$PORT'"
-CONNECTION=()
+[[ $ISOLATION == process || $ISOLATION == subprocess ]] ||
+    fail "expected --isolation process or subprocess, got '$ISOLATION'"
+CONNECTION=(--isolation "$ISOLATION")
 if [[ -n $INSECURE ]]; then
     [[ $HOST == 127.* || $HOST == localhost || $HOST == ::1 ]] ||
         fail "expected a loopback --host with --insecure, got '$HOST'; make certificates with certificates.sh"

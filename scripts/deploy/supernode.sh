@@ -51,11 +51,10 @@ fi
 [[ -n $SUPERLINK ]] || fail "expected --superlink, got none"
 CONNECTION=(--superlink "$SUPERLINK")
 if [[ -n $INSECURE ]]; then
-    [[ $SUPERLINK == 127.* || $SUPERLINK == localhost:* ]] ||
-        fail "expected a --superlink on loopback with --insecure, got '$SUPERLINK'; set --root-certificates"
+    check_loopback "$SUPERLINK"
     CONNECTION+=(--insecure)
 else
-    [[ -r $ROOTS ]] || fail "expected --root-certificates with a readable file, got '$ROOTS'; ask the operator for ca.crt"
+    check_roots "$ROOTS"
     CONNECTION+=(--root-certificates "$ROOTS")
 fi
 if [[ -n $KEY ]]; then

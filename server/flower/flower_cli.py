@@ -13,8 +13,13 @@ from typing import Any, TypedDict
 from server.flower.connection import CONNECTION
 from server.flower.flower_process import RunFailed, resolve_program
 
+_UNAVAILABLE = "Connection to the SuperLink is unavailable"  # Flower's message
 _KEY_IN_USE = 23  # Flower's error code of a public key that is registered
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
+
+
+class NoAnswer(RunFailed):
+    """The SuperLink does not answer."""
 
 
 class FlowerOptions(TypedDict):
@@ -106,7 +111,10 @@ def end_at_once(run_id: str, *, env: Mapping[str, str], cwd: Path) -> None:
 
 
 def _ask_flwr(command: Sequence[str], *, env: Mapping[str, str], cwd: Path) -> dict[str, Any]:
-    """Run a ``flwr`` command and parse the JSON object it prints; raises RunFailed with its error message."""
+    """Run a ``flwr`` command and parse the JSON object it prints; raises RunFailed with its error message.
+
+    Raises NoAnswer where the SuperLink is not reached.
+    """
     program = resolve_program(command, env)
     result = subprocess.run(
         program, env=dict(env), cwd=cwd, stdin=subprocess.DEVNULL, capture_output=True, text=True
@@ -118,5 +126,6 @@ def _ask_flwr(command: Sequence[str], *, env: Mapping[str, str], cwd: Path) -> d
     if not answer.get("success"):
         lines = [line.strip() for line in ANSI.sub("", answer.get("error-message", "")).splitlines()]
         message = next((line for line in reversed(lines) if line), "no answer")
-        raise RunFailed(f"`{' '.join(command[:2])}` failed: {message}")
+        kind = NoAnswer if _UNAVAILABLE in message else RunFailed
+        raise kind(f"`{' '.join(command[:2])}` failed: {message}")
     return answer

@@ -1,23 +1,19 @@
-"""One run of a Flower app: staging of the bundle, submission, log stream, final status and cause of a failure."""
+"""One run of a Flower app: staging of the bundle, submission, and cause of a failure."""
 
 from __future__ import annotations
 
 import logging
 import re
 import shutil
-import subprocess
-import time
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 
 import tomli_w
 
 from configs.errors import Interrupted, UserError
-from configs.output import write_bytes
-from server.flower.connection import CONNECTION
-from server.flower.flower_cli import ANSI, RunStatus, run_status, submit
-from server.flower.flower_process import RunFailed, start_process
+from server.flower.flower_cli import ANSI, RunStatus, submit
+from server.flower.flower_process import RunFailed
+from server.flower.run_waiting import wait_for_run
 from server.reporting.failure import clear_failure, read_failure
 from server.state.run_lock import SERVER_LOCK, check_unused, wait_until_unused
 from server.state.stop_request import StopRequested, request_stop
@@ -25,7 +21,6 @@ from server.state.stop_request import StopRequested, request_stop
 APP_SUFFIXES = frozenset(
     {".py", ".toml", ".json", ".jsonl", ".yaml", ".yml", ".md"}
 )  # file types of a bundle
-ASK_SECONDS = 30.0  # between two status queries while the log stream is open
 _EXCEPTION = re.compile(r"^((?:\w+\.)*[A-Z]\w*)(?:: (.*))?$")
 # Message of the exception that Flower raises from the cause when the thread of the simulation ends.
 _WRAPPER = "An error was encountered. Ending simulation."
@@ -154,34 +149,6 @@ def stage_app(project: Path, target: Path) -> Path:
     return target
 
 
-def wait_for_run(
-    run_id: str, *, env: Mapping[str, str], cwd: Path, log_file: Path, timeout: float
-) -> RunStatus:
-    """Stream the log of a run into ``log_file`` until it has finished; returns its final status.
-
-    The status is queried every ASK_SECONDS while the log stream is open, because a query takes a second of CPU and
-    the stream ends with the run. Raises RunFailed after ``timeout`` seconds.
-    """
-    deadline = time.monotonic() + timeout
-    command = ["flwr", "log", run_id, CONNECTION, "--stream"]
-    log_file.unlink(missing_ok=True)  # another process may still write into the one of an earlier stream
-    with log_file.open("wb") as log:
-        stream = start_process(command, env=env, cwd=cwd, stdout=log)
-        try:
-            while (left := deadline - time.monotonic()) > 0:
-                _wait(stream, min(ASK_SECONDS, left))
-                status = run_status(run_id, env=env, cwd=cwd)
-                if status.finished:
-                    _wait(stream, 10.0)
-                    return status
-                time.sleep(0.5)
-        finally:
-            stream.kill()
-            stream.wait()
-            _strip_colors(log_file)
-    raise RunFailed(f"the run did not finish within {timeout:.0f} s (log: {log_file})")
-
-
 def raise_for_status(status: RunStatus, log_file: Path, *, failure: tuple[str, str] | None = None) -> None:
     """Raise the cause of a run that did not complete.
 
@@ -223,13 +190,3 @@ def _may_be_bundled(path: Path) -> bool:
     if path.name.startswith(".") or path.is_symlink() or path.name == "__pycache__":
         return False
     return path.is_dir() or path.suffix in APP_SUFFIXES
-
-
-def _wait(process: subprocess.Popen[bytes], seconds: float) -> None:
-    with suppress(subprocess.TimeoutExpired):
-        process.wait(timeout=seconds)
-
-
-def _strip_colors(path: Path) -> None:
-    with suppress(OSError):  # a full disk: the log keeps its colors
-        write_bytes(path, re.sub(rb"\x1b\[[0-9;]*m", b"", path.read_bytes()))

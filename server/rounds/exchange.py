@@ -12,6 +12,7 @@ from flwr.serverapp import Grid
 
 from configs.errors import UserError
 from federated.protocol.messages import NEEDS_RECIPE, RESEND, detach_update, message_bytes
+from server.reporting.unused_clients import NO_ANSWER
 from server.rounds.reply_spool import ReplySpool, SpooledBytes
 
 POLL_SECONDS = 0.2
@@ -147,7 +148,7 @@ def _missing(patience: Patience, replies: int, seconds: float, bytes_down: int) 
     """Answer of a node that was not waited for."""
     if patience.enough is not None and replies >= patience.enough:
         return Answer(None, f"{replies} other clients answered first", None, 0, bytes_down, surplus=True)
-    return Answer(None, f"no answer within {seconds:.0f} s", None, 0, bytes_down)
+    return Answer(None, f"{NO_ANSWER} within {seconds:.0f} s", None, 0, bytes_down)
 
 
 def _from_another(reply: Message, node: int) -> bool:

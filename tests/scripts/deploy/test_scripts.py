@@ -26,7 +26,7 @@ def script(name: str, *arguments: object, home: Path) -> subprocess.CompletedPro
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
 
 
-@pytest.mark.parametrize("name", ["certificates.sh", "superlink.sh", "supernode.sh"])
+@pytest.mark.parametrize("name", ["certificates.sh", "superexec.sh", "superlink.sh", "supernode.sh"])
 def test_help_names_every_option(tmp_path, name):
     result = script(name, "--help", home=tmp_path)
     assert (result.returncode, result.stderr) == (0, "")
@@ -54,6 +54,10 @@ def test_help_names_every_option(tmp_path, name):
         ("superlink.sh", ["--certificates"], "expected a value after --certificates"),
         ("superlink.sh", ["--certificates=none"], "expected a readable"),
         ("superlink.sh", ["--insecure", "--port=x"], "expected --port as a number"),
+        ("superlink.sh", ["--insecure", "--isolation=thread"], "expected --isolation process or subprocess"),
+        ("superexec.sh", [], "expected --superlink"),
+        ("superexec.sh", ["--superlink", "hub:1", "--insecure"], "expected a --superlink on loopback"),
+        ("superexec.sh", ["--superlink=hub:1"], "expected --root-certificates"),
         ("superlink.sh", ["--ports=1"], "expected an option of --help, got '--ports'"),
         ("supernode.sh", [], "expected --superlink"),
         ("supernode.sh", ["--superlink", "hub:1", "--insecure"], "expected a --superlink on loopback"),
@@ -163,7 +167,7 @@ def test_a_unit_starts_a_script_as_an_own_user(unit):
 
 
 def test_the_compose_file_keeps_the_control_api_inside():
-    assert len(UNITS) == 2
+    assert len(UNITS) == 3
     content = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
     assert set(content["services"]) == {"superlink", "supernode"}
     for service in content["services"].values():

@@ -19,7 +19,6 @@ from server.flower.flower_run import (
     root_cause,
     run_and_wait,
     stage_app,
-    wait_for_run,
 )
 from server.state.run_lock import SERVER_LOCK, holding
 from server.state.stop_request import stop_requested
@@ -163,25 +162,6 @@ def test_a_log_directory_in_use_is_refused_before_its_failure_is_cleared(tmp_pat
     with holding(tmp_path, SERVER_LOCK), pytest.raises(UserError, match="in use by process"):
         run_and_wait(tmp_path, run_config={"log-dir": str(tmp_path)}, **options)
     assert (tmp_path / "failure.json").exists() and not (tmp_path / "scratch").exists()
-
-
-def test_waiting_follows_the_log_until_the_status_is_final(tmp_path, fake_flwr):
-    script = f"""
-case $1 in
-log) printf '\\033[92mINFO\\033[0m: hello\\n' ;;
-ls) if [ -e {tmp_path}/asked ]; then echo '{COMPLETED}'; else touch {tmp_path}/asked; echo '{RUNNING}'; fi ;;
-esac"""
-    log_file = tmp_path / "flower.log"
-    status = wait_for_run("17", log_file=log_file, timeout=30, **fake_flwr(script))
-    assert status.finished
-    assert status.state == "finished:completed"
-    assert log_file.read_text() == "INFO: hello\n"
-
-
-def test_waiting_ends_at_the_timeout(tmp_path, fake_flwr):
-    script = f"case $1 in log) exec sleep 60 ;; ls) echo '{RUNNING}' ;; esac"
-    with pytest.raises(RunFailed, match="did not finish within 1 s"):
-        wait_for_run("17", log_file=tmp_path / "flower.log", timeout=1, **fake_flwr(script))
 
 
 def test_staging_leaves_out_what_no_bundle_holds_and_bundles_the_same(tmp_path):

@@ -8,9 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.support.resume.killed_run import weights_hash
 from configs.errors import UserError
+from configs.schema import load_run_config
 from scripts.verbs.federation.simulate import PROJECT
+from server.app import run_federation
 from server.flower.flower_process import RunFailed, job_processes, stop_job
+from server.flower.in_process_grid import RUN_ID
 from server.state.journal import STATE_FOLDER
 from server.state.run_lock import DRIVER_LOCK, SERVER_LOCK, check_unused, holding
 from server.state.settings import Settings
@@ -18,7 +22,13 @@ from server.state.stop_request import request_stop
 from tests.support.command import assert_refused, run, tree
 from tests.support.flower.apps import UNREACHABLE_PROXY
 from tests.support.run_summaries import SUMMARY
-from tests.support.tiny_federation import assert_run_succeeded, run_values, save_tiny_graph, write_texts
+from tests.support.tiny_federation import (
+    TinyGrid,
+    assert_run_succeeded,
+    run_values,
+    save_tiny_graph,
+    write_texts,
+)
 
 ALONE = (("one", "train"), ("pair", "train"), ("pair", "valid"))
 
@@ -272,6 +282,11 @@ def test_a_real_federation_on_flowers_simulation_engine(graph, tmp_path, capsys,
     assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "it's out", "logs", "texts"]
     assert sorted(path.parent.name for path in logs.rglob("global.safetensors")) == ["client-0", "client-1"]
     assert left == [] and len(scratch) == 1 and not scratch[0].exists()
+    # The same weights as over the in-process grid, and as in a deployment (tests/scripts/deploy).
+    config = load_run_config(values | {name: str(tmp_path / "grid" / name) for name in ("log-dir", "out")})
+    assert weights_hash(out) == weights_hash(
+        Path(run_federation(TinyGrid(config), config, run_id=RUN_ID)["out"])
+    )
 
 
 def options_of(values: dict) -> list[str]:
