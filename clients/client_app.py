@@ -9,6 +9,7 @@ from collections.abc import Callable
 from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 
+from clients.message_start import message_start
 from clients.participant import Participant
 from clients.state.local_copy import VersionMismatch
 from clients.state.local_graph import NeedsRecipe
@@ -45,11 +46,12 @@ def evaluate(message: Message, context: Context) -> Message:
 
 def _answer(message: Message, context: Context, act: Callable[[Participant, Request], Reply]) -> Message:
     """Run ``act`` and reply; every exception becomes an error reply, since without a reply the SuperNode blocks."""
+    started = message_start()
     try:
         config = load_run_config(context.run_config)
         prepare_process(config)
         request = read_request(message.content)
-        reply = act(Participant.open(config, context, request), request)
+        reply = act(Participant.open(config, context, request, started=started), request)
         return Message(write_reply(reply), reply_to=message)
     except VersionMismatch as error:
         return Message(Error(code=RESEND, reason=str(error.version)), reply_to=message)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+<<<<<<< HEAD
+=======
+import hashlib
+import time
+>>>>>>> b5848df (Start of a client is measured and shown; lighter imports; benchmarks.exchange)
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -58,6 +63,7 @@ class Participant:
         model: global graph, fp32.
         train: training blocks.
         valid: held-out blocks.
+        started: time (``time.time``) at which the work for the message began.
     """
 
     config: RunConfig
@@ -68,10 +74,19 @@ class Participant:
     model: FedGraftForCausalLM
     train: Blocks
     valid: Blocks
+    started: float
 
     @classmethod
-    def open(cls, config: RunConfig, context: Context, request: Request) -> Participant:
+    def open(
+        cls, config: RunConfig, context: Context, request: Request, *, started: float | None = None
+    ) -> Participant:
         """Load the client's data and its copy of the global model, updated to the request's version.
+
+        Args:
+            config: run configuration.
+            context: Flower's context of the node.
+            request: request of the message.
+            started: time at which the work for the message began; None: now.
 
         Raises:
             UserError: an invalid node configuration, no such graph, another base than the server's, no data, a budget
@@ -80,6 +95,7 @@ class Participant:
             VersionMismatch: the request's steps do not start at the version on disk.
             RefusedUpdate: a damaged step, or one that leads to another graph than the server's.
         """
+        started = time.time() if started is None else started
         node = load_node_config(context.node_config)
         partition = node.partition_id
         graph = local_graph(config, node, request)
@@ -93,7 +109,7 @@ class Participant:
         bring_to_version(model, store, request)
         config = with_own_limits(config, node, name)
         budget = client_budget(config, node, model, name)
-        return cls(config, partition, budget, name, store, model, train, valid)
+        return cls(config, partition, budget, name, store, model, train, valid, started)
 
     def train_round(self, request: Request) -> Reply:
         """Evaluate the global model, choose the residents, train them, and pack the selected update."""
@@ -106,6 +122,7 @@ class Participant:
         counter = UsageCounter(read_graph(self.model))
         with visiting(self.model, self.visits()):
             warn_where_fewer_reside(self.model)
+            ready = time.time() - self.started
             with counter.counting(self.model):
                 result = train_locally(self.model, stream, training)
             start.restore_others(self.model)
@@ -120,6 +137,7 @@ class Participant:
             "train-tokens": float(result.tokens),
             "examples": float(len(self.train)),
             "density": shipped_density,
+            "start-seconds": max(ready, 0.0),
         }
         return self._reply(
             request,

@@ -19,13 +19,19 @@ from benchmarks.scale.apps.faults import faulty_count
 from benchmarks.scale.catch_up import RESIDUAL_DECAY, expected_rounds
 from benchmarks.scale.cost_model import PARTS, Load
 from benchmarks.scale.graphs import graph_of
-from benchmarks.scale.project import measured_project
 from benchmarks.scale.settings import Point, Settings
+from benchmarks.support.flower.project import project_with_apps
 from benchmarks.support.stored import stored
 from configs.schema import RunConfig
 from server.flower.simulation import run_simulation
 from server.reporting.run_log import read_rounds
 
+_APPS = ("benchmarks.scale.apps.server_app:app", "benchmarks.scale.apps.client_app:app")
+_FILES = (
+    "/benchmarks/scale/__init__.py",
+    "/benchmarks/scale/apps/*.py",
+    "/benchmarks/support/process_peak.py",
+)
 _TIMEOUT = 1200.0  # seconds of a federation
 _DEADLINE = 1.0  # seconds after which the replies of the faultless clients end a round
 
@@ -47,7 +53,7 @@ def run_point(point: Point, settings: Settings, work: Path) -> dict[str, Any]:
     """
     started = time.perf_counter()
     graph = graph_of(point.size, work, settings.calibration_tokens)
-    with TemporaryDirectory(prefix="fedgraft-") as scratch, measured_project() as project:
+    with TemporaryDirectory(prefix="fedgraft-") as scratch, project_with_apps(*_APPS, _FILES) as project:
         config = config_of(point, settings, graph, Path(scratch) / "logs")
         run_simulation(
             project,

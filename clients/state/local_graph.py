@@ -25,7 +25,6 @@ from configs.paths import cache_folder, graph_or_default
 from configs.schema import RunConfig
 from federated.protocol.messages import Request
 from models.bootstrap.recipe import graph_fingerprint, read_recipe
-from models.bootstrap.recipe_build import build_into
 from models.files.safetensors_files import weight_bytes
 
 GRAPHS = "graphs"  # folder in a node's cache
@@ -99,6 +98,9 @@ def _is_built(folder: Path, wanted: str, cache: Path) -> bool:
 
 
 def _build(base: str, request: Request, folder: Path) -> None:
+    # Imported here: a node builds a graph once, and each message may start a process.
+    from models.bootstrap.recipe_build import build_into
+
     recipe = read_recipe(request.recipe)
     remove_partials(folder)
     with new_directory(folder, overwrite=True, size=weight_bytes(base)) as directory:

@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import networkx
 import numpy as np
 
 from configs.errors import UserError
@@ -127,11 +126,12 @@ def check_attached(mask: np.ndarray, attached: Sequence[int], layer: int) -> Non
 
 def reachable(mask: np.ndarray) -> np.ndarray:
     """Reachable experts, bool ``[E]``: roots and their descendants along edges."""
-    graph = networkx.from_numpy_array(np.triu(mask, 1), create_using=networkx.DiGraph)
-    found = np.zeros(len(mask), dtype=bool)
-    for root in np.flatnonzero(np.diagonal(mask)):
-        found[[root, *networkx.descendants(graph, root)]] = True
-    return found
+    found = np.diagonal(mask).copy()
+    while True:
+        wider = found | mask[found].any(axis=0)
+        if (wider == found).all():
+            return found
+        found = wider
 
 
 def check_reachable(mask: np.ndarray, layer: int, *, before: np.ndarray | None = None) -> None:

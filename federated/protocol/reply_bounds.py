@@ -14,6 +14,7 @@ from federated.updates.update import RefusedUpdate
 
 LARGEST_COUNT = 2**40  # blocks or tokens of one client in one round
 LARGEST_LOSS = 1e4  # nats per token
+LARGEST_SECONDS = 1e7
 LARGEST_PARTITION = 2**31 - 1
 
 
@@ -45,6 +46,7 @@ NUMBERS: dict[str, Range] = {
     "train-tokens": _COUNT,
     "train-loss": Range(0, LARGEST_LOSS),
     "density": Range(0, 1),
+    "start-seconds": Range(0, LARGEST_SECONDS),
     "valid-nll": _LOSS_SUM,
     "valid-tokens": _COUNT,
     "personal-nll": _LOSS_SUM,

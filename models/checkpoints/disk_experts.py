@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig
+from transformers.initialization import no_init_weights
 
 from configs.errors import UserError
 from models.files.config_file import check_is_graph
@@ -143,7 +144,7 @@ def open_mapped(source: str, moved: MovedExperts | None = None) -> FedGraftForCa
     check_is_graph(config, source)
     config.dtype = torch.float32
     files = GraphFiles(source)
-    with torch.device("meta"):
+    with torch.device("meta"), no_init_weights():
         model = FedGraftForCausalLM(config)
     _check_shapes(model, files, source)
     rest = {

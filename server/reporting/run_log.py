@@ -36,7 +36,8 @@ class ClientRecord:
     Bytes are as sent on the wire, framing included; ``update_bytes`` of ``bytes_up`` are its packed update, with
     entropy floor ``update_floor_bytes``. ``refused`` is the reason of a refusal, else None.
     ``drift_loss`` (nats) and ``drift_routing`` (bits) are the statistics of the detection of drift, ``drifted`` whether
-    one counts as drift.
+    one counts as drift. ``start_seconds`` are those from the start of the client's process to its first training
+    step.
     """
 
     name: str
@@ -53,6 +54,7 @@ class ClientRecord:
     drift_loss: float | None = None
     drift_routing: float | None = None
     drifted: bool = False
+    start_seconds: float | None = None
 
 
 @dataclass(frozen=True)

@@ -136,6 +136,7 @@ class TensorBoardLog:
             ("bytes_down", client.bytes_down),
             ("drift_loss", client.drift_loss),
             ("drift_routing", client.drift_routing),
+            ("start_seconds", client.start_seconds),
         ):
             self._scalar(f"{tag}/{client.name}", value, step)
         if client.refused is not None:

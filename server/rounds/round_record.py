@@ -87,6 +87,7 @@ def _client_record(
         drift_loss=detector.excess if detector else None,
         drift_routing=detector.divergence if detector else None,
         drifted=detector.drifted if detector else False,
+        start_seconds=numbers.get("start-seconds"),
     )
 
 

@@ -14,6 +14,7 @@ from clients.state.local_graph import NeedsRecipe, node_cache
 from configs.errors import UserError
 from configs.schema import load_run_config
 from federated.protocol.messages import NEEDS_RECIPE, Request, read_request
+from models.bootstrap import recipe_build
 from models.bootstrap.recipe import graph_fingerprint, read_recipe, read_recipe_file, write_recipe
 from models.checkpoints.load import load_graph
 from server.app import run_federation
@@ -78,7 +79,7 @@ def test_the_graph_is_asked_for_built_once_and_found_again(config, base, tiny_gr
     built = local_graph(config, node, request_of(tiny_graph_dir))
     assert Path(built).parent == cache / "graphs"
     assert all_equal(load_graph(built), load_graph(str(tiny_graph_dir)))
-    monkeypatch.setattr(module, "build_into", lambda *args: pytest.fail("built again"))
+    monkeypatch.setattr(recipe_build, "build_into", lambda *args: pytest.fail("built again"))
     shutil.rmtree(base)
     for changes in ({}, {"recipe": b""}):
         assert local_graph(config, node, request_of(tiny_graph_dir, **changes)) == built
@@ -151,14 +152,14 @@ def test_what_a_killed_process_left_is_removed(config, base, tiny_graph_dir, cac
 
 
 def test_clients_of_one_machine_build_it_once(config, base, tiny_graph_dir, cache, monkeypatch):
-    builds, build = [], module.build_into
+    builds, build = [], recipe_build.build_into
 
     def slow(*args):
         builds.append(args)
         time.sleep(0.2)
         build(*args)
 
-    monkeypatch.setattr(module, "build_into", slow)
+    monkeypatch.setattr(recipe_build, "build_into", slow)
     node, request, found = {"cache-dir": str(cache), "base": str(base)}, request_of(tiny_graph_dir), []
     threads = [
         threading.Thread(target=lambda: found.append(local_graph(config, node, request))) for _ in range(4)

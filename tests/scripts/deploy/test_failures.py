@@ -16,6 +16,7 @@ import psutil
 import pytest
 from flwr.app import Error, Message
 
+from benchmarks.support.flower.deployment import OWN_NAMESPACE, Deployment, Node, deployment, wait_until
 from benchmarks.support.resume.killed_run import weights_hash
 from clients.client_app import app
 from configs.schema import load_run_config
@@ -23,7 +24,6 @@ from server.app import run_federation
 from server.flower.in_process_grid import RUN_ID, Fault, InProcessGrid
 from server.reporting.run_log import read_rounds
 from server.state.journal import STATE_FOLDER
-from tests.support.flower.deployment import OWN_NAMESPACE, Deployment, Node, deployment, wait_until
 from tests.support.tiny_federation import TEXTS, run_values, save_tiny_graph, write_texts
 
 pytestmark = pytest.mark.processes
@@ -147,10 +147,13 @@ def test_nodes_that_cannot_take_part_are_named_and_the_rest_trains(tmp_path, gra
 
 
 def test_killed_and_slow_clients_are_missing_in_their_round_alone(tmp_path, graph):
-    """Two jobs in turn on the same daemons: a ClientApp and a SuperNode are killed, then a ClientApp stands still."""
+    """Two jobs in turn on the same daemons: a ClientApp and a SuperNode are killed, then a ClientApp stands still.
+
+    Flower reports the deaths after about a minute.
+    """
     data = [data_of(tmp_path, index) for index in range(3)]
-    first = settings_in(tmp_path / "first", graph, num_clients=3, num_rounds=4, round_deadline=30.0)
-    second = settings_in(tmp_path / "second", graph, num_clients=3, num_rounds=2, round_deadline=30.0)
+    first = settings_in(tmp_path / "first", graph, num_clients=3, num_rounds=2)
+    second = settings_in(tmp_path / "second", graph, num_clients=3, num_rounds=2, round_deadline=45.0)
     with deployment(tmp_path / "flower", [Node({"data-dir": path}) for path in data]) as started:
         job = submit(started, first)
         train_until(started, job, 1).kill()
@@ -173,13 +176,12 @@ def test_killed_and_slow_clients_are_missing_in_their_round_alone(tmp_path, grap
         used = {
             (index, number) for index, found in enumerate(seen) for number, why in found.items() if not why
         }
-        print(name, seen, used)
         every = {(index, number) for index in range(3) for number in range(1, settings["num-rounds"] + 1)}
         faults = {
             (index, str(number)): MISSING if (index, number) in killed else on_the_way
             for index, number in every - used
         }
-        assert used.isdisjoint({*killed, *late}) and len(used) >= len(every) - 3
+        assert used.isdisjoint({*killed, *late}) and len(used) >= len(every) - 2
         assert weights_hash(tmp_path / name / "out") == expected_hash(
             settings, tmp_path / f"expected-{name}", data, faults
         )

@@ -7,19 +7,19 @@ import subprocess
 import time
 from pathlib import Path
 
-from benchmarks.support.resume.killed_run import weights_hash
-from configs.schema import load_run_config
-from server.app import run_federation
-from server.flower.flower_process import job_processes
-from server.flower.in_process_grid import RUN_ID
-from server.state.journal import STATE_FOLDER
-from tests.support.flower.deployment import (
+from benchmarks.support.flower.deployment import (
     Deployment,
     deployment,
     kill_server_app,
     wait_for_end_of_server_app,
     wait_until,
 )
+from benchmarks.support.resume.killed_run import weights_hash
+from configs.schema import load_run_config
+from server.app import run_federation
+from server.flower.flower_process import job_processes
+from server.flower.in_process_grid import RUN_ID
+from server.state.journal import STATE_FOLDER
 from tests.support.tiny_federation import TinyGrid, run_values, save_tiny_graph
 
 

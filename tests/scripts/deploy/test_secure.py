@@ -14,11 +14,11 @@ from typing import NamedTuple
 
 import pytest
 
+from benchmarks.support.flower.deployment import wait_until
 from models.checkpoints.load import load_graph
 from models.graph.graph_state import read_graph
 from server.flower.flower_process import JOB_VARIABLE, free_ports, stop_job
 from server.flower.guard import guarded
-from tests.support.flower.deployment import wait_until
 from tests.support.paths import ROOT
 from tests.support.tiny_federation import save_tiny_graph, write_texts
 

@@ -84,6 +84,7 @@ def test_rounds_are_appended_as_lines_with_every_field(tmp_path):
         "drift_loss": None,
         "drift_routing": None,
         "drifted": False,
+        "start_seconds": None,
     }
     assert (first["drifted"], first["drift_layers"]) == (False, [])
     assert (first["edges"], first["graph_hash"], first["bytes_up_dense"]) == ([6, 5], "ab12", 9000)

@@ -53,6 +53,11 @@ def test_curves_per_client_and_overall(read_back):
     assert scalars(events, "bytes_cumulative/up_dense") == [(1, 9000), (2, 18000)]
 
 
+def test_the_start_of_a_client_is_a_curve(read_back):
+    events = read_back(lambda log: log.round(replace(ROUND, clients=[replace(CLIENT, start_seconds=2.5)])))
+    assert scalars(events, "start_seconds/recipes") == [(1, 2.5)]
+
+
 def test_statistics_of_drift_are_curves(read_back):
     client = replace(CLIENT, drift_loss=0.75, drift_routing=0.25, drifted=True)
     events = read_back(

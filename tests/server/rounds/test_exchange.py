@@ -163,7 +163,7 @@ def test_without_stragglers_nobody_waits():
 
 def test_error_replies_become_their_reasons():
     answers = ask(grid_with(_0=Error(code=2, reason="café"), _1=Error(code=5, reason=None)))
-    assert numbers(answers) == {0: "café", 1: "Flower error 5", 2: 24}
+    assert numbers(answers) == {0: "café", 1: "no answer: Flower error 5", 2: 24}
     assert answers[0].held_version is None
 
 

@@ -173,7 +173,7 @@ def test_a_refused_client_has_a_reason_and_a_name_once_it_is_known(observer, glo
     assert row["clients"][1] | {"name": 0, "refused": 0, "bytes_up": 9, "bytes_down": 30} == {
         "name": 0, "budget": 0, "weight": 0.0, "train_loss": None, "perplexity": None, "bytes_up": 9,
         "bytes_down": 30, "density": None, "refused": 0, "update_bytes": None, "update_floor_bytes": None,
-        "drift_loss": None, "drift_routing": None, "drifted": False,
+        "drift_loss": None, "drift_routing": None, "drifted": False, "start_seconds": None,
     }  # fmt: skip
     assert (row["bytes_up"], row["bytes_down"]) == (19, 50)
     observe(observer, global_model, {5: answer_of(global_model, 1), 9: answer_of(global_model, 0)}, 2)

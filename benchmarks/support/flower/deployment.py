@@ -1,4 +1,4 @@
-"""A real SuperLink and real SuperNodes on loopback, processes of which a test may stop, kill and start again."""
+"""A real SuperLink and real SuperNodes on loopback, processes which can be stopped, killed and started again."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from uuid import uuid4
 
 import psutil
 
+from benchmarks.support.runner import ROOT
 from configs.errors import UserError
 from server.flower.flower_process import (
     JOB_VARIABLE,
@@ -28,7 +29,6 @@ from server.flower.flower_process import (
 )
 from server.flower.guard import guarded
 from server.state.run_lock import SERVER_LOCK, check_unused
-from tests.support.paths import ROOT
 
 POLL_SECONDS = 0.05
 

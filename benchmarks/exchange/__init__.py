@@ -1,0 +1,1 @@
+"""Benchmark of exchanges between a SuperLink and SuperNodes on loopback."""
