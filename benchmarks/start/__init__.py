@@ -1,0 +1,1 @@
+"""Benchmark of the start of a client on a message."""
