@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-<<<<<<< HEAD
-=======
-import hashlib
 import time
->>>>>>> b5848df (Start of a client is measured and shown; lighter imports; benchmarks.exchange)
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
