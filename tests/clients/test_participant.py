@@ -128,9 +128,10 @@ def test_a_round_gives_an_update_of_the_residents_on_the_graph(config_of, model,
     kept = sum(vector.indices.size for vector in update.vectors.values())
     assert reply.numbers["density"] == pytest.approx(kept / (4 * SIZE)) == pytest.approx(0.5, abs=0.01)
     assert set(reply.numbers) == {
-        "valid-nll", "valid-tokens", "train-loss", "train-tokens", "examples", "density"
+        "valid-nll", "valid-tokens", "train-loss", "train-tokens", "examples", "density", "start-seconds",
     }  # fmt: skip
     assert reply.numbers["examples"] == len(client.train)
+    assert 0 < reply.numbers["start-seconds"] < 600
     assert reply.inclusion == {}
 
 
