@@ -53,7 +53,7 @@ def run_job(job: Job, settings: Settings, quick: bool, work: Path) -> dict[str, 
         ``bytes_up``, ``bytes_down``, ``drifted``, ``client_alarms``, ``excess`` and ``divergence`` (largest of a
         client) by round; ``old_loss``, mean over the first domains at the switch and at the end; ``edits`` by
         operation; ``spawned_use``, visits of a spawned expert over the mean of all experts at the end, None without
-        any;
+        any; ``attached``, the visits of spawned experts by round, see ``server.strategies.growth.attached_visits``;
         ``seconds``.
     """
     torch.set_num_threads(1)
@@ -122,6 +122,7 @@ def _result(summary: Mapping[str, Any], log_dir: Path, settings: Settings, quick
         "old_loss": [_old_loss(folder, settings, quick) for folder in folders],
         "edits": dict(edits),
         "spawned_use": _spawned_use(folders[-1]),
+        "attached": [row["attached"] for row in rounds],
     }
 
 

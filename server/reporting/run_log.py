@@ -62,11 +62,12 @@ class RoundRecord:
     """Metrics of one server round.
 
     Bytes are totals over clients; ``*_dense`` are those of dense FedAvg in bf16. ``step_bytes`` is the size of the
-    server's packed step, with entropy floor ``step_floor_bytes``. ``perplexity`` is token-weighted over the clients,
-    ``edges`` holds one count per layer, ``stopped`` the reason if the run ended after this round before the last
-    planned one, ``drifted`` whether the federation has drifted, ``drift_layers`` the divergence of routing per layer in
-    bits. ``epsilon`` and ``delta`` are those of client-level differential privacy of the model after this round; None
-    without such a guarantee.
+    server's packed step, with entropy floor ``step_floor_bytes``. ``perplexity`` is token-weighted over the
+    clients, ``edges`` holds one count per layer, ``stopped`` the reason if the run ended after this round before
+    the last planned one, ``drifted`` whether the federation has drifted, ``drift_layers`` the divergence of routing
+    per layer in bits, ``attached`` the visits of each attached expert in this round over the mean of its layer's
+    experts, see ``server.strategies.growth.attached_visits``. ``epsilon`` and ``delta`` are those of client-level
+    differential privacy of the model after this round; None without such a guarantee.
     """
 
     round: int
@@ -86,6 +87,7 @@ class RoundRecord:
     step_floor_bytes: int | None = None
     drifted: bool = False
     drift_layers: Sequence[float] = ()
+    attached: Sequence[Mapping[str, float]] = ()
     epsilon: float | None = None
     delta: float | None = None
 

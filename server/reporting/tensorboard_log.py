@@ -55,6 +55,9 @@ class TensorBoardLog:
         self._scalar("drift/overall", float(record.drifted), step)
         for layer, divergence in enumerate(record.drift_layers):
             self._scalar(f"drift_routing/layer_{layer:02d}", divergence, step)
+        for each in record.attached:
+            name = f"attached_visits/layer_{each['layer']:02d}_{each['id']}"
+            self._scalar(name, each["visits_over_mean"], step)
         for client in record.clients:
             self._client(client, step)
         self._writer.flush()

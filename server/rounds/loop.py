@@ -102,6 +102,7 @@ class Federation:
             answers,
             graph=trained_on,
             usage=self.state.usage.counts,
+            round_usage=usage,
             drift=self.state.drift,
             seconds=time.perf_counter() - started,
             stopped=self.state.stopped,

@@ -35,6 +35,7 @@ from server.rounds.validation import Evaluations, RoundReplies, reply_loss
 from server.state.checkpoint import CHECKPOINTS
 from server.state.drift import Drift
 from server.state.run_history import TRAFFIC, ClientFigures, RunHistory
+from server.strategies.growth import attached_visits
 from server.strategies.strategy import Accepted
 
 _EVENTS = "tensorboard"
@@ -82,6 +83,7 @@ class RunObserver:
         graph: ExpertGraph,
         usage: Sequence[np.ndarray],
         seconds: float,
+        round_usage: Sequence[np.ndarray] = (),
         drift: Drift | None = None,
         stopped: str | None = None,
         spent: PrivacySpent = PrivacySpent(),
@@ -95,6 +97,7 @@ class RunObserver:
             graph: graph that the clients trained on.
             usage: moving average of usage, per layer ``[E, E]``; empty where clients report none.
             seconds: wall time.
+            round_usage: usage in this round alone, per layer ``[E, E]``.
             drift: detection of drift after the round; None: as before the first.
             stopped: reason why this is the last round although more were planned.
             spent: differential privacy of the models so far.
@@ -112,7 +115,8 @@ class RunObserver:
             drift=drift,
             stopped=stopped,
         )
-        record = replace(record, epsilon=spent.epsilon, delta=spent.delta)
+        attached = attached_visits(graph, round_usage)
+        record = replace(record, attached=attached, epsilon=spent.epsilon, delta=spent.delta)
         self._add(record, replies, answers, drift or Drift())
         self._write_round(record, replies, graph, usage)
 

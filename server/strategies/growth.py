@@ -24,6 +24,24 @@ def expert_loads(graph: ExpertGraph, usage: Sequence[np.ndarray]) -> list[np.nda
     ]
 
 
+def attached_visits(graph: ExpertGraph, usage: Sequence[np.ndarray]) -> list[dict[str, float]]:
+    """Visits of each attached expert over the mean of its layer's experts, shared ones apart, with layer and identity.
+
+    Args:
+        graph: graph that the counts belong to.
+        usage: per layer ``[E, E]``; empty: none is known.
+    """
+    found = []
+    for layer, load in enumerate(expert_loads(graph, usage) if usage else []):
+        mean = load[graph.shared_per_layer[layer] :].mean()
+        for expert in graph.attached_per_layer[layer]:
+            share = float(load[expert] / mean) if mean else 0.0
+            found.append(
+                {"layer": layer, "id": graph.ids_per_layer[layer][expert], "visits_over_mean": share}
+            )
+    return found
+
+
 def propose_spawns(
     graph: ExpertGraph,
     usage: Sequence[np.ndarray],

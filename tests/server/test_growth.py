@@ -63,6 +63,10 @@ def test_clients_train_and_use_a_spawned_expert_from_the_next_round_on(graph, tm
     assert (op, layer, expert) == ("spawn-expert", 1, 4)
     records = [json.loads(line) for line in (tmp_path / "logs" / "rounds.jsonl").read_text().splitlines()]
     assert all(client["refused"] is None for record in records for client in record["clients"])
+    assert records[0]["attached"] == []
+    attached = [each for record in records[1:] for each in record["attached"]]
+    assert [each["layer"] for each in attached] == [1] * (ROUNDS - 1)
+    assert all(each["visits_over_mean"] > 0 for each in attached)  # from the first round on
     assert loads[0][0][1].shape == (4, 4) and all(client[1][parent, 4] > 0 for client in loads[1])
     model = federation.global_model.model
     assert read_graph(model).num_experts == [4, 5]

@@ -58,6 +58,12 @@ def test_the_start_of_a_client_is_a_curve(read_back):
     assert scalars(events, "start_seconds/recipes") == [(1, 2.5)]
 
 
+def test_visits_of_attached_experts_are_curves(read_back):
+    attached = [{"layer": 1, "id": 9, "visits_over_mean": 0.5}]
+    events = read_back(lambda log: log.round(replace(ROUND, attached=attached)))
+    assert scalars(events, "attached_visits/layer_01_9") == [(1, 0.5)]
+
+
 def test_statistics_of_drift_are_curves(read_back):
     client = replace(CLIENT, drift_loss=0.75, drift_routing=0.25, drifted=True)
     events = read_back(

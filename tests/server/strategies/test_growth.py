@@ -6,7 +6,7 @@ import pytest
 from experts.graph.edit_plan import apply_plan
 from experts.graph.edits import AddEdge, SpawnExpert
 from experts.graph.expert_graph import ExpertGraph
-from server.strategies.growth import expert_loads, propose_retirements, propose_spawns
+from server.strategies.growth import attached_visits, expert_loads, propose_retirements, propose_spawns
 
 GRAPH = ExpertGraph(
     (np.eye(3, dtype=bool) | np.eye(3, k=1, dtype=bool), np.eye(3, dtype=bool)), num_shared=(0, 1)
@@ -16,6 +16,19 @@ USAGE = [np.array([[5, 2, 9], [0, 1, 4], [0, 0, 3]]), np.array([[50, 0, 0], [0, 
 
 def test_the_load_of_an_expert_counts_entries_and_traversals_but_no_demand():
     assert [load.tolist() for load in expert_loads(GRAPH, USAGE)] == [[5, 3, 7], [50, 6, 7]]
+
+
+def test_visits_of_attached_experts_are_over_the_mean_of_their_layer_without_shared_experts():
+    graph = apply_plan(GRAPH, [SpawnExpert(0, 2, 3), SpawnExpert(1, 2, 3)]).graph
+    usage = [np.pad(each, (0, 1)) for each in USAGE]
+    usage[0][2, 3] = 5
+    first, second = (ids[3] for ids in graph.ids_per_layer)
+    assert attached_visits(graph, usage) == [
+        {"layer": 0, "id": first, "visits_over_mean": 5 / ((5 + 3 + 7 + 5) / 4)},
+        {"layer": 1, "id": second, "visits_over_mean": 0.0},
+    ]
+    assert attached_visits(graph, [0 * each for each in usage])[0]["visits_over_mean"] == 0.0
+    assert attached_visits(GRAPH, USAGE) == attached_visits(graph, []) == []
 
 
 @pytest.mark.parametrize(
