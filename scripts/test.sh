@@ -10,5 +10,6 @@ mapfile -t SOURCES < <(git ls-files '*.py')
 "$BIN/isort" --check-only "${SOURCES[@]}"
 "$BIN/ruff" check "${SOURCES[@]}"
 "$BIN/mypy" --no-error-summary "${SOURCES[@]}"
-# One process per core; a file stays in one process, so that its fixtures are built once.
-exec "$BIN/python" -m pytest --numprocesses 2 --dist loadfile "$@"
+# One process per core; a file stays in one process, so that its fixtures are built once. Files come in their order, since
+# those of most tests are not the longest ones.
+exec "$BIN/python" -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -9,6 +9,7 @@ import json
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -101,10 +102,9 @@ def finished(job: subprocess.Popen[str]) -> tuple[int, str]:
     return job.returncode, output + errors
 
 
-def train_until(started: Deployment, job: subprocess.Popen[str], index: int) -> psutil.Process:
-    """Wait until a node trains in its first round; returns the process of its ClientApp."""
-    before = set(started.client_files(index, "blocks.safetensors"))
-    wait_until(lambda: set(started.client_files(index, "blocks.safetensors")) != before, process=job)
+def train_until(started: Deployment, job: subprocess.Popen[str], index: int, *, runs: int) -> psutil.Process:
+    """Wait until a node trains in the first round of its latest run; returns the process of its ClientApp."""
+    wait_until(lambda: len(started.client_files(index, "blocks.safetensors")) == runs, process=job)
     process = started.client_app(index)
     assert process is not None
     return process
@@ -152,18 +152,20 @@ def test_killed_and_slow_clients_are_missing_in_their_round_alone(tmp_path, grap
     Flower reports the deaths after about a minute.
     """
     data = [data_of(tmp_path, index) for index in range(3)]
-    first = settings_in(tmp_path / "first", graph, num_clients=3, num_rounds=2)
-    second = settings_in(tmp_path / "second", graph, num_clients=3, round_deadline=45.0)
+    first = settings_in(tmp_path / "first", graph, num_clients=3, num_rounds=2, local_steps=100)
+    second = settings_in(tmp_path / "second", graph, num_clients=3, local_steps=100, round_deadline=45.0)
     with deployment(tmp_path / "flower", [Node({"data-dir": path}) for path in data]) as started:
         job = submit(started, first)
-        train_until(started, job, 1).kill()
-        train_until(started, job, 2)
-        started.nodes[2].kill()
+        with ThreadPoolExecutor(1) as pool:  # whichever trains first
+            other = pool.submit(train_until, started, job, 2, runs=1)
+            other.add_done_callback(lambda _: started.nodes[2].kill())
+            train_until(started, job, 1, runs=1).kill()
+            other.result()
         started.nodes[2].wait()
         started.nodes[2] = started.start_node(2)  # without a key: a new node for the SuperLink
         assert finished(job)[0] == 0  # its former self is no client that was not used
         job = submit(started, second)
-        slow = train_until(started, job, 0)
+        slow = train_until(started, job, 0, runs=2)
         slow.suspend()
         wait_until(saved(tmp_path / "second/logs", 1).exists, process=job)
         slow.resume()

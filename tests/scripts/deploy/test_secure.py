@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -86,6 +87,8 @@ def place(tmp_path_factory, tiny_tokenizer) -> Iterator[Place]:
     environment = os.environ | values
     environment |= {"HOME": str(folder), "FLWR_HOME": str(folder / ".flwr"), "PYTHON": sys.executable}
     environment |= {"PATH": f"{command.parent}:{os.environ['PATH']}", JOB_VARIABLE: job}
+    (folder / "tmp").mkdir()
+    environment |= {"TMPDIR": str(folder / "tmp")}
     environment |= {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.05"}
     opened = Place(folder, environment, {})
     with guarded(job, folder / "none"):
@@ -205,6 +208,22 @@ def test_other_certificates_and_plain_connections_are_refused(place):
         assert message in result.stderr and len(result.stderr.splitlines()) == 1
 
 
+def test_a_killed_supernode_comes_back_with_its_key_as_the_same_node(place):
+    """Flower refuses the key until the session of the killed process has expired."""
+    nodes = "fedgraft status --connection lab --json"
+    before = json.loads(place.shell(nodes).stdout)["nodes"]
+    os.kill(int((place.folder / "federation/state/site-1/pid").read_text()), signal.SIGKILL)
+    start = next(line for block in blocks() for line in block if "supernode.sh" in line)
+    results = []
+    deadline = time.monotonic() + 120
+    while not results or (results[-1].returncode and time.monotonic() < deadline):
+        results.append(place.shell(start, INDEX="1"))
+    assert results[-1].returncode == 0
+    assert all(result.returncode == 1 and REFUSED in result.stderr for result in results[:-1])
+    after = json.loads(place.shell(nodes).stdout)["nodes"]
+    assert set(after) == set(before) and list(after.values()).count("online") == SITES
+
+
 def test_services_end_by_their_state_folder(place):
     stop = 'scripts/deploy/supernode.sh --stop --state "$STATE/site-2"'
     assert "ended process" in place.shell(stop).stdout
@@ -219,3 +238,10 @@ def test_a_superlink_that_starts_again_knows_its_nodes_and_runs(place):
     after = json.loads(place.shell("fedgraft status --connection lab --json").stdout)
     assert after["runs"] == json.loads(before)["runs"] and len(after["runs"]) == 3
     assert set(after["nodes"]) == set(json.loads(before)["nodes"])
+
+
+def test_nothing_is_written_outside_of_the_folders_that_were_named(place):
+    """Caches of libraries in the home folder apart, and Flower's own folder in it."""
+    named = {"federation", "logs", "trained", "away", "long", "srv", "bin", "scripts", "tmp"}
+    assert {path.name for path in place.folder.iterdir()} - {".cache", ".config", ".flwr"} == named
+    assert [path.name for path in (place.folder / "tmp").iterdir() if "fedgraft" in path.name] == []
