@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import gradio as gr
@@ -13,23 +12,14 @@ from ui.chat.colored_text import answer_html
 from ui.chat.generation import Answer, Opened, check_form, open_model, stream_answer
 from ui.shared.callbacks import callback
 from ui.shared.html import note
-from ui.shared.sessions import Session, Sessions
-from ui.shared.workspace import Workspace
+from ui.shared.sessions import Session
+from ui.shared.tab import MODEL_EVENT, Tab
 
 _OPENED = "opened models"
 
 
-@dataclass(frozen=True)
-class ChatTab:
-    """Callbacks of the tab.
-
-    Attributes:
-        workspace: folders of the server.
-        sessions: open sessions.
-    """
-
-    workspace: Workspace
-    sessions: Sessions
+class ChatTab(Tab):
+    """Callbacks of the Chat tab."""
 
     def chat(
         self,
@@ -96,9 +86,7 @@ class ChatTab:
             [*models, prompt, number, heat, layer],
             answers,
             api_name="chat",
-            show_progress="hidden",
-            concurrency_limit=1,
-            concurrency_id="model",
+            **MODEL_EVENT,
         )
         stop.click(callback(self.stop), None, None, api_name="stop_chat", show_progress="hidden")
         return models

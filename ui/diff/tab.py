@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +23,11 @@ from ui.experts.selection import read_files
 from ui.shared.callbacks import callback
 from ui.shared.heat_map import heat_map
 from ui.shared.html import note
-from ui.shared.sessions import Sessions
-from ui.shared.workspace import Workspace
+from ui.shared.tab import Tab
 
 
-@dataclass(frozen=True)
-class DiffTab:
-    """Callbacks of the tab.
-
-    Attributes:
-        workspace: folders of the server.
-        sessions: open sessions.
-    """
-
-    workspace: Workspace
-    sessions: Sessions
+class DiffTab(Tab):
+    """Callbacks of the Differences tab."""
 
     def compare_files(self, request: gr.Request, first: str | None, second: str | None, metric: str) -> tuple:
         """Heat map, figures, largest changes and layers of two saliency files."""

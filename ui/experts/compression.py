@@ -7,8 +7,7 @@ from typing import Any
 
 from configs.choices import Action
 from configs.errors import UserError
-
-_BUILT_IN = "wikimix"
+from ui.shared.local_data import local_data
 
 
 def job_arguments(
@@ -33,20 +32,6 @@ def job_arguments(
     if action == Action.MERGE:
         arguments += ["--data", local_data(data)]
     return arguments + (["--equalize"] if equalize else [])
-
-
-def local_data(data: str) -> str:
-    """A data source that needs no network: ``wikimix``, ``wikimix:DOMAIN``, or the path of a file or folder.
-
-    Raises:
-        UserError: anything else.
-    """
-    source = (data or "").strip()
-    if source.partition(":")[0] == _BUILT_IN or (source and Path(source).expanduser().exists()):
-        return source
-    raise UserError(
-        f"expected `data` to be wikimix or a file or folder of this machine, got {source or 'nothing'}"
-    )
 
 
 def result_text(result: dict[str, Any], warnings: list[str]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +20,16 @@ from ui.shared.callbacks import callback
 from ui.shared.heat_map import heat_map
 from ui.shared.html import note, progress_bar
 from ui.shared.jobs import Job
-from ui.shared.sessions import Session, Sessions
-from ui.shared.workspace import Workspace
+from ui.shared.sessions import Session
+from ui.shared.tab import MODEL_EVENT, Tab
 
 _FILES = "saliency files"
 _CHOSEN = "selection of experts"
 _EMPTY = "Load a saliency file (.npz) of `fedgraft saliency collect` to start."
 
 
-@dataclass(frozen=True)
-class ExpertsTab:
-    """Callbacks of the tab.
-
-    Attributes:
-        workspace: folders of the server.
-        sessions: open sessions.
-    """
-
-    workspace: Workspace
-    sessions: Sessions
+class ExpertsTab(Tab):
+    """Callbacks of the Experts tab."""
 
     def load_saliency(self, request: gr.Request, paths: list[str] | None) -> str:
         """Read 1 to 4 saliency files into the session, in place of its earlier ones."""
@@ -165,19 +155,13 @@ class ExpertsTab:
             [model, action, name, equalize, data],
             [status, model],
             api_name="compress",
-            show_progress="hidden",
-            concurrency_limit=1,
-            concurrency_id="model",
+            **MODEL_EVENT,
         )
         cancel.click(callback(self.cancel), None, status, api_name="cancel_job", show_progress="hidden")
 
     def cancel(self, request: gr.Request) -> str:
         """Cancel the job of the session."""
-        job = self.sessions.get(request.session_hash).job
-        if job is None or not job.running:
-            return note("Nothing runs.")
-        job.cancel()
-        return progress_bar("canceling", None)
+        return self.cancel_job(request, "canceling")
 
 
 def _expert_list(session: Session) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from configs.errors import UserError
-from ui.experts.compression import local_data
+from ui.shared.local_data import local_data
 
 _MOST_CLIENTS = 16
 _OWN_KEYS = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +20,15 @@ from ui.shared.callbacks import callback
 from ui.shared.heat_map import heat_map, heat_map_value
 from ui.shared.html import note, progress_bar
 from ui.shared.jobs import Job
-from ui.shared.sessions import Sessions
-from ui.shared.workspace import Workspace
+from ui.shared.tab import MODEL_EVENT, Tab
 
 _SHOWN = "shown run"
 _EMPTY = "Choose a run, or start one."
 _SECONDS = 2.0  # between two looks at the log directory
 
 
-@dataclass(frozen=True)
-class RunTab:
-    """Callbacks of the tab.
-
-    Attributes:
-        workspace: folders of the server.
-        sessions: open sessions.
-    """
-
-    workspace: Workspace
-    sessions: Sessions
+class RunTab(Tab):
+    """Callbacks of the Runs tab."""
 
     def show_run(self, request: gr.Request, run: str | None, layer: float | None) -> tuple:
         """State, curves, tables and graph of a run."""
@@ -104,11 +93,7 @@ class RunTab:
 
     def cancel(self, request: gr.Request) -> str:
         """End the federation of the session; the server saves the model of the last complete round first."""
-        job = self.sessions.get(request.session_hash).job
-        if job is None or not job.running:
-            return note("Nothing runs.")
-        job.cancel()
-        return progress_bar("ending the run", None)
+        return self.cancel_job(request, "ending the run")
 
     def _runs(self, chosen: str | None) -> Any:
         found = self.workspace.run_folders()
@@ -163,9 +148,7 @@ class RunTab:
             [name, graph, clients, rounds, data, settings],
             [status, run],
             api_name="start_run",
-            show_progress="hidden",
-            concurrency_limit=1,
-            concurrency_id="model",
+            **MODEL_EVENT,
         )
         end.click(callback(self.cancel), None, status, api_name="end_run", show_progress="hidden")
         return graph

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from configs.errors import UserError
-from ui.experts.compression import job_arguments, local_data, result_text
+from ui.experts.compression import job_arguments, result_text
 
 
 def test_arguments_are_those_of_the_verb(tmp_path):
@@ -16,13 +16,6 @@ def test_arguments_are_those_of_the_verb(tmp_path):
     assert merge == ["merge", *prune, "--data", "wikimix"]
     with pytest.raises(UserError, match="prune or merge, got analyze"):
         job_arguments("analyze", *paths, equalize=False, data="")
-
-
-def test_data_needs_no_network(tmp_path):
-    assert local_data(" wikimix:law ") == "wikimix:law" and local_data(str(tmp_path)) == str(tmp_path)
-    for source in ("", "owner/dataset", str(tmp_path / "absent.txt")):
-        with pytest.raises(UserError, match="`data` to be wikimix or a file or folder"):
-            local_data(source)
 
 
 def test_the_result_names_folder_sizes_perplexities_and_warnings():
