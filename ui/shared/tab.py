@@ -1,4 +1,4 @@
-"""What the tabs of the page have in common: folders, sessions, and the session's job."""
+"""Base class of the tabs: folders, sessions, and cancellation of the session's job."""
 
 from __future__ import annotations
 
