@@ -34,6 +34,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -136,13 +137,13 @@ def _all_runs(
     jobs = Jobs("real_llama", settings, quick, work, on_step, total)
     bootstrapped_graph(seed, settings, quick, work)
     dense = jobs.run([Job("half dense", seed, rate) for rate in rates["half dense"]])
-    best = {"half dense": min(dense, key=_loss)}
+    best = {"half dense": min(dense, key=attrgetter("loss"))}
     end = {"early_stop_loss": _end_loss(best["half dense"])}
     tried = jobs.run(
         [Job("half ours", seed, rate, end) for rate in rates["half ours"]]
         + [Job("half fedit", seed, rate) for rate in rates["half fedit"]]
     )
-    best["half fedit"] = min((run for run in tried if run.method == "half fedit"), key=_loss)
+    best["half fedit"] = min((run for run in tried if run.method == "half fedit"), key=attrgetter("loss"))
     ours = chosen_row([run for run in tried if run.method == "half ours"], best["half dense"])
     best["half ours"] = ours
     rows = [ours, *jobs.run([Job("half ours", seed, ours.learning_rate, {**keys, **end}) for keys in table])]
@@ -158,10 +159,6 @@ def _all_runs(
     )
     by_method = {name: [run for run in reported if run.method == name] for name in methods}
     return {**by_method, "tried": dense + tried, "table": rows, "table dense": [best["half dense"]]}
-
-
-def _loss(run: Run) -> float:
-    return run.loss
 
 
 def _end_loss(dense: Run) -> float:

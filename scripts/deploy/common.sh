@@ -36,15 +36,30 @@ split_options() {
     done
 }
 
-# The address $1 of a SuperLink without TLS.
-check_loopback() {
-    [[ $1 == 127.* || $1 == localhost:* ]] ||
-        fail "expected a --superlink on loopback with --insecure, got '$1'; set --root-certificates"
+# Options of the connection to the SuperLink in CONNECTION, from SUPERLINK, ROOTS and INSECURE: TLS with root
+# certificates, or none on loopback.
+connection_options() {
+    [[ -n $SUPERLINK ]] || fail "expected --superlink, got none"
+    if [[ -n $INSECURE ]]; then
+        [[ $SUPERLINK == 127.* || $SUPERLINK == localhost:* ]] ||
+            fail "expected a --superlink on loopback with --insecure, got '$SUPERLINK'; set --root-certificates"
+        CONNECTION=(--insecure)
+    else
+        [[ -r $ROOTS ]] ||
+            fail "expected --root-certificates with a readable file, got '$ROOTS'; ask the operator for ca.crt"
+        CONNECTION=(--root-certificates "$ROOTS")
+    fi
 }
 
-# The file $1 of root certificates.
-check_roots() {
-    [[ -r $1 ]] || fail "expected --root-certificates with a readable file, got '$1'; ask the operator for ca.crt"
+# Whether --detach asks for the background, and this is not the script there.
+detaches() { [[ -n $DETACH && -z ${FEDGRAFT_FOREGROUND:-} ]]; }
+
+# End this script where the process of the state folder $1 runs already.
+exit_if_running() {
+    if is_running "$1"; then
+        echo "already running: process $(<"$1/pid"), log: $1/log"
+        exit 0
+    fi
 }
 
 # Environment of Flower's processes: they install nothing, report nothing, keep to one thread each unless

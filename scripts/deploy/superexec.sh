@@ -41,26 +41,15 @@ if [[ -n $STOP ]]; then
     stop_process "$STATE"
     exit 0
 fi
-[[ -n $SUPERLINK ]] || fail "expected --superlink, got none"
-CONNECTION=(--runtime-api-address "$SUPERLINK")
-if [[ -n $INSECURE ]]; then
-    check_loopback "$SUPERLINK"
-    CONNECTION+=(--insecure)
-else
-    check_roots "$ROOTS"
-    CONNECTION+=(--root-certificates "$ROOTS")
-fi
+connection_options
 umask 077
 mkdir -p "$STATE/empty" "$STATE/home"
 started() { grep -q 'Starting Flower SuperExec' "$STATE/log" 2>/dev/null; }
-if [[ -n $DETACH && -z ${FEDGRAFT_FOREGROUND:-} ]]; then
-    if is_running "$STATE"; then
-        echo "already running: process $(<"$STATE/pid"), log: $STATE/log"
-        exit 0
-    fi
+if detaches; then
+    exit_if_running "$STATE"
     detach_until "$STATE" started
     exit 0
 fi
 flower_environment
 export FLWR_HOME=$STATE/home
-run_process "$STATE" flower-superexec "${CONNECTION[@]}"
+run_process "$STATE" flower-superexec --runtime-api-address "$SUPERLINK" "${CONNECTION[@]}"

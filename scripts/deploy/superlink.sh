@@ -75,11 +75,8 @@ esac
 answers() {
     if [[ -n $INSECURE ]]; then helper healthy "$REACHED"; else helper healthy "$REACHED" "$CERTIFICATES/ca.crt"; fi
 }
-if [[ -n $DETACH && -z ${FEDGRAFT_FOREGROUND:-} ]]; then
-    if is_running "$STATE"; then
-        echo "already running: process $(<"$STATE/pid"), log: $STATE/log"
-        exit 0
-    fi
+if detaches; then
+    exit_if_running "$STATE"
     detach_until "$STATE" answers
     exit 0
 fi

@@ -48,15 +48,7 @@ if [[ -n $STOP ]]; then
     stop_process "$STATE"
     exit 0
 fi
-[[ -n $SUPERLINK ]] || fail "expected --superlink, got none"
-CONNECTION=(--superlink "$SUPERLINK")
-if [[ -n $INSECURE ]]; then
-    check_loopback "$SUPERLINK"
-    CONNECTION+=(--insecure)
-else
-    check_roots "$ROOTS"
-    CONNECTION+=(--root-certificates "$ROOTS")
-fi
+connection_options
 if [[ -n $KEY ]]; then
     [[ -r $KEY ]] || fail "expected --key with a readable private key, got '$KEY'; make one with certificates.sh node"
     [[ $(stat -c %a "$KEY") == ?00 ]] || fail "expected a private key for its owner alone; run: chmod 600 '$KEY'"
@@ -64,17 +56,14 @@ if [[ -n $KEY ]]; then
 fi
 umask 077
 mkdir -p "$STATE/empty" "$STATE/home"
-if [[ -n $DETACH && -z ${FEDGRAFT_FOREGROUND:-} ]] && is_running "$STATE"; then
-    echo "already running: process $(<"$STATE/pid"), log: $STATE/log"
-    exit 0
-fi
+if detaches; then exit_if_running "$STATE"; fi
 helper node-config "$STATE/node.toml" "cache-dir=$STATE/cache" "${SETTINGS[@]}"
 accepted() { grep -q 'SuperNode ID:' "$STATE/log" 2>/dev/null; }
-if [[ -n $DETACH && -z ${FEDGRAFT_FOREGROUND:-} ]]; then
+if detaches; then
     detach_until "$STATE" accepted
     exit 0
 fi
 PORT=${PORT:-$(helper ports 1)}
 flower_environment
 export FLWR_HOME=$STATE/home
-run_process "$STATE" flower-supernode "${CONNECTION[@]}" --host 127.0.0.1 --port "$PORT" --node-config "$STATE/node.toml"
+run_process "$STATE" flower-supernode --superlink "$SUPERLINK" "${CONNECTION[@]}" --host 127.0.0.1 --port "$PORT" --node-config "$STATE/node.toml"

@@ -170,9 +170,7 @@ def _read(reply: Message, bytes_down: int, spool: ReplySpool | None) -> Answer:
     if reply.has_error():
         reason = _plain(reply.error.reason or "") or f"Flower error {reply.error.code}"
         held = _held_version(reply, reason)
-        if (
-            reply.error.code == ErrorCode.NODE_UNAVAILABLE
-        ):  # of the SuperLink: the node's heartbeats have ended
+        if reply.error.code == ErrorCode.NODE_UNAVAILABLE:  # of the SuperLink: no heartbeat any more
             reason = f"{NO_ANSWER}: {reason}"
         return Answer(None, reason, held, size, bytes_down, error_code=reply.error.code)
     content, update = (reply.content, b"") if spool is None else detach_update(reply.content)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -31,15 +31,14 @@ def attached_visits(graph: ExpertGraph, usage: Sequence[np.ndarray]) -> list[dic
         graph: graph that the counts belong to.
         usage: per layer ``[E, E]``; empty: none is known.
     """
-    found = []
-    for layer, load in enumerate(expert_loads(graph, usage) if usage else []):
-        mean = load[graph.shared_per_layer[layer] :].mean()
-        for expert in graph.attached_per_layer[layer]:
-            share = float(load[expert] / mean) if mean else 0.0
-            found.append(
-                {"layer": layer, "id": graph.ids_per_layer[layer][expert], "visits_over_mean": share}
-            )
-    return found
+    return [
+        {
+            "layer": layer,
+            "id": graph.ids_per_layer[layer][expert],
+            "visits_over_mean": load / mean if mean else 0.0,
+        }
+        for layer, expert, load, mean in (_attached_loads(graph, usage) if usage else ())
+    ]
 
 
 def propose_spawns(
@@ -92,15 +91,21 @@ def propose_retirements(
         retire_below: share of the mean; 0: none is retired.
     """
     found = []
-    for layer, load in enumerate(expert_loads(graph, usage)):
-        mean = load[graph.shared_per_layer[layer] :].mean()
-        for expert in graph.attached_per_layer[layer]:
-            if load[expert] < retire_below * mean and not spawned_last(graph, layer, expert):
-                reason = (
-                    f"visited by {load[expert]:.0f} tokens, {load[expert] / mean:.2%} of the layer's mean"
-                )
-                found.append((load[expert] / mean, RetireExpert(layer, expert, reason)))
+    for layer, expert, load, mean in _attached_loads(graph, usage):
+        if load < retire_below * mean and not spawned_last(graph, layer, expert):
+            reason = f"visited by {load:.0f} tokens, {load / mean:.2%} of the layer's mean"
+            found.append((load / mean, RetireExpert(layer, expert, reason)))
     return [edit for _, edit in sorted(found, key=lambda each: each[0])[:most]]
+
+
+def _attached_loads(
+    graph: ExpertGraph, usage: Sequence[np.ndarray]
+) -> Iterator[tuple[int, int, float, float]]:
+    """Layer and number of each attached expert, its visits, and the mean of its layer's experts, shared ones apart."""
+    for layer, load in enumerate(expert_loads(graph, usage)):
+        mean = float(load[graph.shared_per_layer[layer] :].mean())
+        for expert in graph.attached_per_layer[layer]:
+            yield layer, expert, float(load[expert]), mean
 
 
 def _free_parents(graph: ExpertGraph, layer: int) -> np.ndarray:
